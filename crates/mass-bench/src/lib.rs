@@ -1,0 +1,1 @@
+//! Data, baselines, experiments and reports for MASS

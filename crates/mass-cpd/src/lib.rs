@@ -1,0 +1,1 @@
+//! Online and offline change-point detection with calibrated p-values

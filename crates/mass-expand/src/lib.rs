@@ -1,0 +1,1 @@
+//! Expert expansion for mixture-of-experts: when to split an expert, and the arithmetic of the split

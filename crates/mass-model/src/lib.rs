@@ -1,0 +1,1 @@
+//! Mixture-of-experts layers and models on dfdx, with fused CPU kernels
