@@ -1,1 +1,16 @@
 //! Online and offline change-point detection with calibrated p-values
+#![forbid(unsafe_code)]
+
+mod cusum;
+mod detector;
+mod error;
+mod normal;
+mod ring;
+pub mod windowed_z;
+
+pub use cusum::{
+    AfterAlarm, CalibratedCusum, CalibratedCusumParams, Direction, Drift, Reference, Transform,
+};
+pub use detector::{AnyDetector, AnyDetectorParams, Detector, Step};
+pub use error::CpdError;
+pub use windowed_z::{WindowedZ, WindowedZParams, WindowedZRule};

@@ -1,0 +1,184 @@
+//! Parameters of the calibrated CUSUM.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CalibratedCusum, CpdError, error::require};
+
+/// What is monitored: the observation or its logarithm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transform {
+    /// The observation as it is.
+    #[default]
+    Identity,
+    /// Its natural logarithm: for positive quantities whose spread grows with their level, such as norms.
+    Log,
+}
+
+/// What an observation is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reference {
+    /// Everything before it (Hawkins 1987): each prediction uses all earlier observations, and the warm-up only
+    /// says from when on the evidence is summed.
+    SelfStarting,
+    /// The `window` observations that end `gap` before it: forgets an early transient and follows what moves
+    /// slowly.
+    Lagged {
+        /// Length of the reference window, at least 8.
+        window: usize,
+        /// Observations between the window's end and the one judged: a change of fewer steps cannot enter its own
+        /// reference.
+        gap: usize,
+    },
+}
+
+impl Reference {
+    /// A window of 128 that ends 16 steps back.
+    pub const LAGGED: Self = Self::Lagged {
+        window: 128,
+        gap: 16,
+    };
+}
+
+/// Whether a slow drift of the level is part of the stream's normal behaviour.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Drift {
+    /// A drift is a change, to be found.
+    #[default]
+    Keep,
+    /// A straight line fitted to the reference is extended to the present and taken off.
+    Remove,
+}
+
+/// Which changes of level raise an alarm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// Rises.
+    Up,
+    /// Falls.
+    Down,
+    /// Either; the level is shared by the two sides.
+    #[default]
+    Both,
+}
+
+/// What a detector does with itself once it has raised an alarm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterAlarm {
+    /// Learns the stream anew from the next observation on, warm-up included: one change, one alarm.
+    #[default]
+    Relearn,
+    /// Sets the sum of evidence back to zero and keeps the reference: a change that persists alarms again.
+    Restart,
+    /// Goes on unchanged: the alarm stays up for as long as the evidence does.
+    Hold,
+}
+
+/// Unchecked parameters of [`CalibratedCusum`].
+///
+/// The default watches an autocorrelated stream for rises and falls of its level with a false-alarm probability
+/// of 0.05 in 1000 steps.
+///
+/// # Examples
+/// ```
+/// use mass_cpd::{CalibratedCusumParams, Direction, Transform};
+///
+/// let detector = CalibratedCusumParams {
+///     alpha: 0.01,
+///     transform: Transform::Log,
+///     direction: Direction::Up,
+///     ..Default::default()
+/// }
+/// .check()?;
+/// assert!(detector.threshold() > 5.0);
+/// # Ok::<(), mass_cpd::CpdError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CalibratedCusumParams {
+    /// Steps over which the false-alarm probability is meant, at least 1.
+    pub horizon: u64,
+    /// Probability of a false alarm within the horizon, in (0, 0.5].
+    pub alpha: f64,
+    /// Allowance of the CUSUM in standard deviations, in [0, 4]: half the smallest shift worth finding.
+    pub k: f64,
+    /// What is monitored.
+    pub transform: Transform,
+    /// What it is compared with.
+    pub reference: Reference,
+    /// Whether a first-order autoregression is fitted to the reference and taken off.
+    pub prewhiten: bool,
+    /// Whether slow drift is taken off.
+    pub drift: Drift,
+    /// Which changes count.
+    pub direction: Direction,
+    /// Observations before the evidence is first summed, at least 8. A lagged reference waits for a full
+    /// window and its gap as well.
+    pub warmup: usize,
+    /// What happens after an alarm.
+    pub after_alarm: AfterAlarm,
+}
+
+impl Default for CalibratedCusumParams {
+    fn default() -> Self {
+        Self {
+            horizon: 1000,
+            alpha: 0.05,
+            k: 0.5,
+            transform: Transform::Identity,
+            reference: Reference::SelfStarting,
+            prewhiten: true,
+            drift: Drift::Keep,
+            direction: Direction::Both,
+            warmup: 50,
+            after_alarm: AfterAlarm::Relearn,
+        }
+    }
+}
+
+impl CalibratedCusumParams {
+    /// Makes the detector.
+    ///
+    /// # Errors
+    /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states.
+    pub fn check(&self) -> Result<CalibratedCusum, CpdError> {
+        self.validate()?;
+        CalibratedCusum::new(*self)
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), CpdError> {
+        require(
+            (1..=1_000_000_000_000).contains(&self.horizon),
+            "horizon",
+            self.horizon as f64,
+            "in 1..=10^12",
+        )?;
+        require(
+            self.alpha > 0.0 && self.alpha <= 0.5,
+            "alpha",
+            self.alpha,
+            "in (0, 0.5]",
+        )?;
+        require((0.0..=4.0).contains(&self.k), "k", self.k, "in [0, 4]")?;
+        require(
+            (8..=1 << 24).contains(&self.warmup),
+            "warmup",
+            self.warmup as f64,
+            "in 8..=2^24",
+        )?;
+        if let Reference::Lagged { window, gap } = self.reference {
+            require(
+                (8..=1 << 20).contains(&window),
+                "reference.window",
+                window as f64,
+                "in 8..=2^20",
+            )?;
+            require(gap <= 1 << 20, "reference.gap", gap as f64, "at most 2^20")?;
+        }
+        Ok(())
+    }
+}

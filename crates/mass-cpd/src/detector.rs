@@ -1,0 +1,167 @@
+//! The one interface of every online detector.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CalibratedCusum, CalibratedCusumParams, CpdError, WindowedZ, WindowedZParams};
+
+/// What one observation did to a detector.
+///
+/// A field is `None` while the detector cannot know it (during the warm-up), or when the method has no such
+/// quantity.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// Observations accepted since the start or the last [`Detector::reset`], this one included.
+    pub count: u64,
+    /// The detector's test statistic; its meaning is given by the detector.
+    pub statistic: Option<f64>,
+    /// Marginal p-value: how often a stream without a change gives, at one single step, evidence as strong.
+    pub p_value: Option<f64>,
+    /// Probability that a stream without a change reaches this statistic anywhere within the horizon.
+    pub p_horizon: Option<f64>,
+    /// The 1-based observation count at which the change, if there is one, is thought to begin.
+    pub onset: Option<u64>,
+    /// Whether the detector says that a change has happened.
+    pub alarm: bool,
+}
+
+impl Step {
+    /// A step of which nothing is known yet but its count.
+    #[must_use]
+    pub const fn silent(count: u64) -> Self {
+        Self {
+            count,
+            statistic: None,
+            p_value: None,
+            p_horizon: None,
+            onset: None,
+            alarm: false,
+        }
+    }
+}
+
+/// An online change-point detector: numbers in, one at a time, evidence out.
+///
+/// # Examples
+/// ```
+/// use mass_cpd::{Detector, WindowedZParams};
+///
+/// fn alarms(detector: &mut impl Detector, series: &[f64]) -> Result<Vec<u64>, mass_cpd::CpdError> {
+///     let mut found = Vec::new();
+///     for &x in series {
+///         let step = detector.update(x)?;
+///         if step.alarm {
+///             found.push(step.count);
+///         }
+///     }
+///     Ok(found)
+/// }
+///
+/// let mut detector = WindowedZParams::paper(10, 20, 1e-3).check()?;
+/// assert!(alarms(&mut detector, &[1.0; 100])?.is_empty());
+/// # Ok::<(), mass_cpd::CpdError>(())
+/// ```
+pub trait Detector {
+    /// Takes one observation.
+    ///
+    /// # Errors
+    /// [`CpdError::NonFinite`] for NaN or an infinity, [`CpdError::NonPositive`] where a logarithm is taken;
+    /// the state is then left unchanged.
+    fn update(&mut self, x: f64) -> Result<Step, CpdError>;
+
+    /// Forgets every observation, as if newly made.
+    fn reset(&mut self);
+
+    /// Observations accepted since the start or the last reset.
+    fn count(&self) -> u64;
+}
+
+/// Unchecked parameters of any detector.
+///
+/// # Examples
+/// ```
+/// use mass_cpd::{AnyDetectorParams, Detector, WindowedZParams};
+///
+/// let params = AnyDetectorParams::WindowedZ(WindowedZParams::paper(30, 60, 0.01));
+/// let mut detector = params.check()?;
+/// assert_eq!(detector.update(1.0)?.count, 1);
+/// # Ok::<(), mass_cpd::CpdError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum AnyDetectorParams {
+    /// Sum of windowed z-scores.
+    WindowedZ(WindowedZParams),
+    /// CUSUM with a false-alarm probability over a horizon.
+    CalibratedCusum(CalibratedCusumParams),
+}
+
+impl AnyDetectorParams {
+    /// Makes the detector.
+    ///
+    /// # Errors
+    /// [`CpdError::Parameter`] for the first parameter that is out of range.
+    pub fn check(&self) -> Result<AnyDetector, CpdError> {
+        Ok(match self {
+            Self::WindowedZ(p) => AnyDetector::WindowedZ(p.check()?),
+            Self::CalibratedCusum(p) => AnyDetector::CalibratedCusum(p.check()?),
+        })
+    }
+}
+
+impl From<WindowedZParams> for AnyDetectorParams {
+    fn from(params: WindowedZParams) -> Self {
+        Self::WindowedZ(params)
+    }
+}
+
+impl From<CalibratedCusumParams> for AnyDetectorParams {
+    fn from(params: CalibratedCusumParams) -> Self {
+        Self::CalibratedCusum(params)
+    }
+}
+
+/// Any detector of this crate, so that a state can hold one without being generic over it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum AnyDetector {
+    /// Sum of windowed z-scores.
+    WindowedZ(WindowedZ),
+    /// CUSUM with a false-alarm probability over a horizon.
+    CalibratedCusum(CalibratedCusum),
+}
+
+impl AnyDetector {
+    /// Starts the observation count again from zero and keeps what was learned, where the method has such
+    /// a thing ([`WindowedZ::reset_count`]); elsewhere the same as [`Detector::reset`].
+    pub fn reset_count(&mut self) {
+        match self {
+            Self::WindowedZ(d) => d.reset_count(),
+            other => other.reset(),
+        }
+    }
+}
+
+impl Detector for AnyDetector {
+    fn update(&mut self, x: f64) -> Result<Step, CpdError> {
+        match self {
+            Self::WindowedZ(d) => d.update(x),
+            Self::CalibratedCusum(d) => d.update(x),
+        }
+    }
+
+    fn reset(&mut self) {
+        match self {
+            Self::WindowedZ(d) => d.reset(),
+            Self::CalibratedCusum(d) => d.reset(),
+        }
+    }
+
+    fn count(&self) -> u64 {
+        match self {
+            Self::WindowedZ(d) => d.count(),
+            Self::CalibratedCusum(d) => d.count(),
+        }
+    }
+}
