@@ -1,1 +1,17 @@
-//! Expert expansion for mixture-of-experts: when to split an expert, and the arithmetic of the split
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod alignment;
+mod decomposition;
+mod error;
+mod expert;
+mod gate_split;
+mod redundancy;
+mod sweep;
+
+pub use alignment::{Alignment, AlignmentThreshold, alignment};
+pub use decomposition::{Decomposition, decompose, divide_gradient, project_onto_weights};
+pub use error::ExpandError;
+pub use expert::ExpertId;
+pub use gate_split::{BisectParams, Bisection, absorb_mass, bisect, preserve_mass};
+pub use redundancy::{Reduction, redundancy_gradient, redundancy_loss};

@@ -1,0 +1,192 @@
+//! The redundancy loss, which pushes the gate rows of duplicated experts apart.
+//!
+//! # Formula
+//! `L_red = sum over pairs (i, j) of c_ij^2`, `c_ij = cos(w_i, w_j)` of gate rows, or its mean over the pairs, and
+//! `d c_ij^2 / d w_i = 2 c_ij (w_j / (|w_i| |w_j|) - c_ij w_i / |w_i|^2)`.
+//!
+//! At exactly equal rows the gradient is zero: the loss has its maximum there. The first decomposed update must
+//! therefore make the rows differ before this loss can act.
+//!
+//! # Which variant does what
+//! `paper` takes the mean, `reference` the sum, both with weight 0.01 and only while the layer may still expand. The
+//! sum grows with the number of pairs, the mean does not; `ours` takes the mean.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ExpandError, sweep};
+
+/// How the pairs' terms are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Mean over the pairs (`paper`, `ours`).
+    Mean,
+    /// Sum over the pairs (`reference`).
+    Sum,
+}
+
+/// The redundancy loss of the gate rows named by `pairs`.
+///
+/// `rows` holds one slice of the model dimension per expert; the rows may live in separate allocations. No pairs give a
+/// loss of zero. A pair with a zero row has no cosine and adds nothing.
+///
+/// # Errors
+/// [`ExpandError::Pair`] if a pair does not name two different rows, [`ExpandError::Shape`] if its rows differ in
+/// length, [`ExpandError::Empty`] if they have none, [`ExpandError::NonFinite`].
+///
+/// # Examples
+/// ```
+/// use mass_expand::{Reduction, redundancy_loss};
+/// let rows: [&[f32]; 3] = [&[1.0, 0.0], &[2.0, 0.0], &[0.0, 1.0]];
+/// assert_eq!(redundancy_loss(&rows, &[(0, 1), (0, 2)], Reduction::Sum)?, 1.0);
+/// assert_eq!(redundancy_loss(&rows, &[(0, 1), (0, 2)], Reduction::Mean)?, 0.5);
+/// # Ok::<(), mass_expand::ExpandError>(())
+/// ```
+pub fn redundancy_loss(
+    rows: &[&[f32]],
+    pairs: &[(usize, usize)],
+    reduction: Reduction,
+) -> Result<f64, ExpandError> {
+    let mut sum = 0.0;
+    for &(i, j) in pairs {
+        if let Some(pair) = Pair::of(rows, i, j)? {
+            sum += pair.cosine * pair.cosine;
+        }
+    }
+    Ok(sum * scale(pairs, reduction))
+}
+
+/// Adds `weight` times the gradient of the redundancy loss to the rows' gradients and returns the loss (not multiplied
+/// by `weight`).
+///
+/// # Errors
+/// As [`redundancy_loss`], and [`ExpandError::Shape`] if the gradients do not match the rows, and
+/// [`ExpandError::Parameter`] if `weight` is not finite. On an error no gradient has been touched.
+///
+/// # Examples
+/// ```
+/// use mass_expand::{Reduction, redundancy_gradient};
+/// let rows: [&[f32]; 2] = [&[1.0, 0.0], &[1.0, 1.0]];
+/// let (mut first, mut second) = ([0.0; 2], [0.0; 2]);
+/// let loss = redundancy_gradient(
+///     &rows, &[(0, 1)], Reduction::Mean, 0.01, &mut [&mut first, &mut second],
+/// )?;
+/// assert!((loss - 0.5).abs() < 1e-12);
+/// assert!(first[1] > 0.0 && second[1] < 0.0); // stepping against the gradient opens the angle
+/// # Ok::<(), mass_expand::ExpandError>(())
+/// ```
+pub fn redundancy_gradient(
+    rows: &[&[f32]],
+    pairs: &[(usize, usize)],
+    reduction: Reduction,
+    weight: f64,
+    gradients: &mut [&mut [f32]],
+) -> Result<f64, ExpandError> {
+    if !weight.is_finite() {
+        return Err(ExpandError::Parameter {
+            name: "weight",
+            value: weight,
+            expected: "a finite number",
+        });
+    }
+    if gradients.len() != rows.len() {
+        return Err(ExpandError::Shape {
+            what: "list of gradients",
+            got: gradients.len(),
+            expected: rows.len(),
+        });
+    }
+    for (gradient, row) in gradients.iter().zip(rows) {
+        if gradient.len() != row.len() {
+            return Err(ExpandError::Shape {
+                what: "gradient of a gate row",
+                got: gradient.len(),
+                expected: row.len(),
+            });
+        }
+    }
+    let loss = redundancy_loss(rows, pairs, reduction)?;
+    let scale = weight * scale(pairs, reduction);
+    for &(i, j) in pairs {
+        if let Some(pair) = Pair::of(rows, i, j)? {
+            let cross = 2.0 * scale * pair.cosine / pair.norms.0 / pair.norms.1;
+            let own = 2.0 * scale * pair.cosine * pair.cosine;
+            add(
+                gradients[i],
+                cross,
+                rows[j],
+                own / pair.norms.0 / pair.norms.0,
+                rows[i],
+            );
+            add(
+                gradients[j],
+                cross,
+                rows[i],
+                own / pair.norms.1 / pair.norms.1,
+                rows[j],
+            );
+        }
+    }
+    Ok(loss)
+}
+
+struct Pair {
+    cosine: f64,
+    norms: (f64, f64),
+}
+
+impl Pair {
+    fn of(rows: &[&[f32]], i: usize, j: usize) -> Result<Option<Self>, ExpandError> {
+        let (a, b) = match (rows.get(i), rows.get(j)) {
+            (Some(a), Some(b)) if i != j => (*a, *b),
+            _ => {
+                return Err(ExpandError::Pair {
+                    first: i,
+                    second: j,
+                    rows: rows.len(),
+                });
+            }
+        };
+        if a.is_empty() {
+            return Err(ExpandError::Empty { what: "gate row" });
+        }
+        if a.len() != b.len() {
+            return Err(ExpandError::Shape {
+                what: "gate row",
+                got: b.len(),
+                expected: a.len(),
+            });
+        }
+        let (aa, ab, bb) = sweep::moments(a, b);
+        if !(aa.is_finite() && bb.is_finite()) {
+            return Err(ExpandError::NonFinite { what: "gate row" });
+        }
+        if aa == 0.0 || bb == 0.0 {
+            return Ok(None);
+        }
+        let norms = (aa.sqrt(), bb.sqrt());
+        Ok(Some(Self {
+            cosine: (ab / norms.0 / norms.1).clamp(-1.0, 1.0),
+            norms,
+        }))
+    }
+}
+
+fn scale(pairs: &[(usize, usize)], reduction: Reduction) -> f64 {
+    match reduction {
+        Reduction::Mean => 1.0 / pairs.len().max(1) as f64,
+        Reduction::Sum => 1.0,
+    }
+}
+
+/// `gradient += cross * other - own * row`, joined in `f64` so that equal rows cancel exactly enough.
+fn add(gradient: &mut [f32], cross: f64, other: &[f32], own: f64, row: &[f32]) {
+    sweep::dispatch(
+        #[inline(always)]
+        || {
+            for ((g, &o), &r) in gradient.iter_mut().zip(other).zip(row) {
+                *g += (cross * f64::from(o) - own * f64::from(r)) as f32;
+            }
+        },
+    );
+}
