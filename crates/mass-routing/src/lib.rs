@@ -1,1 +1,12 @@
-//! Mixture-of-experts routing: Top-p and its rivals, with exact gradients and a plan for grouped matmul
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod error;
+mod plan;
+mod router;
+mod select;
+mod softmax;
+
+pub use error::{NonFinite, RoutingError};
+pub use plan::{Combine, RoutingPlan};
+pub use router::{AnyRouter, Router, RouterConfig, TopK, TopP};

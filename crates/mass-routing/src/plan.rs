@@ -1,0 +1,320 @@
+//! The routing plan: who computes what, with which weight.
+
+mod backward;
+mod build;
+
+use ndarray::{ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use build::{RowSelector, Selection, SoftmaxRows};
+
+/// How the probabilities of a token's selected experts become its routing weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Combine {
+    /// `w_e = r_e`: the softmax probability itself. The weights of a token sum to the mass it selected.
+    Raw,
+    /// `w_e = r_e / sum_{selected} r`: the weights of every token sum to one.
+    #[default]
+    Renormalised,
+}
+
+/// How the weights of a plan depend on the logits: all that a backward pass has to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum WeightRule {
+    /// `w = r`, the softmax over all experts in use.
+    #[default]
+    Softmax,
+    /// `w = r / sum of the selected r`.
+    Renormalised,
+}
+
+/// Tokens grouped by expert, ready for a grouped matrix product, with the inverse index per token.
+///
+/// With `N` tokens, `K` experts and `A` assignments (one per token and selected expert):
+///
+/// | array | length | holds |
+/// |---|---|---|
+/// | [`expert_offsets`](Self::expert_offsets) | `K + 1` | expert `e` owns the assignments `offsets[e]..offsets[e + 1]` |
+/// | [`tokens`](Self::tokens) | `A` | the token of each assignment; ascending within an expert |
+/// | [`weights`](Self::weights) | `A` | the routing weight of each assignment |
+/// | [`token_offsets`](Self::token_offsets) | `N + 1` | token `t` owns the entries `offsets[t]..offsets[t + 1]` of the next two |
+/// | [`token_assignments`](Self::token_assignments) | `A` | positions in the grouped order; ascending within a token |
+/// | [`token_experts`](Self::token_experts) | `A` | the expert of each; ascending within a token |
+///
+/// A plan is filled by [`Router::route`](crate::Router::route). Its buffers are reused: once they have grown to the size of a batch,
+/// routing another of that size allocates nothing in this crate. [`Default`] is a valid plan of zero tokens and zero experts.
+/// `clone` copies the plan and not its working memory.
+#[derive(Debug)]
+pub struct RoutingPlan {
+    num_tokens: usize,
+    num_experts: usize,
+    expert_offsets: Vec<u32>,
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+    token_offsets: Vec<u32>,
+    token_assignments: Vec<u32>,
+    token_experts: Vec<u32>,
+    probabilities: Vec<f32>,
+    skipped: usize,
+    rule: WeightRule,
+    scratch: build::Scratch,
+}
+
+impl Default for RoutingPlan {
+    fn default() -> Self {
+        Self {
+            num_tokens: 0,
+            num_experts: 0,
+            expert_offsets: vec![0],
+            tokens: Vec::new(),
+            weights: Vec::new(),
+            token_offsets: vec![0],
+            token_assignments: Vec::new(),
+            token_experts: Vec::new(),
+            probabilities: Vec::new(),
+            skipped: 0,
+            rule: WeightRule::default(),
+            scratch: build::Scratch::default(),
+        }
+    }
+}
+
+impl Clone for RoutingPlan {
+    fn clone(&self) -> Self {
+        Self {
+            num_tokens: self.num_tokens,
+            num_experts: self.num_experts,
+            expert_offsets: self.expert_offsets.clone(),
+            tokens: self.tokens.clone(),
+            weights: self.weights.clone(),
+            token_offsets: self.token_offsets.clone(),
+            token_assignments: self.token_assignments.clone(),
+            token_experts: self.token_experts.clone(),
+            probabilities: self.probabilities.clone(),
+            skipped: self.skipped,
+            rule: self.rule,
+            scratch: build::Scratch::default(),
+        }
+    }
+}
+
+impl RoutingPlan {
+    /// Number of tokens `N`.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Number of experts `K`, masked ones included.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Number of assignments `A`: the sum of all tokens' numbers of experts.
+    pub fn num_assignments(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// `K + 1` offsets: expert `e` owns the assignments `offsets[e]..offsets[e + 1]`.
+    pub fn expert_offsets(&self) -> &[u32] {
+        &self.expert_offsets
+    }
+
+    /// The token of each assignment, grouped by expert, ascending within an expert.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The routing weight of each assignment, grouped by expert.
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// `N + 1` offsets of each token's entries in [`token_assignments`](Self::token_assignments).
+    pub fn token_offsets(&self) -> &[u32] {
+        &self.token_offsets
+    }
+
+    /// For each token, the positions of its assignments in the grouped order; experts ascend within a token.
+    pub fn token_assignments(&self) -> &[u32] {
+        &self.token_assignments
+    }
+
+    /// For each token, its experts, ascending; aligned with [`token_assignments`](Self::token_assignments).
+    pub fn token_experts(&self) -> &[u32] {
+        &self.token_experts
+    }
+
+    /// The range of expert `e`'s assignments in the grouped arrays.
+    ///
+    /// # Panics
+    /// If `e >= K`.
+    pub fn segment(&self, e: usize) -> std::ops::Range<usize> {
+        self.expert_offsets[e] as usize..self.expert_offsets[e + 1] as usize
+    }
+
+    /// The expert of an assignment, by binary search.
+    ///
+    /// # Panics
+    /// If `assignment >= A`.
+    pub fn expert_of(&self, assignment: usize) -> usize {
+        assert!(
+            assignment < self.num_assignments(),
+            "assignment {assignment} of {}",
+            self.num_assignments()
+        );
+        self.expert_offsets
+            .partition_point(|&o| o as usize <= assignment)
+            - 1
+    }
+
+    /// The expert of every assignment, in the grouped order.
+    pub fn experts(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..self.num_experts).flat_map(|e| std::iter::repeat_n(e as u32, self.load(e)))
+    }
+
+    /// Number of experts of a token.
+    ///
+    /// # Panics
+    /// If `token >= N`.
+    pub fn k(&self, token: usize) -> usize {
+        (self.token_offsets[token + 1] - self.token_offsets[token]) as usize
+    }
+
+    /// Mean number of experts per token; 0 for a plan without tokens.
+    pub fn mean_k(&self) -> f64 {
+        if self.num_tokens == 0 {
+            0.0
+        } else {
+            self.num_assignments() as f64 / self.num_tokens as f64
+        }
+    }
+
+    /// Number of tokens of expert `e`.
+    ///
+    /// # Panics
+    /// If `e >= K`.
+    pub fn load(&self, e: usize) -> usize {
+        self.segment(e).len()
+    }
+
+    /// Tokens that were routed nowhere because of a non-finite logit (see [`NonFinite::Skip`](crate::NonFinite::Skip)).
+    pub fn skipped(&self) -> usize {
+        self.skipped
+    }
+
+    /// The full softmax, `N x K`, zero at masked experts; `0 x K` if the router has none or was told not to keep it.
+    pub fn probabilities(&self) -> ArrayView2<'_, f32> {
+        let rows = self
+            .probabilities
+            .len()
+            .checked_div(self.num_experts)
+            .unwrap_or(0);
+        match ArrayView2::from_shape((rows, self.num_experts), &self.probabilities) {
+            Ok(view) => view,
+            Err(_) => unreachable!("probabilities are whole rows"),
+        }
+    }
+
+    /// Whether [`probabilities`](Self::probabilities) holds a row per token.
+    pub fn has_probabilities(&self) -> bool {
+        self.probabilities.len() == self.num_tokens * self.num_experts
+    }
+
+    /// Empties the plan but keeps its buffers.
+    pub fn clear(&mut self) {
+        self.reset(0, 0);
+    }
+
+    fn reset(&mut self, num_tokens: usize, num_experts: usize) {
+        self.num_tokens = num_tokens;
+        self.num_experts = num_experts;
+        self.expert_offsets.clear();
+        self.expert_offsets.resize(num_experts + 1, 0);
+        self.token_offsets.clear();
+        self.token_offsets.resize(num_tokens + 1, 0);
+        self.tokens.clear();
+        self.weights.clear();
+        self.token_assignments.clear();
+        self.token_experts.clear();
+        self.probabilities.clear();
+        self.skipped = 0;
+        self.rule = WeightRule::default();
+    }
+
+    /// Checks every promise made above; `Err` says which is broken. Runs by itself in debug builds.
+    ///
+    /// # Errors
+    /// The first invariant that does not hold, in words.
+    pub fn validate(&self) -> Result<(), String> {
+        let (n, k, a) = (self.num_tokens, self.num_experts, self.num_assignments());
+        let fail = |what: &str| Err(what.to_owned());
+        if self.expert_offsets.len() != k + 1 || self.token_offsets.len() != n + 1 {
+            return fail("offsets have the wrong length");
+        }
+        if self.weights.len() != a
+            || self.token_assignments.len() != a
+            || self.token_experts.len() != a
+        {
+            return fail("arrays over assignments differ in length");
+        }
+        if !self.probabilities.is_empty() && self.probabilities.len() != n * k {
+            return fail("probabilities are not N x K");
+        }
+        for offsets in [&self.expert_offsets, &self.token_offsets] {
+            if offsets[0] != 0
+                || *offsets.last().unwrap_or(&0) as usize != a
+                || offsets.windows(2).any(|w| w[0] > w[1])
+            {
+                return fail("offsets do not ascend from 0 to the number of assignments");
+            }
+        }
+        for e in 0..k {
+            let segment = &self.tokens[self.segment(e)];
+            if segment.windows(2).any(|w| w[0] >= w[1])
+                || segment.last().is_some_and(|&t| t as usize >= n)
+            {
+                return fail("tokens of an expert do not ascend, repeat or are out of range");
+            }
+        }
+        for t in 0..n {
+            let own = self.token_offsets[t] as usize..self.token_offsets[t + 1] as usize;
+            let mut previous = None;
+            for (&i, &e) in self.token_assignments[own.clone()]
+                .iter()
+                .zip(&self.token_experts[own])
+            {
+                if previous >= Some(e) || e as usize >= k {
+                    return fail("experts of a token do not ascend, repeat or are out of range");
+                }
+                previous = Some(e);
+                if !self.segment(e as usize).contains(&(i as usize))
+                    || self.tokens[i as usize] as usize != t
+                {
+                    return fail("the inverse index does not point back at its token");
+                }
+            }
+        }
+        if self.weights.iter().any(|w| !w.is_finite()) {
+            return fail("a weight is not finite");
+        }
+        Ok(())
+    }
+
+    /// Row view helper for crates that iterate: the probabilities of one token, if kept.
+    pub(crate) fn probability_row(&self, token: usize) -> Option<&[f32]> {
+        let k = self.num_experts;
+        self.probabilities.get(token * k..(token + 1) * k)
+    }
+
+    /// Sum over tokens of the probabilities, per expert (f64); empty without probabilities.
+    pub(crate) fn probability_sums(&self) -> Vec<f64> {
+        let mut sums = vec![0.0; self.num_experts];
+        for row in self.probabilities().axis_iter(Axis(0)) {
+            for (s, &r) in sums.iter_mut().zip(row) {
+                *s += f64::from(r);
+            }
+        }
+        sums
+    }
+}

@@ -1,0 +1,48 @@
+//! The interface of every router, and one type that can be any of them.
+
+mod any;
+mod top_k;
+mod top_p;
+
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+pub use any::{AnyRouter, RouterConfig};
+pub use top_k::TopK;
+pub use top_p::TopP;
+
+use crate::{RoutingError, RoutingPlan};
+
+/// Turns the logits of tokens for experts into a [`RoutingPlan`], and gradients of its weights back into gradients of the logits.
+///
+/// `route` takes `&mut self` because some routers adapt as they go (a balancing bias, a controlled p). `backward` takes `&self` and
+/// the plan it belongs to, so it can run later, from a tape that holds a clone of the plan.
+///
+/// # Masks
+/// `mask[e] = true` means that expert `e` is in use. A masked expert gets probability zero, is never selected, and its logits are
+/// ignored, whatever they hold.
+pub trait Router: Send {
+    /// Routes `N x K` logits. `N = 0` is a valid, empty plan.
+    ///
+    /// # Errors
+    /// No experts, a mask of the wrong length or with no expert in use, a NaN or infinite logit (unless the router skips such
+    /// tokens), or what the router's own documentation adds. After an error the plan is empty.
+    fn route(
+        &mut self,
+        logits: ArrayView2<'_, f32>,
+        mask: Option<&[bool]>,
+        plan: &mut RoutingPlan,
+    ) -> Result<(), RoutingError>;
+
+    /// Adds the gradient of the logits to `d_logits` (`N x K`), given that of the weights (per assignment, grouped order).
+    ///
+    /// # Errors
+    /// As [`RoutingPlan::backward`], which is what it does unless a router says otherwise.
+    fn backward(
+        &self,
+        plan: &RoutingPlan,
+        d_weights: &[f32],
+        d_logits: &mut ArrayViewMut2<'_, f32>,
+    ) -> Result<(), RoutingError> {
+        plan.backward(d_weights, d_logits)
+    }
+}

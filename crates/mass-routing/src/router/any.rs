@@ -1,0 +1,99 @@
+//! A router chosen at run time.
+
+use ndarray::{ArrayView2, ArrayViewMut2};
+use serde::{Deserialize, Serialize};
+
+use super::{Router, TopK, TopP};
+use crate::{Combine, RoutingError, RoutingPlan};
+
+/// Which router, with which settings: the plain, serialisable form for configuration files. [`build`](Self::build) checks it.
+///
+/// ```
+/// use mass_routing::{Combine, RouterConfig};
+///
+/// let config: RouterConfig = serde_json::from_str(r#"{ "router": "top_p", "p": 0.5, "combine": "raw" }"#).unwrap();
+/// assert_eq!(config, RouterConfig::TopP { p: 0.5, combine: Combine::Raw });
+/// let router = config.build()?;
+/// # Ok::<(), mass_routing::RoutingError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "router", rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum RouterConfig {
+    /// [`TopP`].
+    TopP {
+        /// Mass to reach, in (0, 1].
+        p: f32,
+        /// How probabilities become weights.
+        #[serde(default)]
+        combine: Combine,
+    },
+    /// [`TopK`].
+    TopK {
+        /// Experts per token.
+        k: usize,
+        /// How probabilities become weights.
+        #[serde(default)]
+        combine: Combine,
+    },
+}
+
+impl RouterConfig {
+    /// The router these settings describe.
+    ///
+    /// # Errors
+    /// As the router's own constructor.
+    pub fn build(&self) -> Result<AnyRouter, RoutingError> {
+        Ok(match *self {
+            Self::TopP { p, combine } => AnyRouter::TopP(TopP::new(p, combine)?),
+            Self::TopK { k, combine } => AnyRouter::TopK(TopK::new(k, combine)?),
+        })
+    }
+}
+
+/// Any router of this crate, with its state; serialisable, so that a checkpoint can hold it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "router", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum AnyRouter {
+    /// [`TopP`].
+    TopP(TopP),
+    /// [`TopK`].
+    TopK(TopK),
+}
+
+impl AnyRouter {
+    fn inner(&self) -> &dyn Router {
+        match self {
+            Self::TopP(router) => router,
+            Self::TopK(router) => router,
+        }
+    }
+
+    fn inner_mut(&mut self) -> &mut dyn Router {
+        match self {
+            Self::TopP(router) => router,
+            Self::TopK(router) => router,
+        }
+    }
+}
+
+impl Router for AnyRouter {
+    fn route(
+        &mut self,
+        logits: ArrayView2<'_, f32>,
+        mask: Option<&[bool]>,
+        plan: &mut RoutingPlan,
+    ) -> Result<(), RoutingError> {
+        self.inner_mut().route(logits, mask, plan)
+    }
+
+    fn backward(
+        &self,
+        plan: &RoutingPlan,
+        d_weights: &[f32],
+        d_logits: &mut ArrayViewMut2<'_, f32>,
+    ) -> Result<(), RoutingError> {
+        self.inner().backward(plan, d_weights, d_logits)
+    }
+}
