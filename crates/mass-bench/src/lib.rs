@@ -1,1 +1,21 @@
-//! Data, baselines, experiments and reports for MASS
+//! Data, baselines, experiments and reports for MASS.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`ginc`] | the GINC generator (a mixture of hidden Markov models), its Bayes filter and its loss floors |
+//! | [`text`] | any text file as a byte-level data set |
+//! | [`batch`] | token batches that are a pure function of a seed and a step |
+//! | [`report`] | results.json, metrics.jsonl, events.jsonl, the terminal table and report.html |
+//! | [`study`] | the experiments by name |
+//! | [`train`] | a byte-level language model on one's own text |
+//! | [`bench`] | short timings of what this crate does itself |
+//! | [`data_check`] | which data sets and models are there, and where to get the rest |
+//! | [`cli`] | the arguments of the `mass-bench` binary, checked, and its progress display |
+//!
+//! Nothing in here is needed to use a MASS layer: models live in `mass-model`.
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod ginc;
+pub mod rng;
+pub mod text;

@@ -1,0 +1,74 @@
+//! Batches of token windows that are a pure function of a seed and a step.
+//!
+//! A training loop that resumes at step 731 asks for batch 731 and gets the one it would have had:
+//! no sampler state needs saving.
+
+use ndarray_rand::rand::Rng;
+
+use crate::rng::{Purpose, stream};
+
+/// Next-token prediction windows, row major: `inputs[r * length + t]` predicts `targets[r * length + t]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenBatch {
+    /// Number of windows.
+    pub rows: usize,
+    /// Tokens in a window.
+    pub length: usize,
+    /// Tokens shown, shape (rows, length).
+    pub inputs: Vec<u32>,
+    /// Tokens to predict, shape (rows, length): the inputs one position later.
+    pub targets: Vec<u32>,
+}
+
+impl TokenBatch {
+    /// An empty batch with room for `rows` windows of `length` tokens.
+    #[must_use]
+    pub fn with_capacity(rows: usize, length: usize) -> Self {
+        Self {
+            rows: 0,
+            length,
+            inputs: Vec::with_capacity(rows * length),
+            targets: Vec::with_capacity(rows * length),
+        }
+    }
+
+    /// Adds one window of `length + 1` tokens.
+    pub(crate) fn push<T: Copy + Into<u32>>(&mut self, window: &[T]) {
+        debug_assert_eq!(window.len(), self.length + 1);
+        self.inputs
+            .extend(window[..self.length].iter().map(|&t| t.into()));
+        self.targets.extend(window[1..].iter().map(|&t| t.into()));
+        self.rows += 1;
+    }
+
+    /// Tokens to predict in the whole batch.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.rows * self.length
+    }
+}
+
+/// Draws `rows` windows of `length + 1` tokens for `step`, uniformly over documents and offsets.
+///
+/// `tokens` holds documents of `document_length` each, longer than `length`, which the callers check.
+pub(crate) fn draw<T: Copy + Into<u32>>(
+    tokens: &[T],
+    document_length: usize,
+    seed: u64,
+    step: u64,
+    rows: usize,
+    length: usize,
+) -> TokenBatch {
+    debug_assert!(document_length > length && tokens.len() >= document_length);
+    let mut rng = stream(seed, Purpose::Batches, step);
+    let mut batch = TokenBatch::with_capacity(rows, length);
+    let documents = (tokens.len() / document_length) as u64;
+    let offsets = (document_length - length) as u64;
+    for _ in 0..rows {
+        // u64 ranges: usize ones would draw other values on 32-bit machines.
+        let document = rng.random_range(0..documents) as usize;
+        let start = document * document_length + rng.random_range(0..offsets) as usize;
+        batch.push(&tokens[start..=start + length]);
+    }
+    batch
+}

@@ -1,0 +1,81 @@
+use std::path::PathBuf;
+
+use crate::{ginc::GincError, report::ReportError, text::TextError};
+
+/// Everything that ends a command, and the exit code it ends with.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BenchError {
+    /// An argument that cannot be used; the message says what to give instead.
+    #[error("{0}")]
+    Usage(String),
+    /// Input (a file or a directory) that is missing or unreadable as what it should be.
+    #[error("{}: {problem}", path.display())]
+    Input {
+        /// The path looked at.
+        path: PathBuf,
+        /// What is wrong with it and how to mend it.
+        problem: String,
+    },
+    /// GINC parameters or tokens that make no sense.
+    #[error(transparent)]
+    Ginc(#[from] GincError),
+    /// A text that cannot be trained on.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// Results that could not be written or read back.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// Ctrl-C: what was finished is on disk.
+    #[error("interrupted; the same command with --resume continues from {}", out.display())]
+    Interrupted {
+        /// The output directory that holds the checkpoint.
+        out: PathBuf,
+    },
+    /// A failure below this crate: a model, an optimiser, a device.
+    #[error("{doing}: {source}")]
+    Failed {
+        /// What was being done.
+        doing: String,
+        /// Why it could not be done.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl BenchError {
+    /// Wraps an error of another crate with what was being done; exit code 1.
+    pub fn failed(
+        doing: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Failed {
+            doing: doing.into(),
+            source: source.into(),
+        }
+    }
+
+    /// 2 for bad arguments or input, 1 for anything else.
+    ///
+    /// ```
+    /// use mass_bench::BenchError;
+    /// assert_eq!(BenchError::Usage("unknown study `x`".into()).exit_code(), 2);
+    /// assert_eq!(BenchError::failed("training", "out of memory").exit_code(), 1);
+    /// ```
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Input { .. } | Self::Ginc(_) | Self::Text(_) => 2,
+            Self::Report(error) => error.exit_code(),
+            Self::Interrupted { .. } | Self::Failed { .. } => 1,
+        }
+    }
+
+    /// The message on a single line, whatever the error below it wrote.
+    #[must_use]
+    pub fn one_line(&self) -> String {
+        self.to_string()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}
