@@ -6,6 +6,7 @@ mod detector;
 mod error;
 mod normal;
 mod ring;
+pub mod run_length;
 pub mod windowed_z;
 
 pub use cusum::{
