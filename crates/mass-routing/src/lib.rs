@@ -6,7 +6,14 @@ mod plan;
 mod router;
 mod select;
 mod softmax;
+mod specialisation;
+mod usage;
 
 pub use error::{NonFinite, RoutingError};
 pub use plan::{Combine, RoutingPlan};
 pub use router::{AnyRouter, Router, RouterConfig, TopK, TopP};
+pub use specialisation::{
+    LabelUsage, LabelWeighting, jensen_shannon_bound, jensen_shannon_divergence,
+    normalized_mutual_information, pairwise_jensen_shannon_divergence,
+};
+pub use usage::UsageStats;

@@ -3,7 +3,7 @@
 mod backward;
 mod build;
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use build::{RowSelector, Selection, SoftmaxRows};
@@ -301,20 +301,9 @@ impl RoutingPlan {
         Ok(())
     }
 
-    /// Row view helper for crates that iterate: the probabilities of one token, if kept.
+    /// The probabilities of one token, if kept.
     pub(crate) fn probability_row(&self, token: usize) -> Option<&[f32]> {
         let k = self.num_experts;
         self.probabilities.get(token * k..(token + 1) * k)
-    }
-
-    /// Sum over tokens of the probabilities, per expert (f64); empty without probabilities.
-    pub(crate) fn probability_sums(&self) -> Vec<f64> {
-        let mut sums = vec![0.0; self.num_experts];
-        for row in self.probabilities().axis_iter(Axis(0)) {
-            for (s, &r) in sums.iter_mut().zip(row) {
-                *s += f64::from(r);
-            }
-        }
-        sums
     }
 }

@@ -80,11 +80,6 @@ impl TopP {
     pub fn combine(&self) -> Combine {
         self.combine
     }
-
-    pub(crate) fn set_p(&mut self, p: f32) {
-        debug_assert!(check_p(p).is_ok());
-        self.p = p;
-    }
 }
 
 pub(crate) fn check_p(p: f32) -> Result<(), RoutingError> {
