@@ -81,12 +81,18 @@ pub enum ExpandError {
         expected: &'static str,
     },
     /// An answer to a question that was not asked.
-    #[error("no open request matches the answer for layer {layer}, expert {expert:?}")]
+    #[error("no open request matches the answer for layer {layer}, expert {expert}")]
     UnknownRequest {
         /// The layer named.
         layer: usize,
         /// The expert named.
-        expert: Option<ExpertId>,
+        expert: ExpertId,
+    },
+    /// A stored controller contradicts itself.
+    #[error("stored state is not valid: {reason}")]
+    State {
+        /// What contradicts what.
+        reason: &'static str,
     },
     /// An observation lacks a figure that the configured rule needs.
     #[error("the rule in use needs {what}, which the observation of layer {layer} lacks")]

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod alignment;
+pub mod controller;
 mod decomposition;
 mod error;
 mod expert;
@@ -10,6 +11,12 @@ mod redundancy;
 mod sweep;
 
 pub use alignment::{Alignment, AlignmentThreshold, alignment};
+pub use controller::{
+    Action, AfterSplit, Answer, Choice, Controller, ControllerParams, Event, EventKind,
+    ExpertObservation, HoldReason, LayerObservation, Level, Moments, Phase, PruneRedundant,
+    PruneUnused, Pruning, RemovalReason, Request, SplitOperator, StepObservation, StopReason,
+    StopRule, Trigger, Unused, Watch, Watched,
+};
 pub use decomposition::{Decomposition, decompose, divide_gradient, project_onto_weights};
 pub use error::ExpandError;
 pub use expert::ExpertId;

@@ -1,0 +1,573 @@
+//! The first half of a step: the observation is checked, detectors advance, candidates are named.
+
+use mass_cpd::{CpdError, Detector, Step};
+
+use super::choice::choose;
+use super::event::{EventKind, HoldReason, Watched};
+use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
+use super::params::{Choice, StopRule, Trigger, Unused};
+use super::pending::{Candidate, LayerPending, Pending, Worth};
+use super::{Controller, validate};
+use crate::ExpandError;
+
+impl Controller {
+    /// Takes the figures of one step and says what else is needed to decide.
+    ///
+    /// # Errors
+    /// [`ExpandError::Protocol`] if the step before was not finished, [`ExpandError::StepOrder`],
+    /// [`ExpandError::Shape`] for a wrong number of layers, [`ExpandError::Experts`] if a layer's experts are not
+    /// exactly its active ones in order, [`ExpandError::NonFinite`] and [`ExpandError::Parameter`] for a figure that is
+    /// NaN, infinite or out of range, [`ExpandError::Missing`] if the choice needs a figure that is absent,
+    /// [`ExpandError::Empty`] for a matrix without elements, [`ExpandError::Detector`]. After an error the controller is
+    /// as it was.
+    pub fn begin_step(
+        &mut self,
+        observation: &StepObservation<'_>,
+    ) -> Result<Vec<Request>, ExpandError> {
+        if self.pending.is_some() {
+            return Err(ExpandError::Protocol {
+                called: "begin_step",
+                expected: "finish_step of the step before has to come first",
+            });
+        }
+        self.check_observation(observation)?;
+        let step = observation.step;
+        let ended_now = self.enter_phase(step)?;
+        let scheduled = self.schedule_due(step);
+        self.last_step = Some(step);
+        let mut pending = Pending {
+            step,
+            layers: vec![LayerPending::default(); self.layers.len()],
+            open: Vec::new(),
+        };
+        if ended_now {
+            self.record(
+                step,
+                None,
+                EventKind::Stop {
+                    reason: StopReason::PhaseEnd,
+                },
+            );
+        }
+
+        let in_phase = !self.ended && step >= self.params.phase.live_from;
+        let detects = matches!(
+            self.params.trigger,
+            Trigger::DetectorOnly | Trigger::DetectorAndAlignment
+        );
+        let any_open = self.layers.iter().any(|layer| layer.stopped.is_none());
+        let mut live = in_phase && any_open && !detects;
+        let mut loss_step = None;
+        if !self.ended
+            && any_open
+            && let Some(detector) = &mut self.loss_detector
+        {
+            let outcome = detector.update(observation.loss)?;
+            live |= in_phase && known(&outcome);
+            if outcome.alarm {
+                self.flag(step, None, Watched::Loss, None, observation.loss, &outcome);
+            }
+            loss_step = Some(outcome);
+        }
+        let loss_alarm = loss_step.is_some_and(|s| s.alarm);
+
+        let keep = 1.0 - 1.0 / self.params.averaging_steps;
+        let mut outcomes: Vec<Option<Step>> = Vec::new();
+        for (index, observed) in observation.layers.iter().enumerate() {
+            let open = !self.ended && self.layers[index].stopped.is_none();
+            outcomes.clear();
+            outcomes.resize(observed.experts.len(), None);
+            let mut layer_alarm = loss_alarm;
+            if open {
+                layer_alarm |=
+                    self.feed_layer(step, index, observed, &mut outcomes, in_phase, &mut live)?;
+            }
+            for (state, expert) in self.layers[index].experts.iter_mut().zip(observed.experts) {
+                state.average(expert, keep);
+            }
+            if open && in_phase {
+                self.name_candidates(
+                    index,
+                    observed,
+                    &outcomes,
+                    layer_alarm,
+                    scheduled,
+                    &mut pending,
+                )?;
+            }
+        }
+        self.live_steps += u64::from(live);
+        self.count_unused(observation);
+        self.pending = Some(pending);
+
+        for layer in 0..self.layers.len() {
+            self.ask_held_out(layer);
+            self.ask_redundant(layer);
+            self.advance(layer);
+        }
+        Ok(self.open_requests().to_vec())
+    }
+
+    /// Takes the answer to one request and returns the requests that follow from it.
+    ///
+    /// # Errors
+    /// [`ExpandError::Protocol`] outside a step, [`ExpandError::UnknownRequest`] if nothing of the kind is open,
+    /// [`ExpandError::NonFinite`] and [`ExpandError::Parameter`] for figures out of range; the request is then still
+    /// open.
+    pub fn answer(&mut self, answer: Answer) -> Result<Vec<Request>, ExpandError> {
+        let Some(pending) = &mut self.pending else {
+            return Err(ExpandError::Protocol {
+                called: "answer",
+                expected: "begin_step has to come first",
+            });
+        };
+        match answer {
+            Answer::Alignment {
+                layer,
+                expert,
+                cosine,
+            } => {
+                if let Some(cosine) = cosine {
+                    check_cosine(cosine)?;
+                }
+                pending.close(Request::Alignment { layer, expert })?;
+                for candidate in &mut pending.layers[layer].candidates {
+                    if candidate.id == expert {
+                        candidate.cosine = cosine;
+                        candidate.awaits_cosine = false;
+                    }
+                }
+                let before = pending.open.len();
+                self.advance(layer);
+                Ok(self.open_requests()[before..].to_vec())
+            }
+            Answer::MaskedLoss {
+                layer,
+                expert,
+                masked,
+                full,
+            } => {
+                let difference = masked - full;
+                check_finite("masked loss", difference)?;
+                pending.close(Request::MaskedLoss { layer, expert })?;
+                pending.layers[layer].check_answer = Some(Worth {
+                    expert,
+                    difference,
+                    standard_error: None,
+                });
+                Ok(Vec::new())
+            }
+            Answer::ProbeLoss {
+                layer,
+                expert,
+                difference,
+                standard_error,
+            } => {
+                check_finite("probe loss", difference)?;
+                check_not_negative("standard_error", standard_error)?;
+                pending.close(Request::ProbeLoss { layer, expert })?;
+                let worth = Some(Worth {
+                    expert,
+                    difference,
+                    standard_error: Some(standard_error),
+                });
+                let open = &mut pending.layers[layer];
+                if open.check == Some(expert) {
+                    open.check_answer = worth;
+                } else {
+                    open.probe_answer = worth;
+                }
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    /// Feeds the layer's detectors; true if the layer's own raised an alarm.
+    fn feed_layer(
+        &mut self,
+        step: u64,
+        index: usize,
+        observed: &LayerObservation<'_>,
+        outcomes: &mut [Option<Step>],
+        in_phase: bool,
+        live: &mut bool,
+    ) -> Result<bool, ExpandError> {
+        let skip = self.params.unused == Unused::Skip;
+        let (mut sum, mut count) = (0.0, 0u32);
+        for (at, expert) in observed.experts.iter().enumerate() {
+            if expert.gradient_norm > 0.0 {
+                sum += expert.gradient_norm.ln();
+                count += 1;
+            }
+            if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
+                continue;
+            }
+            if let Some(detector) = &mut self.layers[index].experts[at].detector {
+                let outcome = detector.update(expert.gradient_norm)?;
+                *live |= in_phase && known(&outcome);
+                if outcome.alarm {
+                    let norm = expert.gradient_norm;
+                    self.flag(
+                        step,
+                        Some(index),
+                        Watched::Expert,
+                        Some(expert.id),
+                        norm,
+                        &outcome,
+                    );
+                }
+                outcomes[at] = Some(outcome);
+            }
+        }
+        if count > 0
+            && let Some(detector) = &mut self.layers[index].detector
+        {
+            let pooled = sum / f64::from(count);
+            let outcome = detector.update(pooled)?;
+            *live |= in_phase && known(&outcome);
+            if outcome.alarm {
+                self.flag(step, Some(index), Watched::Layer, None, pooled, &outcome);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn flag(
+        &mut self,
+        step: u64,
+        layer: Option<usize>,
+        watched: Watched,
+        expert: Option<crate::ExpertId>,
+        value: f64,
+        outcome: &Step,
+    ) {
+        let kind = EventKind::Flag {
+            watched,
+            expert,
+            value,
+            statistic: outcome.statistic,
+            p_value: outcome.p_value,
+            p_horizon: outcome.p_horizon,
+            onset_age: outcome
+                .onset
+                .map(|onset| outcome.count.saturating_sub(onset)),
+        };
+        self.record(step, layer, kind);
+    }
+
+    /// The experts that the detectors or the schedule name, and the cosines that are missing.
+    fn name_candidates(
+        &self,
+        index: usize,
+        observed: &LayerObservation<'_>,
+        outcomes: &[Option<Step>],
+        layer_alarm: bool,
+        scheduled: bool,
+        pending: &mut Pending,
+    ) -> Result<(), ExpandError> {
+        let all = match self.params.trigger {
+            Trigger::Schedule { .. } => scheduled,
+            Trigger::AlignmentOnly => true,
+            Trigger::DetectorOnly | Trigger::DetectorAndAlignment => layer_alarm,
+        };
+        let by_detector = matches!(
+            self.params.trigger,
+            Trigger::DetectorOnly | Trigger::DetectorAndAlignment
+        );
+        let open = &mut pending.layers[index];
+        if self.tests_alignment() {
+            open.delta = Some(self.params.alignment.delta(observed.hidden, observed.dim)?);
+        }
+        for (expert, outcome) in observed.experts.iter().zip(outcomes) {
+            if !(all || by_detector && outcome.is_some_and(|o| o.alarm)) {
+                continue;
+            }
+            let awaits_cosine =
+                open.delta.is_some() && expert.cosine.is_none() && expert.gradient_norm > 0.0;
+            if awaits_cosine {
+                pending.open.push(Request::Alignment {
+                    layer: index,
+                    expert: expert.id,
+                });
+            }
+            open.candidates.push(Candidate {
+                id: expert.id,
+                p_value: outcome.and_then(|o| o.p_value),
+                p_horizon: outcome.and_then(|o| o.p_horizon),
+                cosine: expert.cosine,
+                awaits_cosine,
+            });
+        }
+        Ok(())
+    }
+
+    /// Once a layer's cosines are all there: tests them, chooses, and asks for what the stop rule needs.
+    fn advance(&mut self, layer: usize) {
+        let Some(mut pending) = self.pending.take() else {
+            return;
+        };
+        let step = pending.step;
+        let open = &mut pending.layers[layer];
+        if open.source.is_some()
+            || open.triggered > 0
+            || open.candidates.iter().any(|c| c.awaits_cosine)
+        {
+            self.pending = Some(pending);
+            return;
+        }
+        if let Some(delta) = open.delta {
+            let every = self.params.trigger != Trigger::AlignmentOnly;
+            for candidate in &open.candidates {
+                let drifted = candidate.cosine.is_some_and(|c| c.abs() < delta);
+                if every || drifted {
+                    self.record(
+                        step,
+                        Some(layer),
+                        EventKind::Alignment {
+                            expert: candidate.id,
+                            cosine: candidate.cosine,
+                            delta,
+                            drifted,
+                        },
+                    );
+                }
+            }
+            open.candidates
+                .retain(|candidate| candidate.cosine.is_some_and(|c| c.abs() < delta));
+        }
+        open.triggered = open.candidates.len();
+        if open.triggered > 0 {
+            match self.hold_reason(layer, open) {
+                Some(reason) => {
+                    let candidates = open.triggered;
+                    open.candidates.clear();
+                    self.record(step, Some(layer), EventKind::Hold { reason, candidates });
+                }
+                None => {
+                    self.choose_source(step, layer, open);
+                    if let Some(newest) = self.same_batch_check(layer) {
+                        open.check = Some(newest);
+                        pending.open.push(Request::MaskedLoss {
+                            layer,
+                            expert: newest,
+                        });
+                    }
+                }
+            }
+        }
+        self.pending = Some(pending);
+    }
+
+    pub(super) fn choose_source(&mut self, step: u64, layer: usize, open: &mut LayerPending) {
+        open.source = choose(
+            self.params.choice,
+            &self.layers[layer],
+            &open.candidates,
+            &mut self.generator,
+        );
+        if let Some(source) = open.source {
+            self.record(
+                step,
+                Some(layer),
+                EventKind::Trigger {
+                    source: source.id,
+                    candidates: open.candidates.len(),
+                    p_value: source.p_value,
+                    p_horizon: source.p_horizon,
+                    cosine: source.cosine,
+                },
+            );
+        }
+    }
+
+    fn hold_reason(&self, layer: usize, open: &LayerPending) -> Option<HoldReason> {
+        let state = &self.layers[layer];
+        let held_out = matches!(self.params.stop, StopRule::HeldOut { .. });
+        if held_out && open.check.is_none() && state.newest.is_some_and(|n| !n.checked) {
+            return Some(HoldReason::AwaitingCheck);
+        }
+        (state.ids.len() >= self.params.k_max).then_some(HoldReason::Full)
+    }
+
+    /// The expert to mask on the same batch before the split, for the rules that do so.
+    fn same_batch_check(&self, layer: usize) -> Option<crate::ExpertId> {
+        let state = &self.layers[layer];
+        let due = match self.params.stop {
+            StopRule::Consecutive { .. } => state.expansions > 0,
+            StopRule::Patience {
+                checks_after_expansions,
+                ..
+            } => state.expansions > checks_after_expansions,
+            StopRule::Never | StopRule::HeldOut { .. } => false,
+        };
+        state.newest.filter(|_| due).map(|newest| newest.id)
+    }
+
+    fn ask_held_out(&mut self, layer: usize) {
+        let StopRule::HeldOut { wait, .. } = self.params.stop else {
+            return;
+        };
+        let state = &self.layers[layer];
+        let (Some(newest), Some(pending)) = (state.newest, &mut self.pending) else {
+            return;
+        };
+        let grown_up = pending.step.saturating_sub(newest.born) >= wait;
+        if self.ended || state.stopped.is_some() || newest.checked || !grown_up {
+            return;
+        }
+        pending.layers[layer].check = Some(newest.id);
+        pending.open.push(Request::ProbeLoss {
+            layer,
+            expert: newest.id,
+        });
+    }
+
+    pub(super) fn tests_alignment(&self) -> bool {
+        matches!(
+            self.params.trigger,
+            Trigger::DetectorAndAlignment | Trigger::AlignmentOnly
+        )
+    }
+
+    /// Moves on to the continual phase or to the end; true on the step on which expansion ends.
+    fn enter_phase(&mut self, step: u64) -> Result<bool, ExpandError> {
+        if self.continual || self.ended || step < self.params.phase.live_until {
+            return Ok(false);
+        }
+        match self.params.phase.continual.clone() {
+            Some(watch) => {
+                self.begin_continual(&watch)?;
+                self.record(step, None, EventKind::ContinualPhase);
+                Ok(false)
+            }
+            None => {
+                self.ended = true;
+                self.ended_at = Some(step);
+                Ok(true)
+            }
+        }
+    }
+
+    /// Whether a step of the schedule lies after the last step and not after this one.
+    fn schedule_due(&self, step: u64) -> bool {
+        let Trigger::Schedule { first, every } = self.params.trigger else {
+            return false;
+        };
+        let passed = |step: u64| step.checked_sub(first).map_or(0, |since| since / every + 1);
+        passed(step) > self.last_step.map_or(0, passed)
+    }
+
+    fn check_observation(&self, observation: &StepObservation<'_>) -> Result<(), ExpandError> {
+        if let Some(last) = self.last_step
+            && observation.step <= last
+        {
+            return Err(ExpandError::StepOrder {
+                got: observation.step,
+                last,
+            });
+        }
+        check_finite("loss", observation.loss)?;
+        let log_loss = [
+            Some(&self.params.watch),
+            self.params.phase.continual.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .any(|watch| watch.loss.as_ref().is_some_and(validate::logarithmic));
+        if log_loss && observation.loss <= 0.0 {
+            let count = self.loss_detector.as_ref().map_or(0, Detector::count) + 1;
+            return Err(CpdError::NonPositive {
+                count,
+                value: observation.loss,
+            }
+            .into());
+        }
+        if observation.layers.len() != self.layers.len() {
+            return Err(ExpandError::Shape {
+                what: "list of layers",
+                got: observation.layers.len(),
+                expected: self.layers.len(),
+            });
+        }
+        let choice = self.params.choice;
+        for (index, (observed, state)) in observation.layers.iter().zip(&self.layers).enumerate() {
+            if observed.experts.len() != state.ids.len() {
+                return Err(ExpandError::Experts {
+                    layer: index,
+                    reason: "their number differs",
+                });
+            }
+            for (expert, &id) in observed.experts.iter().zip(&state.ids) {
+                if expert.id != id {
+                    return Err(ExpandError::Experts {
+                        layer: index,
+                        reason: "another expert was expected at this place",
+                    });
+                }
+                check_not_negative("gradient_norm", expert.gradient_norm)?;
+                if let Some(cosine) = expert.cosine {
+                    check_cosine(cosine)?;
+                }
+                match (choice, expert.loss_share, expert.routing_entropy) {
+                    (Choice::LossShare, None, _) => Err(ExpandError::Missing {
+                        what: "loss_share",
+                        layer: index,
+                    }),
+                    (Choice::RoutingEntropy, _, None) => Err(ExpandError::Missing {
+                        what: "routing_entropy",
+                        layer: index,
+                    }),
+                    (_, share, entropy) => {
+                        check_not_negative("loss_share", share.unwrap_or(0.0))?;
+                        check_not_negative("routing_entropy", entropy.unwrap_or(0.0))
+                    }
+                }?;
+            }
+            if self.tests_alignment() {
+                self.params.alignment.delta(observed.hidden, observed.dim)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a detector is past its warm-up, its window full: whether it could have raised an alarm.
+fn known(outcome: &Step) -> bool {
+    outcome.statistic.is_some() || outcome.p_value.is_some()
+}
+
+fn check_finite(what: &'static str, value: f64) -> Result<(), ExpandError> {
+    if value.is_finite() {
+        Ok(())
+    } else {
+        Err(ExpandError::NonFinite { what })
+    }
+}
+
+fn check_not_negative(name: &'static str, value: f64) -> Result<(), ExpandError> {
+    check_finite(name, value)?;
+    if value >= 0.0 {
+        Ok(())
+    } else {
+        Err(ExpandError::Parameter {
+            name,
+            value,
+            expected: "at least 0",
+        })
+    }
+}
+
+fn check_cosine(value: f64) -> Result<(), ExpandError> {
+    check_finite("cosine", value)?;
+    // A cosine computed in f32 may pass 1 by a rounding.
+    if value.abs() <= 1.0 + 1e-5 {
+        Ok(())
+    } else {
+        Err(ExpandError::Parameter {
+            name: "cosine",
+            value,
+            expected: "within [-1, 1]",
+        })
+    }
+}

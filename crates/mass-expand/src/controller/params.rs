@@ -1,0 +1,245 @@
+//! The parts a controller is composed of, each selectable by name.
+
+use serde::{Deserialize, Serialize};
+
+use super::Controller;
+use super::watch::Watch;
+use crate::{AlignmentThreshold, Decomposition, ExpandError};
+
+/// When an expert may be split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Trigger {
+    /// A detector's alarm and a passed alignment test (`paper`, `reference`).
+    DetectorAndAlignment,
+    /// A detector's alarm alone (`ours`; ablation).
+    DetectorOnly,
+    /// A passed alignment test alone (ablation).
+    AlignmentOnly,
+    /// A fixed schedule (baseline): at `first` and every `every` steps after it, every expert is a candidate.
+    Schedule {
+        /// First step.
+        first: u64,
+        /// Steps between splits, at least 1.
+        every: u64,
+    },
+}
+
+/// Which expert is split once the trigger is satisfied. Ties go to the lowest index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Choice {
+    /// Among the triggered, the lowest index (`reference`; `paper` does not say).
+    TriggeredLowestIndex,
+    /// Among the triggered, the smallest marginal p-value of its own detector.
+    TriggeredSmallestP,
+    /// Of all, the largest share of the loss (`ours`); needs `loss_share`.
+    LossShare,
+    /// Of all, the most tokens.
+    MostLoaded,
+    /// Of all, the fewest tokens.
+    LeastUsed,
+    /// Of all, the largest routing entropy; needs `routing_entropy`.
+    RoutingEntropy,
+    /// Of all, any, from the controller's seed.
+    Random,
+}
+
+/// How an expert is split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SplitOperator {
+    /// The newcomer copies the source; see [`divide_gradient`](crate::divide_gradient) and
+    /// [`preserve_mass`](crate::preserve_mass()).
+    Clone {
+        /// How the source's gradient is cut down to its aligned part; `None` for plain cloning.
+        decomposition: Option<Decomposition>,
+        /// Whether both logits get an offset of `-ln 2`.
+        preserve_mass: bool,
+    },
+    /// The newcomer copies the source's weights and the gate divides its tokens; see [`bisect`](crate::bisect()). With
+    /// fewer than two distinct tokens that fails, and the loop should clone with `preserve_mass` instead.
+    Bisect,
+}
+
+/// What a newcomer's optimizer moments start from. Its step count starts from zero (`Zero`) or the source's (`Inherit`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moments {
+    /// Zero.
+    Zero,
+    /// The source's.
+    Inherit,
+}
+
+/// What becomes of the detectors after a split. The newcomer's own detector always starts afresh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterSplit {
+    /// Nothing (`paper`, which does not say).
+    Keep,
+    /// The source's count starts again and its windows stay (`reference`).
+    ResetSourceCount,
+    /// The source's detector, the layer's and the loss's all start afresh (`ours`): the split itself moves what they
+    /// watch, and would otherwise raise the next alarm.
+    Rewarm,
+}
+
+/// What a detector sees of an expert that got no tokens, or whose gradient is exactly zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unused {
+    /// A norm of zero (`paper`, `reference`). Not with a detector of logarithms.
+    ObserveZero,
+    /// Nothing: its detector does not advance (`ours`).
+    Skip,
+}
+
+/// When expansion ends for lack of benefit. `k_max` always ends it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum StopRule {
+    /// Never.
+    Never,
+    /// `paper`: whenever the trigger fires after a first expansion, the newest expert is masked on the same batch; a
+    /// loss that is no higher is a failed check; `gamma` failed checks in a row stop expansion. Nothing is removed.
+    Consecutive {
+        /// Failed checks in a row that stop expansion, at least 1.
+        gamma: u32,
+    },
+    /// `reference`: the same check, once more than `checks_after_expansions` expansions have happened. On failure the
+    /// newest expert is removed; with patience left that costs one patience and the split is still carried out,
+    /// with none left expansion stops.
+    Patience {
+        /// Failures forgiven.
+        patience: u32,
+        /// Expansions without a check (1 for language, 0 for vision).
+        checks_after_expansions: u64,
+    },
+    /// `ours`: `wait` steps after each split the newest expert is masked on a held-out probe set. It has failed unless
+    /// `difference - z * standard_error > margin`. Until it has been checked the layer does not split again.
+    HeldOut {
+        /// Loss, in nats, that an expert has to be worth; at least 0.
+        margin: f64,
+        /// Standard errors by which the worth has to exceed the margin; at least 0.
+        z: f64,
+        /// Steps a newcomer is given before it is checked, at least 1.
+        wait: u64,
+        /// Failed checks in a row that stop expansion, at least 1.
+        patience: u32,
+        /// Whether an expert that failed is removed.
+        remove: bool,
+    },
+}
+
+/// When a split may happen, in steps. Detectors are fed from the first step on, so that they can be warm at
+/// `live_from`, until `live_until`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Phase {
+    /// First step at which a split may happen.
+    pub live_from: u64,
+    /// First step at which none may happen any more; `u64::MAX` for no end.
+    pub live_until: u64,
+    /// What comes after it: `None` for standard training, or detectors with their own false-alarm budget, which start
+    /// afresh at `live_until` and then stay live. A layer that the stop rule had stopped is opened again.
+    pub continual: Option<Watch>,
+}
+
+/// Taking experts out of the pool. It goes on after expansion has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Pruning {
+    /// Never fewer than this many experts in a layer, at least 1.
+    pub min_experts: usize,
+    /// An expert younger than this many steps is left alone, at least 1.
+    pub min_age: u64,
+    /// Remove experts that stay almost without tokens.
+    pub unused: Option<PruneUnused>,
+    /// Remove experts that are shown to be worth nothing.
+    pub redundant: Option<PruneRedundant>,
+}
+
+/// Removes an expert whose averaged load stays under `share` of the layer's mean load for `steps` steps in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PruneUnused {
+    /// Fraction of the mean load, in (0, 1).
+    pub share: f64,
+    /// Steps in a row, at least 1.
+    pub steps: u64,
+}
+
+/// Every `every` steps one expert of each layer, in turn, is masked on the probe set; it is removed if
+/// `difference + z * standard_error < margin`, that is, if masking it is shown to cost less than the margin.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PruneRedundant {
+    /// Steps between probes, at least 1.
+    pub every: u64,
+    /// Loss in nats, at least 0.
+    pub margin: f64,
+    /// Standard errors, at least 0.
+    pub z: f64,
+}
+
+/// Unchecked parameters of a [`Controller`]; [`check`](Self::check) makes the controller.
+///
+/// Begin with [`paper`](Self::paper), [`reference`](Self::reference) or [`ours`](Self::ours) and change what should
+/// differ: every field is public, every rule can be had with every other.
+///
+/// # Examples
+/// ```
+/// use mass_expand::{Choice, ControllerParams, Trigger};
+/// let mut params = ControllerParams::paper(1, 4, 8, 2000);
+/// params.trigger = Trigger::Schedule { first: 100, every: 50 };
+/// params.choice = Choice::MostLoaded;
+/// let controller = params.check()?;
+/// assert_eq!(controller.active(0).len(), 4);
+/// # Ok::<(), mass_expand::ExpandError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControllerParams {
+    /// Active experts of each layer at the start, named `0, 1, ...`; one entry per layer.
+    pub experts: Vec<usize>,
+    /// Most experts a layer may have.
+    pub k_max: usize,
+    /// When.
+    pub phase: Phase,
+    /// What is watched, and by which detectors.
+    pub watch: Watch,
+    /// What a detector sees of an expert without tokens.
+    pub unused: Unused,
+    /// What satisfies the trigger.
+    pub trigger: Trigger,
+    /// The threshold of the alignment test.
+    pub alignment: AlignmentThreshold,
+    /// Which expert is split.
+    pub choice: Choice,
+    /// Steps over which load, loss share and entropy are averaged for the choice (exponentially), at least 1.
+    pub averaging_steps: f64,
+    /// How it is split.
+    pub operator: SplitOperator,
+    /// What a newcomer's moments start from.
+    pub moments: Moments,
+    /// What becomes of the detectors.
+    pub after_split: AfterSplit,
+    /// When to stop.
+    pub stop: StopRule,
+    /// What is taken out again.
+    pub pruning: Option<Pruning>,
+    /// Seed of [`Choice::Random`].
+    pub seed: u64,
+}
+
+impl ControllerParams {
+    /// Checks every parameter and makes the controller.
+    ///
+    /// # Errors
+    /// [`ExpandError::Parameter`] for the first one out of range, [`ExpandError::Detector`] if a detector refuses its
+    /// own, [`ExpandError::Empty`] without layers.
+    pub fn check(&self) -> Result<Controller, ExpandError> {
+        Controller::new(self.clone())
+    }
+}

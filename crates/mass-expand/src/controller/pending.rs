@@ -1,0 +1,112 @@
+//! What is open between the observation of a step and its decisions.
+
+use serde::{Deserialize, Serialize};
+
+use super::Controller;
+use super::observation::Request;
+use crate::{ExpandError, ExpertId};
+
+/// One step that has been observed and not yet decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Pending {
+    pub(super) step: u64,
+    pub(super) layers: Vec<LayerPending>,
+    /// Requests without an answer.
+    pub(super) open: Vec<Request>,
+}
+
+/// An expert that the detectors (or the schedule) name, with what is known of it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Candidate {
+    pub(super) id: ExpertId,
+    pub(super) p_value: Option<f64>,
+    pub(super) p_horizon: Option<f64>,
+    pub(super) cosine: Option<f64>,
+    /// Whether the cosine is still to come.
+    pub(super) awaits_cosine: bool,
+}
+
+/// The answer to a masked or probe loss.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Worth {
+    pub(super) expert: ExpertId,
+    pub(super) difference: f64,
+    pub(super) standard_error: Option<f64>,
+}
+
+/// The open part of one layer.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct LayerPending {
+    pub(super) candidates: Vec<Candidate>,
+    /// Threshold of the alignment test, if it is part of the trigger.
+    pub(super) delta: Option<f64>,
+    /// The expert chosen to be split.
+    pub(super) source: Option<Candidate>,
+    /// Experts that satisfied the trigger.
+    pub(super) triggered: usize,
+    /// The expert that the stop rule has masked.
+    pub(super) check: Option<ExpertId>,
+    pub(super) check_answer: Option<Worth>,
+    /// The expert that pruning has masked.
+    pub(super) probe: Option<ExpertId>,
+    pub(super) probe_answer: Option<Worth>,
+}
+
+impl Pending {
+    /// Takes a request off the list, if it is open.
+    pub(super) fn close(&mut self, request: Request) -> Result<(), ExpandError> {
+        let (Request::Alignment { layer, expert }
+        | Request::MaskedLoss { layer, expert }
+        | Request::ProbeLoss { layer, expert }) = request;
+        match self.open.iter().position(|open| *open == request) {
+            Some(at) => {
+                self.open.remove(at);
+                Ok(())
+            }
+            None => Err(ExpandError::UnknownRequest { layer, expert }),
+        }
+    }
+
+    /// What in a stored step contradicts the controller it belongs to.
+    pub(super) fn contradiction(&self, controller: &Controller) -> Option<&'static str> {
+        if self.layers.len() != controller.layers.len() {
+            return Some("the step under way has another number of layers");
+        }
+        if controller.last_step != Some(self.step) {
+            return Some("the step under way is not the last one observed");
+        }
+        for (pending, state) in self.layers.iter().zip(&controller.layers) {
+            let mut named = pending
+                .candidates
+                .iter()
+                .chain(&pending.source)
+                .map(|candidate| candidate.id)
+                .chain(pending.check)
+                .chain(pending.probe);
+            if !named.all(|id| state.position(id).is_some()) {
+                return Some("the step under way names an expert that is not active");
+            }
+            let worth = |answer: &Option<Worth>, asked: Option<ExpertId>| {
+                answer.is_none_or(|w| Some(w.expert) == asked && w.difference.is_finite())
+            };
+            if !worth(&pending.check_answer, pending.check)
+                || !worth(&pending.probe_answer, pending.probe)
+            {
+                return Some("an answer of the step under way was not asked for");
+            }
+        }
+        let known = |request: &Request| {
+            let (Request::Alignment { layer, expert }
+            | Request::MaskedLoss { layer, expert }
+            | Request::ProbeLoss { layer, expert }) = *request;
+            controller
+                .layers
+                .get(layer)
+                .is_some_and(|state| state.position(expert).is_some())
+        };
+        if !self.open.iter().all(known) {
+            return Some("a request of the step under way names an expert that is not active");
+        }
+        None
+    }
+}

@@ -1,0 +1,304 @@
+//! What a controller remembers, and how that is saved and checked when it comes back.
+
+use mass_cpd::{AnyDetector, Detector};
+use serde::{Deserialize, Serialize};
+
+use super::observation::{ExpertObservation, StopReason};
+use super::params::ControllerParams;
+use super::pending::Pending;
+use super::{Controller, validate};
+use crate::{ExpandError, ExpertId};
+
+/// Exponential average whose weights are normalised, so that its first values are not drawn towards zero.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Average {
+    pub(super) value: f64,
+    weight: f64,
+}
+
+impl Average {
+    fn update(&mut self, x: f64, keep: f64) {
+        self.weight = keep * self.weight + 1.0;
+        self.value += (x - self.value) / self.weight;
+    }
+}
+
+/// One expert.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct ExpertState {
+    pub(super) detector: Option<AnyDetector>,
+    /// Step of birth; `None` for the experts of the start.
+    pub(super) born: Option<u64>,
+    pub(super) load: Average,
+    pub(super) loss_share: Average,
+    pub(super) entropy: Average,
+    /// Steps in a row with almost no tokens.
+    pub(super) unused_for: u64,
+}
+
+impl ExpertState {
+    pub(super) fn new(detector: Option<AnyDetector>, born: Option<u64>) -> Self {
+        Self {
+            detector,
+            born,
+            load: Average::default(),
+            loss_share: Average::default(),
+            entropy: Average::default(),
+            unused_for: 0,
+        }
+    }
+
+    pub(super) fn average(&mut self, observed: &ExpertObservation, keep: f64) {
+        self.load.update(observed.load as f64, keep);
+        if let Some(share) = observed.loss_share {
+            self.loss_share.update(share, keep);
+        }
+        if let Some(entropy) = observed.routing_entropy {
+            self.entropy.update(entropy, keep);
+        }
+    }
+
+    /// After a split both halves are other experts than the source was.
+    pub(super) fn forget_averages(&mut self) {
+        self.load = Average::default();
+        self.loss_share = Average::default();
+        self.entropy = Average::default();
+        self.unused_for = 0;
+    }
+}
+
+/// The newest expert of a layer that is still there.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Newest {
+    pub(super) id: ExpertId,
+    pub(super) born: u64,
+    /// Whether the held-out rule has judged it.
+    pub(super) checked: bool,
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct LayerState {
+    /// Active experts, in the order of their birth.
+    pub(super) ids: Vec<ExpertId>,
+    /// Their states, in the same order.
+    pub(super) experts: Vec<ExpertState>,
+    pub(super) detector: Option<AnyDetector>,
+    pub(super) next_id: u32,
+    pub(super) pairs: Vec<(ExpertId, ExpertId)>,
+    pub(super) newest: Option<Newest>,
+    pub(super) expansions: u64,
+    /// Failed checks: in a row, or of the patience used up.
+    pub(super) failures: u32,
+    pub(super) stopped: Option<StopReason>,
+    /// The expert that the last probe for redundancy went to.
+    pub(super) probed: Option<ExpertId>,
+    /// Step of that probe.
+    pub(super) probed_at: Option<u64>,
+}
+
+impl LayerState {
+    pub(super) fn position(&self, id: ExpertId) -> Option<usize> {
+        self.ids.binary_search(&id).ok()
+    }
+
+    pub(super) fn remove(&mut self, id: ExpertId) {
+        if let Some(at) = self.position(id) {
+            self.ids.remove(at);
+            self.experts.remove(at);
+            self.pairs.retain(|&(a, b)| a != id && b != id);
+            if self.newest.is_some_and(|newest| newest.id == id) {
+                self.newest = None;
+            }
+        }
+    }
+}
+
+impl Controller {
+    pub(super) fn new(params: ControllerParams) -> Result<Self, ExpandError> {
+        validate::validate(&params)?;
+        let watch = &params.watch;
+        let mut layers = Vec::with_capacity(params.experts.len());
+        let expert_detector = watch.make_expert(&params)?;
+        let layer_detector = watch.make_layer(&params)?;
+        for &experts in &params.experts {
+            let full = experts >= params.k_max && params.pruning.is_none();
+            layers.push(LayerState {
+                ids: (0..experts as u32).map(ExpertId).collect(),
+                experts: vec![ExpertState::new(expert_detector.clone(), None); experts],
+                detector: layer_detector.clone(),
+                next_id: experts as u32,
+                pairs: Vec::new(),
+                newest: None,
+                expansions: 0,
+                failures: 0,
+                stopped: full.then_some(StopReason::Maximum),
+                probed: None,
+                probed_at: None,
+            });
+        }
+        let loss_detector = watch.make_loss(&params)?;
+        let generator = rand_chacha::rand_core::SeedableRng::seed_from_u64(params.seed);
+        Ok(Self {
+            params,
+            layers,
+            loss_detector,
+            generator,
+            last_step: None,
+            live_steps: 0,
+            continual: false,
+            ended: false,
+            ended_at: None,
+            pending: None,
+            events: Vec::new(),
+        })
+    }
+
+    /// New detectors for the continual phase; layers that the stop rule had stopped are opened again.
+    pub(super) fn begin_continual(&mut self, watch: &super::Watch) -> Result<(), ExpandError> {
+        let expert = watch.make_expert(&self.params)?;
+        let layer_detector = watch.make_layer(&self.params)?;
+        self.loss_detector = watch.make_loss(&self.params)?;
+        for layer in &mut self.layers {
+            for state in &mut layer.experts {
+                state.detector = expert.clone();
+            }
+            layer.detector = layer_detector.clone();
+            layer.failures = 0;
+            if layer.ids.len() < self.params.k_max {
+                layer.stopped = None;
+            }
+        }
+        self.continual = true;
+        Ok(())
+    }
+
+    /// The detectors in force.
+    pub(super) fn watch(&self) -> &super::Watch {
+        match &self.params.phase.continual {
+            Some(continual) if self.continual => continual,
+            _ => &self.params.watch,
+        }
+    }
+}
+
+/// A controller as it is stored, before it has been checked.
+#[derive(Deserialize)]
+#[serde(rename = "Controller")]
+pub(super) struct Stored {
+    params: ControllerParams,
+    layers: Vec<LayerState>,
+    loss_detector: Option<AnyDetector>,
+    generator: rand_chacha::ChaCha8Rng,
+    last_step: Option<u64>,
+    live_steps: u64,
+    continual: bool,
+    ended: bool,
+    ended_at: Option<u64>,
+    pending: Option<Pending>,
+    events: Vec<super::Event>,
+}
+
+impl TryFrom<Stored> for Controller {
+    type Error = ExpandError;
+
+    fn try_from(stored: Stored) -> Result<Self, ExpandError> {
+        validate::validate(&stored.params)?;
+        let controller = Self {
+            params: stored.params,
+            layers: stored.layers,
+            loss_detector: stored.loss_detector,
+            generator: stored.generator,
+            last_step: stored.last_step,
+            live_steps: stored.live_steps,
+            continual: stored.continual,
+            ended: stored.ended,
+            ended_at: stored.ended_at,
+            pending: stored.pending,
+            events: stored.events,
+        };
+        match controller.contradiction() {
+            None => Ok(controller),
+            Some(reason) => Err(ExpandError::State { reason }),
+        }
+    }
+}
+
+impl Controller {
+    /// What in a stored controller contradicts itself, if anything does.
+    fn contradiction(&self) -> Option<&'static str> {
+        let watch = self.watch();
+        if self.layers.len() != self.params.experts.len() {
+            return Some("the number of layers differs from the parameters");
+        }
+        if self.continual && self.params.phase.continual.is_none() {
+            return Some("a continual phase is under way that the parameters do not have");
+        }
+        if !same_kind(&self.loss_detector, &watch.loss) {
+            return Some("the loss detector differs from the parameters");
+        }
+        for layer in &self.layers {
+            if layer.ids.is_empty()
+                || layer.ids.len() > self.params.k_max
+                || layer.experts.len() != layer.ids.len()
+            {
+                return Some("a layer has too few or too many experts");
+            }
+            if !layer.ids.is_sorted_by(|a, b| a < b)
+                || layer.ids.last().is_none_or(|last| last.0 >= layer.next_id)
+            {
+                return Some("the names of a layer's experts are not in order");
+            }
+            let active = |id: ExpertId| layer.position(id).is_some();
+            if layer
+                .pairs
+                .iter()
+                .any(|&(a, b)| !active(a) || !active(b) || a == b)
+                || layer.newest.is_some_and(|newest| !active(newest.id))
+            {
+                return Some("a layer names an expert that is not active");
+            }
+            if !same_kind(&layer.detector, &watch.layer)
+                || layer
+                    .experts
+                    .iter()
+                    .any(|e| !same_kind(&e.detector, &watch.expert))
+            {
+                return Some("a layer's detectors differ from the parameters");
+            }
+            let sound = |a: &Average| a.value.is_finite() && a.weight.is_finite();
+            if !layer
+                .experts
+                .iter()
+                .all(|e| sound(&e.load) && sound(&e.loss_share) && sound(&e.entropy))
+            {
+                return Some("an average is not finite");
+            }
+        }
+        match &self.pending {
+            Some(pending) => pending.contradiction(self),
+            None => None,
+        }
+    }
+}
+
+fn same_kind(detector: &Option<AnyDetector>, params: &Option<mass_cpd::AnyDetectorParams>) -> bool {
+    use mass_cpd::AnyDetectorParams as P;
+    match (detector, params) {
+        (None, None) => true,
+        (Some(AnyDetector::WindowedZ(_)), Some(P::WindowedZ(_)))
+        | (Some(AnyDetector::CalibratedCusum(_)), Some(P::CalibratedCusum(_))) => true,
+        (Some(AnyDetector::WindowedZ(_) | AnyDetector::CalibratedCusum(_)), _)
+        | (None, Some(_))
+        | (_, Some(P::WindowedZ(_) | P::CalibratedCusum(_)) | None) => false,
+        // Kinds that this crate does not know by name: the detector has checked itself.
+        _ => true,
+    }
+}
+
+/// Puts a detector back to its beginning, if there is one.
+pub(super) fn reset(detector: &mut Option<AnyDetector>) {
+    if let Some(detector) = detector {
+        detector.reset();
+    }
+}

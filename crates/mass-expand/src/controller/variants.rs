@@ -1,0 +1,191 @@
+//! The named variants and the growth baselines, as compositions of the parts.
+
+use mass_cpd::{
+    AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform, WindowedZParams,
+};
+
+use super::params::{
+    AfterSplit, Choice, ControllerParams, Moments, Phase, SplitOperator, StopRule, Trigger, Unused,
+};
+use super::watch::{Level, Watch};
+use crate::{AlignmentThreshold, Decomposition};
+
+impl ControllerParams {
+    /// What the paper writes, with its settings for language: expansion in the first tenth of `steps`,
+    /// `T_warm = max(30, 5 %)`, `w = max(60, 9 %)`, alpha 0.01, delta 0.001, gamma 3.
+    ///
+    /// `layers` layers of `experts` experts each, at most `k_max`. Mind that the window of 9 % and the end at 10 % leave
+    /// detection live for 1 % of the run: [`Controller::live_steps`](super::Controller::live_steps) tells.
+    #[must_use]
+    pub fn paper(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
+        Self {
+            experts: vec![experts; layers],
+            k_max,
+            phase: Phase {
+                live_from: 0,
+                live_until: (steps / 10).max(1),
+                continual: None,
+            },
+            watch: Watch::experts(WindowedZParams::paper(
+                percent(steps, 5, 30),
+                percent(steps, 9, 60),
+                0.01,
+            )),
+            unused: Unused::ObserveZero,
+            trigger: Trigger::DetectorAndAlignment,
+            alignment: AlignmentThreshold::Absolute(0.001),
+            choice: Choice::TriggeredLowestIndex,
+            averaging_steps: 50.0,
+            operator: SplitOperator::Clone {
+                decomposition: Some(Decomposition::Whole),
+                preserve_mass: false,
+            },
+            moments: Moments::Zero,
+            after_split: AfterSplit::Keep,
+            stop: StopRule::Consecutive { gamma: 3 },
+            pruning: None,
+            seed: 0,
+        }
+    }
+
+    /// What the released code does, with its settings for language; see the table in the documentation of
+    /// [`Controller`](super::Controller)'s module for the differences. For vision, checks begin after one expansion:
+    /// `checks_after_expansions = 0`.
+    #[must_use]
+    pub fn reference(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
+        Self {
+            watch: Watch::experts(WindowedZParams::reference(
+                percent(steps, 5, 30),
+                percent(steps, 9, 60),
+                0.01,
+            )),
+            operator: SplitOperator::Clone {
+                decomposition: Some(Decomposition::Rowwise),
+                preserve_mass: false,
+            },
+            after_split: AfterSplit::ResetSourceCount,
+            stop: StopRule::Patience {
+                patience: 3,
+                checks_after_expansions: 1,
+            },
+            ..Self::paper(layers, experts, k_max, steps)
+        }
+    }
+
+    /// The same aim with a known false-alarm rate: calibrated CUSUMs on the loss, on each layer's pooled log norm and on
+    /// each expert's log norm share alpha 0.05 over the phase (the first 30 % of `steps`); the expert with the largest
+    /// share of the loss is bisected; a held-out check 50 steps later decides whether growth goes on.
+    #[must_use]
+    pub fn ours(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
+        let live_until = (steps.saturating_mul(3) / 10).max(1);
+        Self {
+            phase: Phase {
+                live_from: 0,
+                live_until,
+                continual: None,
+            },
+            watch: Self::calibrated_watch(0.05, live_until),
+            unused: Unused::Skip,
+            trigger: Trigger::DetectorOnly,
+            choice: Choice::LossShare,
+            operator: SplitOperator::Bisect,
+            after_split: AfterSplit::Rewarm,
+            stop: StopRule::HeldOut {
+                margin: 0.0,
+                z: 1.0,
+                wait: 50,
+                patience: 2,
+                remove: true,
+            },
+            ..Self::paper(layers, experts, k_max, steps)
+        }
+    }
+
+    /// The detectors of [`ours`](Self::ours) at a level of `alpha` over `horizon` steps, for a phase of its own.
+    #[must_use]
+    pub fn calibrated_watch(alpha: f64, horizon: u64) -> Watch {
+        let level = CalibratedCusumParams {
+            horizon,
+            alpha,
+            transform: Transform::Identity,
+            // Estimated on the warm-up, the early transient would inflate the coefficient of the autoregression.
+            reference: Reference::LAGGED,
+            prewhiten: true,
+            // The loss falls and norms rise all through training, without any change of distribution.
+            drift: Drift::Remove,
+            direction: Direction::Up,
+            after_alarm: AfterAlarm::Relearn,
+            ..CalibratedCusumParams::default()
+        };
+        let log = CalibratedCusumParams {
+            transform: Transform::Log,
+            ..level
+        };
+        Watch {
+            expert: Some(log.into()),
+            layer: Some(level.into()),
+            loss: Some(level.into()),
+            level: Level::Shared,
+        }
+    }
+
+    /// Baseline: a split at `first` and every `every` steps after it, whatever the gradients do.
+    #[must_use]
+    pub fn with_schedule(mut self, first: u64, every: u64) -> Self {
+        self.trigger = Trigger::Schedule { first, every };
+        self
+    }
+
+    /// Ablation: detection without the alignment test.
+    #[must_use]
+    pub fn detector_only(mut self) -> Self {
+        self.trigger = Trigger::DetectorOnly;
+        self
+    }
+
+    /// Ablation: the alignment test without detection.
+    #[must_use]
+    pub fn alignment_only(mut self) -> Self {
+        self.trigger = Trigger::AlignmentOnly;
+        self
+    }
+
+    /// Baseline: the trigger says when, chance says which.
+    #[must_use]
+    pub fn random_expert(mut self, seed: u64) -> Self {
+        self.choice = Choice::Random;
+        self.seed = seed;
+        self
+    }
+
+    /// Baseline: the trigger says when, and the expert with the most tokens is split.
+    #[must_use]
+    pub fn most_loaded(mut self) -> Self {
+        self.choice = Choice::MostLoaded;
+        self
+    }
+
+    /// Ablation: cloning without gradient decomposition.
+    #[must_use]
+    pub fn plain_cloning(mut self) -> Self {
+        self.operator = SplitOperator::Clone {
+            decomposition: None,
+            preserve_mass: false,
+        };
+        self
+    }
+
+    /// Continual mode: after the first phase expansion goes on, with detectors that have a false-alarm probability of
+    /// `alpha` in every `horizon` steps, whatever was spent before.
+    #[must_use]
+    pub fn continual(mut self, alpha: f64, horizon: u64) -> Self {
+        self.phase.continual = Some(Self::calibrated_watch(alpha, horizon));
+        self.unused = Unused::Skip;
+        self
+    }
+}
+
+fn percent(steps: u64, percent: u64, at_least: usize) -> usize {
+    let share = steps.saturating_mul(percent) / 100;
+    usize::try_from(share).unwrap_or(usize::MAX).max(at_least)
+}
