@@ -1,0 +1,406 @@
+//! Growing a pool of experts while it trains: what the decisions of [`mass_expand`] do to weights, gradients and optimiser.
+//!
+//! ```text
+//! each step:  pass = train_pass(batch)                  loss and gradients
+//!             grower.step(model, optimizer, pass, ..)   observe, decide, split or remove
+//!             optimizer.step(model, gradients, lr)
+//! ```
+
+use dfdx::prelude::NoneTape;
+use mass_expand::{
+    Action, Answer, BisectParams, Controller, ControllerParams, Event, ExpandError, ExpertId,
+    ExpertObservation, LayerObservation, Reduction, Request, SplitOperator, StepObservation,
+    absorb_mass, alignment, bisect, divide_gradient, preserve_mass, redundancy_gradient,
+};
+use ndarray::Array2;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+use crate::lm::{LayerTrace, TrainPass};
+use crate::nn::MoeLayer;
+use crate::ops::{MoeExpert, Rows};
+use crate::optim::AdamW;
+use crate::param::{CpuGradients, Param, Parameters};
+
+/// A model with mixture layers.
+pub trait Mixtures: Parameters {
+    /// Number of mixture layers.
+    fn mixtures(&self) -> usize;
+
+    /// One of them, counted from the bottom.
+    fn mixture(&self, layer: usize) -> &MoeLayer;
+
+    /// One of them, to be changed.
+    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer;
+
+    /// The prefix of its parameters' names.
+    fn mixture_name(&self, layer: usize) -> String;
+}
+
+/// Which of an expert's gradients its norm is taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientNorm {
+    /// Both matrices, both biases and the gate row (the paper: all its parameters).
+    AllParameters,
+    /// The first matrix alone (the authors' code).
+    Fc1,
+}
+
+/// Rules of a [`Grower`] beside those of its controller.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GrowerConfig {
+    /// Rules of the controller.
+    pub controller: ControllerParams,
+    /// What is monitored.
+    pub gradient_norm: GradientNorm,
+    /// Weight of the redundancy loss on duplicated pairs while expansion lasts.
+    pub redundancy_weight: f64,
+    /// Whether the redundancy loss is a mean or a sum over pairs.
+    pub redundancy_reduction: Reduction,
+}
+
+/// Watches a model's experts, and splits and removes them as its controller decides.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Grower {
+    config: GrowerConfig,
+    controller: Controller,
+}
+
+impl Grower {
+    /// A grower for a model whose layers hold the experts that the configuration names.
+    ///
+    /// # Errors
+    /// [`ModelError::Expand`] for parameters that no controller can have.
+    pub fn new(config: GrowerConfig) -> Result<Self, ModelError> {
+        let controller = config.controller.check()?;
+        Ok(Self { config, controller })
+    }
+
+    /// The controller: live steps, active experts, whether a layer has stopped.
+    pub fn controller(&self) -> &Controller {
+        &self.controller
+    }
+
+    /// Looks at one step's gradients before they are applied, and carries out what the controller decides.
+    ///
+    /// `loss_with_masked(model, request)` answers the controller's questions about the loss with an expert masked.
+    ///
+    /// # Errors
+    /// As the controller's, and those of the layers when a split cannot be carried out.
+    pub fn step<M: Mixtures>(
+        &mut self,
+        step: u64,
+        model: &mut M,
+        optimizer: &mut AdamW,
+        pass: &mut TrainPass,
+        mut loss_with_masked: impl FnMut(&M, Request) -> Result<Answer, ModelError>,
+    ) -> Result<Vec<Event>, ModelError> {
+        let mut observed = Vec::with_capacity(pass.layers.len());
+        for (l, trace) in pass.layers.iter().enumerate() {
+            let layer = model.mixture(l);
+            observed.push(observe(
+                layer,
+                trace,
+                &pass.token_losses,
+                &mut pass.gradients,
+                self.config.gradient_norm,
+            )?);
+        }
+        let layers: Vec<LayerObservation<'_>> = observed
+            .iter()
+            .enumerate()
+            .map(|(l, experts)| {
+                let config = model.mixture(l).config();
+                LayerObservation {
+                    experts,
+                    hidden: config.hidden,
+                    dim: config.dim,
+                }
+            })
+            .collect();
+        let observation = StepObservation {
+            step,
+            loss: f64::from(pass.loss),
+            layers: &layers,
+        };
+        let mut requests = self.controller.begin_step(&observation)?;
+        while let Some(request) = requests.pop() {
+            let answer = match request {
+                Request::Alignment { layer, expert } => {
+                    let moe = model.mixture(layer);
+                    let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
+                    let cosine =
+                        alignment(fc1.gradient(&mut pass.gradients)?, fc1.values())?.cosine;
+                    Answer::Alignment {
+                        layer,
+                        expert,
+                        cosine,
+                    }
+                }
+                other => loss_with_masked(model, other)?,
+            };
+            requests.extend(self.controller.answer(answer)?);
+        }
+        for action in self.controller.finish_step()? {
+            match action {
+                Action::Split {
+                    layer,
+                    source,
+                    newcomer,
+                    operator,
+                    moments,
+                } => {
+                    let name = model.mixture_name(layer);
+                    let trace = &pass.layers[layer];
+                    let moe = model.mixture_mut(layer);
+                    let made = split_expert(moe, source, operator, trace, &mut pass.gradients)?;
+                    if made != newcomer {
+                        return Err(ModelError::Config(format!(
+                            "the controller names its newcomer {}, the layer {}",
+                            newcomer.0, made.0
+                        )));
+                    }
+                    let prefix = |id: ExpertId| format!("{name}.experts.{}", id.0);
+                    optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
+                }
+                Action::Remove { layer, expert } => {
+                    let name = model.mixture_name(layer);
+                    let pairs = self.controller.pairs(layer);
+                    let heir = pairs.iter().find(|p| p.1 == expert).map(|p| p.0);
+                    remove_expert(model.mixture_mut(layer), expert, heir)?;
+                    optimizer.forget(&format!("{name}.experts.{}", expert.0));
+                }
+                _ => {}
+            }
+        }
+        for l in 0..model.mixtures() {
+            if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
+                let pairs = self.controller.pair_positions(l);
+                add_redundancy(model.mixture(l), &pairs, &self.config, &mut pass.gradients)?;
+            }
+        }
+        Ok(self.controller.drain_events())
+    }
+}
+
+/// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
+///
+/// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
+///
+/// # Errors
+/// [`ModelError::Shape`] if there is not one loss a token.
+pub fn observe(
+    layer: &MoeLayer,
+    trace: &LayerTrace,
+    token_losses: &[f32],
+    gradients: &mut CpuGradients,
+    norm: GradientNorm,
+) -> Result<Vec<ExpertObservation>, ModelError> {
+    let plan = &trace.plan;
+    if token_losses.len() != plan.num_tokens() {
+        return Err(ModelError::shape(
+            "token losses",
+            &[plan.num_tokens()],
+            &[token_losses.len()],
+        ));
+    }
+    let shares: Vec<f64> = (0..plan.num_experts())
+        .map(|e| {
+            let segment = plan.segment(e);
+            let tokens = &plan.tokens()[segment.clone()];
+            let weights = &plan.weights()[segment];
+            tokens
+                .iter()
+                .zip(weights)
+                .map(|(&t, &w)| f64::from(w) * f64::from(token_losses[t as usize]))
+                .sum()
+        })
+        .collect();
+    let total: f64 = shares.iter().sum();
+    let mut observed = Vec::with_capacity(shares.len());
+    for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
+        let mut squares = square_norm(&expert.fc1.0, gradients)?;
+        if norm == GradientNorm::AllParameters {
+            for param in [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1] {
+                squares += square_norm(param, gradients)?;
+            }
+        }
+        observed.push(ExpertObservation {
+            id,
+            gradient_norm: squares.sqrt(),
+            cosine: None,
+            load: plan.load(e) as u64,
+            loss_share: (total > 0.0).then(|| shares[e] / total),
+            routing_entropy: None,
+        });
+    }
+    Ok(observed)
+}
+
+fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {
+    Ok(crate::optim::sum_of_squares(param.gradient(gradients)?))
+}
+
+/// Splits an expert in two and returns the newcomer's id, which stands last in the layer.
+///
+/// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
+/// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
+/// back to a clone that preserves the pair's routing mass.
+///
+/// # Errors
+/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Expand`] for gradients that are not finite.
+pub fn split_expert(
+    layer: &mut MoeLayer,
+    source: ExpertId,
+    operator: SplitOperator,
+    trace: &LayerTrace,
+    gradients: &mut CpuGradients,
+) -> Result<ExpertId, ModelError> {
+    let index = layer.index_of(source)?;
+    let mut newcomer = layer.experts()[index].clone();
+    let old = layer.expert_mut(source)?;
+    match operator {
+        SplitOperator::Clone {
+            decomposition,
+            preserve_mass: preserve,
+        } => {
+            let matrix = (old.fc1.0.shape()[0], old.fc1.0.shape()[1]);
+            // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
+            for (a, b, shape) in [
+                (&old.fc1.0, &newcomer.fc1.0, matrix),
+                (&old.gate, &newcomer.gate, (1, old.gate.len())),
+            ] {
+                let mut whole = std::mem::take(a.gradient(gradients)?);
+                divide_gradient(
+                    &mut whole,
+                    b.gradient(gradients)?,
+                    a.values(),
+                    shape,
+                    decomposition,
+                )?;
+                *a.gradient(gradients)? = whole;
+            }
+            copy_gradients(old, &newcomer, gradients, false)?;
+            if preserve {
+                newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
+            }
+        }
+        SplitOperator::Bisect => {
+            copy_gradients(old, &newcomer, gradients, true)?;
+            let inputs = tokens_of(index, trace);
+            match bisect(
+                inputs.view(),
+                old.gate.values(),
+                old.logit_offset,
+                BisectParams::default(),
+            ) {
+                Ok(halves) => {
+                    old.gate.values_mut().copy_from_slice(&halves.source_row);
+                    newcomer
+                        .gate
+                        .values_mut()
+                        .copy_from_slice(&halves.newcomer_row);
+                    old.logit_offset = halves.source_offset;
+                    newcomer.logit_offset = halves.newcomer_offset;
+                }
+                Err(ExpandError::NoSpread { .. } | ExpandError::Empty { .. }) => {
+                    newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        other => {
+            return Err(ModelError::Config(format!(
+                "split operator {other:?} is not known here"
+            )));
+        }
+    }
+    Ok(layer.push(newcomer))
+}
+
+/// Takes an expert out of a layer; `heir`, if it is still there, gets back the routing mass it had shared.
+///
+/// # Errors
+/// [`ModelError::NoSuchExpert`] if it is not in the pool, [`ModelError::Config`] if it is the last one.
+pub fn remove_expert(
+    layer: &mut MoeLayer,
+    expert: ExpertId,
+    heir: Option<ExpertId>,
+) -> Result<(), ModelError> {
+    let removed = layer.remove(expert)?;
+    if let Some(heir) = heir
+        && removed.logit_offset != 0.0
+        && layer.index_of(heir).is_ok()
+    {
+        absorb_mass(
+            &mut layer.expert_mut(heir)?.logit_offset,
+            removed.logit_offset,
+        )?;
+    }
+    Ok(())
+}
+
+/// Adds the gradient of the redundancy loss over pairs of gate rows; returns the loss, unweighted.
+fn add_redundancy(
+    layer: &MoeLayer,
+    pairs: &[(usize, usize)],
+    config: &GrowerConfig,
+    gradients: &mut CpuGradients,
+) -> Result<f64, ModelError> {
+    if pairs.is_empty() {
+        return Ok(0.0);
+    }
+    let rows: Vec<&[f32]> = layer.experts().iter().map(|e| e.gate.values()).collect();
+    let mut taken = Vec::with_capacity(rows.len());
+    for expert in layer.experts() {
+        taken.push(std::mem::take(expert.gate.gradient(gradients)?));
+    }
+    let mut views: Vec<&mut [f32]> = taken.iter_mut().map(Vec::as_mut_slice).collect();
+    let loss = redundancy_gradient(
+        &rows,
+        pairs,
+        config.redundancy_reduction,
+        config.redundancy_weight,
+        &mut views,
+    );
+    for (expert, gradient) in layer.experts().iter().zip(taken) {
+        *expert.gate.gradient(gradients)? = gradient;
+    }
+    Ok(loss?)
+}
+
+fn copy_gradients(
+    from: &MoeExpert,
+    to: &MoeExpert,
+    gradients: &mut CpuGradients,
+    with_fc1_and_gate: bool,
+) -> Result<(), ModelError> {
+    let mut pairs = vec![
+        (&from.fc1.1, &to.fc1.1),
+        (&from.fc2.0, &to.fc2.0),
+        (&from.fc2.1, &to.fc2.1),
+    ];
+    if with_fc1_and_gate {
+        pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
+    }
+    for (a, b) in pairs {
+        let copy = a.gradient(gradients)?.clone();
+        *b.gradient(gradients)? = copy;
+    }
+    Ok(())
+}
+
+/// The gate inputs of the tokens routed to an expert.
+fn tokens_of(index: usize, trace: &LayerTrace) -> Array2<f32> {
+    let tokens = &trace.plan.tokens()[trace.plan.segment(index)];
+    let input = values_of(&trace.gate_input);
+    let dim = input.ncols();
+    Array2::from_shape_fn((tokens.len(), dim), |(i, j)| input[[tokens[i] as usize, j]])
+}
+
+fn values_of(x: &Rows<NoneTape>) -> Array2<f32> {
+    use dfdx::prelude::HasShape;
+    Array2::from_shape_vec(*x.shape(), x.as_vec())
+        .expect("a tensor has as many values as its shape says")
+}

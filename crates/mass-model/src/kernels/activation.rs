@@ -1,0 +1,108 @@
+//! Activation functions of the expert feed-forward network, with their derivatives.
+
+use serde::{Deserialize, Serialize};
+
+use super::vector::{erf, exp, tanh};
+
+/// The nonlinearity between the two matrices of a feed-forward network.
+///
+/// | name | formula |
+/// |---|---|
+/// | `Relu` | max(0, x) |
+/// | `GeluErf` | x/2 (1 + erf(x/√2)) |
+/// | `GeluTanh` | x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// max(0, x)
+    Relu,
+    /// Gaussian error linear unit with the error function.
+    GeluErf,
+    /// Its tanh approximation.
+    GeluTanh,
+}
+
+impl Activation {
+    /// Replaces `pre` by its activation and writes the derivative at each element to `slope`.
+    #[inline(always)]
+    pub(crate) fn apply_with_slope(self, pre: &mut [f32], slope: &mut [f32]) {
+        match self {
+            Self::Relu => each(pre, slope, |x| if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }),
+            Self::GeluErf => each(pre, slope, gelu_erf),
+            Self::GeluTanh => each(pre, slope, gelu_tanh),
+        }
+    }
+
+    /// Replaces `pre` by its activation.
+    #[inline(always)]
+    pub(crate) fn apply(self, pre: &mut [f32]) {
+        match self {
+            Self::Relu => map(pre, |x| if x > 0.0 { x } else { 0.0 }),
+            Self::GeluErf => map(pre, |x| gelu_erf(x).0),
+            Self::GeluTanh => map(pre, |x| gelu_tanh(x).0),
+        }
+    }
+}
+
+#[inline(always)]
+fn each(pre: &mut [f32], slope: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
+    for (x, s) in pre.iter_mut().zip(slope) {
+        (*x, *s) = f(*x);
+    }
+}
+
+#[inline(always)]
+fn map(pre: &mut [f32], f: impl Fn(f32) -> f32) {
+    for x in pre {
+        *x = f(*x);
+    }
+}
+
+#[inline(always)]
+fn gelu_erf(x: f32) -> (f32, f32) {
+    const INV_SQRT_2PI: f32 = 0.398_942_3;
+    let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+    let density = INV_SQRT_2PI * exp(-0.5 * x * x);
+    (x * cdf, cdf + x * density)
+}
+
+#[inline(always)]
+fn gelu_tanh(x: f32) -> (f32, f32) {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    const CUBIC: f32 = 0.044_715;
+    let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+    let inner_slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
+    (
+        0.5 * x * (1.0 + t),
+        0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner_slope,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slopes_agree_with_central_differences() {
+        for act in [Activation::Relu, Activation::GeluErf, Activation::GeluTanh] {
+            for i in -60..60 {
+                let x = i as f32 * 0.1 + 0.05;
+                let value = |x: f32| {
+                    let mut y = [x];
+                    act.apply(&mut y);
+                    y[0]
+                };
+                let (mut y, mut s) = ([x], [0.0]);
+                act.apply_with_slope(&mut y, &mut s);
+                assert_eq!(y[0], value(x));
+                let h = 0.02;
+                let numeric = (value(x + h) - value(x - h)) / (2.0 * h);
+                assert!(
+                    (numeric - s[0]).abs() < 1e-3,
+                    "{act:?} at {x}: {numeric} against {}",
+                    s[0]
+                );
+            }
+        }
+    }
+}

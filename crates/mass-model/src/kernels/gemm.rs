@@ -1,0 +1,213 @@
+//! Matrix products on strided views.
+
+/// A read-only strided matrix view; `data[i * row_stride + j * col_stride]` is element (i, j).
+#[derive(Clone, Copy, Debug)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+/// A writable strided row-major matrix view.
+#[derive(Debug)]
+pub struct MatMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+/// The smallest slice that holds a matrix of this form.
+fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    if rows == 0 || cols == 0 {
+        0
+    } else {
+        (rows - 1) * row_stride + (cols - 1) * col_stride + 1
+    }
+}
+
+impl<'a> Mat<'a> {
+    /// A contiguous row-major matrix.
+    ///
+    /// # Panics
+    /// If `data` is shorter than `rows * cols`.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// A row-major matrix whose rows begin `row_stride` apart.
+    ///
+    /// # Panics
+    /// If `data` is too short or `row_stride < cols`.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(
+            row_stride >= cols,
+            "rows overlap: stride {row_stride}, {cols} columns"
+        );
+        assert!(
+            data.len() >= extent(rows, cols, row_stride, 1),
+            "matrix view leaves its slice"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride,
+            col_stride: 1,
+        }
+    }
+
+    /// The elements, where they lie one after another in row-major order.
+    pub(crate) fn as_slice(&self) -> &'a [f32] {
+        debug_assert!(self.col_stride == 1 && self.row_stride == self.cols);
+        &self.data[..self.rows * self.cols]
+    }
+
+    /// The transposed view.
+    pub fn t(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+}
+
+impl<'a> MatMut<'a> {
+    /// A contiguous row-major matrix.
+    ///
+    /// # Panics
+    /// If `data` is shorter than `rows * cols`.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// A row-major matrix whose rows begin `row_stride` apart.
+    ///
+    /// # Panics
+    /// If `data` is too short or `row_stride < cols`.
+    pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(
+            row_stride >= cols,
+            "rows overlap: stride {row_stride}, {cols} columns"
+        );
+        assert!(
+            data.len() >= extent(rows, cols, row_stride, 1),
+            "matrix view leaves its slice"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride,
+        }
+    }
+}
+
+/// Whether a product replaces the destination or is added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// `dst = a b`
+    Replace,
+    /// `dst += a b`
+    Add,
+}
+
+/// `dst = scale * a b`, or `dst += scale * a b`, on the calling thread.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, store: Store) {
+    assert_eq!(a.cols, b.rows, "inner sizes differ");
+    assert_eq!(
+        (dst.rows, dst.cols),
+        (a.rows, b.cols),
+        "destination has another shape"
+    );
+    if dst.rows == 0 || dst.cols == 0 {
+        return;
+    }
+    if a.cols == 0 {
+        // An empty sum: the gemm crate would leave the destination as it is.
+        if store == Store::Replace {
+            for row in dst.data.chunks_mut(dst.row_stride).take(dst.rows) {
+                row[..dst.cols].fill(0.0);
+            }
+        }
+        return;
+    }
+    // SAFETY: the constructors of `Mat` and `MatMut` checked that every element (i, j) with i < rows and j < cols
+    // lies in its slice (`t` swaps both pairs alike), the sizes were matched above, `dst` is borrowed mutably so it
+    // cannot alias `a` or `b`, and no element of `dst` is written twice because rows do not overlap.
+    #[allow(unsafe_code)]
+    unsafe {
+        gemm::gemm(
+            dst.rows,
+            dst.cols,
+            a.cols,
+            dst.data.as_mut_ptr(),
+            1,
+            dst.row_stride as isize,
+            store == Store::Add,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_triple_loop(m in 0usize..20, n in 0usize..20, k in 0usize..20, pad in 0usize..3,
+                                     ta: bool, tb: bool, add: bool) {
+            let value = |i: usize| ((i * 7919) % 23) as f32 / 7.0 - 1.5;
+            let (ar, ac) = if ta { (k, m) } else { (m, k) };
+            let (br, bc) = if tb { (n, k) } else { (k, n) };
+            let a: Vec<f32> = (0..ar * (ac + pad)).map(value).collect();
+            let b: Vec<f32> = (0..br * (bc + pad)).map(|i| value(i + 5)).collect();
+            let mut dst: Vec<f32> = (0..m * (n + pad)).map(|i| value(i + 11)).collect();
+            let before = dst.clone();
+            let view = |d, r, c, t| { let v = Mat::strided(d, r, c, c + pad); if t { v.t() } else { v } };
+            let store = if add { Store::Add } else { Store::Replace };
+            gemm(MatMut::strided(&mut dst, m, n, n + pad), view(&a, ar, ac, ta), view(&b, br, bc, tb), 0.5, store);
+            for i in 0..m {
+                for j in 0..n + pad {
+                    let at = i * (n + pad) + j;
+                    let mut want = if add || j >= n { before[at] } else { 0.0 };
+                    if j < n {
+                        for l in 0..k {
+                            let x = if ta { a[l * (ac + pad) + i] } else { a[i * (ac + pad) + l] };
+                            let y = if tb { b[j * (bc + pad) + l] } else { b[l * (bc + pad) + j] };
+                            want += 0.5 * x * y;
+                        }
+                    }
+                    prop_assert!((dst[at] - want).abs() < 1e-4);
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves its slice")]
+    fn a_view_that_leaves_its_slice_is_refused() {
+        let _ = Mat::new(&[0.0; 5], 2, 3);
+    }
+}

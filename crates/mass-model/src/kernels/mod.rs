@@ -1,0 +1,27 @@
+//! CPU kernels: slices in, slices out, no tensors.
+//!
+//! Everything above this module speaks of tensors and tapes; everything in it speaks of row-major `f32` slices. The
+//! work is cut into pieces whose size does not depend on the number of threads, and every sum is taken in one fixed
+//! order, so a result has the same bits on one thread as on many.
+//!
+//! This is the only place in the crate that may contain `unsafe` code (the call into the `gemm` crate).
+
+pub mod activation;
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod gemm;
+pub mod layer_norm;
+pub mod linear;
+pub mod moe_ffn;
+pub mod scratch;
+pub mod vector;
+
+/// Rows handled by one task. Fixed, so that partial sums are the same whatever the number of threads.
+pub(crate) const ROW_BLOCK: usize = 256;
+
+/// Runs `f` compiled for the widest vectors that this CPU has (AVX-512, AVX2 with FMA, or the baseline).
+#[inline(always)]
+pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}

@@ -1,0 +1,98 @@
+//! Reusable scratch buffers.
+//!
+//! A fresh multi-megabyte allocation is mapped page by page on first touch, which costs more than many a kernel that
+//! runs in it. Buffers taken here go back to a pool when dropped and are handed out again.
+
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
+
+/// Buffers kept for each size; more than this are freed.
+const KEPT_PER_SIZE: usize = 64;
+
+static POOL: Mutex<Option<HashMap<usize, Vec<Vec<f32>>>>> = Mutex::new(None);
+
+/// A buffer of `f32` that returns to the pool when dropped.
+#[derive(Debug)]
+pub struct Scratch {
+    data: Vec<f32>,
+    len: usize,
+}
+
+impl Scratch {
+    /// A buffer of this length with unspecified (but initialised) contents.
+    pub fn take(len: usize) -> Self {
+        let class = len.next_power_of_two().max(64);
+        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+        let reused = pool
+            .as_mut()
+            .and_then(|p| p.get_mut(&class))
+            .and_then(Vec::pop);
+        drop(pool);
+        Self {
+            data: reused.unwrap_or_else(|| vec![0.0; class]),
+            len,
+        }
+    }
+
+    /// A buffer of this length, all zero.
+    pub fn zeros(len: usize) -> Self {
+        let mut scratch = Self::take(len);
+        scratch.fill(0.0);
+        scratch
+    }
+
+    /// A copy of a slice.
+    pub fn copy_of(src: &[f32]) -> Self {
+        let mut scratch = Self::take(src.len());
+        scratch.copy_from_slice(src);
+        scratch
+    }
+}
+
+impl Deref for Scratch {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.data[..self.len]
+    }
+}
+
+impl DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data[..self.len]
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let data = std::mem::take(&mut self.data);
+        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = pool
+            .get_or_insert_with(HashMap::new)
+            .entry(data.len())
+            .or_default();
+        if kept.len() < KEPT_PER_SIZE {
+            kept.push(data);
+        }
+    }
+}
+
+/// Frees every buffer that is not in use.
+pub fn release_scratch() {
+    *POOL.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_of_the_length_asked_for() {
+        for len in [0, 1, 63, 64, 65, 1000] {
+            assert_eq!(Scratch::take(len).len(), len);
+            assert!(Scratch::zeros(len).iter().all(|&x| x == 0.0));
+        }
+        let src = [1.0, 2.0, 3.0];
+        assert_eq!(&*Scratch::copy_of(&src), &src);
+    }
+}

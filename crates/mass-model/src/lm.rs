@@ -1,0 +1,240 @@
+//! A causal transformer language model whose feed-forward layers are mixtures of experts.
+
+use std::sync::Arc;
+
+use dfdx::prelude::{Cpu, Module, NoneTape, OwnedTape, Tape};
+use mass_expand::ExpertId;
+use mass_routing::RoutingPlan;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+use crate::growth::Mixtures;
+use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer};
+use crate::ops::{self, Rows};
+use crate::param::{CpuGradients, Param, Parameters, join};
+
+/// Sizes of a [`LanguageModel`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LanguageModelConfig {
+    /// Number of token ids.
+    pub vocab: usize,
+    /// Longest sequence (learned positions).
+    pub max_seq: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// The blocks.
+    pub block: BlockConfig,
+}
+
+/// A pre-norm decoder with learned positions and an untied head.
+#[derive(Clone, Debug)]
+pub struct LanguageModel {
+    /// Token embeddings, `[vocab, d]`.
+    pub tokens: Param,
+    /// Position embeddings, `[max_seq, d]`.
+    pub positions: Param,
+    /// Transformer blocks.
+    pub blocks: Vec<Block>,
+    /// Final norm.
+    pub norm: LayerNorm,
+    /// Logits from the final state, `[vocab, d]`.
+    pub head: Linear,
+    config: LanguageModelConfig,
+}
+
+/// What a mixture layer did in a forward pass.
+#[derive(Clone, Debug)]
+pub struct LayerTrace {
+    /// Who computed what.
+    pub plan: Arc<RoutingPlan>,
+    /// Input of the gate, `[tokens, d]`.
+    pub gate_input: Rows<NoneTape>,
+}
+
+/// A forward pass: logits `[tokens, vocab]`, and what each mixture layer did.
+#[derive(Debug)]
+pub struct Forwarded<T: Tape<f32, Cpu>> {
+    /// `[batch * seq, vocab]`
+    pub logits: Rows<T>,
+    /// One a mixture layer, bottom first.
+    pub layers: Vec<LayerTrace>,
+}
+
+/// A training pass: loss, gradients and what each mixture layer did.
+pub struct TrainPass {
+    /// Mean negative log-likelihood a token, nats.
+    pub loss: f32,
+    /// Negative log-likelihood of each token, nats.
+    pub token_losses: Vec<f32>,
+    /// Gradients of the loss.
+    pub gradients: CpuGradients,
+    /// One a mixture layer, bottom first.
+    pub layers: Vec<LayerTrace>,
+}
+
+/// An expert that takes no part in a forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Masked {
+    /// Which mixture layer, counted from the bottom.
+    pub layer: usize,
+    /// Which expert.
+    pub expert: ExpertId,
+}
+
+impl LanguageModel {
+    /// A model with freshly drawn weights: embeddings from N(0, 0.02²) and the rest as PyTorch's defaults.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for sizes that no model can have.
+    pub fn new(config: &LanguageModelConfig, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
+        let &LanguageModelConfig {
+            vocab,
+            max_seq,
+            layers,
+            ..
+        } = config;
+        if vocab == 0 || max_seq == 0 || layers == 0 {
+            let sizes =
+                format!("a model of {layers} layers, {vocab} tokens, sequences of {max_seq}");
+            return Err(ModelError::Config(sizes));
+        }
+        let dim = config.block.moe.dim;
+        Ok(Self {
+            tokens: Param::normal(&[vocab, dim], 0.02, true, rng)?,
+            positions: Param::normal(&[max_seq, dim], 0.02, true, rng)?,
+            blocks: (0..layers)
+                .map(|_| Block::new(&config.block, rng))
+                .collect::<Result<_, _>>()?,
+            norm: LayerNorm::new(dim, config.block.layer_norm_eps)?,
+            head: Linear::new(dim, vocab, false, rng)?,
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration that the model was made with.
+    pub fn config(&self) -> &LanguageModelConfig {
+        &self.config
+    }
+
+    /// The forward pass over sequences of `seq` tokens laid end to end.
+    ///
+    /// # Errors
+    /// [`ModelError::Index`] for a token past the vocabulary, [`ModelError::Shape`] if `seq` does not divide the number of
+    /// tokens or is too long, [`ModelError::NoSuchExpert`] for a masked expert that is not there.
+    pub fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        tokens: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+        tape: T,
+    ) -> Result<Forwarded<T>, ModelError> {
+        let mut x = ops::embedding(tokens, seq, &self.tokens, &self.positions, tape)?;
+        let batch = tokens.len() / seq;
+        let mut layers = Vec::with_capacity(self.blocks.len());
+        for (l, block) in self.blocks.iter().enumerate() {
+            let mask = match masked {
+                Some(m) if m.layer == l => {
+                    block.moe.index_of(m.expert)?;
+                    Some(
+                        block
+                            .moe
+                            .ids()
+                            .iter()
+                            .map(|&id| id != m.expert)
+                            .collect::<Vec<_>>(),
+                    )
+                }
+                _ => None,
+            };
+            let (routed, gate_input) = block.forward(x, batch, seq, mask.as_deref())?;
+            layers.push(LayerTrace {
+                plan: routed.plan,
+                gate_input,
+            });
+            x = routed.output;
+        }
+        let logits = self.head.try_forward(self.norm.try_forward(x)?)?;
+        Ok(Forwarded { logits, layers })
+    }
+
+    /// Loss of next-token prediction and its gradients. `tokens` and `targets` are sequences of `seq` laid end to end.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and [`ModelError::NonFinite`] if the loss is not a number.
+    pub fn train_pass(
+        &self,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass, ModelError> {
+        use dfdx::prelude::{AsArray, Backward};
+        let Forwarded { logits, layers } = self.forward(tokens, seq, None, OwnedTape::default())?;
+        let (loss, token_losses) = ops::cross_entropy(logits, targets)?;
+        let value = loss.array();
+        if !value.is_finite() {
+            return Err(ModelError::NonFinite("the training loss".into()));
+        }
+        Ok(TrainPass {
+            loss: value,
+            token_losses,
+            gradients: loss.try_backward()?,
+            layers,
+        })
+    }
+
+    /// Negative log-likelihood of each target, nats, without a tape.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn score(
+        &self,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        let Forwarded { logits, layers } = self.forward(tokens, seq, masked, NoneTape)?;
+        Ok((ops::token_losses(logits, targets)?, layers))
+    }
+}
+
+impl Parameters for LanguageModel {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        f(join(prefix, "tokens"), &self.tokens);
+        f(join(prefix, "positions"), &self.positions);
+        for (l, block) in self.blocks.iter().enumerate() {
+            block.visit(&join(prefix, &format!("blocks.{l}")), f);
+        }
+        self.norm.visit(&join(prefix, "norm"), f);
+        self.head.visit(&join(prefix, "head"), f);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        f(join(prefix, "tokens"), &mut self.tokens);
+        f(join(prefix, "positions"), &mut self.positions);
+        for (l, block) in self.blocks.iter_mut().enumerate() {
+            block.visit_mut(&join(prefix, &format!("blocks.{l}")), f);
+        }
+        self.norm.visit_mut(&join(prefix, "norm"), f);
+        self.head.visit_mut(&join(prefix, "head"), f);
+    }
+}
+
+impl Mixtures for LanguageModel {
+    fn mixtures(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn mixture(&self, layer: usize) -> &MoeLayer {
+        &self.blocks[layer].moe
+    }
+
+    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
+        &mut self.blocks[layer].moe
+    }
+
+    fn mixture_name(&self, layer: usize) -> String {
+        format!("blocks.{layer}.moe")
+    }
+}

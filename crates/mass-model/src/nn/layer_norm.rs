@@ -1,0 +1,56 @@
+use dfdx::prelude::{Cpu, Module, Tape};
+
+use crate::error::ModelError;
+use crate::ops::{self, Rows};
+use crate::param::{Param, Parameters, join};
+
+/// Layer normalisation over the last axis, `(x - mean)/√(var + eps) ⊙ weight + bias`.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    /// Scale, `[d]`
+    pub weight: Param,
+    /// Shift, `[d]`
+    pub bias: Param,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl LayerNorm {
+    /// Over `dim` values, at scale one and shift zero.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if `dim` is zero or `eps` is not positive.
+    pub fn new(dim: usize, eps: f32) -> Result<Self, ModelError> {
+        if dim == 0 || eps.is_nan() || eps <= 0.0 {
+            return Err(ModelError::Config(format!(
+                "layer norm over {dim} values with eps {eps}"
+            )));
+        }
+        Ok(Self {
+            weight: Param::ones(&[dim], false)?,
+            bias: Param::zeros(&[dim], false)?,
+            eps,
+        })
+    }
+}
+
+impl Parameters for LayerNorm {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        f(join(prefix, "weight"), &self.weight);
+        f(join(prefix, "bias"), &self.bias);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        f(join(prefix, "weight"), &mut self.weight);
+        f(join(prefix, "bias"), &mut self.bias);
+    }
+}
+
+impl<T: Tape<f32, Cpu>> Module<Rows<T>> for LayerNorm {
+    type Output = Rows<T>;
+    type Error = ModelError;
+
+    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
+        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}

@@ -1,0 +1,13 @@
+//! Layers: dfdx modules whose sizes are known at run time.
+
+mod attention;
+mod block;
+mod layer_norm;
+mod linear;
+mod moe;
+
+pub use attention::SelfAttention;
+pub use block::{Block, BlockConfig};
+pub use layer_norm::LayerNorm;
+pub use linear::Linear;
+pub use moe::{MoeConfig, MoeLayer, Routed};

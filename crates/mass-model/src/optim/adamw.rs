@@ -1,0 +1,243 @@
+use std::collections::BTreeMap;
+
+use mass_expand::Moments;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+use crate::kernels::adamw::{AdamWStep, update};
+use crate::param::{CpuGradients, Parameters};
+
+/// Settings of [`AdamW`] but for the learning rate, which is given with each step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay, on parameters that decay (matrices).
+    pub weight_decay: f64,
+    /// Largest norm of all gradients together; larger ones are scaled down.
+    pub clip_norm: Option<f64>,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: None,
+        }
+    }
+}
+
+/// State of one parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParameterState {
+    /// Running mean of the gradient.
+    pub m: Vec<f32>,
+    /// Running mean of its square.
+    pub v: Vec<f32>,
+    /// Updates made to this parameter.
+    pub step: u64,
+}
+
+/// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments and step count for each parameter by name.
+///
+/// `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + λ θ)`, where t counts the
+/// updates of that very parameter: a newcomer's first update is as large as anyone's first, where one global count would
+/// shrink it.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    state: BTreeMap<String, ParameterState>,
+}
+
+impl AdamW {
+    /// An optimiser without state; state is made as parameters are met.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a beta outside [0, 1), or a negative or non-finite setting.
+    pub fn new(config: AdamWConfig) -> Result<Self, ModelError> {
+        let AdamWConfig {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            clip_norm,
+        } = config;
+        for (name, value) in [("beta1", beta1), ("beta2", beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(ModelError::Config(format!(
+                    "AdamW {name} is {value}, not in [0, 1)"
+                )));
+            }
+        }
+        for (name, value) in [
+            ("eps", eps),
+            ("weight decay", weight_decay),
+            ("clip norm", clip_norm.unwrap_or(1.0)),
+        ] {
+            if !value.is_finite() || value < 0.0 {
+                return Err(ModelError::Config(format!(
+                    "AdamW {name} is {value}, not a number of at least 0"
+                )));
+            }
+        }
+        Ok(Self {
+            config,
+            state: BTreeMap::new(),
+        })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &AdamWConfig {
+        &self.config
+    }
+
+    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. Returns the norm of all gradients.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] if a gradient is NaN or infinite; no parameter is changed then.
+    pub fn step<M: Parameters + ?Sized>(
+        &mut self,
+        model: &mut M,
+        gradients: &mut CpuGradients,
+        lr: f64,
+    ) -> Result<f64, ModelError> {
+        let mut squares = 0.0;
+        let mut failed = None;
+        model.visit("", &mut |name, param| {
+            if failed.is_some() {
+                return;
+            }
+            match param.gradient(gradients) {
+                Ok(g) => {
+                    let own = sum_of_squares(g);
+                    if !own.is_finite() {
+                        failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
+                    }
+                    squares += own;
+                }
+                Err(e) => failed = Some(e),
+            }
+        });
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        let norm = squares.sqrt();
+        let gradient_scale = match self.config.clip_norm {
+            Some(limit) if norm > limit => limit / norm,
+            _ => 1.0,
+        };
+        let AdamWConfig {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            ..
+        } = self.config;
+        let mut outcome = Ok(());
+        model.visit_mut("", &mut |name, param| {
+            if outcome.is_err() {
+                return;
+            }
+            let n = param.len();
+            let state = self.state.entry(name).or_insert_with(|| ParameterState {
+                m: vec![0.0; n],
+                v: vec![0.0; n],
+                step: 0,
+            });
+            state.step += 1;
+            let t = i32::try_from(state.step).unwrap_or(i32::MAX);
+            let step = AdamWStep {
+                lr: lr as f32,
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                eps: eps as f32,
+                weight_decay: if param.decays() {
+                    weight_decay as f32
+                } else {
+                    0.0
+                },
+                bias1: (1.0 - beta1.powi(t)) as f32,
+                bias2: (1.0 - beta2.powi(t)) as f32,
+                gradient_scale: gradient_scale as f32,
+            };
+            let g = match param.gradient(gradients) {
+                Ok(g) => std::mem::take(g),
+                Err(e) => {
+                    outcome = Err(e);
+                    return;
+                }
+            };
+            update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
+            match param.gradient(gradients) {
+                Ok(slot) => *slot = g,
+                Err(e) => outcome = Err(e),
+            }
+        });
+        outcome.map(|()| norm)
+    }
+
+    /// Gives every parameter under `newcomer` (a prefix such as `blocks.0.moe.experts.7`) its first state.
+    pub fn adopt(&mut self, source: &str, newcomer: &str, moments: Moments) {
+        self.forget(newcomer);
+        if moments == Moments::Inherit {
+            let prefix = format!("{source}.");
+            let copies: Vec<_> = self
+                .state
+                .iter()
+                .filter_map(|(name, state)| {
+                    let rest = name.strip_prefix(&prefix)?;
+                    Some((format!("{newcomer}.{rest}"), state.clone()))
+                })
+                .collect();
+            self.state.extend(copies);
+        }
+    }
+
+    /// Drops the state of every parameter under a prefix.
+    pub fn forget(&mut self, prefix: &str) {
+        let prefix = format!("{prefix}.");
+        self.state.retain(|name, _| !name.starts_with(&prefix));
+    }
+
+    /// State by parameter name.
+    pub fn state(&self) -> &BTreeMap<String, ParameterState> {
+        &self.state
+    }
+
+    /// Replaces all state, as when a checkpoint is loaded.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if a parameter's two moments differ in length.
+    pub fn restore(&mut self, state: BTreeMap<String, ParameterState>) -> Result<(), ModelError> {
+        for (name, s) in &state {
+            if s.m.len() != s.v.len() {
+                return Err(ModelError::shape(
+                    format!("moments of {name}"),
+                    &[s.m.len()],
+                    &[s.v.len()],
+                ));
+            }
+        }
+        self.state = state;
+        Ok(())
+    }
+}
+
+/// Sum of squares: blocks in f32, their sum in f64, as exact as needed and as fast as memory.
+pub(crate) fn sum_of_squares(g: &[f32]) -> f64 {
+    g.chunks(4096)
+        .map(|c| {
+            f64::from(crate::kernels::vectorised(
+                #[inline(always)]
+                || crate::kernels::vector::dot(c, c),
+            ))
+        })
+        .sum()
+}

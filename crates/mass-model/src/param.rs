@@ -1,0 +1,223 @@
+//! Parameters with run-time sizes, and the visitor that optimiser, checkpoints and gradient monitors walk them by.
+
+use std::fmt;
+use std::sync::Arc;
+
+use dfdx::prelude::{Cpu, Gradients, TensorFromVec};
+use dfdx::tensor::{CpuError, Storage};
+use ndarray_rand::rand_distr::{Distribution, Normal, Uniform};
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::ModelError;
+
+/// Gradients of one backward pass, as dfdx hands them out.
+pub type CpuGradients = Gradients<f32, Cpu>;
+
+type Slot = dyn for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Storage<f32>>::Vec, CpuError>
+    + Send
+    + Sync;
+
+/// Names the lifetime that ties a slot's result to its argument, which a closure alone cannot.
+fn link<F>(f: F) -> Arc<Slot>
+where
+    F: for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Storage<f32>>::Vec, CpuError>
+        + Send
+        + Sync
+        + 'static,
+{
+    Arc::new(f)
+}
+
+/// A trainable vector or matrix (row-major).
+///
+/// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`]. A clone is another
+/// parameter: it has the same values and a gradient of its own, which is what duplicating an expert needs.
+pub struct Param {
+    values: Arc<Vec<f32>>,
+    shape: Vec<usize>,
+    decays: bool,
+    slot: Arc<Slot>,
+}
+
+impl Param {
+    /// A parameter from its values. `decays` says whether weight decay applies (matrices: yes, biases and norms: no).
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if the number of values is not the product of the sizes.
+    pub fn new(values: Vec<f32>, shape: &[usize], decays: bool) -> Result<Self, ModelError> {
+        if values.len() != shape.iter().product::<usize>() {
+            return Err(ModelError::shape("parameter", shape, &[values.len()]));
+        }
+        // A dfdx tensor made for its identity alone: its ghost keeps the id and the length, and the data is freed.
+        let ghost = Cpu::default()
+            .try_tensor_from_vec(values.clone(), (values.len(),))?
+            .ghost();
+        let slot = link(move |g| g.get_or_alloc_mut(&ghost));
+        Ok(Self {
+            values: Arc::new(values),
+            shape: shape.to_vec(),
+            decays,
+            slot,
+        })
+    }
+
+    /// All zero.
+    pub fn zeros(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
+        Self::new(vec![0.0; shape.iter().product()], shape, decays)
+    }
+
+    /// All one.
+    pub fn ones(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
+        Self::new(vec![1.0; shape.iter().product()], shape, decays)
+    }
+
+    /// Drawn from U(-bound, bound).
+    pub fn uniform(
+        shape: &[usize],
+        bound: f32,
+        decays: bool,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let d =
+            Uniform::new_inclusive(-bound, bound).map_err(|e| ModelError::Config(e.to_string()))?;
+        Self::new(
+            (0..shape.iter().product()).map(|_| d.sample(rng)).collect(),
+            shape,
+            decays,
+        )
+    }
+
+    /// Drawn from N(0, std²).
+    pub fn normal(
+        shape: &[usize],
+        std: f32,
+        decays: bool,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let d = Normal::new(0.0, std).map_err(|e| ModelError::Config(e.to_string()))?;
+        Self::new(
+            (0..shape.iter().product()).map(|_| d.sample(rng)).collect(),
+            shape,
+            decays,
+        )
+    }
+
+    /// The values, row-major.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The values, shared: what an operation keeps for its backward pass.
+    pub(crate) fn shared(&self) -> Arc<Vec<f32>> {
+        Arc::clone(&self.values)
+    }
+
+    /// The values, to be changed in place.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        Arc::make_mut(&mut self.values).as_mut_slice()
+    }
+
+    /// The sizes: one for a vector, two for a matrix.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// Whether weight decay applies.
+    pub fn decays(&self) -> bool {
+        self.decays
+    }
+
+    /// This parameter's gradient, allocated (zero) if no operation has added to it.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory is exhausted.
+    pub fn gradient<'g>(
+        &self,
+        gradients: &'g mut CpuGradients,
+    ) -> Result<&'g mut Vec<f32>, ModelError> {
+        Ok(&mut **(self.slot)(gradients)?)
+    }
+
+    pub(crate) fn handle(&self) -> ParamHandle {
+        ParamHandle {
+            slot: Arc::clone(&self.slot),
+        }
+    }
+}
+
+impl Clone for Param {
+    fn clone(&self) -> Self {
+        Self::new(self.values.to_vec(), &self.shape, self.decays)
+            .expect("the shape was checked when self was made")
+    }
+}
+
+impl fmt::Debug for Param {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Param")
+            .field("shape", &self.shape)
+            .field("decays", &self.decays)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A parameter's place among the gradients, for use inside a backward operation.
+#[derive(Clone)]
+pub(crate) struct ParamHandle {
+    slot: Arc<Slot>,
+}
+
+impl ParamHandle {
+    /// Takes the gradient out (zeros if there is none yet); give it back with [`put`](Self::put).
+    pub(crate) fn take(&self, gradients: &mut CpuGradients) -> Result<Vec<f32>, CpuError> {
+        Ok(std::mem::take(&mut **(self.slot)(gradients)?))
+    }
+
+    /// Puts a gradient back.
+    pub(crate) fn put(
+        &self,
+        gradients: &mut CpuGradients,
+        gradient: Vec<f32>,
+    ) -> Result<(), CpuError> {
+        **(self.slot)(gradients)? = gradient;
+        Ok(())
+    }
+}
+
+/// Anything with named parameters.
+///
+/// Names are stable: an expert keeps its own while others come and go, so optimiser state and checkpoints are keyed by
+/// them.
+pub trait Parameters {
+    /// Calls `f` with every parameter and its name, always in the same order.
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param));
+
+    /// Calls `f` with every parameter, to be changed, and its name, in the order of [`visit`](Self::visit).
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param));
+
+    /// Number of trainable values.
+    fn num_values(&self) -> usize {
+        let mut n = 0;
+        self.visit("", &mut |_, p| n += p.len());
+        n
+    }
+}
+
+/// Joins a prefix and a name by a dot.
+pub(crate) fn join(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{prefix}.{name}")
+    }
+}

@@ -1,0 +1,400 @@
+//! A pool that grows while it trains, and checkpoints of it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dfdx::prelude::*;
+use mass_expand::{
+    Answer, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator, Trigger,
+};
+use mass_model::checkpoint;
+use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures, split_expert};
+use mass_model::lm::{LanguageModel, LanguageModelConfig};
+use mass_model::nn::{BlockConfig, MoeConfig};
+use mass_model::optim::{AdamW, AdamWConfig};
+use mass_model::{Activation, ModelError, Parameters, seeded_rng};
+use mass_routing::{Combine, RouterConfig};
+
+const SEQ: usize = 8;
+
+fn model(router: RouterConfig) -> LanguageModel {
+    let moe = MoeConfig {
+        dim: 12,
+        hidden: 10,
+        experts: 3,
+        activation: Activation::GeluErf,
+        router,
+    };
+    let block = BlockConfig {
+        heads: 2,
+        layer_norm_eps: 1e-5,
+        moe,
+    };
+    let config = LanguageModelConfig {
+        vocab: 11,
+        max_seq: SEQ,
+        layers: 2,
+        block,
+    };
+    LanguageModel::new(&config, &mut seeded_rng(5)).unwrap()
+}
+
+/// The batch of a step: a pure function of it.
+fn batch(step: u64) -> (Vec<u32>, Vec<u32>) {
+    let token = |i: u64| ((i * i + 3 * i * step + step) % 11) as u32;
+    let tokens = (0..4 * SEQ as u64).map(token).collect();
+    (tokens, (1..=4 * SEQ as u64).map(token).collect())
+}
+
+fn clone_operator(decomposition: Option<Decomposition>, preserve_mass: bool) -> SplitOperator {
+    SplitOperator::Clone {
+        decomposition,
+        preserve_mass,
+    }
+}
+
+#[test]
+fn a_duplication_that_preserves_mass_leaves_the_output_as_it_was() {
+    let mut model = model(RouterConfig::TopP {
+        p: 1.0,
+        combine: Combine::Raw,
+    });
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let before = model
+        .forward(&tokens, SEQ, None, NoneTape)
+        .unwrap()
+        .logits
+        .as_vec();
+    // Twice the same source: the offsets add up.
+    for expected in [3, 4] {
+        let new = split_expert(
+            model.mixture_mut(0),
+            ExpertId(1),
+            clone_operator(Some(Decomposition::Whole), true),
+            &pass.layers[0],
+            &mut pass.gradients,
+        )
+        .unwrap();
+        assert_eq!(new, ExpertId(expected));
+        let after = model
+            .forward(&tokens, SEQ, None, NoneTape)
+            .unwrap()
+            .logits
+            .as_vec();
+        let largest = before.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        for (a, b) in before.iter().zip(&after) {
+            assert!((a - b).abs() <= 1e-6 * largest.max(1.0), "{a} became {b}");
+        }
+    }
+}
+
+#[test]
+fn one_decomposed_update_breaks_the_tie_between_twins() {
+    for decomposition in [Decomposition::Whole, Decomposition::Rowwise] {
+        let mut model = model(RouterConfig::TopP {
+            p: 0.9,
+            combine: Combine::Renormalised,
+        });
+        let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        let (tokens, targets) = batch(0);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let moe = model.mixture_mut(0);
+        let operator = clone_operator(Some(decomposition), false);
+        split_expert(
+            moe,
+            ExpertId(0),
+            operator,
+            &pass.layers[0],
+            &mut pass.gradients,
+        )
+        .unwrap();
+        let rows = |m: &LanguageModel| {
+            let experts = m.mixture(0).experts();
+            (
+                experts[0].gate.values().to_vec(),
+                experts[3].gate.values().to_vec(),
+            )
+        };
+        let (a, b) = rows(&model);
+        assert_eq!(a, b);
+        optimizer
+            .step(&mut model, &mut pass.gradients, 1e-2)
+            .unwrap();
+        let (a, b) = rows(&model);
+        assert_ne!(a, b);
+        let (mut da, mut db) = (vec![0.0; a.len()], vec![0.0; b.len()]);
+        mass_expand::redundancy_gradient(
+            &[&a, &b],
+            &[(0, 1)],
+            mass_expand::Reduction::Mean,
+            0.01,
+            &mut [&mut da, &mut db],
+        )
+        .unwrap();
+        assert!(da.iter().chain(&db).any(|&x| x != 0.0));
+    }
+}
+
+#[test]
+fn bisecting_divides_the_tokens_of_the_source() {
+    let mut model = model(RouterConfig::TopK {
+        k: 1,
+        combine: Combine::Raw,
+    });
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let busiest = (0..3).max_by_key(|&e| pass.layers[0].plan.load(e)).unwrap();
+    let before = pass.layers[0].plan.load(busiest);
+    let id = model.mixture(0).ids()[busiest];
+    split_expert(
+        model.mixture_mut(0),
+        id,
+        SplitOperator::Bisect,
+        &pass.layers[0],
+        &mut pass.gradients,
+    )
+    .unwrap();
+    let after = model.forward(&tokens, SEQ, None, NoneTape).unwrap();
+    let plan = &after.layers[0].plan;
+    assert!(
+        plan.load(busiest) > 0 && plan.load(3) > 0,
+        "{} and {}",
+        plan.load(busiest),
+        plan.load(3)
+    );
+    assert!(plan.load(busiest) < before);
+}
+
+fn grower() -> Grower {
+    let mut controller = ControllerParams::paper(2, 3, 6, 40);
+    controller.trigger = Trigger::Schedule { first: 4, every: 5 };
+    controller.choice = mass_expand::Choice::MostLoaded;
+    controller.phase.live_from = 0;
+    controller.phase.live_until = 30;
+    Grower::new(GrowerConfig {
+        controller,
+        gradient_norm: GradientNorm::AllParameters,
+        redundancy_weight: 0.01,
+        redundancy_reduction: mass_expand::Reduction::Mean,
+    })
+    .unwrap()
+}
+
+fn advance(
+    model: &mut LanguageModel,
+    optimizer: &mut AdamW,
+    grower: &mut Grower,
+    steps: std::ops::Range<u64>,
+) -> Vec<EventKind> {
+    let mut events = Vec::new();
+    for step in steps {
+        let (tokens, targets) = batch(step);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let made = grower
+            .step(
+                step,
+                model,
+                optimizer,
+                &mut pass,
+                |_, request| match request {
+                    mass_expand::Request::MaskedLoss { layer, expert } => Ok(Answer::MaskedLoss {
+                        layer,
+                        expert,
+                        masked: 1.0,
+                        full: 0.5,
+                    }),
+                    other => panic!("{other:?}"),
+                },
+            )
+            .unwrap();
+        events.extend(made.into_iter().map(|e| e.kind));
+        optimizer.step(model, &mut pass.gradients, 5e-3).unwrap();
+    }
+    events
+}
+
+fn all_values(model: &LanguageModel) -> BTreeMap<String, Vec<u32>> {
+    let mut values = BTreeMap::new();
+    model.visit("", &mut |name, p| {
+        values.insert(name, p.values().iter().map(|x| x.to_bits()).collect());
+    });
+    values
+}
+
+#[test]
+fn resuming_from_any_step_is_bit_identical_to_never_having_stopped() {
+    let router = RouterConfig::TopP {
+        p: 0.6,
+        combine: Combine::Renormalised,
+    };
+    let (mut whole, mut optimizer, mut control) = (
+        model(router.clone()),
+        AdamW::new(AdamWConfig::default()).unwrap(),
+        grower(),
+    );
+    let events = advance(&mut whole, &mut optimizer, &mut control, 0..20);
+    let splits = events
+        .iter()
+        .filter(|e| matches!(e, EventKind::Split { .. }))
+        .count();
+    assert!(splits >= 4, "{splits} splits");
+    assert!(whole.mixture(0).ids().len() > 3);
+    let dir = tempfile::tempdir().unwrap();
+    // Step 5 is right after the first expansion.
+    for stop in [1, 5, 12] {
+        let (mut first, mut optimizer, mut control) = (
+            model(router.clone()),
+            AdamW::new(AdamWConfig::default()).unwrap(),
+            grower(),
+        );
+        advance(&mut first, &mut optimizer, &mut control, 0..stop);
+        checkpoint::save(dir.path(), stop, &first, &optimizer, &control).unwrap();
+        drop((first, optimizer, control));
+        let mut read = checkpoint::load::<Grower>(dir.path()).unwrap();
+        assert_eq!(read.step, stop);
+        advance(
+            &mut read.model,
+            &mut read.optimizer,
+            &mut read.state,
+            stop..20,
+        );
+        assert_eq!(
+            all_values(&read.model),
+            all_values(&whole),
+            "stopped at {stop}"
+        );
+    }
+    // Only the newest is kept, and nothing half-written.
+    let mut left: Vec<_> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["latest", "step-0000000012"]);
+}
+
+fn saved(dir: &Path) -> std::path::PathBuf {
+    let mut model = model(RouterConfig::TopK {
+        k: 1,
+        combine: Combine::Raw,
+    });
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    optimizer
+        .step(&mut model, &mut pass.gradients, 1e-3)
+        .unwrap();
+    checkpoint::save(dir, 1, &model, &optimizer, &()).unwrap()
+}
+
+fn load_error(dir: &Path) -> String {
+    match checkpoint::load::<()>(dir) {
+        Err(e @ (ModelError::Checkpoint { .. } | ModelError::Io { .. })) => e.to_string(),
+        Err(e) => panic!("another error: {e}"),
+        Ok(_) => panic!("it was read"),
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_by_name() {
+    // Rewrites the tensors of the model file through a filter.
+    let rewrite = |folder: &Path,
+                   edit: &dyn Fn(
+        &str,
+        Vec<usize>,
+        Vec<u8>,
+    ) -> Option<(safetensors::Dtype, Vec<usize>, Vec<u8>)>| {
+        let path = folder.join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let kept: Vec<_> = file
+            .iter()
+            .filter_map(|(name, v)| {
+                Some((
+                    name.to_owned(),
+                    edit(name, v.shape().to_vec(), v.data().to_vec())?,
+                ))
+            })
+            .collect();
+        let views: Vec<_> = kept
+            .iter()
+            .map(|(n, (d, s, b))| {
+                (
+                    n.as_str(),
+                    safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap(),
+                )
+            })
+            .collect();
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    };
+    let f32 = safetensors::Dtype::F32;
+    let victim = "blocks.1.moe.experts.2.fc1.bias";
+    let cases: [(&str, &dyn Fn(&Path)); 7] = [
+        ("model.safetensors", &|f| {
+            let path = f.join("model.safetensors");
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("model.safetensors", &|f| {
+            let path = f.join("model.safetensors");
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[9] ^= 0x40;
+            std::fs::write(&path, bytes).unwrap();
+        }),
+        ("blocks.1.moe.experts.2.fc1.bias is missing", &|f| {
+            rewrite(f, &|n, s, b| (n != victim).then_some((f32, s, b)));
+        }),
+        (
+            "blocks.1.moe.experts.2.fc1.bias is [5, 2], not [10]",
+            &|f| {
+                rewrite(f, &|n, s, b| {
+                    Some((f32, if n == victim { vec![5, 2] } else { s }, b))
+                });
+            },
+        ),
+        ("blocks.1.moe.experts.2.fc1.bias is F64", &|f| {
+            rewrite(f, &|n, s, b| {
+                Some(if n == victim {
+                    (safetensors::Dtype::F64, vec![5], b)
+                } else {
+                    (f32, s, b)
+                })
+            });
+        }),
+        ("state.json", &|f| {
+            std::fs::write(f.join("state.json"), "{").unwrap()
+        }),
+        ("optimizer.safetensors", &|f| {
+            std::fs::remove_file(f.join("optimizer.safetensors")).unwrap()
+        }),
+    ];
+    for (i, (expected, damage)) in cases.iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = saved(dir.path());
+        damage(&folder);
+        let message = load_error(dir.path());
+        assert!(message.contains(expected), "case {i}: {message}");
+    }
+    let empty = tempfile::tempdir().unwrap();
+    assert!(!checkpoint::exists(empty.path()));
+    assert!(load_error(empty.path()).contains("latest"));
+}
+
+#[test]
+fn gradients_that_are_not_finite_change_nothing() {
+    let mut model = model(RouterConfig::TopK {
+        k: 1,
+        combine: Combine::Raw,
+    });
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    model.head.weight.gradient(&mut pass.gradients).unwrap()[3] = f32::NAN;
+    let before = all_values(&model);
+    let error = optimizer
+        .step(&mut model, &mut pass.gradients, 1e-3)
+        .unwrap_err();
+    assert!(error.to_string().contains("head.weight"), "{error}");
+    assert_eq!(all_values(&model), before);
+}
