@@ -64,8 +64,8 @@ pub trait Detector {
     /// Takes one observation.
     ///
     /// # Errors
-    /// [`CpdError::NonFinite`] for NaN or an infinity, [`CpdError::NonPositive`] where a logarithm is taken;
-    /// the state is then left unchanged.
+    /// [`CpdError::NonFinite`] for NaN or an infinity, [`CpdError::NonPositive`] where a logarithm is taken,
+    /// [`CpdError::TooLarge`] where squares are summed; the state is then left unchanged.
     fn update(&mut self, x: f64) -> Result<Step, CpdError>;
 
     /// Forgets every observation, as if newly made.

@@ -24,6 +24,14 @@ pub enum CpdError {
         /// The offending value.
         value: f64,
     },
+    /// The observation is finite, but its square would not be.
+    #[error("observation {count} is {value}, beyond the 1e100 that can be squared and summed")]
+    TooLarge {
+        /// Its 1-based position: one more than the number of observations accepted so far.
+        count: u64,
+        /// The offending value.
+        value: f64,
+    },
     /// A parameter lies outside the range in which the method means anything.
     #[error("parameter `{name}` is {value}, but must be {expected}")]
     Parameter {

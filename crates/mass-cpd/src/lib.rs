@@ -1,7 +1,7 @@
 //! Online and offline change-point detection with calibrated p-values
 #![forbid(unsafe_code)]
 
-mod cusum;
+pub mod cusum;
 mod detector;
 mod error;
 mod normal;

@@ -104,8 +104,11 @@ pub struct CalibratedCusumParams {
     pub horizon: u64,
     /// Probability of a false alarm within the horizon, in (0, 0.5].
     pub alpha: f64,
-    /// Allowance of the CUSUM in standard deviations, in [0, 4]: half the smallest shift worth finding.
+    /// Allowance of the CUSUM in standard deviations, in [0.05, 3]: half the smallest shift worth finding.
     pub k: f64,
+    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. Under the
+    /// model a limit of 4 changes nothing; in a stream with outliers it takes several, not one, to make an alarm.
+    pub score_limit: Option<f64>,
     /// What is monitored.
     pub transform: Transform,
     /// What it is compared with.
@@ -129,6 +132,7 @@ impl Default for CalibratedCusumParams {
             horizon: 1000,
             alpha: 0.05,
             k: 0.5,
+            score_limit: Some(4.0),
             transform: Transform::Identity,
             reference: Reference::SelfStarting,
             prewhiten: true,
@@ -141,13 +145,45 @@ impl Default for CalibratedCusumParams {
 }
 
 impl CalibratedCusumParams {
+    /// A setting for the training loss and the gradient norms of a neural network, one of `streams` that are
+    /// watched together with a probability of 0.05 of any false alarm in 1000 steps.
+    ///
+    /// Such streams are positive and skewed (logarithm), start with a transient (200 steps of warm-up, lagged
+    /// reference), drift all through training (drift taken off) and wander by a standard deviation or so
+    /// without a change of the data (allowance `k = 2`): only a sudden rise of several standard deviations, as
+    /// a change of the data distribution makes in the loss, is a change.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_cpd::CalibratedCusumParams;
+    ///
+    /// // Eight experts, the layer as a whole, and the loss.
+    /// let params = CalibratedCusumParams::training(10);
+    /// assert_eq!(params.alpha, 0.005);
+    /// let detector = params.check()?;
+    /// # Ok::<(), mass_cpd::CpdError>(())
+    /// ```
+    #[must_use]
+    pub fn training(streams: usize) -> Self {
+        Self {
+            alpha: 0.05 / streams.max(1) as f64,
+            k: 2.0,
+            transform: Transform::Log,
+            reference: Reference::LAGGED,
+            drift: Drift::Remove,
+            direction: Direction::Up,
+            warmup: 200,
+            ..Self::default()
+        }
+    }
+
     /// Makes the detector.
     ///
     /// # Errors
     /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states.
     pub fn check(&self) -> Result<CalibratedCusum, CpdError> {
         self.validate()?;
-        CalibratedCusum::new(*self)
+        Ok(CalibratedCusum::new(*self))
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {
@@ -163,7 +199,15 @@ impl CalibratedCusumParams {
             self.alpha,
             "in (0, 0.5]",
         )?;
-        require((0.0..=4.0).contains(&self.k), "k", self.k, "in [0, 4]")?;
+        require((0.05..=3.0).contains(&self.k), "k", self.k, "in [0.05, 3]")?;
+        if let Some(limit) = self.score_limit {
+            require(
+                limit > self.k && limit <= 100.0,
+                "score_limit",
+                limit,
+                "over k and at most 100",
+            )?;
+        }
         require(
             (8..=1 << 24).contains(&self.warmup),
             "warmup",

@@ -36,7 +36,7 @@
 //! ```
 
 mod quadrature;
-mod siegmund;
+pub(crate) mod siegmund;
 mod solver;
 mod threshold;
 
