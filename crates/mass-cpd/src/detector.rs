@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CalibratedCusum, CalibratedCusumParams, CpdError, WindowedZ, WindowedZParams};
+use crate::{
+    CalibratedCusum, CalibratedCusumParams, CpdError, TrainingMonitor, TrainingMonitorParams,
+    WindowedZ, WindowedZParams,
+};
 
 /// What one observation did to a detector.
 ///
@@ -94,6 +97,8 @@ pub enum AnyDetectorParams {
     WindowedZ(WindowedZParams),
     /// CUSUM with a false-alarm probability over a horizon.
     CalibratedCusum(CalibratedCusumParams),
+    /// Monitoring against a training sample.
+    TrainingMonitor(TrainingMonitorParams),
 }
 
 impl AnyDetectorParams {
@@ -105,6 +110,7 @@ impl AnyDetectorParams {
         Ok(match self {
             Self::WindowedZ(p) => AnyDetector::WindowedZ(p.check()?),
             Self::CalibratedCusum(p) => AnyDetector::CalibratedCusum(p.check()?),
+            Self::TrainingMonitor(p) => AnyDetector::TrainingMonitor(p.check()?),
         })
     }
 }
@@ -121,6 +127,12 @@ impl From<CalibratedCusumParams> for AnyDetectorParams {
     }
 }
 
+impl From<TrainingMonitorParams> for AnyDetectorParams {
+    fn from(params: TrainingMonitorParams) -> Self {
+        Self::TrainingMonitor(params)
+    }
+}
+
 /// Any detector of this crate, so that a state can hold one without being generic over it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -130,6 +142,8 @@ pub enum AnyDetector {
     WindowedZ(WindowedZ),
     /// CUSUM with a false-alarm probability over a horizon.
     CalibratedCusum(CalibratedCusum),
+    /// Monitoring against a training sample.
+    TrainingMonitor(TrainingMonitor),
 }
 
 impl AnyDetector {
@@ -148,6 +162,7 @@ impl Detector for AnyDetector {
         match self {
             Self::WindowedZ(d) => d.update(x),
             Self::CalibratedCusum(d) => d.update(x),
+            Self::TrainingMonitor(d) => d.update(x),
         }
     }
 
@@ -155,6 +170,7 @@ impl Detector for AnyDetector {
         match self {
             Self::WindowedZ(d) => d.reset(),
             Self::CalibratedCusum(d) => d.reset(),
+            Self::TrainingMonitor(d) => d.reset(),
         }
     }
 
@@ -162,6 +178,7 @@ impl Detector for AnyDetector {
         match self {
             Self::WindowedZ(d) => d.count(),
             Self::CalibratedCusum(d) => d.count(),
+            Self::TrainingMonitor(d) => d.count(),
         }
     }
 }

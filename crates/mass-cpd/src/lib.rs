@@ -7,6 +7,7 @@ mod error;
 mod normal;
 mod ring;
 pub mod run_length;
+pub mod training_monitor;
 pub mod windowed_z;
 
 pub use cusum::{
@@ -14,4 +15,5 @@ pub use cusum::{
 };
 pub use detector::{AnyDetector, AnyDetectorParams, Detector, Step};
 pub use error::CpdError;
+pub use training_monitor::{Spread, TrainingMonitor, TrainingMonitorParams};
 pub use windowed_z::{WindowedZ, WindowedZParams, WindowedZRule};

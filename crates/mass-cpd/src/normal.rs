@@ -2,7 +2,7 @@
 
 use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
-use statrs::function::erf::{erfc, erfc_inv};
+use libm::erfc;
 
 /// `1 - Phi(x)`, without the cancellation that `1 - cdf` has in the tail.
 #[inline]
@@ -18,9 +18,4 @@ pub(crate) fn cdf(x: f64) -> f64 {
 /// The density.
 pub(crate) fn density(x: f64) -> f64 {
     (-0.5 * x * x).exp() / (2.0 * PI).sqrt()
-}
-
-/// The `x` with `1 - Phi(x) = p`.
-pub(crate) fn upper_quantile(p: f64) -> f64 {
-    std::f64::consts::SQRT_2 * erfc_inv(2.0 * p)
 }

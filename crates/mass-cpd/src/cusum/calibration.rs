@@ -9,11 +9,13 @@
 //! With `tau^2` the leverage of the new point in the regression and `n` targets in the window,
 //!
 //! ```text
-//! d ~ N(0, tau^2 / (1 + tau^2))        log sqrt(v) ~ N(log sqrt(1 / (1 + tau^2)), 1 / (2 n) + 1 / n)
+//! d ~ N(0, tau^2 / (1 + tau^2))
+//! log sqrt(v) ~ N(log sqrt(1 / (1 + tau^2)), 1 / (2 n) + (1 + phi) / ((1 - phi) n))
 //! p_N(s) = 1 - E[ P(no signal in L steps | d, v) ]^(N / L)
 //! ```
 //!
-//! where the last `1 / n` is there only with prewhitening, and `L` is how long one error lasts: the window's
+//! where the last term is there only with prewhitening (an error of the coefficient leaves the sum of the
+//! scores a long-run variance other than one; it grows with the coefficient, for which 0.3 is taken), and `L` is how long one error lasts: the window's
 //! length for a level, a third of it for an extended line, whose far end moves faster. The inner probability
 //! is exact (the recursion of [`run_length`](crate::run_length)), the expectation a Gauss-Hermite sum.
 
@@ -201,7 +203,8 @@ impl Key {
         let share = leverage / (1.0 + leverage);
         let level = share.sqrt();
         let log_scale = 0.5 * (1.0 - share).ln();
-        let scale_error = ((0.5 + f64::from(u8::from(self.prewhiten))) / n).sqrt();
+        let coefficient_error = if self.prewhiten { 1.3 / 0.7 } else { 0.0 };
+        let scale_error = ((0.5 + coefficient_error) / n).sqrt();
         let mut signal = 0.0;
         for (x, wx) in HERMITE_9 {
             for (y, wy) in HERMITE_5 {
