@@ -133,6 +133,24 @@ impl From<TrainingMonitorParams> for AnyDetectorParams {
     }
 }
 
+impl From<CalibratedCusum> for AnyDetector {
+    fn from(detector: CalibratedCusum) -> Self {
+        Self::CalibratedCusum(detector)
+    }
+}
+
+impl From<WindowedZ> for AnyDetector {
+    fn from(detector: WindowedZ) -> Self {
+        Self::WindowedZ(detector)
+    }
+}
+
+impl From<TrainingMonitor> for AnyDetector {
+    fn from(detector: TrainingMonitor) -> Self {
+        Self::TrainingMonitor(detector)
+    }
+}
+
 /// Any detector of this crate, so that a state can hold one without being generic over it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -40,44 +40,6 @@ impl Ring {
         &self.values
     }
 
-    /// The values held, oldest first.
-    pub(crate) fn ordered(&self) -> impl Iterator<Item = f64> + '_ {
-        let split = if self.is_full() { self.next } else { 0 };
-        let (late, early) = self.values.split_at(split);
-        early.iter().chain(late).copied()
-    }
-
-    /// The `i`-th value counted from the oldest; the window must be full.
-    #[inline]
-    pub(crate) fn from_oldest(&self, i: usize) -> f64 {
-        let at = self.next + i;
-        self.values[if at >= self.capacity {
-            at - self.capacity
-        } else {
-            at
-        }]
-    }
-
-    /// The value pushed last; there must be one.
-    #[inline]
-    pub(crate) fn newest(&self) -> f64 {
-        self.values[if self.next == 0 {
-            self.capacity
-        } else {
-            self.next
-        } - 1]
-    }
-
-    /// Whether the buffer has just come round to its start.
-    #[inline]
-    pub(crate) fn at_start(&self) -> bool {
-        self.next == 0
-    }
-
-    pub(crate) fn capacity(&self) -> usize {
-        self.capacity
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.values.len()
     }

@@ -1,21 +1,38 @@
 //! Prediction of each observation from a window that ends some steps before it.
+//!
+//! The same regression as in the self-starting reference, fitted to a sliding window by rolling sums. The
+//! window's values are the caller's, so that a bank can keep those of all its streams in one piece.
 
 use serde::{Deserialize, Serialize};
 
 use super::score::{ROUNDING, normal_score};
-use crate::ring::Ring;
 
-/// The same regression as in the self-starting reference, fitted to a sliding window by rolling sums.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Sizes of the reference, and what is fitted to it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Shape {
+    pub(crate) window: usize,
+    pub(crate) gap: usize,
+    pub(crate) prewhiten: bool,
+    pub(crate) drift: bool,
+}
+
+impl Shape {
+    /// Values to be kept of each stream: the window, and the gap after it.
+    pub(crate) fn capacity(&self) -> usize {
+        self.window + self.gap
+    }
+}
+
+/// Rolling sums over the window, and the place of the ring buffer `values` that goes with them.
+#[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub(crate) struct Lagged {
-    /// The window and, after it, the gap.
-    history: Ring,
-    window: usize,
+    seen: u64,
+    /// Where the next value goes, and, once all have been written, where the oldest lies.
+    next: usize,
     sums: Sums,
     /// Largest sum of squares since the sums were last made from scratch: what their rounding error is
     /// proportional to.
     peak: f64,
-    seen: u64,
 }
 
 /// Sums over the window `v_0 .. v_{W-1}` (oldest first) of `v` less `origin`.
@@ -30,49 +47,49 @@ struct Sums {
     ramp: f64,
 }
 
+struct Fit {
+    z: f64,
+    /// Residual sum of squares.
+    rest: f64,
+}
+
 impl Lagged {
-    pub(crate) fn new(window: usize, gap: usize) -> Self {
-        Self {
-            history: Ring::new(window + gap),
-            window,
-            sums: Sums::default(),
-            peak: 0.0,
-            seen: 0,
-        }
-    }
-
-    pub(crate) fn clear(&mut self) {
-        self.history.clear();
-        self.sums = Sums::default();
-        self.peak = 0.0;
-        self.seen = 0;
-    }
-
     pub(crate) fn seen(&self) -> u64 {
         self.seen
     }
 
-    /// Scores `y` against the window, then moves the window on by one. `None` until the window is full.
-    pub(crate) fn update(&mut self, y: f64, prewhiten: bool, drift: bool) -> Option<f64> {
-        let z = self
-            .history
-            .is_full()
-            .then(|| self.score(y, prewhiten, drift));
-        self.learn(y);
+    /// The `i`-th value counted from the oldest; all must have been written.
+    #[inline]
+    fn at(&self, values: &[f64], i: usize) -> f64 {
+        let at = self.next + i;
+        values[if at >= values.len() {
+            at - values.len()
+        } else {
+            at
+        }]
+    }
+
+    /// Scores `y` against the window (`None` until there is a full one), then moves the window on by one.
+    /// `values` is the stream's own buffer, of `shape.capacity()` values.
+    #[inline]
+    pub(crate) fn update(&mut self, values: &mut [f64], y: f64, shape: &Shape) -> Option<f64> {
+        let z = (self.seen >= values.len() as u64).then(|| self.score(values, y, shape));
+        self.learn(values, y, shape);
         z
     }
 
-    fn score(&mut self, y: f64, prewhiten: bool, drift: bool) -> f64 {
-        let fit = self.fit(y, prewhiten, drift);
+    fn score(&mut self, values: &[f64], y: f64, shape: &Shape) -> f64 {
+        let fit = self.fit(values, y, shape);
         // Where nearly all of the sum of squares is explained, its digits are spent: take them anew.
-        if fit.spread < 1e-8 * self.sums.square {
-            self.refresh();
-            return self.fit(y, prewhiten, drift).z;
+        if fit.rest < 1e-8 * self.sums.square {
+            self.refresh(values, shape);
+            return self.fit(values, y, shape).z;
         }
         fit.z
     }
 
-    fn fit(&self, y: f64, prewhiten: bool, drift: bool) -> Fit {
+    #[inline]
+    fn fit(&self, values: &[f64], y: f64, shape: &Shape) -> Fit {
         let Sums {
             origin,
             first,
@@ -80,130 +97,144 @@ impl Lagged {
             product,
             ramp,
         } = self.sums;
-        let size = self.window as f64;
-        let oldest = self.history.from_oldest(0) - origin;
-        let newest = self.history.from_oldest(self.window - 1) - origin;
-        let previous = self.history.newest() - origin;
+        let size = shape.window as f64;
+        let oldest = self.at(values, 0) - origin;
+        let newest = self.at(values, shape.window - 1) - origin;
+        let previous = values[if self.next == 0 {
+            values.len()
+        } else {
+            self.next
+        } - 1]
+            - origin;
         let y = y - origin;
 
         // Targets are all values of the window, or, where each needs its predecessor, all but the oldest.
-        let (n, sum_y, sum_yy) = if prewhiten {
-            (size - 1.0, first - oldest, square - oldest * oldest)
+        let (n, sum_y, sum_yy, mean_t) = if shape.prewhiten {
+            (
+                size - 1.0,
+                first - oldest,
+                square - oldest * oldest,
+                0.5 * size,
+            )
         } else {
-            (size, first, square)
+            (size, first, square, 0.5 * (size - 1.0))
         };
-        let mean_y = sum_y / n;
-        let mut yy = sum_yy - sum_y * mean_y;
+        let per_n = 1.0 / n;
+        let mean_y = sum_y * per_n;
+        let mut rest = sum_yy - sum_y * mean_y;
         let mut error = y - mean_y;
-        let mut leverage = 1.0 + 1.0 / n;
+        let mut leverage = 1.0 + per_n;
         let mut parameters = 1.0;
-        // Time is a target's place in the window, and y's is a window and a gap on.
-        let mean_t = if prewhiten {
-            0.5 * size
-        } else {
-            0.5 * (size - 1.0)
-        };
-        let dt = self.history.len() as f64 - mean_t;
+        // Time is a target's place in the window, and that of y is a window and a gap on.
+        let dt = values.len() as f64 - mean_t;
         let per_tt = 12.0 / (n * (n * n - 1.0));
         let yt = ramp - mean_t * sum_y;
-        if drift {
+        if shape.drift {
             parameters += 1.0;
             error -= yt * per_tt * dt;
             leverage += dt * dt * per_tt;
-            yy -= yt * yt * per_tt;
+            rest -= yt * yt * per_tt;
         }
-        if prewhiten {
+        if shape.prewhiten {
             parameters += 1.0;
             let sum_l = first - newest;
-            let mean_l = sum_l / n;
+            let mean_l = sum_l * per_n;
             let mut ll = square - newest * newest - sum_l * mean_l;
             let mut yl = product - sum_y * mean_l;
             let mut dl = previous - mean_l;
-            if drift {
+            if shape.drift {
                 let lt = ramp - (size - 1.0) * newest + sum_l - mean_t * sum_l;
                 dl -= lt * per_tt * dt;
                 yl -= yt * lt * per_tt;
                 ll -= lt * lt * per_tt;
             }
             if ll > 1e-13 * square {
-                let phi = yl / ll;
-                yy -= phi * yl;
-                leverage += dl * dl / ll;
+                let per_ll = 1.0 / ll;
+                let phi = yl * per_ll;
+                rest -= phi * yl;
+                leverage += dl * dl * per_ll;
                 // Least squares finds too little autocorrelation in a short window (Kendall 1954; with a
                 // trend, Tanaka 1984), which the sum of scores would add up.
-                let bias = if drift {
+                let bias = if shape.drift {
                     2.0 + 4.0 * phi
                 } else {
                     1.0 + 3.0 * phi
                 };
-                error -= (phi + bias / n).clamp(-0.99, 0.99) * dl;
+                error -= (phi + bias * per_n).clamp(-0.99, 0.99) * dl;
             }
         }
         let raw_square = square + origin * (2.0 * first + size * origin);
-        let z = if yy > 1e-13 * square && yy > ROUNDING * raw_square && n > parameters {
-            normal_score(error, error * error / (yy * leverage), n - parameters)
+        let z = if rest > 1e-13 * square && rest > ROUNDING * raw_square && n > parameters {
+            normal_score(error, error * error / (rest * leverage), n - parameters)
         } else {
             0.0
         };
-        Fit { z, spread: yy }
+        Fit { z, rest }
     }
 
-    fn learn(&mut self, y: f64) {
-        self.seen += 1;
-        if self.history.len() < self.history.capacity() {
-            self.history.push(y);
-            if self.history.is_full() {
-                self.refresh();
-            }
-            return;
+    #[inline]
+    fn learn(&mut self, values: &mut [f64], y: f64, shape: &Shape) {
+        let full = self.seen >= values.len() as u64;
+        if full {
+            let origin = self.sums.origin;
+            let at = |i: usize| self.at(values, i) - origin;
+            let (leaving, second, newest) = (at(0), at(1), at(shape.window - 1));
+            // With no gap, y itself is the next value of the window.
+            let entering = if shape.gap > 0 {
+                at(shape.window)
+            } else {
+                y - origin
+            };
+            let sums = &mut self.sums;
+            let stay = sums.first - leaving;
+            sums.ramp += (shape.window - 1) as f64 * entering - stay;
+            sums.first = stay + entering;
+            sums.square += entering * entering - leaving * leaving;
+            sums.product += newest * entering - leaving * second;
+            self.peak = self.peak.max(sums.square);
         }
-        let origin = self.sums.origin;
-        let at = |i: usize| self.history.from_oldest(i) - origin;
-        let (leaving, second, newest) = (at(0), at(1), at(self.window - 1));
-        // With no gap, y itself is the next value of the window.
-        let entering = if self.window < self.history.capacity() {
-            at(self.window)
-        } else {
-            y - origin
-        };
-        let sums = &mut self.sums;
-        let rest = sums.first - leaving;
-        sums.ramp += (self.window - 1) as f64 * entering - rest;
-        sums.first = rest + entering;
-        sums.square += entering * entering - leaving * leaving;
-        sums.product += newest * entering - leaving * second;
-        self.peak = self.peak.max(self.sums.square);
-        self.history.push(y);
+        values[self.next] = y;
+        self.seen += 1;
+        self.next += 1;
+        if self.next == values.len() {
+            self.next = 0;
+        }
         // Rounding errors pile up, and weigh most when a large value leaves a window of small ones.
-        if self.history.at_start() || self.sums.square < 1e-6 * self.peak {
-            self.refresh();
+        let stale = full && self.sums.square < 1e-6 * self.peak;
+        if stale || (self.next == 0 && self.seen >= values.len() as u64) {
+            self.refresh(values, shape);
         }
     }
 
     /// Makes the sums from the values, around their mean.
-    fn refresh(&mut self) {
-        let window = || self.history.ordered().take(self.window);
-        let anchor = self.history.from_oldest(0);
-        let origin = anchor + window().map(|v| v - anchor).sum::<f64>() / self.window as f64;
+    fn refresh(&mut self, values: &[f64], shape: &Shape) {
+        let window = shape.window;
+        let anchor = self.at(values, 0);
+        let origin = anchor
+            + (0..window)
+                .map(|j| self.at(values, j) - anchor)
+                .sum::<f64>()
+                / window as f64;
         let mut sums = Sums {
             origin,
             ..Sums::default()
         };
-        let mut previous = None;
-        for (j, v) in window().enumerate() {
-            let v = v - origin;
+        let mut previous = 0.0;
+        for j in 0..window {
+            let v = self.at(values, j) - origin;
             sums.first += v;
             sums.square += v * v;
             sums.ramp += j as f64 * v;
-            sums.product += previous.map_or(0.0, |p| p * v);
-            previous = Some(v);
+            // The first has no predecessor, and zero takes its place.
+            sums.product += previous * v;
+            previous = v;
         }
         self.sums = sums;
         self.peak = sums.square;
     }
 
-    /// Whether a deserialised state fits the parameters; gives the buffer its room back.
-    pub(crate) fn revive(&mut self, window: usize, gap: usize) -> bool {
+    /// Whether a deserialised state could have come from finite observations.
+    pub(crate) fn is_valid(&self, values: &[f64], shape: &Shape) -> bool {
         let Sums {
             origin,
             first,
@@ -211,16 +242,11 @@ impl Lagged {
             product,
             ramp,
         } = self.sums;
-        self.window == window
-            && self.history.revive(window + gap)
-            && self.seen >= self.history.len() as u64
+        values.len() == shape.capacity()
+            && self.next as u64 == self.seen % values.len() as u64
             && [origin, first, square, product, ramp, self.peak]
                 .iter()
                 .all(|v| v.is_finite())
+            && values.iter().all(|v| v.is_finite())
     }
-}
-
-struct Fit {
-    z: f64,
-    spread: f64,
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::lagged::Shape;
 use crate::{CalibratedCusum, CpdError, error::require};
 
 /// What is monitored: the observation or its logarithm.
@@ -184,6 +185,20 @@ impl CalibratedCusumParams {
     pub fn check(&self) -> Result<CalibratedCusum, CpdError> {
         self.validate()?;
         Ok(CalibratedCusum::new(*self))
+    }
+
+    /// Sizes of the lagged reference, empty for the self-starting one.
+    pub(crate) fn shape(&self) -> Shape {
+        let (window, gap) = match self.reference {
+            Reference::SelfStarting => (0, 0),
+            Reference::Lagged { window, gap } => (window, gap),
+        };
+        Shape {
+            window,
+            gap,
+            prewhiten: self.prewhiten,
+            drift: self.drift == Drift::Remove,
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {

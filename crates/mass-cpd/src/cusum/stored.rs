@@ -1,0 +1,77 @@
+//! What is stored of a detector, and its check when it is read back.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    CalibratedCusum, CalibratedCusumParams, Reference,
+    detector::{State, Sum},
+};
+use crate::CpdError;
+
+/// All but what follows from the parameters.
+#[derive(Serialize, Deserialize)]
+#[serde(rename = "CalibratedCusum")]
+pub(super) struct Stored {
+    params: CalibratedCusumParams,
+    reference: State,
+    up: Sum,
+    down: Sum,
+    count: u64,
+    last_score: Option<f64>,
+}
+
+impl From<CalibratedCusum> for Stored {
+    fn from(d: CalibratedCusum) -> Self {
+        Self {
+            params: d.params,
+            reference: d.reference,
+            up: d.up,
+            down: d.down,
+            count: d.count,
+            last_score: d.last_score,
+        }
+    }
+}
+
+impl TryFrom<Stored> for CalibratedCusum {
+    type Error = CpdError;
+
+    fn try_from(stored: Stored) -> Result<Self, CpdError> {
+        let params = stored.params;
+        params.validate()?;
+        let state = |reason| CpdError::State { reason };
+        match (&stored.reference, params.reference) {
+            (State::SelfStarting(s), Reference::SelfStarting) => {
+                if !s.is_valid() || s.seen > stored.count as f64 {
+                    return Err(state("the moments are impossible"));
+                }
+            }
+            (State::Lagged { rolling, values }, Reference::Lagged { .. }) => {
+                if !rolling.is_valid(values, &params.shape()) || rolling.seen() > stored.count {
+                    return Err(state("the reference window does not fit the parameters"));
+                }
+            }
+            _ => {
+                return Err(state(
+                    "the reference is not of the kind that the parameters name",
+                ));
+            }
+        }
+        for side in [stored.up, stored.down] {
+            if !(side.s.is_finite() && side.s >= 0.0 && side.onset <= stored.count) {
+                return Err(state("a sum of scores is impossible"));
+            }
+        }
+        if stored.last_score.is_some_and(|z| !z.is_finite()) {
+            return Err(state("the last score is not finite"));
+        }
+        Ok(Self {
+            reference: stored.reference,
+            up: stored.up,
+            down: stored.down,
+            count: stored.count,
+            last_score: stored.last_score,
+            ..Self::new(params)
+        })
+    }
+}
