@@ -1,2 +1,42 @@
-//! Project commands.
-fn main() {}
+//! Project commands: `cargo xtask <command>`. Needs nothing but Rust.
+//!
+//! Each command is one file. What concerns experiments is forwarded to the `mass-bench` binary, which
+//! is built first.
+#![forbid(unsafe_code)]
+
+mod ci;
+mod forward;
+mod run;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+Usage: cargo xtask <command> [arguments]
+
+  reproduce [STUDY]   run a study and print its table beside the paper's figures
+  train --text FILE   train a byte-level language model with MASS layers on your text
+  bench [NAME]        time what mass-bench does itself
+  data check          list data sets and models: there, missing, broken
+  ci                  run what CI runs
+
+`cargo xtask <command> --help` lists a command's arguments.
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match arguments.first().and_then(|a| a.to_str()) {
+        Some("reproduce" | "train" | "bench" | "data") => forward::run(&arguments),
+        Some("ci") => ci::run(&arguments[1..]),
+        Some("help" | "--help" | "-h") => {
+            print!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        other => {
+            let what = other.map_or("no command given".to_owned(), |o| {
+                format!("unknown command `{o}`")
+            });
+            eprintln!("error: {what}; there are: reproduce, train, bench, data, ci");
+            ExitCode::from(2)
+        }
+    }
+}

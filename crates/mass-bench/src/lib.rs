@@ -7,6 +7,8 @@
 //! | [`batch`] | token batches that are a pure function of a seed and a step |
 //! | [`report`] | results.json, metrics.jsonl, events.jsonl, the terminal table and report.html |
 //! | [`study`] | the experiments by name |
+//! | [`sweep`] | many independent runs on a few threads |
+//! | [`trainer`] | the training loop, with growth, that can stop at any step and go on |
 //! | [`train`] | a byte-level language model on one's own text |
 //! | [`bench`] | short timings of what this crate does itself |
 //! | [`data_check`] | which data sets and models are there, and where to get the rest |
@@ -16,6 +18,17 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod bench;
+pub mod cli;
+pub mod data_check;
+mod error;
 pub mod ginc;
+pub mod report;
 pub mod rng;
+pub mod study;
+pub mod sweep;
 pub mod text;
+pub mod train;
+pub mod trainer;
+
+pub use error::BenchError;

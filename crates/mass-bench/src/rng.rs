@@ -6,10 +6,6 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Purpose {
-    /// The structure of a GINC instance shared by its concepts: emission table, entity transitions.
-    Structure,
-    /// A GINC concept's own start distribution and property transitions.
-    Concept,
     /// Training documents.
     Training,
     /// Evaluation windows.

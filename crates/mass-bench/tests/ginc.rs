@@ -8,17 +8,17 @@ use mass_bench::rng::{Purpose, stream};
 use ndarray::{Array2, Array3, Axis, array};
 use proptest::prelude::*;
 
-fn instance(vocab: usize, seed: u64) -> Ginc {
-    Ginc::generate(&GincParams::new(vocab, seed).check().unwrap())
+fn instance(vocab: usize, seed: u32) -> Ginc {
+    Ginc::generate(&GincParams::new(vocab).seed(seed).check().unwrap())
 }
 
 fn small() -> impl Strategy<Value = GincParams> {
-    (2usize..40, 1usize..5, 1usize..5, 2usize..6, any::<u64>()).prop_map(
+    (2usize..40, 1usize..5, 1usize..5, 2usize..6, any::<u32>()).prop_map(
         |(vocab, concepts, entities, properties, seed)| GincParams {
             concepts,
             entities,
             properties,
-            ..GincParams::new(vocab, seed)
+            ..GincParams::new(vocab).seed(seed)
         },
     )
 }
@@ -177,8 +177,8 @@ fn values_are_stable_across_releases() {
     assert_eq!(ginc.emission()[..10], EMISSION_0);
     assert_eq!(document.tokens, TOKENS_0);
 }
-const EMISSION_0: [u32; 10] = [0, 33, 35, 36, 23, 25, 35, 28, 3, 10];
-const TOKENS_0: [u32; 12] = [22, 20, 22, 29, 22, 4, 2, 28, 45, 30, 30, 24];
+const EMISSION_0: [u32; 10] = [0, 48, 1, 4, 4, 40, 10, 20, 22, 37];
+const TOKENS_0: [u32; 12] = [0, 43, 19, 28, 47, 0, 43, 13, 15, 19, 15, 21];
 
 #[test]
 fn the_filter_recovers_the_concept() {
@@ -312,7 +312,7 @@ fn corpus_batches_are_pieces_of_one_document() {
 
 #[test]
 fn parameters_out_of_range_are_named() {
-    let ok = GincParams::new(50, 0);
+    let ok = GincParams::new(50);
     let cases = [
         (
             GincParams {
@@ -380,7 +380,7 @@ fn parameters_out_of_range_are_named() {
 
 #[test]
 fn params_round_trip_and_hostile_json_is_refused() {
-    let valid = GincParams::new(100, 7).check().unwrap();
+    let valid = GincParams::new(100).check().unwrap();
     let json = serde_json::to_string(&valid).unwrap();
     assert_eq!(
         serde_json::from_str::<ValidGincParams>(&json).unwrap(),

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use mass_bench::ginc::{BayesFilter, Ginc};
+use mass_bench::ginc::{BayesFilter, Ginc, GincParams};
 use ndarray::{Array2, Array3};
 use safetensors::{Dtype, SafeTensors};
 
@@ -90,7 +90,7 @@ fn golden_ginc() {
     let want = about["mean_bayes_nll"].as_f64().expect("mean_bayes_nll");
     assert!((mean - want).abs() <= 1e-9, "{mean} {want}");
 
-    // The tables have the form that our own generator gives them: T = V kron S, V shared.
+    // The tables have the form that our own generator gives them.
     let properties = emission
         .iter()
         .skip(1)
@@ -100,5 +100,24 @@ fn golden_ginc() {
     for state in 0..states as u32 {
         let delimiter = ginc.emission()[state as usize] == 0;
         assert_eq!(delimiter, ginc.property_of(state) == 0);
+    }
+
+    // Drawn by the original program's random numbers (its first draws are the emission table), the
+    // whole instance must come out of the seed again.
+    let params = GincParams {
+        concepts,
+        entities: ginc.entities(),
+        properties,
+        ..GincParams::new(vocab)
+    };
+    let seed = about["seed"].as_u64().expect("seed") as u32;
+    let ours = Ginc::generate(&params.seed(seed).check().expect("valid parameters"));
+    if ours.emission() == ginc.emission() {
+        for (got, want) in ours.start().iter().zip(ginc.start()) {
+            assert!((got - want).abs() <= 1e-12, "start {got} {want}");
+        }
+        for (got, want) in ours.transition().iter().zip(ginc.transition()) {
+            assert!((got - want).abs() <= 1e-12, "transition {got} {want}");
+        }
     }
 }

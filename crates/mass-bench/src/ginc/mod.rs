@@ -14,6 +14,9 @@
 //! and a state emits its own token, always: a table entities × properties of ids drawn from
 //! `1..vocab`, whose column 0 is token 0, the delimiter. A document keeps one concept throughout.
 //!
+//! The tables come from the same random numbers, in the same order, as in the original Python
+//! program, so seed 1111 (the default) with vocabulary 50 is the instance its authors released.
+//!
 //! Because all of this is known, so is the best loss any model can reach: [`BayesFilter`] computes
 //! it, and [`ngram_floors`] the best loss with zero, one or two tokens of context.
 //!
@@ -21,7 +24,7 @@
 //! use mass_bench::ginc::{BayesFilter, Ginc, GincParams, Windows};
 //! use mass_bench::rng::{Purpose, stream};
 //!
-//! let ginc = Ginc::generate(&GincParams::new(50, 1).check()?);
+//! let ginc = Ginc::generate(&GincParams::new(50).check()?);
 //! let document = ginc.sample_document(3, 1024, &mut stream(1, Purpose::Training, 0))?;
 //! let nll = BayesFilter::of(&ginc).nll(&document.tokens)?;
 //! assert_eq!(nll.len(), 1024);
@@ -33,11 +36,11 @@
 mod bayes;
 mod corpus;
 mod floors;
+mod mt19937;
 mod params;
 mod sample;
 
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2};
-use ndarray_rand::rand::{Rng, seq::SliceRandom};
 
 pub use bayes::{BayesFilter, FilterState};
 pub use corpus::{Corpus, Windows};
@@ -45,7 +48,7 @@ pub use floors::{Estimate, NgramFloors, bayes_floor, ngram_floors};
 pub use params::{GincParams, ValidGincParams};
 pub use sample::Document;
 
-use crate::rng::{Purpose, stream};
+use mt19937::Mt19937;
 use sample::AliasTable;
 
 /// What can be wrong with GINC parameters, tables or tokens.
@@ -141,35 +144,36 @@ pub struct Ginc {
 }
 
 impl Ginc {
-    /// Draws an instance. Same parameters, same instance, on every platform.
+    /// Draws an instance: the one the original program draws from this seed, on every platform.
     #[must_use]
     pub fn generate(params: &ValidGincParams) -> Self {
         let p = params.params();
         let states = p.entities * p.properties;
-        let mut shared = stream(p.seed, Purpose::Structure, 0);
-        let emission = (0..states)
-            .map(|state| match state % p.properties {
-                0 => 0,
-                _ => shared.random_range(1..p.vocab as u32),
-            })
+        let mut rng = Mt19937::new(p.seed);
+        let mut emission: Vec<u32> = (0..states)
+            .map(|_| 1 + rng.at_most(p.vocab as u32 - 2))
             .collect();
+        for token in emission.iter_mut().step_by(p.properties) {
+            *token = 0;
+        }
+        // The original seeds the shared entity transitions apart, with its seed + 3.
+        let mut shared = Mt19937::new(p.seed.wrapping_add(3));
         let mixture = permutation_mixture(p.entities, p.transition_temperature, &mut shared);
         let identity = Array2::<f64>::eye(p.entities);
-        let entity = &identity * p.entity_persistence + &mixture * (1.0 - p.entity_persistence);
+        let entity = mixture * (1.0 - p.entity_persistence) + identity * p.entity_persistence;
 
         let mut start = Array2::zeros((p.concepts, states));
         let mut transition = Array3::zeros((p.concepts, states, states));
         for concept in 0..p.concepts {
-            let mut own = stream(p.seed, Purpose::Concept, concept as u64);
-            let weights = tempered_softmax(states, p.start_temperature, &mut own);
+            let weights = tempered_softmax(states, p.start_temperature, &mut rng);
             start.row_mut(concept).assign(&ArrayView1::from(&weights));
-            let property = permutation_mixture(p.properties, p.transition_temperature, &mut own);
+            let property = permutation_mixture(p.properties, p.transition_temperature, &mut rng);
             for ((from, to), value) in transition
                 .index_axis_mut(ndarray::Axis(0), concept)
                 .indexed_iter_mut()
             {
-                *value = entity[[from / p.properties, to / p.properties]]
-                    * property[[from % p.properties, to % p.properties]];
+                *value = property[[from % p.properties, to % p.properties]]
+                    * entity[[from / p.properties, to / p.properties]];
             }
         }
         Self::assemble(
@@ -297,24 +301,21 @@ impl Ginc {
 }
 
 /// Σ_i w_i Perm_i over `n` random permutations of `n` things, w = softmax((U - 0.5) / temperature).
-fn permutation_mixture(n: usize, temperature: f64, rng: &mut impl Rng) -> Array2<f64> {
+fn permutation_mixture(n: usize, temperature: f64, rng: &mut Mt19937) -> Array2<f64> {
     let weights = tempered_softmax(n, temperature, rng);
     let mut matrix = Array2::zeros((n, n));
-    // u64 keeps the shuffle's draws the same on 32-bit machines.
-    let mut permutation: Vec<u64> = (0..n as u64).collect();
     for weight in weights {
-        permutation.shuffle(rng);
-        for (row, &column) in permutation.iter().enumerate() {
-            matrix[[row, column as usize]] += weight;
+        for (row, column) in rng.permutation(n).into_iter().enumerate() {
+            matrix[[row, column]] += weight;
         }
     }
     matrix
 }
 
 /// softmax((U - 0.5) / temperature) of `n` uniforms.
-fn tempered_softmax(n: usize, temperature: f64, rng: &mut impl Rng) -> Vec<f64> {
+fn tempered_softmax(n: usize, temperature: f64, rng: &mut Mt19937) -> Vec<f64> {
     let logits: Vec<f64> = (0..n)
-        .map(|_| (rng.random::<f64>() - 0.5) / temperature)
+        .map(|_| (rng.uniform() - 0.5) / temperature)
         .collect();
     let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let exps: Vec<f64> = logits.iter().map(|l| (l - top).exp()).collect();

@@ -5,7 +5,9 @@ use super::GincError;
 /// What makes a GINC instance; unchecked.
 ///
 /// [`GincParams::new`] gives the published setting: 5 concepts, 10 entities, 10 properties,
-/// transition temperature 0.1, start temperature 10, entity persistence 0.9.
+/// transition temperature 0.1, start temperature 10, entity persistence 0.9, seed 1111. The original
+/// draws ten concepts and keeps the last five apart for out-of-distribution prompts: the first five
+/// are the same either way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GincParams {
@@ -23,8 +25,9 @@ pub struct GincParams {
     pub start_temperature: f64,
     /// Weight of the identity in the entities' transition matrix V, in [0, 1].
     pub entity_persistence: f64,
-    /// Fixes the instance.
-    pub seed: u64,
+    /// Fixes the instance, not the documents. Instances differ: over seeds, the Bayes floor of
+    /// vocabulary 50 has a standard deviation of about 0.15 nats.
+    pub seed: u32,
 }
 
 /// States beyond this make the dense transition matrices larger than 1 GiB.
@@ -33,7 +36,7 @@ const MAX_ENTRIES: usize = 1 << 27;
 impl GincParams {
     /// The published setting with this vocabulary.
     #[must_use]
-    pub fn new(vocab: usize, seed: u64) -> Self {
+    pub fn new(vocab: usize) -> Self {
         Self {
             vocab,
             concepts: 5,
@@ -42,8 +45,15 @@ impl GincParams {
             transition_temperature: 0.1,
             start_temperature: 10.0,
             entity_persistence: 0.9,
-            seed,
+            seed: 1111,
         }
+    }
+
+    /// Another instance of the same form.
+    #[must_use]
+    pub fn seed(mut self, seed: u32) -> Self {
+        self.seed = seed;
+        self
     }
 
     /// Checks every range once.

@@ -1,0 +1,98 @@
+//! The arguments of the `mass-bench` binary, checked once, and what a running command needs.
+
+mod context;
+mod parse;
+mod progress;
+mod reproduce;
+mod train;
+
+pub use context::RunContext;
+pub use parse::{BenchCommand, Cli, Command, DataCommand, main};
+pub use progress::Progress;
+pub(crate) use reproduce::directory;
+pub use reproduce::{ReproduceArgs, ReproduceCommand, Shard};
+pub use train::{TrainArgs, TrainCommand};
+
+use std::{fmt, num::NonZeroUsize};
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::BenchError;
+
+/// How much of a study is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// Under 60 s: does everything connect? Its figures mean nothing.
+    Smoke,
+    /// Under 10 minutes on two cores.
+    Quick,
+    /// The best honest study a workstation does in a night.
+    Full,
+    /// The paper's own settings, for a GPU.
+    Paper,
+}
+
+/// Whose rules an expansion follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// What the paper writes.
+    Paper,
+    /// What the authors' released code does.
+    Reference,
+    /// This project's own rules.
+    Ours,
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+macro_rules! display_as_value {
+    ($($name:ty),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                // Every variant has a name: none is hidden.
+                f.write_str(self.to_possible_value().as_ref().map_or("", |v| v.get_name()))
+            }
+        }
+    )*};
+}
+display_as_value!(Preset, Variant, Device);
+
+/// A device that this build can use.
+fn usable(device: Device) -> Result<Device, BenchError> {
+    match device {
+        Device::Cpu => Ok(device),
+        Device::Cuda => Err(BenchError::Usage(
+            "--device cuda: this build has no CUDA support; use --device cpu".into(),
+        )),
+    }
+}
+
+/// `value` within `1..=most`, or an error that names the flag.
+fn within(flag: &str, value: usize, most: usize) -> Result<usize, BenchError> {
+    if (1..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(BenchError::Usage(format!(
+            "{flag} is {value}; it must be between 1 and {most}"
+        )))
+    }
+}
+
+/// Threads asked for, or as many as the machine has.
+fn threads(asked: Option<usize>) -> Result<usize, BenchError> {
+    match asked {
+        Some(threads) => within("--threads", threads, 1024),
+        None => Ok(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)),
+    }
+}

@@ -1,0 +1,196 @@
+use std::{ffi::OsString, io::Write, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, error::ErrorKind};
+
+use super::{Progress, ReproduceArgs, ReproduceCommand, RunContext, TrainCommand};
+use crate::{
+    BenchError, bench, data_check,
+    report::{Results, table},
+    study, train,
+};
+
+/// Experiments on mixtures of experts that grow while they learn.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "mass-bench", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Run a study and print its table beside the paper's figures
+    Reproduce(ReproduceCommand),
+    /// Train a byte-level language model with MASS layers on a text of your own
+    Train(TrainCommand),
+    /// Time what this crate does itself
+    Bench(BenchCommand),
+    /// Data sets and models
+    #[command(subcommand)]
+    Data(DataCommand),
+}
+
+/// `bench` as typed.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchCommand {
+    /// Only this one
+    pub name: Option<String>,
+    /// Time rivals beside it, where there are any
+    #[arg(long)]
+    pub peers: bool,
+}
+
+/// What to do with data.
+#[derive(Debug, Clone, Subcommand)]
+pub enum DataCommand {
+    /// List what is there, what is missing and where to get it
+    Check {
+        /// Data sets [default: $MASS_DATA_DIR]
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
+        /// Models [default: $MASS_MODELS_DIR]
+        #[arg(long, value_name = "DIR")]
+        models: Option<PathBuf>,
+    },
+}
+
+/// The binary: parses, runs, prints, and returns the exit code.
+///
+/// 0 done; 2 bad arguments or input; 1 anything else. An error is one line on standard error.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            // --help and --version; a closed pipe is no failure.
+            error.print().ok();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&BenchError::Usage(one_line(&error))),
+    };
+    match run(&cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &BenchError) -> ExitCode {
+    // Standard error may be closed; the exit code still says it.
+    writeln!(std::io::stderr(), "error: {}", error.one_line()).ok();
+    ExitCode::from(error.exit_code())
+}
+
+/// clap's message without usage and hints over several lines.
+fn one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "no command given; there are: reproduce, train, bench, data check (see --help)"
+            .into();
+    }
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let parts: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"))
+        .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
+        .collect();
+    let joined = parts.join(" ").replace(" tip: ", "; ");
+    if matches!(error.kind(), ErrorKind::InvalidSubcommand) {
+        format!("{joined}; there are: reproduce, train, bench, data check")
+    } else {
+        format!("{joined} (see --help)")
+    }
+}
+
+fn run(command: &Command) -> Result<(), BenchError> {
+    match command {
+        Command::Reproduce(command) => {
+            let studies = command.check()?;
+            let mut ctx = RunContext::new(Progress::new(command.json));
+            ctx.watch_ctrl_c()?;
+            set_threads(studies.first().map_or(1, |args| args.threads))?;
+            reproduce(&studies, &mut ctx, command)
+        }
+        Command::Train(command) => {
+            let args = command.check()?;
+            let mut ctx = RunContext::new(Progress::new(args.json));
+            ctx.watch_ctrl_c()?;
+            set_threads(args.threads)?;
+            let results = train::run(&args, &mut ctx)?;
+            if args.json {
+                print(&json(&results))
+            } else {
+                let out = args.out.display();
+                print(&format!(
+                    "{}Results: {out}/results.json, {out}/report.html\n",
+                    table(&results)
+                ))
+            }
+        }
+        Command::Bench(command) => print(&bench::run(command.name.as_deref(), command.peers)?),
+        Command::Data(DataCommand::Check { data, models }) => {
+            let report = data_check::check(data.as_deref(), models.as_deref())?;
+            print(&report.to_string())?;
+            report.verdict()
+        }
+    }
+}
+
+fn reproduce(
+    studies: &[ReproduceArgs],
+    ctx: &mut RunContext,
+    command: &ReproduceCommand,
+) -> Result<(), BenchError> {
+    let mut all = Vec::new();
+    for args in studies {
+        let results = study::run(args, ctx)?;
+        if !command.json {
+            let out = args.out.display();
+            print(&format!(
+                "\n{} ({}), {} threads, {}\n\n{}Results: {out}/results.json, {out}/report.html\n",
+                results.study,
+                results.preset,
+                results.machine.threads,
+                results.machine.cpu,
+                table(&results)
+            ))?;
+        }
+        all.push(results);
+    }
+    match (command.json, all.as_slice()) {
+        (false, _) => Ok(()),
+        // results.json as it is; `all` gives a list of them.
+        (true, [one]) if command.study != "all" => print(&json(one)),
+        (true, many) => print(&json_text(many)),
+    }
+}
+
+fn json(results: &Results) -> String {
+    json_text(results)
+}
+
+fn json_text(value: &(impl serde::Serialize + ?Sized)) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("plain structs serialise");
+    text.push('\n');
+    text
+}
+
+/// Standard output; a reader that has gone away (`| head`) is no failure.
+fn print(text: &str) -> Result<(), BenchError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(BenchError::failed("writing to standard output", e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One pool for the process: rayon's global one.
+fn set_threads(threads: usize) -> Result<(), BenchError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| BenchError::failed("starting the thread pool", e))
+}

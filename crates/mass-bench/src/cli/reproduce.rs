@@ -1,0 +1,252 @@
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Device, Preset, Variant, threads, usable, within};
+use crate::{
+    BenchError,
+    study::{self, Study},
+};
+
+/// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
+#[derive(Debug, Clone, Args)]
+pub struct ReproduceCommand {
+    /// The study, or `all` for every one there is
+    #[arg(default_value = "synthetic")]
+    pub study: String,
+    /// How much of it
+    #[arg(long, value_enum, default_value_t = Preset::Quick)]
+    pub preset: Preset,
+    /// Seeds of each method [default: the preset's]
+    #[arg(long, value_name = "N")]
+    pub seeds: Option<usize>,
+    /// Only these methods, separated by commas
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub methods: Option<Vec<String>>,
+    /// Only this task of the study
+    #[arg(long, value_name = "T")]
+    pub task: Option<String>,
+    /// Whose expansion rules [default: paper]
+    #[arg(long, value_enum)]
+    pub variant: Option<Variant>,
+    /// Data sets [default: $MASS_DATA_DIR]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Models [default: $MASS_MODELS_DIR]
+    #[arg(long, value_name = "DIR")]
+    pub models: Option<PathBuf>,
+    /// Where results go [default: target/reproduce/STUDY/PRESET]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Threads [default: all]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Keep the finished runs of --out and go on from its checkpoints
+    #[arg(long)]
+    pub resume: bool,
+    /// Only every N-th run, beginning with the I-th (counted from 1)
+    #[arg(long, value_name = "I/N")]
+    pub shard: Option<String>,
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Print results.json alone on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A checked `reproduce`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReproduceArgs {
+    /// A study that exists.
+    pub study: String,
+    /// How much of it.
+    pub preset: Preset,
+    /// Seeds of each method, at least 1; `None`: the preset's.
+    pub seeds: Option<usize>,
+    /// Methods that the study has, none twice; `None`: all.
+    pub methods: Option<Vec<String>>,
+    /// A task that the study has.
+    pub task: Option<String>,
+    /// Whose rules; `None`: the default, `paper`.
+    pub variant: Option<Variant>,
+    /// Data sets: an existing directory, from --data or $MASS_DATA_DIR.
+    pub data: Option<PathBuf>,
+    /// Models: an existing directory, from --models or $MASS_MODELS_DIR.
+    pub models: Option<PathBuf>,
+    /// Where results go.
+    pub out: PathBuf,
+    /// Threads, at least 1.
+    pub threads: usize,
+    /// Keep finished runs.
+    pub resume: bool,
+    /// Which runs are this process's.
+    pub shard: Shard,
+    /// What computes.
+    pub device: Device,
+    /// Print results.json alone.
+    pub json: bool,
+}
+
+/// Every `count`-th run from the `index`-th on, so that several processes share a study.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    index: usize,
+    count: usize,
+}
+
+impl Shard {
+    /// All runs.
+    pub const ALL: Self = Self { index: 1, count: 1 };
+
+    /// Reads "I/N" with 1 <= I <= N.
+    ///
+    /// # Errors
+    /// [`BenchError::Usage`].
+    pub fn parse(text: &str) -> Result<Self, BenchError> {
+        let parts = text
+            .split_once('/')
+            .and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        match parts {
+            Some((index, count)) if index >= 1 && index <= count => Ok(Self { index, count }),
+            _ => Err(BenchError::Usage(format!(
+                "--shard is `{text}`; it must be I/N with 1 <= I <= N, such as 2/4"
+            ))),
+        }
+    }
+
+    /// Whether the run numbered `run` (from 0, in the study's own order) is this process's.
+    ///
+    /// ```
+    /// use mass_bench::cli::Shard;
+    /// let shard = Shard::parse("2/3")?;
+    /// let mine: Vec<usize> = (0..8).filter(|&run| shard.owns(run)).collect();
+    /// assert_eq!(mine, [1, 4, 7]);
+    /// # Ok::<(), mass_bench::BenchError>(())
+    /// ```
+    #[must_use]
+    pub fn owns(&self, run: usize) -> bool {
+        run % self.count == self.index - 1
+    }
+}
+
+impl ReproduceCommand {
+    /// Checks everything; `all` becomes one entry for each study there is.
+    ///
+    /// # Errors
+    /// [`BenchError::Usage`] or [`BenchError::Input`], saying what to give instead.
+    pub fn check(&self) -> Result<Vec<ReproduceArgs>, BenchError> {
+        let studies: Vec<&Study> = match self.study.as_str() {
+            "all" => study::STUDIES.iter().collect(),
+            name => vec![study::find(name).ok_or_else(|| study::unknown_study(name))?],
+        };
+        let all = self.study == "all";
+        if all && (self.methods.is_some() || self.task.is_some()) {
+            return Err(BenchError::Usage(
+                "--methods and --task belong to one study; name it instead of `all`".into(),
+            ));
+        }
+        studies.iter().map(|s| self.check_for(s, all)).collect()
+    }
+
+    fn check_for(&self, study: &Study, all: bool) -> Result<ReproduceArgs, BenchError> {
+        if let Some(seeds) = self.seeds {
+            within("--seeds", seeds, 10_000)?;
+        }
+        if let Some(methods) = &self.methods {
+            for (index, method) in methods.iter().enumerate() {
+                if !study.methods.contains(&method.as_str()) {
+                    return Err(BenchError::Usage(format!(
+                        "unknown method `{method}`; {} has: {}",
+                        study.name,
+                        study.methods.join(", ")
+                    )));
+                }
+                if methods[..index].contains(method) {
+                    return Err(BenchError::Usage(format!(
+                        "--methods names `{method}` twice"
+                    )));
+                }
+            }
+        }
+        if let Some(task) = &self.task
+            && !study.tasks.contains(&task.as_str())
+        {
+            return Err(BenchError::Usage(if study.tasks.is_empty() {
+                format!("--task {task}: {} has no tasks; drop --task", study.name)
+            } else {
+                let tasks = study.tasks.join(", ");
+                format!("unknown task `{task}`; {} has: {tasks}", study.name)
+            }));
+        }
+        let shard = self.shard.as_deref().map_or(Ok(Shard::ALL), Shard::parse)?;
+        Ok(ReproduceArgs {
+            study: study.name.to_owned(),
+            preset: self.preset,
+            seeds: self.seeds,
+            methods: self.methods.clone(),
+            task: self.task.clone(),
+            variant: self.variant,
+            data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
+            models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
+            out: self.out_dir(study.name, shard, all)?,
+            threads: threads(self.threads)?,
+            resume: self.resume,
+            shard,
+            device: usable(self.device)?,
+            json: self.json,
+        })
+    }
+
+    /// Shards of one study must not write over each other, so the default names the shard too.
+    fn out_dir(&self, study: &str, shard: Shard, all: bool) -> Result<PathBuf, BenchError> {
+        let out = match &self.out {
+            Some(out) if all => out.join(study),
+            Some(out) => out.clone(),
+            None => {
+                let mut out = Path::new("target/reproduce").join(study);
+                out.push(self.preset.to_string());
+                if shard != Shard::ALL {
+                    out.push(format!("shard-{}-of-{}", shard.index, shard.count));
+                }
+                out
+            }
+        };
+        not_a_file("--out", &out)?;
+        Ok(out)
+    }
+}
+
+/// An output directory may be missing, but not be a file.
+pub(super) fn not_a_file(flag: &str, path: &Path) -> Result<(), BenchError> {
+    if path.exists() && !path.is_dir() {
+        return Err(BenchError::Usage(format!(
+            "{flag} {}: is a file; give a directory",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The directory that the flag gives, else the variable, else none. One that is given must exist.
+pub(crate) fn directory(
+    flag: &str,
+    given: Option<&Path>,
+    variable: &str,
+) -> Result<Option<PathBuf>, BenchError> {
+    let (path, from) = match given {
+        Some(path) => (path.to_owned(), flag.to_owned()),
+        None => match std::env::var_os(variable).filter(|value| !value.is_empty()) {
+            Some(value) => (PathBuf::from(value), format!("${variable}")),
+            None => return Ok(None),
+        },
+    };
+    if path.is_dir() {
+        Ok(Some(path))
+    } else {
+        Err(BenchError::Usage(format!(
+            "{from} {}: no such directory; `mass-bench data check` lists what it should hold",
+            path.display()
+        )))
+    }
+}

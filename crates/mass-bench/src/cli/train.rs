@@ -1,0 +1,190 @@
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::{Variant, reproduce::not_a_file, threads, within};
+use crate::BenchError;
+
+/// `train` as typed; [`TrainCommand::check`] makes it usable.
+#[derive(Debug, Clone, Args)]
+pub struct TrainCommand {
+    /// The text: any UTF-8 file
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Training steps
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub steps: usize,
+    /// Routing mass p of Top-p, in (0, 1]
+    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    pub p: f64,
+    /// Experts at the start
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub experts: usize,
+    /// Experts at most
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub experts_max: usize,
+    /// Width of the model
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub dim: usize,
+    /// Transformer layers
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub layers: usize,
+    /// Attention heads; they divide --dim
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub heads: usize,
+    /// Hidden width of one expert
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub hidden: usize,
+    /// Bytes in a window
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Windows in a batch
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub batch: usize,
+    /// Peak learning rate
+    #[arg(long, value_name = "LR", default_value_t = 3e-3)]
+    pub lr: f64,
+    /// Seed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Threads [default: all]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Where results and checkpoints go
+    #[arg(long, value_name = "DIR", default_value = "target/train")]
+    pub out: PathBuf,
+    /// Go on from the checkpoint in --out
+    #[arg(long)]
+    pub resume: bool,
+    /// Whose expansion rules
+    #[arg(long, value_enum, default_value_t = Variant::Paper)]
+    pub variant: Variant,
+    /// Share of the text, at its end, that is never trained on
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]
+    pub held_out: f64,
+    /// Print results.json alone on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A checked `train`. Serialises as the settings that decide its figures.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainArgs {
+    /// The text.
+    pub text: PathBuf,
+    /// Training steps.
+    pub steps: usize,
+    /// Routing mass p, in (0, 1].
+    pub p: f64,
+    /// Experts at the start.
+    pub experts: usize,
+    /// Experts at most, not below `experts`.
+    pub experts_max: usize,
+    /// Width of the model, a multiple of `heads`.
+    pub dim: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Hidden width of one expert.
+    pub hidden: usize,
+    /// Bytes in a window.
+    pub seq: usize,
+    /// Windows in a batch.
+    pub batch: usize,
+    /// Peak learning rate, finite and above 0.
+    pub lr: f64,
+    /// Seed.
+    pub seed: u64,
+    /// Threads. Part of the settings: sums of floats depend on how work is shared out.
+    pub threads: usize,
+    /// Whose rules.
+    pub variant: Variant,
+    /// Share held out, strictly between 0 and 1.
+    pub held_out: f64,
+    /// Where results and checkpoints go.
+    #[serde(skip)]
+    pub out: PathBuf,
+    /// Go on from the checkpoint.
+    #[serde(skip)]
+    pub resume: bool,
+    /// Print results.json alone.
+    #[serde(skip)]
+    pub json: bool,
+}
+
+impl TrainCommand {
+    /// Checks every range; the text itself is read later.
+    ///
+    /// # Errors
+    /// [`BenchError::Usage`], saying what to give instead.
+    pub fn check(&self) -> Result<TrainArgs, BenchError> {
+        let usage = |message: String| Err(BenchError::Usage(message));
+        if !(self.p > 0.0 && self.p <= 1.0) {
+            return usage(format!(
+                "--p is {}; it must be above 0 and at most 1",
+                self.p
+            ));
+        }
+        if !(self.lr > 0.0 && self.lr.is_finite()) {
+            return usage(format!("--lr is {}; it must be above 0", self.lr));
+        }
+        if !(self.held_out > 0.0 && self.held_out < 1.0) {
+            return usage(format!(
+                "--held-out is {}; it must be strictly between 0 and 1",
+                self.held_out
+            ));
+        }
+        for (flag, value, most) in [
+            ("--steps", self.steps, 1_000_000_000),
+            ("--experts", self.experts, 65_536),
+            ("--experts-max", self.experts_max, 65_536),
+            ("--dim", self.dim, 16_384),
+            ("--layers", self.layers, 256),
+            ("--heads", self.heads, 1024),
+            ("--hidden", self.hidden, 65_536),
+            ("--seq", self.seq, 65_536),
+            ("--batch", self.batch, 65_536),
+        ] {
+            within(flag, value, most)?;
+        }
+        if self.experts_max < self.experts {
+            return usage(format!(
+                "--experts-max is {}, below --experts {}; raise it or start with fewer",
+                self.experts_max, self.experts
+            ));
+        }
+        if self.dim % self.heads != 0 {
+            return usage(format!(
+                "--heads {} does not divide --dim {}",
+                self.heads, self.dim
+            ));
+        }
+        if Path::new("") == self.text {
+            return usage("--text is empty; give the path of a text file".into());
+        }
+        not_a_file("--out", &self.out)?;
+        Ok(TrainArgs {
+            text: self.text.clone(),
+            steps: self.steps,
+            p: self.p,
+            experts: self.experts,
+            experts_max: self.experts_max,
+            dim: self.dim,
+            layers: self.layers,
+            heads: self.heads,
+            hidden: self.hidden,
+            seq: self.seq,
+            batch: self.batch,
+            lr: self.lr,
+            seed: self.seed,
+            threads: threads(self.threads)?,
+            variant: self.variant,
+            held_out: self.held_out,
+            out: self.out.clone(),
+            resume: self.resume,
+            json: self.json,
+        })
+    }
+}

@@ -1,0 +1,150 @@
+use std::fmt::Write;
+
+use super::{
+    MetricLine, Results,
+    svg::{Series, escape, line_plot},
+    table::{cells, notes},
+};
+
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\
+color:#222;background:#fff}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .7rem;\
+border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}svg{width:100%;height:auto}\
+svg text{font-size:11px;fill:#333}svg .title{font-size:13px;font-weight:600}.grid{stroke:#e5e5e5}\
+.level{stroke:#888;stroke-dasharray:4 3}pre{overflow-x:auto}";
+
+/// report.html: the table, plots of loss and expert count over steps, every run. One file, no network.
+///
+/// `metrics` are the lines of metrics.jsonl, in any order; runs are plotted under their own names.
+#[must_use]
+pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
+    let title = format!("{} ({})", results.study, results.preset);
+    let mut html = format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\"><title>{0}</title>\
+         <style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n\
+         <p>mass-bench {1}; {2}, {3} threads; {4} runs</p>\n",
+        escape(&title),
+        escape(&results.version),
+        escape(&results.machine.cpu),
+        results.machine.threads,
+        results.runs.len()
+    );
+    let (header, rows) = cells(results);
+    html.push_str(&html_table(&header, &rows));
+    let notes = notes(results);
+    if !notes.is_empty() {
+        let _ = writeln!(html, "<pre>{}</pre>", escape(&notes.join("\n")));
+    }
+
+    let floors: Vec<f64> = results.runs.iter().filter_map(|r| r.bayes_loss).collect();
+    let levels: Vec<(String, f64)> = floors
+        .iter()
+        .copied()
+        .reduce(f64::min)
+        .map(|floor| (format!("Bayes {floor:.3}"), floor))
+        .into_iter()
+        .collect();
+    type Figure = fn(&MetricLine) -> Option<f64>;
+    let plots: [(&str, Figure, &[(String, f64)]); 4] = [
+        ("Test loss, nats a token", |m| m.test_loss, &levels),
+        (
+            "Training loss, nats a token (mean of neighbouring lines)",
+            |m| m.train_loss,
+            &levels,
+        ),
+        ("Experts", |m| m.experts.map(|e| e as f64), &[]),
+        ("Experts a token", |m| m.active_per_token, &[]),
+    ];
+    for (name, figure, levels) in plots {
+        let mut series = series_of(metrics, figure);
+        if name.starts_with("Training") {
+            series.iter_mut().for_each(smooth);
+        }
+        html.push_str(&line_plot(name, "training step", &series, levels));
+    }
+
+    html.push_str("<h2>Runs</h2>\n");
+    let header = [
+        "run",
+        "K",
+        "k",
+        "test loss",
+        "expansions",
+        "steps",
+        "s",
+        "tokens/s",
+        "peak MiB",
+    ];
+    let show = |v: Option<f64>, digits: usize| v.map_or("".into(), |v| format!("{v:.digits$}"));
+    let rows: Vec<Vec<String>> = results
+        .runs
+        .iter()
+        .map(|r| {
+            vec![
+                r.key().to_string(),
+                r.experts.map_or("".into(), |e| e.to_string()),
+                show(r.active_per_token, 2),
+                show(r.test_loss, 4),
+                r.expansions.len().to_string(),
+                r.steps.map_or("".into(), |s| s.to_string()),
+                show(r.wall_s, 1),
+                show(r.tokens_per_s, 0),
+                show(r.peak_rss_mib, 0),
+            ]
+        })
+        .collect();
+    html.push_str(&html_table(&header.map(str::to_owned), &rows));
+    html.push_str("</body></html>\n");
+    html
+}
+
+fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
+    let line = |cells: &[String], tag: &str| {
+        let cells: Vec<String> = cells
+            .iter()
+            .map(|c| format!("<{tag}>{}</{tag}>", escape(c)))
+            .collect();
+        format!("<tr>{}</tr>\n", cells.concat())
+    };
+    let body: String = rows.iter().map(|row| line(row, "td")).collect();
+    format!("<table>\n{}{body}</table>\n", line(header, "th"))
+}
+
+/// One line a run, in order of first appearance, points in order of steps.
+fn series_of(metrics: &[MetricLine], figure: fn(&MetricLine) -> Option<f64>) -> Vec<Series> {
+    let mut series: Vec<Series> = Vec::new();
+    let mut index = std::collections::HashMap::new();
+    for line in metrics {
+        let Some(value) = figure(line).filter(|v| v.is_finite()) else {
+            continue;
+        };
+        let at = *index.entry(line.run.as_str()).or_insert_with(|| {
+            series.push(Series {
+                name: line.run.clone(),
+                points: Vec::new(),
+            });
+            series.len() - 1
+        });
+        series[at].points.push((line.step as f64, value));
+    }
+    for line in &mut series {
+        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    series
+}
+
+/// Means over a fiftieth of the line: single batches are noisy.
+fn smooth(series: &mut Series) {
+    let width = series.points.len() / 50;
+    if width > 1 {
+        series.points = series
+            .points
+            .chunks(width)
+            .map(|chunk| {
+                let n = chunk.len() as f64;
+                let sum = chunk.iter().fold((0.0, 0.0), |s, p| (s.0 + p.0, s.1 + p.1));
+                (sum.0 / n, sum.1 / n)
+            })
+            .collect();
+    }
+}

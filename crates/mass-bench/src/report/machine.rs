@@ -1,0 +1,81 @@
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+/// The machine that runs were made on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Processor model; "unknown" where the system does not say.
+    pub cpu: String,
+    /// Threads used.
+    pub threads: usize,
+}
+
+impl Machine {
+    /// This machine, with the number of threads in use.
+    #[must_use]
+    pub fn this(threads: usize) -> Self {
+        let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        Self {
+            cpu: cpu_model(&info).unwrap_or_else(|| format!("unknown {}", std::env::consts::ARCH)),
+            threads,
+        }
+    }
+}
+
+/// The model line of /proc/cpuinfo; ARM has none under that name.
+fn cpu_model(info: &str) -> Option<String> {
+    ["model name", "Hardware", "cpu model", "Model"]
+        .iter()
+        .find_map(|key| {
+            info.lines().find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                (name.trim() == *key).then(|| value.trim().to_owned())
+            })
+        })
+        .filter(|model| !model.is_empty())
+}
+
+/// The most memory this process has held, MiB (VmHWM); `None` where the system does not say.
+#[must_use]
+pub fn peak_rss_mib() -> Option<f64> {
+    high_water_mark(&fs::read_to_string("/proc/self/status").ok()?)
+}
+
+fn high_water_mark(status: &str) -> Option<f64> {
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+/// Starts the peak anew, so that a run's figure is its own; `false` where the system cannot.
+pub fn reset_peak_rss() -> bool {
+    fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_what_linux_writes() {
+        let info = "processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t: fpu\n";
+        assert_eq!(cpu_model(info).as_deref(), Some("AMD EPYC 9B14"));
+        assert_eq!(cpu_model("processor : 0\n"), None);
+        assert_eq!(
+            high_water_mark("VmPeak: 9 kB\nVmHWM:\t  2048 kB\n"),
+            Some(2.0)
+        );
+        assert_eq!(high_water_mark("VmHWM: lots\n"), None);
+        assert_eq!(high_water_mark(""), None);
+    }
+
+    #[test]
+    fn this_machine_has_a_name() {
+        let machine = Machine::this(2);
+        assert!(!machine.cpu.is_empty());
+        assert_eq!(machine.threads, 2);
+        #[cfg(target_os = "linux")]
+        assert!(peak_rss_mib().is_some_and(|mib| mib > 1.0));
+    }
+}

@@ -1,0 +1,86 @@
+//! What a study leaves behind: results.json, metrics.jsonl, events.jsonl, report.html, and a table.
+//!
+//! [`ResultStore`] owns an output directory. results.json is rewritten after every finished run, to a
+//! temporary name that is synced and renamed, so a reader never sees half of it and a crash loses at
+//! most the run in hand.
+//!
+//! ```
+//! use mass_bench::report::{Header, ResultStore, Run};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let header = Header::new("synthetic", "smoke", 2);
+//! let mut store = ResultStore::open(dir.path(), header, &serde_json::json!({"steps": 10}), false)?;
+//! let mut run = Run::new("static", 0);
+//! run.test_loss = Some(1.8);
+//! store.push(run.clone())?;
+//! assert!(store.finished(&run.key()).is_some());
+//! assert_eq!(store.results().summary[0].test_loss_mean, Some(1.8));
+//! // One seed has no spread.
+//! assert_eq!(store.results().summary[0].test_loss_std, None);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod html;
+mod lines;
+mod machine;
+mod paper;
+mod results;
+mod store;
+mod summary;
+mod svg;
+mod table;
+
+use std::path::PathBuf;
+
+pub use html::report_html;
+pub use lines::{EventLine, MetricLine};
+pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
+pub use paper::{Reported, reported};
+pub use results::{Expansion, Header, Results, Run, RunKey};
+pub use store::ResultStore;
+pub use summary::{Summary, summarise};
+pub use table::table;
+
+/// Why results could not be written or read back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReportError {
+    /// The file system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// File or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file of an earlier run that cannot be understood.
+    #[error("{}: not readable as results: {problem}; choose another --out or drop --resume", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        problem: String,
+    },
+    /// `--resume` into a directory that holds something else.
+    #[error("{}: holds results of another {what}; choose another --out or drop --resume", path.display())]
+    OtherSettings {
+        /// The directory.
+        path: PathBuf,
+        /// What differs: study, preset or settings.
+        what: String,
+    },
+    /// A run pushed twice.
+    #[error("run {0} is already in the results")]
+    Duplicate(String),
+}
+
+impl ReportError {
+    /// 2 when the arguments pointed at the wrong directory, 1 otherwise.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Malformed { .. } | Self::OtherSettings { .. } => 2,
+            Self::Io { .. } | Self::Duplicate(_) => 1,
+        }
+    }
+}

@@ -1,0 +1,236 @@
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Machine, Summary, summarise};
+
+/// What a results.json is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// Study.
+    pub study: String,
+    /// Preset.
+    pub preset: String,
+    /// Where the runs are made.
+    pub machine: Machine,
+}
+
+impl Header {
+    /// A header for this machine.
+    #[must_use]
+    pub fn new(study: &str, preset: &str, threads: usize) -> Self {
+        Self {
+            study: study.to_owned(),
+            preset: preset.to_owned(),
+            machine: Machine::this(threads),
+        }
+    }
+}
+
+/// The whole of results.json.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Study.
+    pub study: String,
+    /// Preset.
+    pub preset: String,
+    /// Version of this crate.
+    pub version: String,
+    /// Where the runs were made.
+    pub machine: Machine,
+    /// Finished runs, in the order they were made.
+    pub runs: Vec<Run>,
+    /// Means over seeds, one entry a method and setting.
+    pub summary: Vec<Summary>,
+}
+
+impl Results {
+    /// No run yet.
+    #[must_use]
+    pub fn new(header: Header) -> Self {
+        Self {
+            study: header.study,
+            preset: header.preset,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: header.machine,
+            runs: Vec::new(),
+            summary: Vec::new(),
+        }
+    }
+
+    /// Adds a run and brings the summary up to date.
+    pub(super) fn push(&mut self, run: Run) {
+        self.runs.push(run);
+        self.summary = summarise(&self.runs);
+    }
+}
+
+/// One finished run. A figure that a study does not have is `None`, never 0.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Run {
+    /// Method: mass, dense, static, dynmoe, gmoe, or an ablation by name.
+    pub method: String,
+    /// Variant of the method's rules: paper, reference, ours.
+    pub variant: Option<String>,
+    /// What tells runs of one method apart besides the other fields, such as `live 30 %`.
+    pub setting: Option<String>,
+    /// Task within the study.
+    pub task: Option<String>,
+    /// Seed.
+    pub seed: u64,
+    /// Experts a token may use at most, of static top-k.
+    pub k: Option<usize>,
+    /// Experts at the start K_0.
+    pub experts_init: Option<usize>,
+    /// Active experts at the end K.
+    pub experts: Option<usize>,
+    /// Mean experts a token used in the test.
+    pub active_per_token: Option<f64>,
+    /// Mean test loss, nats a token.
+    pub test_loss: Option<f64>,
+    /// The least loss any model can reach on the test set, nats a token.
+    pub bayes_loss: Option<f64>,
+    /// Accuracy, 0 to 1.
+    pub accuracy: Option<f64>,
+    /// The task's own metric.
+    pub metric: Option<f64>,
+    /// Its name.
+    pub metric_name: Option<String>,
+    /// Jensen-Shannon divergence of expert usage between entities.
+    pub jsd_entity: Option<f64>,
+    /// The same between properties.
+    pub jsd_property: Option<f64>,
+    /// Normalised mutual information between expert and hidden state.
+    pub nmi: Option<f64>,
+    /// Training steps.
+    pub steps: Option<u64>,
+    /// Training tokens.
+    pub tokens: Option<u64>,
+    /// Steps for which change-point detection could have fired.
+    pub detection_live_steps: Option<u64>,
+    /// Wall time of the run, seconds.
+    pub wall_s: Option<f64>,
+    /// Training tokens a second.
+    pub tokens_per_s: Option<f64>,
+    /// Peak resident memory, MiB.
+    pub peak_rss_mib: Option<f64>,
+    /// Every expansion, in order.
+    pub expansions: Vec<Expansion>,
+}
+
+/// One expert that became two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Expansion {
+    /// Training step.
+    pub step: u64,
+    /// Layer.
+    pub layer: usize,
+    /// The expert that was split.
+    pub source: usize,
+    /// The newcomer's index.
+    pub new: usize,
+    /// p-value of the change in the source's gradient.
+    pub p_value: Option<f64>,
+    /// Cosine between the source's gradient and weights.
+    pub cosine: Option<f64>,
+}
+
+/// What tells runs of a study apart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RunKey {
+    /// Method.
+    pub method: String,
+    /// Variant.
+    pub variant: Option<String>,
+    /// Setting.
+    pub setting: Option<String>,
+    /// Task.
+    pub task: Option<String>,
+    /// Experts at the start.
+    pub experts_init: Option<usize>,
+    /// Experts a token.
+    pub k: Option<usize>,
+    /// Seed.
+    pub seed: u64,
+}
+
+/// `mass/paper/live 30 %/K5/seed0`: the `run` of metrics.jsonl and events.jsonl.
+impl fmt::Display for RunKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.method)?;
+        for part in [&self.variant, &self.setting, &self.task] {
+            if let Some(part) = part {
+                write!(f, "/{part}")?;
+            }
+        }
+        if let Some(experts) = self.experts_init {
+            write!(f, "/K{experts}")?;
+        }
+        if let Some(k) = self.k {
+            write!(f, "/k{k}")?;
+        }
+        write!(f, "/seed{}", self.seed)
+    }
+}
+
+impl Run {
+    /// A run of a method with a seed and no figure yet.
+    #[must_use]
+    pub fn new(method: &str, seed: u64) -> Self {
+        Self {
+            method: method.to_owned(),
+            seed,
+            ..Self::default()
+        }
+    }
+
+    /// What tells this run apart.
+    #[must_use]
+    pub fn key(&self) -> RunKey {
+        RunKey {
+            method: self.method.clone(),
+            variant: self.variant.clone(),
+            setting: self.setting.clone(),
+            task: self.task.clone(),
+            experts_init: self.experts_init,
+            k: self.k,
+            seed: self.seed,
+        }
+    }
+
+    /// Turns figures that are not finite into `None` and returns their names: JSON has no NaN.
+    pub(super) fn drop_non_finite(&mut self) -> Vec<&'static str> {
+        let mut dropped = Vec::new();
+        for (name, value) in [
+            ("active_per_token", &mut self.active_per_token),
+            ("test_loss", &mut self.test_loss),
+            ("bayes_loss", &mut self.bayes_loss),
+            ("accuracy", &mut self.accuracy),
+            ("metric", &mut self.metric),
+            ("jsd_entity", &mut self.jsd_entity),
+            ("jsd_property", &mut self.jsd_property),
+            ("nmi", &mut self.nmi),
+            ("wall_s", &mut self.wall_s),
+            ("tokens_per_s", &mut self.tokens_per_s),
+            ("peak_rss_mib", &mut self.peak_rss_mib),
+        ] {
+            if value.is_some_and(|v| !v.is_finite()) {
+                *value = None;
+                dropped.push(name);
+            }
+        }
+        for expansion in &mut self.expansions {
+            for (name, value) in [
+                ("expansions.p_value", &mut expansion.p_value),
+                ("expansions.cosine", &mut expansion.cosine),
+            ] {
+                if value.is_some_and(|v| !v.is_finite()) {
+                    *value = None;
+                    dropped.push(name);
+                }
+            }
+        }
+        dropped
+    }
+}

@@ -1,0 +1,307 @@
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::{
+    EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html,
+};
+
+/// The output directory of one study.
+///
+/// metrics.jsonl and events.jsonl are appended to; [`ResultStore::flush`] pushes what is buffered to
+/// disk, which [`ResultStore::push`] does by itself and a checkpoint should do first.
+#[derive(Debug)]
+pub struct ResultStore {
+    dir: PathBuf,
+    results: Results,
+    metrics: BufWriter<File>,
+    events: BufWriter<File>,
+}
+
+impl ResultStore {
+    /// Opens `dir`, creating it where needed.
+    ///
+    /// Without `resume` whatever an earlier run left there (results, lines, report) is replaced. With
+    /// it, finished runs are read back, provided that they were made by the same study and preset with
+    /// the same `settings`: everything that changes a run's figures. What only adds runs, such as the
+    /// number of seeds, does not belong there. Settings are kept beside the results in settings.json.
+    ///
+    /// # Errors
+    /// [`ReportError`].
+    pub fn open(
+        dir: &Path,
+        header: Header,
+        settings: &impl Serialize,
+        resume: bool,
+    ) -> Result<Self, ReportError> {
+        fs::create_dir_all(dir).map_err(|e| io_error(dir, e))?;
+        let settings = serde_json::to_value(settings).map_err(|e| ReportError::Malformed {
+            path: dir.to_owned(),
+            problem: format!("settings: {e}"),
+        })?;
+        let results_path = dir.join("results.json");
+        let mut results = Results::new(header);
+        if resume && results_path.exists() {
+            let old: Results = read_json(&results_path)?;
+            let old_settings: Value = read_json(&dir.join("settings.json"))?;
+            let differs = |what: String| ReportError::OtherSettings {
+                path: dir.to_owned(),
+                what,
+            };
+            if old.study != results.study {
+                return Err(differs(format!("study ({})", old.study)));
+            }
+            if old.preset != results.preset {
+                return Err(differs(format!("preset ({})", old.preset)));
+            }
+            // Compared as text: a round trip through JSON must not make equal settings differ.
+            if old_settings.to_string() != settings.to_string() {
+                return Err(differs(format!(
+                    "settings ({})",
+                    first_difference(&old_settings, &settings)
+                )));
+            }
+            for run in old.runs {
+                results.push(run);
+            }
+        }
+        // A directory of checkpoints without results.json was interrupted in its first run: its lines stay.
+        let keep = resume;
+        if !keep {
+            for stale in ["report.html", "metrics.jsonl", "events.jsonl"] {
+                remove_if_there(&dir.join(stale))?;
+            }
+        }
+        write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
+        let store = Self {
+            metrics: append_to(&dir.join("metrics.jsonl"))?,
+            events: append_to(&dir.join("events.jsonl"))?,
+            dir: dir.to_owned(),
+            results,
+        };
+        store.write_results()?;
+        Ok(store)
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Everything finished so far.
+    #[must_use]
+    pub fn results(&self) -> &Results {
+        &self.results
+    }
+
+    /// Gives the results up.
+    #[must_use]
+    pub fn into_results(self) -> Results {
+        self.results
+    }
+
+    /// The finished run with this key, if there is one: `--resume` skips it.
+    #[must_use]
+    pub fn finished(&self, key: &RunKey) -> Option<&Run> {
+        self.results.runs.iter().find(|run| run.key() == *key)
+    }
+
+    /// Adds a finished run and rewrites results.json and report.html.
+    ///
+    /// Figures that are not finite become null, each with an event `non_finite`; their names are
+    /// returned so that the caller can say so.
+    ///
+    /// # Errors
+    /// [`ReportError::Duplicate`] when the run is there already; [`ReportError::Io`].
+    pub fn push(&mut self, mut run: Run) -> Result<Vec<&'static str>, ReportError> {
+        let key = run.key();
+        if self.finished(&key).is_some() {
+            return Err(ReportError::Duplicate(key.to_string()));
+        }
+        let dropped = run.drop_non_finite();
+        for name in &dropped {
+            let line = serde_json::json!({ "step": run.steps, "kind": "non_finite", "figure": name });
+            self.event(&key.to_string(), &line)?;
+        }
+        self.results.push(run);
+        self.flush()?;
+        self.write_results()?;
+        self.write_report()?;
+        Ok(dropped)
+    }
+
+    /// Appends a line to metrics.jsonl.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn metric(&mut self, line: &MetricLine) -> Result<(), ReportError> {
+        append(&mut self.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
+    }
+
+    /// Appends a line to events.jsonl.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn event(&mut self, run: &str, event: &impl Serialize) -> Result<(), ReportError> {
+        let line = EventLine { run: run.to_owned(), event };
+        append(&mut self.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
+    }
+
+    /// Pushes buffered lines to disk.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn flush(&mut self) -> Result<(), ReportError> {
+        for (file, name) in [
+            (&mut self.metrics, "metrics.jsonl"),
+            (&mut self.events, "events.jsonl"),
+        ] {
+            file.flush()
+                .map_err(|e| io_error(&self.dir.join(name), e))?;
+        }
+        Ok(())
+    }
+
+    /// Drops the lines of a run from `step` on, before it is done again from there: 0 for a run that
+    /// starts anew, the checkpoint's step for one that continues. A half-written last line goes too.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn rewind(&mut self, key: &RunKey, step: u64) -> Result<(), ReportError> {
+        self.flush()?;
+        let run = key.to_string();
+        let keep = |value: &Value| {
+            value["run"].as_str() != Some(&run) || value["step"].as_u64().is_some_and(|s| s < step)
+        };
+        let metrics = self.dir.join("metrics.jsonl");
+        let events = self.dir.join("events.jsonl");
+        filter_lines(&metrics, keep)?;
+        filter_lines(&events, keep)?;
+        self.metrics = append_to(&metrics)?;
+        self.events = append_to(&events)?;
+        Ok(())
+    }
+
+    /// Every metric line written so far; unreadable lines are left out.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn metrics(&self) -> Result<Vec<MetricLine>, ReportError> {
+        let path = self.dir.join("metrics.jsonl");
+        let file = File::open(&path).map_err(|e| io_error(&path, e))?;
+        let mut lines = Vec::new();
+        for line in BufReader::new(file).lines() {
+            let line = line.map_err(|e| io_error(&path, e))?;
+            lines.extend(serde_json::from_str(&line));
+        }
+        Ok(lines)
+    }
+
+    fn write_results(&self) -> Result<(), ReportError> {
+        write_atomically(&self.dir.join("results.json"), &pretty(&self.results))
+    }
+
+    fn write_report(&self) -> Result<(), ReportError> {
+        let html = report_html(&self.results, &self.metrics()?);
+        write_atomically(&self.dir.join("report.html"), &html)
+    }
+}
+
+/// Indented JSON with a newline at the end.
+fn pretty(value: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("plain structs serialise");
+    text.push('\n');
+    text
+}
+
+/// Writes to a temporary name beside `path`, syncs, renames: never half a file.
+fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = PathBuf::from(temporary);
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        // The rename itself is durable once the directory is; not every system can sync one.
+        if let Some(Ok(dir)) = path.parent().map(File::open) {
+            dir.sync_all().ok();
+        }
+        Ok(())
+    };
+    write().map_err(|e| io_error(path, e))
+}
+
+fn append_to(path: &Path) -> Result<BufWriter<File>, ReportError> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map(BufWriter::new)
+        .map_err(|e| io_error(path, e))
+}
+
+fn append(file: &mut BufWriter<File>, line: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *file, line)?;
+    file.write_all(b"\n")
+}
+
+fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), ReportError> {
+    let text = fs::read_to_string(path).map_err(|e| io_error(path, e))?;
+    let mut kept = String::with_capacity(text.len());
+    for line in text.lines() {
+        if serde_json::from_str(line).is_ok_and(|value| keep(&value)) {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    write_atomically(path, &kept)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ReportError> {
+    let text = fs::read_to_string(path).map_err(|e| io_error(path, e))?;
+    serde_json::from_str(&text).map_err(|e| ReportError::Malformed {
+        path: path.to_owned(),
+        problem: e.to_string(),
+    })
+}
+
+fn remove_if_there(path: &Path) -> Result<(), ReportError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error(path, e)),
+        _ => Ok(()),
+    }
+}
+
+fn io_error(path: &Path, source: io::Error) -> ReportError {
+    ReportError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// The first key whose value differs, for the message.
+fn first_difference(old: &Value, new: &Value) -> String {
+    let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else {
+        return "as a whole".to_owned();
+    };
+    old.keys()
+        .chain(new.keys())
+        .find(|key| old.get(*key) != new.get(*key))
+        .map_or_else(
+            || "as a whole".to_owned(),
+            |key| {
+                let show = |map: &serde_json::Map<String, Value>| {
+                    map.get(key).map_or("absent".to_owned(), Value::to_string)
+                };
+                format!("{key} was {}, now {}", show(old), show(new))
+            },
+        )
+}

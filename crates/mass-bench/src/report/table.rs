@@ -1,0 +1,161 @@
+use super::{Results, Summary, reported};
+
+/// The summary as aligned plain text, the paper's figures beside it and the Bayes floor below.
+///
+/// Columns that no row has a value for are left out.
+#[must_use]
+pub fn table(results: &Results) -> String {
+    let (header, rows) = cells(results);
+    let mut text = align(&header, &rows);
+    for note in notes(results) {
+        text.push_str(&note);
+        text.push('\n');
+    }
+    text
+}
+
+/// Header and rows of the summary table, without columns that are empty throughout.
+pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
+    type Column = (&'static str, fn(&str, &Summary) -> String);
+    let columns: [Column; 14] = [
+        ("method", |_, s| s.method.clone()),
+        ("variant", |_, s| s.variant.clone().unwrap_or_default()),
+        ("setting", |_, s| s.setting.clone().unwrap_or_default()),
+        ("task", |_, s| s.task.clone().unwrap_or_default()),
+        ("K", |_, s| pool(s)),
+        ("k", |_, s| match (s.k, s.active_per_token_mean) {
+            (_, Some(mean)) => format!("{mean:.2}"),
+            (Some(k), None) => k.to_string(),
+            (None, None) => String::new(),
+        }),
+        ("test loss", |_, s| {
+            plus_minus(s.test_loss_mean, s.test_loss_std, 3)
+        }),
+        ("paper", |study, s| {
+            reported(study, s).map_or_else(String::new, |r| {
+                let k = r
+                    .active_per_token
+                    .map_or_else(String::new, |k| format!(", k {k}"));
+                format!("{} (K {}{k})", r.test_loss, r.experts)
+            })
+        }),
+        ("accuracy", |_, s| {
+            plus_minus(s.accuracy_mean, s.accuracy_std, 3)
+        }),
+        ("metric", |_, s| match &s.metric_name {
+            Some(name) => format!("{} {name}", plus_minus(s.metric_mean, s.metric_std, 3)),
+            None => plus_minus(s.metric_mean, s.metric_std, 3),
+        }),
+        ("live steps", |_, s| number(s.detection_live_steps_mean, 0)),
+        ("NMI", |_, s| number(s.nmi_mean, 2)),
+        ("s/run", |_, s| number(s.wall_s_mean, 1)),
+        ("n", |_, s| s.n.to_string()),
+    ];
+    let all: Vec<Vec<String>> = results
+        .summary
+        .iter()
+        .map(|row| {
+            columns
+                .iter()
+                .map(|(_, f)| f(&results.study, row))
+                .collect()
+        })
+        .collect();
+    let used: Vec<usize> = (0..columns.len())
+        .filter(|&c| all.is_empty() || all.iter().any(|row| !row[c].is_empty()))
+        .collect();
+    let header = used.iter().map(|&c| columns[c].0.to_owned()).collect();
+    let rows = all
+        .iter()
+        .map(|row| used.iter().map(|&c| row[c].clone()).collect())
+        .collect();
+    (header, rows)
+}
+
+/// What is said once below the table.
+pub(super) fn notes(results: &Results) -> Vec<String> {
+    let mut notes = Vec::new();
+    let floors: Vec<f64> = results.runs.iter().filter_map(|r| r.bayes_loss).collect();
+    let least = floors.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = floors.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if least.is_finite() {
+        let floor = match format!("{least:.3}") {
+            same if same == format!("{most:.3}") => same,
+            low => format!("{low} to {most:.3}"),
+        };
+        notes.push(format!("Bayes floor (no model can do better): {floor}"));
+    }
+    let expansions: usize = results.runs.iter().map(|r| r.expansions.len()).sum();
+    if results
+        .runs
+        .iter()
+        .any(|r| r.detection_live_steps.is_some())
+    {
+        notes.push(format!("Expansions in all runs: {expansions}"));
+    }
+    for run in results.runs.iter().filter(|r| !r.expansions.is_empty()) {
+        let list: Vec<String> = run
+            .expansions
+            .iter()
+            .map(|e| {
+                let p = e
+                    .p_value
+                    .map_or_else(String::new, |p| format!(" p {p:.2e}"));
+                format!("step {}: {} -> {}{p}", e.step, e.source, e.new)
+            })
+            .collect();
+        notes.push(format!("  {}: {}", run.key(), list.join("; ")));
+    }
+    notes
+}
+
+/// "5 -> 12" of a pool that may grow, "10" of one that did not.
+fn pool(row: &Summary) -> String {
+    match (row.experts_init, row.experts_mean) {
+        (Some(from), Some(to)) if to != from as f64 => format!("{from} -> {}", trimmed(to)),
+        (_, Some(to)) => trimmed(to),
+        (Some(from), None) => from.to_string(),
+        (None, None) => String::new(),
+    }
+}
+
+/// "12" or "12.4".
+fn trimmed(value: f64) -> String {
+    let text = format!("{value:.1}");
+    text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
+}
+
+fn number(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(String::new, |v| format!("{v:.digits$}"))
+}
+
+fn plus_minus(mean: Option<f64>, std: Option<f64>, digits: usize) -> String {
+    match (mean, std) {
+        (Some(mean), Some(std)) => format!("{mean:.digits$} ± {std:.digits$}"),
+        (mean, _) => number(mean, digits),
+    }
+}
+
+/// Left-aligned columns two spaces apart, a rule below the header.
+fn align(header: &[String], rows: &[Vec<String>]) -> String {
+    let width = |c: usize| {
+        let cells = rows.iter().map(|row| row[c].chars().count());
+        cells.chain([header[c].chars().count()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |cells: &[String]| {
+        let padded: Vec<String> = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &w)| format!("{cell:<w$}"))
+            .collect();
+        format!("{}\n", padded.join("  ").trim_end())
+    };
+    let rule: Vec<String> = widths.iter().map(|&w| "-".repeat(w)).collect();
+    let mut text = line(header);
+    text.push_str(&line(&rule));
+    for row in rows {
+        text.push_str(&line(row));
+    }
+    text
+}

@@ -1,0 +1,63 @@
+//! The experiments by name.
+//!
+//! A study is a function that makes its runs one after another, asks
+//! [`ResultStore::finished`](crate::report::ResultStore::finished) before each, pushes each when it is
+//! done and looks at [`RunContext::check_interrupt`] between steps. Adding one means a file here and a
+//! line in [`STUDIES`].
+
+pub mod synthetic;
+
+use crate::{
+    BenchError,
+    cli::{ReproduceArgs, RunContext},
+    report::Results,
+};
+
+/// A study that can be run.
+#[derive(Debug, Clone, Copy)]
+pub struct Study {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// One line for the help text.
+    pub about: &'static str,
+    /// What `--methods` may name.
+    pub methods: &'static [&'static str],
+    /// What `--task` may name; empty when the study has no tasks.
+    pub tasks: &'static [&'static str],
+    /// Makes the runs.
+    pub run: fn(&ReproduceArgs, &mut RunContext) -> Result<Results, BenchError>,
+}
+
+/// Every study that exists.
+pub const STUDIES: &[Study] = &[Study {
+    name: "synthetic",
+    about: "GINC: MASS beside static top-k pools and the Bayes floor",
+    methods: synthetic::METHODS,
+    tasks: synthetic::TASKS,
+    run: synthetic::run,
+}];
+
+/// The study of that name.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Study> {
+    STUDIES.iter().find(|study| study.name == name)
+}
+
+/// Runs the study that the arguments name.
+///
+/// # Errors
+/// [`BenchError::Usage`] for a study that does not exist, else whatever the study ends with.
+pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
+    (study.run)(args, ctx)
+}
+
+/// The error for a study that does not exist; it lists those that do.
+#[must_use]
+pub fn unknown_study(name: &str) -> BenchError {
+    let names: Vec<&str> = STUDIES.iter().map(|s| s.name).chain(["all"]).collect();
+    BenchError::Usage(format!(
+        "unknown study `{name}`; there are: {}",
+        names.join(", ")
+    ))
+}

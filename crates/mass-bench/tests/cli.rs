@@ -1,0 +1,208 @@
+//! The built binary: exit codes, and errors that are one line.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+fn bench(arguments: &[&str], dir: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args(arguments)
+        .current_dir(dir)
+        .env_remove("MASS_DATA_DIR")
+        .env_remove("MASS_MODELS_DIR")
+        .output()
+        .expect("the binary runs")
+}
+
+/// Fails unless the command exits 2 with one line on standard error that holds every one of `parts`.
+fn refused(arguments: &[&str], dir: &Path, parts: &[&str]) {
+    let output = bench(arguments, dir);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+    assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
+    assert!(
+        error.ends_with('\n') && error.starts_with("error: "),
+        "{error}"
+    );
+    for part in parts {
+        assert!(
+            error.contains(part),
+            "{arguments:?}: no `{part}` in {error}"
+        );
+    }
+    assert!(output.stdout.is_empty(), "{arguments:?}");
+}
+
+#[test]
+fn bad_arguments_exit_2_with_one_line() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path();
+    std::fs::write(at.join("file"), "text").expect("a write");
+    let cases: &[(&[&str], &[&str])] = &[
+        (&[], &["reproduce", "train"]),
+        (&["fly"], &["fly", "reproduce"]),
+        (
+            &["reproduce", "alchemy"],
+            &["unknown study `alchemy`", "synthetic"],
+        ),
+        (
+            &["reproduce", "glue"],
+            &["unknown study `glue`", "synthetic"],
+        ),
+        (&["reproduce", "--preset", "huge"], &["huge", "smoke"]),
+        (&["reproduce", "--variant", "mine"], &["mine", "reference"]),
+        (
+            &["reproduce", "--methods", "mass,magic"],
+            &["unknown method `magic`", "static"],
+        ),
+        (&["reproduce", "--methods", "mass,mass"], &["twice"]),
+        (&["reproduce", "--methods", ""], &["unknown method"]),
+        (&["reproduce", "--task", "RTE"], &["unknown task `RTE`", "vocab50"]),
+        (&["reproduce", "all", "--methods", "mass"], &["--methods"]),
+        (&["reproduce", "--seeds", "0"], &["--seeds is 0"]),
+        (&["reproduce", "--seeds", "-1"], &["-1"]),
+        (&["reproduce", "--seeds", "many"], &["many", "--seeds"]),
+        (&["reproduce", "--threads", "0"], &["--threads is 0"]),
+        (&["reproduce", "--shard", "0/4"], &["--shard", "I/N"]),
+        (&["reproduce", "--shard", "5/4"], &["5/4"]),
+        (&["reproduce", "--shard", "x"], &["x"]),
+        (
+            &["reproduce", "--device", "cuda"],
+            &["CUDA", "--device cpu"],
+        ),
+        (&["reproduce", "--device", "tpu"], &["tpu", "cuda"]),
+        (
+            &["reproduce", "--data", "absent"],
+            &["--data absent", "no such directory"],
+        ),
+        (&["reproduce", "--models", "file"], &["--models file"]),
+        (&["reproduce", "--out", "file"], &["--out file"]),
+        (&["reproduce", "--no-such-flag"], &["--no-such-flag"]),
+        (&["train"], &["--text"]),
+        (&["train", "--text", "absent"], &["absent", "no such file"]),
+        (&["train", "--text", "."], &["not a regular file"]),
+        (&["train", "--text", "file"], &["too few"]),
+        (&["train", "--text", "file", "--p", "0"], &["--p is 0"]),
+        (&["train", "--text", "file", "--p", "1.5"], &["--p is 1.5"]),
+        (&["train", "--text", "file", "--p", "nan"], &["--p is NaN"]),
+        (
+            &["train", "--text", "file", "--experts", "0"],
+            &["--experts is 0"],
+        ),
+        (
+            &[
+                "train",
+                "--text",
+                "file",
+                "--experts",
+                "9",
+                "--experts-max",
+                "8",
+            ],
+            &["--experts-max is 8"],
+        ),
+        (
+            &["train", "--text", "file", "--steps", "0"],
+            &["--steps is 0"],
+        ),
+        (
+            &["train", "--text", "file", "--heads", "3"],
+            &["--heads 3", "--dim"],
+        ),
+        (
+            &["train", "--text", "file", "--layers", "0"],
+            &["--layers is 0"],
+        ),
+        (
+            &["train", "--text", "file", "--hidden", "0"],
+            &["--hidden is 0"],
+        ),
+        (&["train", "--text", "file", "--seq", "0"], &["--seq is 0"]),
+        (
+            &["train", "--text", "file", "--batch", "0"],
+            &["--batch is 0"],
+        ),
+        (&["train", "--text", "file", "--lr", "0"], &["--lr is 0"]),
+        (
+            &["train", "--text", "file", "--lr", "inf"],
+            &["--lr is inf"],
+        ),
+        (
+            &["train", "--text", "file", "--held-out", "1"],
+            &["--held-out is 1"],
+        ),
+        (
+            &["train", "--text", "file", "--variant", "best"],
+            &["best", "paper"],
+        ),
+        (
+            &["bench", "speed"],
+            &["unknown bench `speed`", "ginc-sampling"],
+        ),
+        (
+            &["bench", "ginc-sampling", "--peers"],
+            &["--peers", "ginc-sampling"],
+        ),
+        (&["data"], &["check"]),
+        (
+            &["data", "check", "--data", "absent"],
+            &["absent", "no such directory"],
+        ),
+    ];
+    for (arguments, parts) in cases {
+        refused(arguments, at, parts);
+    }
+    // Nothing was left behind by a refused command.
+    let left = std::fs::read_dir(at).expect("the directory").count();
+    assert_eq!(left, 1);
+}
+
+#[test]
+fn unusable_texts_exit_2_and_say_where() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for (name, bytes, part) in [
+        ("empty", Vec::new(), "empty"),
+        (
+            "nul",
+            [vec![b'a'; 70], vec![0], vec![b'b'; 70]].concat(),
+            "byte 70",
+        ),
+        (
+            "latin1",
+            [vec![b'a'; 5], vec![0xe9, b' ']].concat(),
+            "byte 5",
+        ),
+    ] {
+        std::fs::write(dir.path().join(name), bytes).expect("a write");
+        refused(&["train", "--text", name], dir.path(), &[name, part]);
+    }
+}
+
+#[test]
+fn directory_variables_are_checked_too() {
+    let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args(["data", "check"])
+        .env("MASS_DATA_DIR", "/nowhere/at/all")
+        .env_remove("MASS_MODELS_DIR")
+        .output()
+        .expect("the binary runs");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("$MASS_DATA_DIR"));
+}
+
+#[test]
+fn help_and_version_exit_0() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for arguments in [
+        vec!["--help"],
+        vec!["--version"],
+        vec!["reproduce", "--help"],
+        vec!["train", "--help"],
+        vec!["data", "check", "--help"],
+    ] {
+        let output = bench(&arguments, dir.path());
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(output.stderr.is_empty() && !output.stdout.is_empty());
+    }
+}

@@ -1,0 +1,278 @@
+//! results.json, the line files and the report.
+
+use mass_bench::report::{
+    EventKind, EventLine, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run,
+    reported, table,
+};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+fn header() -> Header {
+    Header::new("synthetic", "quick", 2)
+}
+
+fn mass(seed: u64, loss: f64) -> Run {
+    Run {
+        variant: Some("paper".into()),
+        experts_init: Some(5),
+        experts: Some(12),
+        active_per_token: Some(3.9),
+        test_loss: Some(loss),
+        bayes_loss: Some(1.335),
+        detection_live_steps: Some(600),
+        steps: Some(2000),
+        expansions: vec![Expansion {
+            step: 61,
+            layer: 0,
+            source: 2,
+            new: 5,
+            p_value: Some(0.004),
+            cosine: Some(0.0007),
+        }],
+        ..Run::new("mass", seed)
+    }
+}
+
+fn open(dir: &std::path::Path, settings: &Value, resume: bool) -> Result<ResultStore, ReportError> {
+    ResultStore::open(dir, header(), settings, resume)
+}
+
+fn read(dir: &std::path::Path, name: &str) -> String {
+    std::fs::read_to_string(dir.join(name)).expect(name)
+}
+
+#[test]
+fn results_json_has_every_key_of_the_contract_and_null_for_what_is_absent() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    let value: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+    for key in ["study", "preset", "version", "machine", "runs", "summary"] {
+        assert!(!value[key].is_null(), "{key}");
+    }
+    assert!(value["machine"]["cpu"].is_string() && value["machine"]["threads"] == 2);
+    let run = value["runs"][0].as_object().expect("a run");
+    let keys = "method variant task seed experts_init experts active_per_token test_loss bayes_loss \
+        accuracy metric metric_name jsd_entity jsd_property nmi steps tokens detection_live_steps \
+        wall_s tokens_per_s peak_rss_mib expansions k";
+    for key in keys.split_whitespace() {
+        assert!(run.contains_key(key), "{key}");
+    }
+    for absent in ["task", "accuracy", "metric", "nmi", "tokens", "wall_s", "k"] {
+        assert!(run[absent].is_null(), "{absent}");
+    }
+    assert_eq!(
+        run["expansions"][0],
+        json!({"step": 61, "layer": 0, "source": 2, "new": 5, "p_value": 0.004, "cosine": 0.0007})
+    );
+    let summary = &value["summary"][0];
+    assert_eq!(summary["method"], "mass");
+    assert_eq!(summary["n"], 1);
+    assert_eq!(summary["test_loss_mean"], 2.15);
+    assert!(summary["test_loss_std"].is_null());
+}
+
+#[test]
+fn finished_runs_survive_a_resume_and_others_are_refused() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let settings = json!({"steps": 2000, "p": 0.5});
+    let mut store = open(dir.path(), &settings, false).expect("a store");
+    store.push(mass(0, 2.1)).expect("a run");
+    store.push(mass(1, 2.3)).expect("a run");
+    assert!(matches!(
+        store.push(mass(1, 2.3)),
+        Err(ReportError::Duplicate(_))
+    ));
+    drop(store);
+
+    let store = open(dir.path(), &settings, true).expect("the same settings");
+    assert_eq!(store.finished(&mass(1, 0.0).key()), Some(&mass(1, 2.3)));
+    assert_eq!(store.finished(&mass(2, 0.0).key()), None);
+    assert_eq!(store.results().summary[0].n, 2);
+    drop(store);
+
+    let error = open(dir.path(), &json!({"steps": 9, "p": 0.5}), true).expect_err("other steps");
+    assert_eq!(error.exit_code(), 2);
+    assert!(
+        error.to_string().contains("steps was 2000, now 9"),
+        "{error}"
+    );
+    let other = Header::new("noise", "quick", 2);
+    assert!(matches!(
+        ResultStore::open(dir.path(), other, &settings, true),
+        Err(ReportError::OtherSettings { .. })
+    ));
+    let other = Header::new("synthetic", "smoke", 2);
+    assert!(matches!(
+        ResultStore::open(dir.path(), other, &settings, true),
+        Err(ReportError::OtherSettings { .. })
+    ));
+    std::fs::write(dir.path().join("results.json"), "{\"study\": 3").expect("a write");
+    assert!(matches!(
+        open(dir.path(), &settings, true),
+        Err(ReportError::Malformed { .. })
+    ));
+
+    // Without --resume the directory starts anew.
+    let store = open(dir.path(), &settings, false).expect("a fresh store");
+    assert!(store.results().runs.is_empty());
+    assert!(!dir.path().join("report.html").exists());
+    assert_eq!(read(dir.path(), "metrics.jsonl"), "");
+}
+
+#[test]
+fn a_run_done_again_leaves_no_line_twice() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let (a, b) = (mass(0, 1.0).key(), mass(1, 1.0).key());
+    for key in [&a, &b] {
+        for step in 0..10 {
+            let line = MetricLine {
+                run: key.to_string(),
+                step,
+                train_loss: Some(3.0 - step as f64 / 10.0),
+                experts: Some(5),
+                ..MetricLine::default()
+            };
+            store.metric(&line).expect("a line");
+        }
+        let event = EventLine::new(&key.to_string(), 7, EventKind::Flag)
+            .at(0, 2)
+            .with("p_value", 0.01);
+        store.event(&event).expect("a line");
+    }
+    store.flush().expect("a flush");
+    // A crash in the middle of a line.
+    let path = dir.path().join("metrics.jsonl");
+    let half = format!("{}{{\"run\": \"ma", read(dir.path(), "metrics.jsonl"));
+    std::fs::write(&path, half).expect("a write");
+    drop(store);
+
+    let mut store = open(dir.path(), &json!({}), true).expect("a store");
+    store.rewind(&b, 4).expect("a rewind");
+    let steps = |store: &ResultStore, run: &str| -> Vec<u64> {
+        let lines = store.metrics().expect("lines");
+        lines
+            .iter()
+            .filter(|l| l.run == run)
+            .map(|l| l.step)
+            .collect()
+    };
+    assert_eq!(steps(&store, &a.to_string()), (0..10).collect::<Vec<_>>());
+    assert_eq!(steps(&store, &b.to_string()), (0..4).collect::<Vec<_>>());
+    let events = read(dir.path(), "events.jsonl");
+    assert_eq!(events.lines().count(), 1);
+    let event: EventLine = serde_json::from_str(events.trim()).expect("an event");
+    assert_eq!((event.layer, event.expert), (Some(0), Some(2)));
+    assert_eq!(event.statistics["p_value"], 0.01);
+    let line = MetricLine {
+        run: b.to_string(),
+        step: 4,
+        ..MetricLine::default()
+    };
+    store.metric(&line).expect("a line");
+    store.flush().expect("a flush");
+    assert_eq!(steps(&store, &b.to_string()), (0..5).collect::<Vec<_>>());
+}
+
+#[test]
+fn figures_that_are_not_finite_become_null_and_are_told() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut run = mass(0, f64::NAN);
+    run.expansions[0].cosine = Some(f64::INFINITY);
+    let dropped = store.push(run).expect("a run");
+    assert_eq!(dropped, ["test_loss", "expansions.cosine"]);
+    assert_eq!(store.results().runs[0].test_loss, None);
+    let events = read(dir.path(), "events.jsonl");
+    assert!(events.contains("non_finite") && events.contains("test_loss"));
+    let back: Results = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+    assert_eq!(&back, store.results());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn results_round_trip_exactly(
+        losses in proptest::collection::vec(proptest::option::of(-1e300..1e300f64), 1..8),
+        name in "[a-z]{1,8}", k in proptest::option::of(1usize..9)
+    ) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let mut store = open(dir.path(), &json!({}), false).expect("a store");
+        for (seed, &test_loss) in losses.iter().enumerate() {
+            store.push(Run { test_loss, k, ..Run::new(&name, seed as u64) }).expect("a run");
+        }
+        let back: Results = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+        prop_assert_eq!(&back, store.results());
+        let again = open(dir.path(), &json!({}), true).expect("a store");
+        prop_assert_eq!(again.results(), store.results());
+    }
+}
+
+#[test]
+fn table_sets_the_papers_figures_and_the_floor_beside_ours() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    store.push(mass(0, 2.1)).expect("a run");
+    store.push(mass(1, 2.2)).expect("a run");
+    for experts in [5, 7] {
+        let run = Run {
+            k: Some(2),
+            experts_init: Some(experts),
+            experts: Some(experts),
+            test_loss: Some(1.9),
+            ..Run::new("static", 0)
+        };
+        store.push(run).expect("a run");
+    }
+    let text = table(store.results());
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("method  variant"), "{text}");
+    assert!(
+        lines[2].contains("5 -> 12") && lines[2].contains("2.150 ± 0.071"),
+        "{text}"
+    );
+    assert!(
+        lines[2].contains("2.15 (K 12.4, k 3.9)") && lines[2].contains("600"),
+        "{text}"
+    );
+    assert!(lines[3].contains("2.6 (K 5)"), "{text}");
+    assert!(!lines[4].contains('('), "{text}");
+    assert!(
+        text.contains("Bayes floor (no model can do better): 1.335"),
+        "{text}"
+    );
+    assert!(
+        text.contains("mass/paper/K5/seed0: step 61: 2 -> 5 p 4.00e-3"),
+        "{text}"
+    );
+    assert!(!text.contains("accuracy"), "{text}");
+    assert_eq!(reported("glue", &store.results().summary[0]), None);
+
+    let html = read(dir.path(), "report.html");
+    assert!(html.starts_with("<!doctype html>") && html.contains("5 -&gt; 12"));
+    assert!(!html.contains("http://") && !html.contains("https://") && !html.contains("<script"));
+}
+
+#[test]
+fn report_plots_what_metrics_hold() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    for step in 0..2000 {
+        let line = MetricLine {
+            run: "mass/paper/K5/seed0".into(),
+            step,
+            train_loss: Some(3.0 / (1.0 + step as f64 / 100.0)),
+            experts: Some(5 + step as usize / 500),
+            ..MetricLine::default()
+        };
+        store.metric(&line).expect("a line");
+    }
+    store.push(mass(0, 1.9)).expect("a run");
+    let html = read(dir.path(), "report.html");
+    assert_eq!(html.matches("<svg").count(), 2);
+    assert_eq!(html.matches("<polyline").count(), 2);
+    assert!(html.contains("Bayes 1.335"));
+    // Thinned: not one point a step.
+    assert!(html.len() < 30_000, "{}", html.len());
+}

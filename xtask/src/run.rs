@@ -1,0 +1,34 @@
+//! Running other programs.
+
+use std::{
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
+
+/// The cargo that runs us.
+pub(crate) fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// The workspace's root.
+pub(crate) fn root() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map_or(here.clone(), PathBuf::from)
+}
+
+/// Runs a program to its end and hands its exit code on.
+pub(crate) fn exit_code(mut command: Command) -> ExitCode {
+    match command.status() {
+        // A program ended by a signal has no code.
+        Ok(status) => ExitCode::from(
+            status
+                .code()
+                .map_or(1, |code| u8::try_from(code).unwrap_or(1)),
+        ),
+        Err(error) => {
+            let program = command.get_program().to_string_lossy();
+            eprintln!("error: cannot run {program}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
