@@ -7,9 +7,7 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{
-    EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html,
-};
+use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html};
 
 /// The output directory of one study.
 ///
@@ -126,7 +124,8 @@ impl ResultStore {
         }
         let dropped = run.drop_non_finite();
         for name in &dropped {
-            let line = serde_json::json!({ "step": run.steps, "kind": "non_finite", "figure": name });
+            let line =
+                serde_json::json!({ "step": run.steps, "kind": "non_finite", "figure": name });
             self.event(&key.to_string(), &line)?;
         }
         self.results.push(run);
@@ -149,7 +148,10 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn event(&mut self, run: &str, event: &impl Serialize) -> Result<(), ReportError> {
-        let line = EventLine { run: run.to_owned(), event };
+        let line = EventLine {
+            run: run.to_owned(),
+            event,
+        };
         append(&mut self.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
     }
 

@@ -1,0 +1,512 @@
+//! The synthetic study: MASS beside static pools on GINC, with the Bayes floor below them.
+//!
+//! Every run trains the same one-layer causal transformer on the same documents and is scored on the same windows; what
+//! differs is the pool of experts and how tokens are routed.
+
+use mass_expand::{ControllerParams, Reduction};
+use mass_model::Activation;
+use mass_model::growth::{GradientNorm, GrowerConfig};
+use mass_model::lm::LanguageModelConfig;
+use mass_model::nn::{BlockConfig, MoeConfig};
+use mass_model::optim::{AdamWConfig, Schedule};
+use mass_routing::{
+    Combine, LabelUsage, LabelWeighting, RouterConfig, jensen_shannon_divergence,
+    normalized_mutual_information,
+};
+use serde::Serialize;
+
+use crate::BenchError;
+use crate::batch::TokenBatch;
+use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
+use crate::ginc::{BayesFilter, Corpus, Ginc, GincParams, Windows, bayes_floor};
+use crate::report::{Results, Run, peak_rss_mib};
+use crate::rng::{Purpose, stream};
+use crate::sweep::{Outcome, Ticker, checkpoint_dir, sweep};
+use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
+
+/// What `--methods` may name.
+pub const METHODS: &[&str] = &["mass", "static"];
+
+/// What `--task` may name: the size of the vocabulary.
+pub const TASKS: &[&str] = &["vocab50", "vocab100", "vocab150"];
+
+/// Seed of the documents and windows, the same for every run.
+const DATA_SEED: u64 = 2512;
+
+/// Sequence length, and batch of sequences.
+const SEQ: usize = 64;
+const BATCH: usize = 16;
+
+/// What a preset fixes.
+#[derive(Debug, Clone, Serialize)]
+struct Plan {
+    steps: u64,
+    documents: usize,
+    document_length: usize,
+    windows_per_concept: usize,
+    seeds: usize,
+    vocabs: &'static [usize],
+    static_experts: &'static [usize],
+    static_k: &'static [usize],
+    mass: Vec<MassSetting>,
+    experts_init: usize,
+    experts_max: usize,
+}
+
+/// One way to run MASS.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct MassSetting {
+    variant: Variant,
+    p: f32,
+    /// Fraction of the run in which splits may happen, in percent; `None` for the variant's own.
+    live_percent: Option<u64>,
+}
+
+impl MassSetting {
+    fn name(&self) -> String {
+        let live = self.live_percent.map_or_else(
+            || "own timing".to_owned(),
+            |percent| format!("live {percent} %"),
+        );
+        format!("p {}, {live}", self.p)
+    }
+}
+
+impl Plan {
+    fn of(preset: Preset) -> Self {
+        let setting = |variant, p, live_percent| MassSetting {
+            variant,
+            p,
+            live_percent,
+        };
+        let quick = Self {
+            steps: 2000,
+            documents: 400,
+            document_length: 10_240,
+            windows_per_concept: 100,
+            seeds: 2,
+            vocabs: &[50],
+            static_experts: &[5, 10, 15, 20],
+            static_k: &[2],
+            mass: vec![
+                setting(Variant::Paper, 0.5, None),
+                setting(Variant::Paper, 0.5, Some(30)),
+                setting(Variant::Ours, 0.5, None),
+            ],
+            experts_init: 5,
+            experts_max: 20,
+        };
+        let mut every = Vec::new();
+        for p in [0.5, 0.9] {
+            for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
+                every.push(setting(variant, p, None));
+                if variant != Variant::Ours {
+                    every.push(setting(variant, p, Some(30)));
+                }
+            }
+        }
+        match preset {
+            Preset::Smoke => Self {
+                steps: 120,
+                documents: 20,
+                document_length: 2048,
+                windows_per_concept: 8,
+                seeds: 1,
+                static_experts: &[3, 6],
+                mass: vec![
+                    setting(Variant::Paper, 0.5, Some(90)),
+                    setting(Variant::Ours, 0.5, Some(90)),
+                ],
+                experts_init: 3,
+                experts_max: 6,
+                ..quick
+            },
+            Preset::Quick => quick,
+            Preset::Full => Self {
+                seeds: 5,
+                vocabs: &[50, 100, 150],
+                static_k: &[1, 2, 4, 8],
+                mass: every,
+                ..quick
+            },
+            Preset::Paper => Self {
+                steps: 10_000,
+                documents: 1000,
+                seeds: 5,
+                vocabs: &[50, 100, 150],
+                static_k: &[1, 2, 4, 8],
+                mass: every,
+                ..quick
+            },
+        }
+    }
+
+    /// Every run, in the order in which results list them.
+    fn runs(&self, args: &ReproduceArgs) -> Vec<Planned> {
+        let wanted = |method: &str| {
+            args.methods
+                .as_ref()
+                .is_none_or(|m| m.iter().any(|m| m == method))
+        };
+        let mut runs = Vec::new();
+        for &vocab in self.vocabs {
+            let task =
+                (self.vocabs.len() > 1 || args.task.is_some()).then(|| format!("vocab{vocab}"));
+            if args.task.as_ref().is_some_and(|t| Some(t) != task.as_ref()) {
+                continue;
+            }
+            let seeds = 0..args.seeds.unwrap_or(self.seeds) as u64;
+            let new = |method: &str, seed, experts| {
+                let mut run = Run::new(method, seed);
+                (run.task, run.experts_init) = (task.clone(), Some(experts));
+                run
+            };
+            if wanted("static") {
+                for &experts in self.static_experts {
+                    for &k in self.static_k.iter().filter(|&&k| k <= experts) {
+                        for seed in seeds.clone() {
+                            let mut run = new("static", seed, experts);
+                            run.k = Some(k);
+                            runs.push(Planned {
+                                run,
+                                vocab,
+                                mass: None,
+                            });
+                        }
+                    }
+                }
+            }
+            if wanted("mass") {
+                for mass in self
+                    .mass
+                    .iter()
+                    .filter(|m| args.variant.is_none_or(|v| v == m.variant))
+                {
+                    for seed in seeds.clone() {
+                        let mut run = new("mass", seed, self.experts_init);
+                        run.variant = Some(mass.variant.to_string());
+                        run.setting = Some(mass.name());
+                        runs.push(Planned {
+                            run,
+                            vocab,
+                            mass: Some(mass.clone()),
+                        });
+                    }
+                }
+            }
+        }
+        runs.into_iter()
+            .enumerate()
+            .filter(|(i, _)| args.shard.owns(*i))
+            .map(|(_, run)| run)
+            .collect()
+    }
+}
+
+/// A run to be made.
+struct Planned {
+    run: Run,
+    vocab: usize,
+    mass: Option<MassSetting>,
+}
+
+/// Documents and windows of one vocabulary, with the floor of the best possible predictor on those windows.
+struct Data {
+    vocab: usize,
+    ginc: Ginc,
+    corpus: Corpus,
+    windows: Windows,
+    probe: TokenBatch,
+    bayes_loss: f64,
+}
+
+impl Data {
+    fn generate(vocab: usize, plan: &Plan) -> Result<Self, BenchError> {
+        let ginc = Ginc::generate(&GincParams::new(vocab).check()?);
+        let rng = |purpose| stream(DATA_SEED, purpose, vocab as u64);
+        let corpus = ginc.sample_corpus(
+            plan.documents,
+            plan.document_length,
+            &mut rng(Purpose::Training),
+        )?;
+        let windows = Windows::sample(
+            &ginc,
+            plan.windows_per_concept,
+            SEQ,
+            &mut rng(Purpose::Evaluation),
+        )?;
+        let probe = Windows::sample(
+            &ginc,
+            (plan.windows_per_concept / 5).max(4),
+            SEQ,
+            &mut rng(Purpose::Probe),
+        )?;
+        let bayes_loss = bayes_floor(&BayesFilter::of(&ginc), &windows)?.mean;
+        let probe = probe.batch(0..probe.len());
+        Ok(Self {
+            vocab,
+            ginc,
+            corpus,
+            windows,
+            probe,
+            bayes_loss,
+        })
+    }
+}
+
+/// Makes the runs.
+///
+/// # Errors
+/// [`BenchError`]: whatever the first failing run ends with, or that it was interrupted.
+pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    let plan = Plan::of(args.preset);
+    let mut runs = plan.runs(args);
+    if runs.is_empty() {
+        return Err(BenchError::Usage(
+            "these choices of --methods, --variant, --task and --shard leave no run".into(),
+        ));
+    }
+    let mut settings = serde_json::to_value(&plan)
+        .map_err(|e| BenchError::failed("describing the settings", e))?;
+    // More seeds of the same plan only add runs.
+    settings.as_object_mut().map(|s| s.remove("seeds"));
+    let mut store = ctx.open_store(args, &settings)?;
+    runs.retain(|planned| store.finished(&planned.run.key()).is_none());
+    let mut data = Vec::new();
+    for &vocab in plan.vocabs {
+        if runs.iter().any(|r| r.vocab == vocab) {
+            data.push(Data::generate(vocab, &plan)?);
+        }
+    }
+    let dir = |run: &Run| checkpoint_dir(&store, run);
+    let folders: Vec<_> = runs.iter().map(|planned| dir(&planned.run)).collect();
+    let work: Vec<_> = runs.into_iter().zip(folders).collect();
+    let total = work.len() as u64 * plan.steps;
+    sweep(
+        ctx,
+        &mut store,
+        args.threads,
+        &work,
+        total,
+        |(planned, folder), ticker| {
+            let data = data
+                .iter()
+                .find(|d| d.vocab == planned.vocab)
+                .expect("generated above");
+            let mut trainer = Trainer::open(config(&plan, planned), folder, args.resume)?;
+            one(&mut trainer, planned, data, folder, ticker)
+        },
+    )?;
+    Ok(store.into_results())
+}
+
+fn one(
+    trainer: &mut Trainer,
+    planned: &Planned,
+    data: &Data,
+    folder: &std::path::Path,
+    ticker: &Ticker<'_>,
+) -> Result<Option<Outcome>, BenchError> {
+    ticker.tick(trainer.step());
+    let seed = planned.run.seed;
+    let batch = |step| Ok(data.corpus.batch(seed, step, BATCH, SEQ)?);
+    let mut feed = Feed {
+        batch: &batch,
+        probe: &data.probe,
+        on_step: &mut |_, _| ticker.tick(1),
+    };
+    if !trainer.run(&mut feed, folder)? {
+        return Ok(None);
+    }
+    let score = evaluate(trainer, data)?;
+    let (steps, wall_s) = (trainer.step(), trainer.wall_s());
+    let tokens = steps * (BATCH * SEQ) as u64;
+    let run = Run {
+        experts: Some(trainer.experts()),
+        active_per_token: Some(score.mean_k),
+        test_loss: Some(score.loss),
+        bayes_loss: Some(data.bayes_loss),
+        jsd_entity: score.jsd_entity,
+        jsd_property: score.jsd_property,
+        nmi: score.nmi,
+        steps: Some(steps),
+        tokens: Some(tokens),
+        detection_live_steps: trainer.live_steps(),
+        wall_s: Some(wall_s),
+        tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
+        peak_rss_mib: peak_rss_mib(),
+        expansions: trainer.expansions(),
+        ..planned.run.clone()
+    };
+    Ok(Some(Outcome {
+        run,
+        metrics: trainer.metrics().to_vec(),
+        events: trainer.events().to_vec(),
+    }))
+}
+
+fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
+    let combine = match &planned.mass {
+        // The paper multiplies by the probability itself, its code by the renormalised one.
+        Some(m) if m.variant == Variant::Paper => Combine::Raw,
+        _ => Combine::Renormalised,
+    };
+    let router = match &planned.mass {
+        Some(m) => RouterConfig::TopP { p: m.p, combine },
+        None => RouterConfig::TopK {
+            k: planned.run.k.unwrap_or(1),
+            combine,
+        },
+    };
+    let experts = planned.run.experts_init.unwrap_or(plan.experts_init);
+    let moe = MoeConfig {
+        dim: 64,
+        hidden: 32,
+        experts,
+        activation: Activation::GeluErf,
+        router,
+    };
+    TrainerConfig {
+        run: planned.run.key().to_string(),
+        model: LanguageModelConfig {
+            vocab: planned.vocab,
+            max_seq: SEQ,
+            layers: 1,
+            block: BlockConfig {
+                heads: 4,
+                layer_norm_eps: 1e-5,
+                moe,
+            },
+        },
+        adamw: AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: None,
+        },
+        schedule: Schedule {
+            peak: 1e-2,
+            warmup: 50.min(plan.steps / 4),
+            steps: plan.steps,
+            floor: 0.1,
+        },
+        growth: planned.mass.as_ref().map(|m| {
+            growth(
+                m,
+                1,
+                experts,
+                plan.experts_max,
+                plan.steps,
+                planned.run.seed,
+            )
+        }),
+        seed: planned.run.seed,
+        log_every: 20,
+        checkpoint_every: 500,
+    }
+}
+
+/// The rules of a variant for `layers` mixture layers that start with `experts` experts.
+fn growth(
+    setting: &MassSetting,
+    layers: usize,
+    experts: usize,
+    experts_max: usize,
+    steps: u64,
+    seed: u64,
+) -> GrowerConfig {
+    let mut config = variant_config(setting.variant, layers, experts, experts_max, steps);
+    config.controller.seed = seed;
+    if let Some(percent) = setting.live_percent {
+        config.controller.phase.live_until = (steps * percent / 100).max(1);
+    }
+    config
+}
+
+/// A variant as its authors set it.
+pub fn variant_config(
+    variant: Variant,
+    layers: usize,
+    experts: usize,
+    experts_max: usize,
+    steps: u64,
+) -> GrowerConfig {
+    let (controller, gradient_norm, redundancy_reduction) = match variant {
+        Variant::Paper => (
+            ControllerParams::paper(layers, experts, experts_max, steps),
+            GradientNorm::AllParameters,
+            Reduction::Mean,
+        ),
+        Variant::Reference => (
+            ControllerParams::reference(layers, experts, experts_max, steps),
+            GradientNorm::Fc1,
+            Reduction::Sum,
+        ),
+        Variant::Ours => (
+            ControllerParams::ours(layers, experts, experts_max, steps),
+            GradientNorm::AllParameters,
+            Reduction::Mean,
+        ),
+    };
+    GrowerConfig {
+        controller,
+        gradient_norm,
+        redundancy_weight: 0.01,
+        redundancy_reduction,
+    }
+}
+
+struct Score {
+    loss: f64,
+    mean_k: f64,
+    jsd_entity: Option<f64>,
+    jsd_property: Option<f64>,
+    nmi: Option<f64>,
+}
+
+/// Test loss, active experts a token, and how far experts specialise on the hidden states behind the tokens.
+fn evaluate(trainer: &Trainer, data: &Data) -> Result<Score, BenchError> {
+    const WINDOWS: usize = 50;
+    let failed = |e: Box<dyn std::error::Error + Send + Sync>| BenchError::failed("evaluation", e);
+    let (windows, ginc) = (&data.windows, &data.ginc);
+    let experts = trainer.experts();
+    let mut by_entity = LabelUsage::new(ginc.entities(), experts);
+    let mut by_property = LabelUsage::new(ginc.properties(), experts);
+    let mut by_state = LabelUsage::new(ginc.states(), experts);
+    let (mut total, mut tokens, mut assignments) = (0.0, 0, 0);
+    for start in (0..windows.len()).step_by(WINDOWS) {
+        let range = start..(start + WINDOWS).min(windows.len());
+        let batch = windows.batch(range.clone());
+        let (nll, layers) = trainer
+            .model
+            .score(&batch.inputs, &batch.targets, batch.length, None)
+            .map_err(|e| failed(e.into()))?;
+        total += mean(&nll) * nll.len() as f64;
+        tokens += nll.len();
+        let states = windows.input_states(range);
+        let labels = |f: &dyn Fn(u32) -> usize| states.iter().map(|&s| f(s)).collect::<Vec<_>>();
+        for trace in &layers {
+            assignments += trace.plan.num_assignments();
+            for (usage, labels) in [
+                (&mut by_entity, labels(&|s| ginc.entity_of(s))),
+                (&mut by_property, labels(&|s| ginc.property_of(s))),
+                (&mut by_state, labels(&|s| s as usize)),
+            ] {
+                usage
+                    .record(&trace.plan, &labels)
+                    .map_err(|e| failed(e.into()))?;
+            }
+        }
+    }
+    let jsd = |usage: &LabelUsage| {
+        jensen_shannon_divergence(usage.contingency().view(), LabelWeighting::Uniform).ok()
+    };
+    Ok(Score {
+        loss: total / tokens as f64,
+        mean_k: assignments as f64 / tokens as f64,
+        jsd_entity: jsd(&by_entity),
+        jsd_property: jsd(&by_property),
+        nmi: normalized_mutual_information(by_state.contingency().view()).ok(),
+    })
+}

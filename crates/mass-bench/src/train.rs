@@ -1,0 +1,231 @@
+//! A byte-level language model on one's own text, with a pool of experts that grows while it learns.
+
+use std::collections::BTreeMap;
+
+use mass_model::Activation;
+use mass_model::checkpoint;
+use mass_model::lm::LanguageModelConfig;
+use mass_model::nn::{BlockConfig, MoeConfig};
+use mass_model::optim::{AdamWConfig, Schedule};
+use mass_routing::{Combine, RouterConfig};
+
+use crate::BenchError;
+use crate::batch::TokenBatch;
+use crate::cli::{RunContext, TrainArgs, Variant};
+use crate::report::{Results, Run, peak_rss_mib};
+use crate::study::synthetic::variant_config;
+use crate::sweep::checkpoint_dir;
+use crate::text::{ByteText, VOCAB, bits_per_byte};
+use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
+
+/// Most held-out windows that are scored.
+const MAX_WINDOWS: usize = 4096;
+
+/// Trains, and reports bits per byte on the held-out tail.
+///
+/// # Errors
+/// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for sizes that no model can have, else what
+/// training ends with.
+pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    let text = ByteText::read(&args.text, args.seq, args.held_out)?;
+    let mut store = ctx.open_train_store(args, &serde_json::json!({}))?;
+    let mut run = Run::new("mass", args.seed);
+    run.variant = Some(args.variant.to_string());
+    run.experts_init = Some(args.experts);
+    if store.finished(&run.key()).is_some() {
+        return Ok(store.into_results());
+    }
+    let (probe, test) = held_out(&text, args)?;
+    let folder = checkpoint_dir(&store, &run);
+    let config = config(args, run.key().to_string());
+    let mut trainer = Trainer::open(config, &folder, args.resume)?;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(args.threads)
+        .build()
+        .map_err(|e| BenchError::failed("starting threads", e))?;
+
+    ctx.progress.start("training", args.steps as u64);
+    let flag = ctx.interrupt_flag();
+    let progress = &mut ctx.progress;
+    let complete = pool.install(|| {
+        trainer.run(
+            &mut Feed {
+                batch: &|step| Ok(text.batch(args.seed, step, args.batch, args.seq)?),
+                probe: &probe,
+                on_step: &mut |step, loss| {
+                    progress.tick(step, || format!("{:.3} bits per byte", bits_per_byte(loss)));
+                    !flag.load(std::sync::atomic::Ordering::SeqCst)
+                },
+            },
+            &folder,
+        )
+    })?;
+    if !complete {
+        return Err(BenchError::Interrupted {
+            out: args.out.clone(),
+        });
+    }
+
+    let (mut total, mut bytes, mut assignments, mut routed) = (0.0, 0usize, 0usize, 0usize);
+    for batch in &test {
+        let (nll, layers) = pool
+            .install(|| {
+                trainer
+                    .model
+                    .score(&batch.inputs, &batch.targets, batch.length, None)
+            })
+            .map_err(|e| BenchError::failed("scoring the held-out tail", e))?;
+        total += mean(&nll) * nll.len() as f64;
+        bytes += nll.len();
+        for layer in &layers {
+            assignments += layer.plan.num_assignments();
+            routed += layer.plan.num_tokens();
+        }
+    }
+    let loss = total / bytes as f64;
+    let (steps, wall_s) = (trainer.step(), trainer.wall_s());
+    let tokens = steps * (args.batch * args.seq) as u64;
+    run = Run {
+        experts: Some(trainer.experts()),
+        active_per_token: Some(assignments as f64 / routed as f64),
+        test_loss: Some(loss),
+        metric: Some(bits_per_byte(loss)),
+        metric_name: Some("bits_per_byte".into()),
+        steps: Some(steps),
+        tokens: Some(tokens),
+        detection_live_steps: trainer.live_steps(),
+        wall_s: Some(wall_s),
+        tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
+        peak_rss_mib: peak_rss_mib(),
+        expansions: trainer.expansions(),
+        ..run
+    };
+    let key = run.key().to_string();
+    for line in trainer.metrics() {
+        store.metric(line)?;
+    }
+    let mut counts = BTreeMap::new();
+    for event in trainer.events() {
+        store.event(&key, event)?;
+        let kind = serde_json::to_value(event)
+            .ok()
+            .and_then(|v| v["kind"].as_str().map(str::to_owned));
+        *counts.entry(kind.unwrap_or_default()).or_insert(0usize) += 1;
+    }
+    let events: Vec<String> = counts
+        .iter()
+        .map(|(kind, n)| format!("{n} {kind}"))
+        .collect();
+    let layers: Vec<String> = trainer
+        .experts_by_layer()
+        .iter()
+        .map(usize::to_string)
+        .collect();
+    ctx.progress.finish(&format!(
+        "{:.4} bits per byte on {bytes} held-out bytes (byte frequencies alone: {:.4}); experts by layer {}, {:.2} active a \
+         token; events: {}; checkpoint in {}",
+        bits_per_byte(loss),
+        unigram_bits(&text, &test),
+        layers.join(" "),
+        assignments as f64 / routed as f64,
+        if events.is_empty() { "none".into() } else { events.join(", ") },
+        folder.display(),
+    ));
+    debug_assert!(checkpoint::exists(&folder));
+    store.push(run)?;
+    Ok(store.into_results())
+}
+
+/// Held-out windows, divided into a probe for the expansion engine and the windows that are scored.
+fn held_out(
+    text: &ByteText,
+    args: &TrainArgs,
+) -> Result<(TokenBatch, Vec<TokenBatch>), BenchError> {
+    let batches = text.held_out_batches(args.batch.max(2), args.seq, MAX_WINDOWS)?;
+    if batches.len() < 8 {
+        // Too short a tail to share: the probe is training text that no seed of a run draws in this order.
+        let probe = text.batch(args.seed ^ u64::MAX, 0, args.batch.max(8), args.seq)?;
+        return Ok((probe, batches));
+    }
+    let mut probe = TokenBatch::with_capacity(0, args.seq);
+    let mut test = Vec::new();
+    for (i, batch) in batches.into_iter().enumerate() {
+        if i % 8 == 0 && probe.rows < 64 {
+            probe.rows += batch.rows;
+            probe.inputs.extend(batch.inputs);
+            probe.targets.extend(batch.targets);
+        } else {
+            test.push(batch);
+        }
+    }
+    Ok((probe, test))
+}
+
+fn config(args: &TrainArgs, run: String) -> TrainerConfig {
+    let combine = if args.variant == Variant::Paper {
+        Combine::Raw
+    } else {
+        Combine::Renormalised
+    };
+    let moe = MoeConfig {
+        dim: args.dim,
+        hidden: args.hidden,
+        experts: args.experts,
+        activation: Activation::GeluErf,
+        router: RouterConfig::TopP {
+            p: args.p as f32,
+            combine,
+        },
+    };
+    let steps = args.steps as u64;
+    let mut growth = variant_config(
+        args.variant,
+        args.layers,
+        args.experts,
+        args.experts_max,
+        steps,
+    );
+    growth.controller.seed = args.seed;
+    TrainerConfig {
+        run,
+        model: LanguageModelConfig {
+            vocab: VOCAB,
+            max_seq: args.seq,
+            layers: args.layers,
+            block: BlockConfig {
+                heads: args.heads,
+                layer_norm_eps: 1e-5,
+                moe,
+            },
+        },
+        adamw: AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: Some(1.0),
+        },
+        schedule: Schedule {
+            peak: args.lr,
+            warmup: 100.min(steps / 10),
+            steps,
+            floor: 0.1,
+        },
+        growth: Some(growth),
+        seed: args.seed,
+        log_every: (steps / 200).max(1),
+        checkpoint_every: (steps / 10).max(50),
+    }
+}
+
+/// Bits per byte of the held-out bytes under the byte frequencies of the training part (add-one).
+fn unigram_bits(text: &ByteText, test: &[TokenBatch]) -> f64 {
+    let mut counts = [1.0f64; VOCAB];
+    for &byte in text.train() {
+        counts[byte as usize] += 1.0;
+    }
+    let total: f64 = counts.iter().sum();
+    let targets = || test.iter().flat_map(|b| &b.targets);
+    let nats: f64 = targets().map(|&t| -(counts[t as usize] / total).ln()).sum();
+    bits_per_byte(nats / targets().count() as f64)
+}
