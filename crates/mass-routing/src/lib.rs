@@ -5,6 +5,7 @@ mod error;
 mod plan;
 mod router;
 mod select;
+mod simd;
 mod softmax;
 mod specialisation;
 mod usage;

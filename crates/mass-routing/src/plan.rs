@@ -2,11 +2,12 @@
 
 mod backward;
 mod build;
+mod group;
 
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use build::{RowSelector, Selection, SoftmaxRows};
+pub(crate) use build::{Batch, Keys, Select, SoftmaxThen, Work};
 
 /// How the probabilities of a token's selected experts become its routing weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -27,6 +28,8 @@ pub(crate) enum WeightRule {
     Softmax,
     /// `w = r / sum of the selected r`.
     Renormalised,
+    /// `w = 1 / k`; the gradient takes the derivative of the sigmoid score where active (the plan's scores are zero elsewhere).
+    StraightThrough,
 }
 
 /// Tokens grouped by expert, ready for a grouped matrix product, with the inverse index per token.
@@ -55,7 +58,8 @@ pub struct RoutingPlan {
     token_offsets: Vec<u32>,
     token_assignments: Vec<u32>,
     token_experts: Vec<u32>,
-    probabilities: Vec<f32>,
+    scores: Vec<f32>,
+    in_use: Vec<bool>,
     skipped: usize,
     rule: WeightRule,
     scratch: build::Scratch,
@@ -72,7 +76,8 @@ impl Default for RoutingPlan {
             token_offsets: vec![0],
             token_assignments: Vec::new(),
             token_experts: Vec::new(),
-            probabilities: Vec::new(),
+            scores: Vec::new(),
+            in_use: Vec::new(),
             skipped: 0,
             rule: WeightRule::default(),
             scratch: build::Scratch::default(),
@@ -91,7 +96,8 @@ impl Clone for RoutingPlan {
             token_offsets: self.token_offsets.clone(),
             token_assignments: self.token_assignments.clone(),
             token_experts: self.token_experts.clone(),
-            probabilities: self.probabilities.clone(),
+            scores: self.scores.clone(),
+            in_use: self.in_use.clone(),
             skipped: self.skipped,
             rule: self.rule,
             scratch: build::Scratch::default(),
@@ -203,14 +209,20 @@ impl RoutingPlan {
         self.skipped
     }
 
+    /// Which experts were in use (not masked); `K` entries.
+    pub fn in_use(&self) -> &[bool] {
+        &self.in_use
+    }
+
     /// The full softmax, `N x K`, zero at masked experts; `0 x K` if the router has none or was told not to keep it.
     pub fn probabilities(&self) -> ArrayView2<'_, f32> {
-        let rows = self
-            .probabilities
-            .len()
-            .checked_div(self.num_experts)
-            .unwrap_or(0);
-        match ArrayView2::from_shape((rows, self.num_experts), &self.probabilities) {
+        let kept = if self.has_probabilities() {
+            &self.scores[..]
+        } else {
+            &[]
+        };
+        let rows = kept.len().checked_div(self.num_experts).unwrap_or(0);
+        match ArrayView2::from_shape((rows, self.num_experts), kept) {
             Ok(view) => view,
             Err(_) => unreachable!("probabilities are whole rows"),
         }
@@ -218,26 +230,28 @@ impl RoutingPlan {
 
     /// Whether [`probabilities`](Self::probabilities) holds a row per token.
     pub fn has_probabilities(&self) -> bool {
-        self.probabilities.len() == self.num_tokens * self.num_experts
+        self.rule != WeightRule::StraightThrough
+            && self.scores.len() == self.num_tokens * self.num_experts
     }
 
     /// Empties the plan but keeps its buffers.
     pub fn clear(&mut self) {
         self.reset(0, 0);
-    }
-
-    fn reset(&mut self, num_tokens: usize, num_experts: usize) {
-        self.num_tokens = num_tokens;
-        self.num_experts = num_experts;
-        self.expert_offsets.clear();
-        self.expert_offsets.resize(num_experts + 1, 0);
-        self.token_offsets.clear();
-        self.token_offsets.resize(num_tokens + 1, 0);
+        self.expert_offsets[0] = 0;
         self.tokens.clear();
         self.weights.clear();
         self.token_assignments.clear();
         self.token_experts.clear();
-        self.probabilities.clear();
+        self.scores.clear();
+    }
+
+    /// Sizes what depends on `N` and `K` alone; the rest keeps its length, because every entry will be written.
+    fn reset(&mut self, num_tokens: usize, num_experts: usize) {
+        self.num_tokens = num_tokens;
+        self.num_experts = num_experts;
+        self.expert_offsets.resize(num_experts + 1, 0);
+        self.token_offsets.resize(num_tokens + 1, 0);
+        self.in_use.clear();
         self.skipped = 0;
         self.rule = WeightRule::default();
     }
@@ -258,8 +272,8 @@ impl RoutingPlan {
         {
             return fail("arrays over assignments differ in length");
         }
-        if !self.probabilities.is_empty() && self.probabilities.len() != n * k {
-            return fail("probabilities are not N x K");
+        if self.in_use.len() != k || (!self.scores.is_empty() && self.scores.len() != n * k) {
+            return fail("scores are not N x K, or the mask is not K");
         }
         for offsets in [&self.expert_offsets, &self.token_offsets] {
             if offsets[0] != 0
@@ -301,9 +315,9 @@ impl RoutingPlan {
         Ok(())
     }
 
-    /// The probabilities of one token, if kept.
-    pub(crate) fn probability_row(&self, token: usize) -> Option<&[f32]> {
+    /// The kept scores of one token.
+    pub(crate) fn score_row(&self, token: usize) -> Option<&[f32]> {
         let k = self.num_experts;
-        self.probabilities.get(token * k..(token + 1) * k)
+        self.scores.get(token * k..(token + 1) * k)
     }
 }

@@ -12,7 +12,9 @@ impl RoutingPlan {
     /// expert `e` (zero for experts it did not select) and `r` its softmax row,
     ///
     /// - raw weights: `dlogit_e += r_e (g_e - sum_j r_j g_j)`, non-zero for every expert in use;
-    /// - renormalised weights `w`: `dlogit_e += w_e (g_e - sum_{j selected} w_j g_j)`, zero for experts not selected.
+    /// - renormalised weights `w`: `dlogit_e += w_e (g_e - sum_{j selected} w_j g_j)`, zero for experts not selected;
+    /// - top-any: `dlogit_e += g_e s_e (1 - s_e) / k` with the sigmoid score `s`, the straight-through rule of
+    ///   [`TopAny`](crate::TopAny).
     ///
     /// `d_weights` has one entry per assignment in the grouped order, `d_logits` is `N x K`.
     ///
@@ -67,11 +69,19 @@ impl RoutingPlan {
                 .sum();
             match self.rule {
                 WeightRule::Softmax => {
-                    if let Some(r) = self.probability_row(t) {
+                    if let Some(r) = self.score_row(t) {
                         row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot);
                     }
                     for (&a, &e) in assignments.iter().zip(experts) {
                         row[e as usize] += self.weights[a as usize] * d_weights[a as usize];
+                    }
+                }
+                WeightRule::StraightThrough => {
+                    let Some(s) = self.score_row(t) else { continue };
+                    for (&a, &e) in assignments.iter().zip(experts) {
+                        let s = s[e as usize];
+                        row[e as usize] +=
+                            self.weights[a as usize] * d_weights[a as usize] * s * (1.0 - s);
                     }
                 }
                 WeightRule::Renormalised => {

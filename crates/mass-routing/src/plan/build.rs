@@ -1,52 +1,72 @@
-//! Filling a plan: rows to selections, then a counting sort by expert.
+//! Filling a plan: rows to selections, a block of tokens at a time, then the grouping by expert.
 
 use ndarray::ArrayView2;
+use rayon::prelude::*;
 
-use super::{Combine, RoutingPlan, WeightRule};
-use crate::softmax::softmax_row;
+use super::{Combine, RoutingPlan, WeightRule, group};
+use crate::select::{Picks, Threshold};
+use crate::simd::{AlignedRow, LANES, Machine, Task, dispatch};
+use crate::softmax::Row;
 use crate::{NonFinite, RoutingError};
 
-/// The experts one token selected, in ascending order.
-#[derive(Debug, Default)]
-pub(crate) struct Selection {
-    pub(crate) experts: Vec<u32>,
+/// What a router does with one token.
+pub(crate) trait RowKernel: Sync {
+    /// Fills `row.probabilities` from `row.logits` and appends the token's experts, ascending, and their weights to `picks`.
+    ///
+    /// Has to be `inline(always)`: it is compiled once for every instruction set.
+    fn route<M: Machine>(&self, machine: M, row: &mut Row, work: &mut Work, picks: &mut Picks);
 }
 
-/// Chooses the experts of one token.
-pub(crate) trait RowSelector: Sync {
-    /// Appends the experts of a token to `out.experts`, ascending. Masked experts have `probabilities = 0` and `logits = -inf`.
-    fn select(&self, logits: &[f32], probabilities: &[f32], out: &mut Selection);
+/// Working memory of a [`RowKernel`].
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    pub(crate) candidates: Vec<f32>,
+    pub(crate) keys: AlignedRow,
+}
+
+/// What every router does with a batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batch<'a> {
+    pub(crate) logits: ArrayView2<'a, f32>,
+    pub(crate) mask: Option<&'a [bool]>,
+    pub(crate) non_finite: NonFinite,
+    pub(crate) keep_scores: bool,
+    pub(crate) rule: WeightRule,
 }
 
 /// Working memory of [`RoutingPlan`]; no part of its value.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    selection: Selection,
-    logits: Vec<f32>,
-    row: Vec<f32>,
-    weights: Vec<f32>,
-    cursor: Vec<u32>,
+    pub(super) blocks: Vec<Block>,
 }
 
-/// How to turn rows of logits into a plan whose weights are softmax probabilities.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SoftmaxRows {
-    pub(crate) combine: Combine,
-    pub(crate) non_finite: NonFinite,
-    pub(crate) keep_probabilities: bool,
+/// A run of consecutive tokens: the unit of parallel work. Results do not depend on how tokens are cut into blocks.
+#[derive(Debug, Default)]
+pub(crate) struct Block {
+    pub(super) first_token: usize,
+    pub(super) picks: Picks,
+    pub(super) local: group::Local,
+    row: Row,
+    gathered: Vec<f32>,
+    work: Work,
+    skipped: usize,
+    failed: Option<RoutingError>,
 }
 
-impl SoftmaxRows {
+/// Below this many logits, starting threads costs more than it saves.
+const SERIAL: usize = 1 << 14;
+
+impl Batch<'_> {
+    /// Routes and groups; on error the plan is left empty.
     pub(crate) fn route(
         self,
-        logits: ArrayView2<'_, f32>,
-        mask: Option<&[bool]>,
-        selector: &impl RowSelector,
+        kernel: &impl RowKernel,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        let result = self.fill(logits, mask, selector, plan);
-        if result.is_err() {
-            plan.clear();
+        let result = self.rows(kernel, plan);
+        match result {
+            Ok(()) => group::group(plan),
+            Err(_) => plan.clear(),
         }
         #[cfg(debug_assertions)]
         if let Err(broken) = plan.validate() {
@@ -55,125 +75,244 @@ impl SoftmaxRows {
         result
     }
 
-    fn fill(
+    /// Fills the blocks of the plan's scratch, `token_offsets` (with the offsets within the block) and the scores.
+    pub(crate) fn rows(
         self,
-        logits: ArrayView2<'_, f32>,
-        mask: Option<&[bool]>,
-        selector: &impl RowSelector,
+        kernel: &impl RowKernel,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        let (n, k) = logits.dim();
-        check_shape(n, k, mask)?;
+        let (n, k) = self.logits.dim();
+        self.check(n, k)?;
         plan.reset(n, k);
-        plan.rule = match self.combine {
-            Combine::Raw => WeightRule::Softmax,
-            Combine::Renormalised => WeightRule::Renormalised,
+        plan.rule = self.rule;
+        match self.mask {
+            Some(mask) => plan.in_use.extend_from_slice(mask),
+            None => plan.in_use.resize(k, true),
+        }
+        plan.scores
+            .resize(if self.keep_scores { n * k } else { 0 }, 0.0);
+
+        let threads = if n * k < SERIAL {
+            1
+        } else {
+            rayon::current_num_threads()
         };
-        let mut scratch = std::mem::take(&mut plan.scratch);
-        if self.keep_probabilities {
-            plan.probabilities.resize(n * k, 0.0);
+        // Some more blocks than threads, so that a thread that was held up does not hold up all.
+        let count = if threads == 1 {
+            1
+        } else {
+            (threads * 4).min(n.div_ceil(64))
+        };
+        let size = n.div_ceil(count.max(1)).max(1);
+        let count = n.div_ceil(size).max(1);
+        let blocks = &mut plan.scratch.blocks;
+        blocks.resize_with(count.max(blocks.len()), Block::default);
+        blocks.truncate(count.max(1));
+        for (b, block) in blocks.iter_mut().enumerate() {
+            block.first_token = b * size;
         }
-        scratch.row.resize(k, 0.0);
-        scratch.logits.resize(k, 0.0);
-        scratch.weights.clear();
-        scratch.selection.experts.clear();
-        for (t, row) in logits.outer_iter().enumerate() {
-            for (e, (to, &l)) in scratch.logits.iter_mut().zip(row).enumerate() {
-                *to = if mask.is_none_or(|m| m[e]) {
-                    l
-                } else {
-                    f32::NEG_INFINITY
-                };
-            }
-            let bad = (0..k).find(|&e| mask.is_none_or(|m| m[e]) && !row[e].is_finite());
-            let probabilities = match plan.probabilities.get_mut(t * k..(t + 1) * k) {
-                Some(kept) => kept,
-                None => &mut scratch.row[..],
-            };
-            if let Some(expert) = bad {
-                if self.non_finite == NonFinite::Error {
-                    plan.scratch = scratch;
-                    return Err(RoutingError::NonFiniteLogit {
-                        token: t,
-                        expert,
-                        value: row[expert],
-                    });
-                }
-                probabilities.fill(0.0);
-                plan.skipped += 1;
-            } else {
-                softmax_row(&scratch.logits, probabilities);
-                let from = scratch.selection.experts.len();
-                selector.select(&scratch.logits, probabilities, &mut scratch.selection);
-                let chosen = &scratch.selection.experts[from..];
-                let scale = match self.combine {
-                    Combine::Raw => 1.0,
-                    Combine::Renormalised => {
-                        1.0 / chosen
-                            .iter()
-                            .map(|&e| probabilities[e as usize])
-                            .sum::<f32>()
-                    }
-                };
-                scratch
-                    .weights
-                    .extend(chosen.iter().map(|&e| probabilities[e as usize] * scale));
-            }
-            plan.token_offsets[t + 1] = scratch.selection.experts.len() as u32;
+        let offsets = &mut plan.token_offsets[1..];
+        if count == 1 {
+            blocks[0].fill(self, kernel, offsets, &mut plan.scores);
+        } else if self.keep_scores {
+            let parts = blocks
+                .par_iter_mut()
+                .zip(offsets.par_chunks_mut(size))
+                .zip(plan.scores.par_chunks_mut(size * k));
+            parts.for_each(|((block, offsets), scores)| block.fill(self, kernel, offsets, scores));
+        } else {
+            let parts = blocks.par_iter_mut().zip(offsets.par_chunks_mut(size));
+            parts.for_each(|(block, offsets)| block.fill(self, kernel, offsets, &mut []));
         }
-        group(plan, &mut scratch);
-        plan.scratch = scratch;
+        // The first failure in token order, whichever thread was first in time.
+        if let Some(error) = blocks.iter_mut().find_map(|block| block.failed.take()) {
+            return Err(error);
+        }
+        plan.skipped = blocks.iter().map(|block| block.skipped).sum();
+        Ok(())
+    }
+
+    fn check(&self, n: usize, k: usize) -> Result<(), RoutingError> {
+        if k == 0 {
+            return Err(RoutingError::NoExperts);
+        }
+        if n.checked_mul(k).is_none_or(|a| u32::try_from(a).is_err()) {
+            return Err(RoutingError::TooLarge {
+                tokens: n,
+                experts: k,
+            });
+        }
+        if let Some(mask) = self.mask {
+            if mask.len() != k {
+                return Err(RoutingError::ShapeMismatch {
+                    what: "mask per expert",
+                    expected: k,
+                    found: mask.len(),
+                });
+            }
+            if !mask.contains(&true) {
+                return Err(RoutingError::AllExpertsMasked { experts: k });
+            }
+        }
         Ok(())
     }
 }
 
-/// The counting sort: token-ordered selections to the grouped arrays and the inverse index.
-fn group(plan: &mut RoutingPlan, scratch: &mut Scratch) {
-    let chosen = &scratch.selection.experts;
-    for &e in chosen {
-        plan.expert_offsets[e as usize + 1] += 1;
+impl Block {
+    fn fill(
+        &mut self,
+        batch: Batch<'_>,
+        kernel: &impl RowKernel,
+        offsets: &mut [u32],
+        scores: &mut [f32],
+    ) {
+        self.failed = None;
+        self.skipped = 0;
+        self.picks.clear();
+        self.row.prepare(batch.logits.ncols(), batch.mask);
+        dispatch(Fill {
+            block: self,
+            batch,
+            kernel,
+            offsets,
+            scores,
+        });
+        let k = batch.logits.ncols();
+        self.local.sort(k, self.first_token, offsets, &self.picks);
     }
-    for e in 0..plan.num_experts {
-        plan.expert_offsets[e + 1] += plan.expert_offsets[e];
-    }
-    scratch.cursor.clear();
-    scratch.cursor.extend_from_slice(&plan.expert_offsets);
-    plan.tokens.resize(chosen.len(), 0);
-    plan.weights.resize(chosen.len(), 0.0);
-    plan.token_assignments.resize(chosen.len(), 0);
-    plan.token_experts.extend_from_slice(chosen);
-    for t in 0..plan.num_tokens {
-        for i in plan.token_offsets[t] as usize..plan.token_offsets[t + 1] as usize {
-            let cursor = &mut scratch.cursor[chosen[i] as usize];
-            plan.tokens[*cursor as usize] = t as u32;
-            plan.weights[*cursor as usize] = scratch.weights[i];
-            plan.token_assignments[i] = *cursor;
-            *cursor += 1;
+}
+
+struct Fill<'a, 'b, K> {
+    block: &'a mut Block,
+    batch: Batch<'b>,
+    kernel: &'a K,
+    offsets: &'a mut [u32],
+    scores: &'a mut [f32],
+}
+
+impl<K: RowKernel> Task for Fill<'_, '_, K> {
+    #[inline(always)]
+    fn run<M: Machine>(self, machine: M) {
+        let Self {
+            block,
+            batch,
+            kernel,
+            offsets,
+            scores,
+        } = self;
+        let k = batch.logits.ncols();
+        let contiguous = batch.logits.as_slice();
+        let mut scores = scores.chunks_exact_mut(k);
+        for (i, offset) in offsets.iter_mut().enumerate() {
+            let token = block.first_token + i;
+            let logits = match contiguous {
+                Some(all) => &all[token * k..(token + 1) * k],
+                None => {
+                    block.gathered.clear();
+                    block.gathered.extend(batch.logits.row(token));
+                    &block.gathered[..]
+                }
+            };
+            let finite = block.row.load(machine, logits);
+            if finite {
+                kernel.route(machine, &mut block.row, &mut block.work, &mut block.picks);
+            } else if batch.non_finite == NonFinite::Skip {
+                block.skipped += 1;
+            } else {
+                block.failed = Some(non_finite(logits, batch.mask, token));
+                return;
+            }
+            if let Some(kept) = scores.next() {
+                if finite {
+                    let (whole, rest) = kept.as_chunks_mut::<LANES>();
+                    let from = block.row.probabilities.get();
+                    whole
+                        .iter_mut()
+                        .zip(from)
+                        .for_each(|(to, from)| *to = *from);
+                    rest.copy_from_slice(&from.as_flattened()[whole.len() * LANES..k]);
+                } else {
+                    kept.fill(0.0);
+                }
+            }
+            *offset = block.picks.len() as u32;
         }
     }
 }
 
-fn check_shape(n: usize, k: usize, mask: Option<&[bool]>) -> Result<(), RoutingError> {
-    if k == 0 {
-        return Err(RoutingError::NoExperts);
+#[cold]
+fn non_finite(logits: &[f32], mask: Option<&[bool]>, token: usize) -> RoutingError {
+    let bad = |&e: &usize| !logits[e].is_finite() && mask.is_none_or(|m| m[e]);
+    let Some(expert) = (0..logits.len()).find(bad) else {
+        unreachable!("a row is refused for a logit that is not finite")
+    };
+    RoutingError::NonFiniteLogit {
+        token,
+        expert,
+        value: logits[expert],
     }
-    if n.checked_mul(k).is_none_or(|a| u32::try_from(a).is_err()) {
-        return Err(RoutingError::TooLarge {
-            tokens: n,
-            experts: k,
-        });
+}
+
+/// Softmax, then a threshold on some key: the shape of most routers.
+pub(crate) struct SoftmaxThen<S> {
+    pub(crate) combine: Combine,
+    pub(crate) select: S,
+}
+
+/// Finds the threshold that selects a token's experts.
+pub(crate) trait Select: Sync {
+    /// Leaves the keys in `work.keys` if they are not the probabilities.
+    fn threshold<M: Machine>(
+        &self,
+        machine: M,
+        row: &Row,
+        top: f32,
+        work: &mut Work,
+    ) -> (Keys, Threshold);
+}
+
+/// What a threshold applies to.
+#[derive(Clone, Copy)]
+pub(crate) enum Keys {
+    Probabilities,
+    Logits,
+    Work,
+}
+
+impl<S: Select> RowKernel for SoftmaxThen<S> {
+    #[inline(always)]
+    fn route<M: Machine>(&self, machine: M, row: &mut Row, work: &mut Work, picks: &mut Picks) {
+        let top = row.softmax(machine);
+        let (keys, threshold) = self.select.threshold(machine, row, top, work);
+        let keys = match keys {
+            Keys::Probabilities => row.probabilities.get(),
+            Keys::Logits => row.logits.get(),
+            Keys::Work => work.keys.get(),
+        };
+        let from = picks.len();
+        picks.take(machine, keys, threshold, row.probabilities.get());
+        self.combine.apply(picks.weights_from(from));
     }
-    if let Some(mask) = mask {
-        if mask.len() != k {
-            return Err(RoutingError::ShapeMismatch {
-                what: "mask per expert",
-                expected: k,
-                found: mask.len(),
-            });
+}
+
+impl Combine {
+    pub(crate) fn rule(self) -> WeightRule {
+        match self {
+            Self::Raw => WeightRule::Softmax,
+            Self::Renormalised => WeightRule::Renormalised,
         }
-        if !mask.contains(&true) {
-            return Err(RoutingError::AllExpertsMasked { experts: k });
+    }
+
+    /// Turns probabilities of the selected experts into weights.
+    #[inline(always)]
+    pub(crate) fn apply(self, weights: &mut [f32]) {
+        if self == Self::Renormalised {
+            let sum: f32 = weights.iter().sum();
+            // All selected probabilities may have underflowed (top-k after a hugely dominant expert was masked by a bias).
+            if sum > 0.0 {
+                let scale = 1.0 / sum;
+                weights.iter_mut().for_each(|w| *w *= scale);
+            }
         }
     }
-    Ok(())
 }

@@ -5,8 +5,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Router;
 use super::top_p::yes;
-use crate::plan::{RowSelector, Selection, SoftmaxRows};
-use crate::{Combine, NonFinite, RoutingError, RoutingPlan, select};
+use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
+use crate::select::{Count, Threshold, threshold};
+use crate::simd::Machine;
+use crate::softmax::Row;
+use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 
 /// Top-k: the same number of experts for every token.
 ///
@@ -99,20 +102,45 @@ impl Router for TopK {
                 available,
             });
         }
-        let rows = SoftmaxRows {
-            combine: self.combine,
+        let batch = Batch {
+            logits,
+            mask,
             non_finite: self.non_finite,
-            keep_probabilities: self.keep_probabilities,
+            keep_scores: self.keep_probabilities,
+            rule: self.combine.rule(),
         };
-        rows.route(logits, mask, &Largest(self.k), plan)
+        batch.route(
+            &SoftmaxThen {
+                combine: self.combine,
+                select: Largest(self.k),
+            },
+            plan,
+        )
     }
 }
 
 struct Largest(usize);
 
-impl RowSelector for Largest {
-    fn select(&self, logits: &[f32], _: &[f32], out: &mut Selection) {
-        select::top_k(logits, self.0, &mut out.experts);
+impl Select for Largest {
+    #[inline(always)]
+    fn threshold<M: Machine>(
+        &self,
+        machine: M,
+        row: &Row,
+        _: f32,
+        work: &mut Work,
+    ) -> (Keys, Threshold) {
+        // Logits, not probabilities: these may have underflowed to a tie at zero.
+        let floor = f32::NEG_INFINITY;
+        let found = threshold::<Count, M>(
+            machine,
+            row.logits.get(),
+            row.max,
+            floor,
+            self.0 as f64,
+            &mut work.candidates,
+        );
+        (Keys::Logits, found)
     }
 }
 

@@ -4,8 +4,11 @@ use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
 use super::Router;
-use crate::plan::{RowSelector, Selection, SoftmaxRows};
-use crate::{Combine, NonFinite, RoutingError, RoutingPlan, select};
+use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
+use crate::select::{Mass, Threshold, threshold};
+use crate::simd::Machine;
+use crate::softmax::Row;
+use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 
 /// Top-p: as many experts as it takes to hold a share `p` of the routing probability.
 ///
@@ -101,20 +104,48 @@ impl Router for TopP {
         mask: Option<&[bool]>,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        let rows = SoftmaxRows {
-            combine: self.combine,
+        let batch = Batch {
+            logits,
+            mask,
             non_finite: self.non_finite,
-            keep_probabilities: self.keep_probabilities,
+            keep_scores: self.keep_probabilities,
+            rule: self.combine.rule(),
         };
-        rows.route(logits, mask, &Mass(self.p), plan)
+        batch.route(
+            &SoftmaxThen {
+                combine: self.combine,
+                select: ToMass(self.p),
+            },
+            plan,
+        )
     }
 }
 
-struct Mass(f32);
+struct ToMass(f32);
 
-impl RowSelector for Mass {
-    fn select(&self, _: &[f32], probabilities: &[f32], out: &mut Selection) {
-        select::top_p(probabilities, self.0, &mut out.experts);
+impl Select for ToMass {
+    #[inline(always)]
+    fn threshold<M: Machine>(
+        &self,
+        machine: M,
+        row: &Row,
+        top: f32,
+        work: &mut Work,
+    ) -> (Keys, Threshold) {
+        let found = if self.0 >= 1.0 {
+            // Rounding of the probabilities must not decide whether the last expert is needed.
+            Threshold::POSITIVE
+        } else {
+            threshold::<Mass, M>(
+                machine,
+                row.probabilities.get(),
+                top,
+                0.0,
+                self.0.into(),
+                &mut work.candidates,
+            )
+        };
+        (Keys::Probabilities, found)
     }
 }
 
