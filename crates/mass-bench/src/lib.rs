@@ -10,7 +10,7 @@
 //! | [`sweep`] | many independent runs on a few threads |
 //! | [`trainer`] | the training loop, with growth, that can stop at any step and go on |
 //! | [`train`] | a byte-level language model on one's own text |
-//! | [`bench`] | short timings of what this crate does itself |
+//! | [`mod@bench`] | short timings of what this crate does itself |
 //! | [`data_check`] | which data sets and models are there, and where to get the rest |
 //! | [`cli`] | the arguments of the `mass-bench` binary, checked, and its progress display |
 //!

@@ -58,7 +58,10 @@ fn bad_arguments_exit_2_with_one_line() {
         ),
         (&["reproduce", "--methods", "mass,mass"], &["twice"]),
         (&["reproduce", "--methods", ""], &["unknown method"]),
-        (&["reproduce", "--task", "RTE"], &["unknown task `RTE`", "vocab50"]),
+        (
+            &["reproduce", "--task", "RTE"],
+            &["unknown task `RTE`", "vocab50"],
+        ),
         (&["reproduce", "all", "--methods", "mass"], &["--methods"]),
         (&["reproduce", "--seeds", "0"], &["--seeds is 0"]),
         (&["reproduce", "--seeds", "-1"], &["-1"]),

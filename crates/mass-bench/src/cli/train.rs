@@ -155,7 +155,7 @@ impl TrainCommand {
                 self.experts_max, self.experts
             ));
         }
-        if self.dim % self.heads != 0 {
+        if !self.dim.is_multiple_of(self.heads) {
             return usage(format!(
                 "--heads {} does not divide --dim {}",
                 self.heads, self.dim

@@ -204,7 +204,7 @@ impl Ginc {
     ) -> Result<Self, GincError> {
         check_tables(vocab, start.view(), &transition, &emission)?;
         let states = emission.len();
-        if properties == 0 || states % properties != 0 {
+        if properties == 0 || !states.is_multiple_of(properties) {
             return Err(GincError::Parameter {
                 name: "properties",
                 value: properties.to_string(),

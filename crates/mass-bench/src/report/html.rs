@@ -45,7 +45,8 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         .into_iter()
         .collect();
     type Figure = fn(&MetricLine) -> Option<f64>;
-    let plots: [(&str, Figure, &[(String, f64)]); 4] = [
+    type Plot<'a> = (&'a str, Figure, &'a [(String, f64)]);
+    let plots: [Plot<'_>; 4] = [
         ("Test loss, nats a token", |m| m.test_loss, &levels),
         (
             "Training loss, nats a token (mean of neighbouring lines)",

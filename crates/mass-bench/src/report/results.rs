@@ -159,10 +159,9 @@ pub struct RunKey {
 impl fmt::Display for RunKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.method)?;
-        for part in [&self.variant, &self.setting, &self.task] {
-            if let Some(part) = part {
-                write!(f, "/{part}")?;
-            }
+        let parts = [&self.variant, &self.setting, &self.task];
+        for part in parts.into_iter().flatten() {
+            write!(f, "/{part}")?;
         }
         if let Some(experts) = self.experts_init {
             write!(f, "/K{experts}")?;

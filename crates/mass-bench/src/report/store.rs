@@ -24,7 +24,8 @@ pub struct ResultStore {
 impl ResultStore {
     /// Opens `dir`, creating it where needed.
     ///
-    /// Without `resume` whatever an earlier run left there (results, lines, report) is replaced. With
+    /// Without `resume` whatever an earlier run left there (results, lines, report, checkpoints) is
+    /// replaced. With
     /// it, finished runs are read back, provided that they were made by the same study and preset with
     /// the same `settings`: everything that changes a run's figures. What only adds runs, such as the
     /// number of seeds, does not belong there. Settings are kept beside the results in settings.json.
@@ -38,7 +39,9 @@ impl ResultStore {
         resume: bool,
     ) -> Result<Self, ReportError> {
         fs::create_dir_all(dir).map_err(|e| io_error(dir, e))?;
-        let settings = serde_json::to_value(settings).map_err(|e| ReportError::Malformed {
+        // Through text, as the stored ones went: only what JSON keeps can differ.
+        let settings = serde_json::to_string(settings).and_then(|text| serde_json::from_str(&text));
+        let settings: Value = settings.map_err(|e| ReportError::Malformed {
             path: dir.to_owned(),
             problem: format!("settings: {e}"),
         })?;
@@ -57,8 +60,7 @@ impl ResultStore {
             if old.preset != results.preset {
                 return Err(differs(format!("preset ({})", old.preset)));
             }
-            // Compared as text: a round trip through JSON must not make equal settings differ.
-            if old_settings.to_string() != settings.to_string() {
+            if old_settings != settings {
                 return Err(differs(format!(
                     "settings ({})",
                     first_difference(&old_settings, &settings)
@@ -68,11 +70,16 @@ impl ResultStore {
                 results.push(run);
             }
         }
-        // A directory of checkpoints without results.json was interrupted in its first run: its lines stay.
-        let keep = resume;
-        if !keep {
+        // Kept on a resume even without finished runs: the first one may have been interrupted.
+        if !resume {
             for stale in ["report.html", "metrics.jsonl", "events.jsonl"] {
                 remove_if_there(&dir.join(stale))?;
+            }
+            // A later --resume must not go on from checkpoints of what is replaced now. Only a directory
+            // that this store has written is touched: --out may name anything.
+            let checkpoints = dir.join("checkpoints");
+            if dir.join("settings.json").exists() && checkpoints.is_dir() {
+                fs::remove_dir_all(&checkpoints).map_err(|e| io_error(&checkpoints, e))?;
             }
         }
         write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
