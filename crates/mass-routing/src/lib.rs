@@ -12,7 +12,9 @@ mod usage;
 
 pub use error::{NonFinite, RoutingError};
 pub use plan::{Combine, RoutingPlan};
-pub use router::{AnyRouter, Router, RouterConfig, TopK, TopP};
+pub use router::{
+    AnyRouter, BiasBalanced, ExpertChoice, Noisy, Router, RouterConfig, TargetK, TopAny, TopK, TopP,
+};
 pub use specialisation::{
     LabelUsage, LabelWeighting, jensen_shannon_bound, jensen_shannon_divergence,
     normalized_mutual_information, pairwise_jensen_shannon_divergence,

@@ -7,7 +7,7 @@ mod group;
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use build::{Batch, Keys, Select, SoftmaxThen, Work};
+pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 
 /// How the probabilities of a token's selected experts become its routing weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -313,6 +313,15 @@ impl RoutingPlan {
             return fail("a weight is not finite");
         }
         Ok(())
+    }
+
+    /// The score of an active expert under [`WeightRule::StraightThrough`]; zero if it is not active.
+    pub(crate) fn active_score(&self, token: usize, e: usize) -> f32 {
+        if self.rule == WeightRule::StraightThrough {
+            self.scores[token * self.num_experts + e]
+        } else {
+            0.0
+        }
     }
 
     /// The kept scores of one token.

@@ -1,12 +1,22 @@
 //! The interface of every router, and one type that can be any of them.
 
 mod any;
+mod bias_balanced;
+mod expert_choice;
+mod noisy;
+mod target_k;
+mod top_any;
 mod top_k;
 mod top_p;
 
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 pub use any::{AnyRouter, RouterConfig};
+pub use bias_balanced::BiasBalanced;
+pub use expert_choice::ExpertChoice;
+pub use noisy::Noisy;
+pub use target_k::TargetK;
+pub use top_any::TopAny;
 pub use top_k::TopK;
 pub use top_p::TopP;
 
@@ -44,5 +54,20 @@ pub trait Router: Send {
         d_logits: &mut ArrayViewMut2<'_, f32>,
     ) -> Result<(), RoutingError> {
         plan.backward(d_weights, d_logits)
+    }
+
+    /// Learns from a training batch it has just routed (a balancing bias, a controlled p); most routers have nothing to learn.
+    /// Call it once per training step, never in evaluation.
+    ///
+    /// # Errors
+    /// The plan does not fit the router's state.
+    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        let _ = plan;
+        Ok(())
+    }
+
+    /// Switches between training (the default) and evaluation, for routers whose rule differs: gate noise, top-any.
+    fn set_training(&mut self, training: bool) {
+        let _ = training;
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Batch<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     pub(super) blocks: Vec<Block>,
+    /// The tokens each expert has chosen, where experts choose.
+    pub(super) chosen: Vec<Vec<u32>>,
 }
 
 /// A run of consecutive tokens: the unit of parallel work. Results do not depend on how tokens are cut into blocks.
@@ -129,6 +131,29 @@ impl Batch<'_> {
             return Err(error);
         }
         plan.skipped = blocks.iter().map(|block| block.skipped).sum();
+        Ok(())
+    }
+
+    /// Fills the scores by rows, then lets `choose` fill, for every expert, the list of its tokens, ascending.
+    pub(crate) fn choose(
+        self,
+        kernel: &impl RowKernel,
+        plan: &mut RoutingPlan,
+        choose: impl FnOnce(&RoutingPlan, &mut [Vec<u32>]) -> Combine,
+    ) -> Result<(), RoutingError> {
+        if let Err(error) = self.rows(kernel, plan) {
+            plan.clear();
+            return Err(error);
+        }
+        let mut chosen = std::mem::take(&mut plan.scratch.chosen);
+        chosen.resize_with(plan.num_experts, Vec::new);
+        let combine = choose(plan, &mut chosen);
+        group::from_choices(plan, &chosen, combine);
+        plan.scratch.chosen = chosen;
+        #[cfg(debug_assertions)]
+        if let Err(broken) = plan.validate() {
+            unreachable!("broken plan: {broken}");
+        }
         Ok(())
     }
 

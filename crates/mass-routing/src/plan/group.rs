@@ -1,7 +1,7 @@
 //! Grouping by expert: a counting sort within each block, then concatenation of the blocks' segments.
 
-use super::RoutingPlan;
 use super::build::Block;
+use super::{Combine, RoutingPlan};
 use crate::select::Picks;
 
 /// A block's picks sorted by expert.
@@ -115,6 +115,53 @@ pub(super) fn group(plan: &mut RoutingPlan) {
         by_expert.run(false);
     }
     plan.scratch.blocks = blocks;
+}
+
+/// Fills the plan's arrays from lists of tokens by expert, each ascending, with weights from the plan's probabilities.
+pub(super) fn from_choices(plan: &mut RoutingPlan, chosen: &[Vec<u32>], combine: Combine) {
+    let k = plan.num_experts;
+    plan.tokens.clear();
+    plan.token_offsets.fill(0);
+    for (e, tokens) in chosen.iter().enumerate() {
+        plan.expert_offsets[e] = plan.tokens.len() as u32;
+        plan.tokens.extend_from_slice(tokens);
+        tokens
+            .iter()
+            .for_each(|&t| plan.token_offsets[t as usize + 1] += 1);
+    }
+    let total = plan.tokens.len();
+    plan.expert_offsets[k] = total as u32;
+    for t in 0..plan.num_tokens {
+        plan.token_offsets[t + 1] += plan.token_offsets[t];
+    }
+    plan.weights.resize(total, 0.0);
+    plan.token_assignments.resize(total, 0);
+    plan.token_experts.resize(total, 0);
+    let mut cursors = plan.token_offsets[..plan.num_tokens].to_vec();
+    for e in 0..k {
+        for a in plan.segment(e) {
+            let t = plan.tokens[a] as usize;
+            let cursor = cursors[t] as usize;
+            plan.token_assignments[cursor] = a as u32;
+            plan.token_experts[cursor] = e as u32;
+            cursors[t] += 1;
+        }
+    }
+    let mut weights = Vec::new();
+    for t in 0..plan.num_tokens {
+        let own = plan.token_offsets[t] as usize..plan.token_offsets[t + 1] as usize;
+        let r = plan.score_row(t).unwrap_or_default();
+        weights.clear();
+        weights.extend(
+            plan.token_experts[own.clone()]
+                .iter()
+                .map(|&e| r[e as usize]),
+        );
+        combine.apply(&mut weights);
+        for (&a, &w) in plan.token_assignments[own].iter().zip(&weights) {
+            plan.weights[a as usize] = w;
+        }
+    }
 }
 
 /// The token-ordered arrays: each block owns a contiguous part of them.

@@ -3,7 +3,7 @@
 use ndarray::{ArrayView2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
-use super::{Router, TopK, TopP};
+use super::{BiasBalanced, ExpertChoice, Noisy, Router, TargetK, TopAny, TopK, TopP};
 use crate::{Combine, RoutingError, RoutingPlan};
 
 /// Which router, with which settings: the plain, serialisable form for configuration files. [`build`](Self::build) checks it.
@@ -36,6 +36,54 @@ pub enum RouterConfig {
         #[serde(default)]
         combine: Combine,
     },
+    /// [`TopAny`].
+    TopAny {
+        /// Number of experts; all thresholds start at zero.
+        experts: usize,
+    },
+    /// [`BiasBalanced`].
+    BiasBalanced {
+        /// Experts per token.
+        k: usize,
+        /// Step of the bias.
+        #[serde(default = "bias_rate")]
+        rate: f32,
+        /// How probabilities become weights.
+        #[serde(default)]
+        combine: Combine,
+    },
+    /// [`TargetK`], with its default gains.
+    TargetK {
+        /// Wanted mean number of experts per token.
+        target: f64,
+        /// Mass to start from, in (0, 1).
+        p: f32,
+        /// How probabilities become weights.
+        #[serde(default)]
+        combine: Combine,
+    },
+    /// [`ExpertChoice`].
+    ExpertChoice {
+        /// Mean number of experts per token.
+        capacity: f64,
+        /// How probabilities become weights.
+        #[serde(default)]
+        combine: Combine,
+    },
+    /// [`Noisy`]: any of the others behind gate noise.
+    Noisy {
+        /// Standard deviation of the noise on the logits.
+        std: f32,
+        /// Seed of the noise.
+        seed: u64,
+        /// The router behind it.
+        inner: Box<RouterConfig>,
+    },
+}
+
+/// The paper's.
+fn bias_rate() -> f32 {
+    1e-3
 }
 
 impl RouterConfig {
@@ -47,6 +95,21 @@ impl RouterConfig {
         Ok(match *self {
             Self::TopP { p, combine } => AnyRouter::TopP(TopP::new(p, combine)?),
             Self::TopK { k, combine } => AnyRouter::TopK(TopK::new(k, combine)?),
+            Self::TopAny { experts } => AnyRouter::TopAny(TopAny::new(vec![0.0; experts])?),
+            Self::BiasBalanced { k, rate, combine } => {
+                AnyRouter::BiasBalanced(BiasBalanced::new(k, rate, combine)?)
+            }
+            Self::TargetK { target, p, combine } => {
+                AnyRouter::TargetK(TargetK::new(target, p, combine)?)
+            }
+            Self::ExpertChoice { capacity, combine } => {
+                AnyRouter::ExpertChoice(ExpertChoice::new(capacity, combine)?)
+            }
+            Self::Noisy {
+                std,
+                seed,
+                ref inner,
+            } => AnyRouter::Noisy(Noisy::new(inner.build()?, std, seed)?),
         })
     }
 }
@@ -60,6 +123,16 @@ pub enum AnyRouter {
     TopP(TopP),
     /// [`TopK`].
     TopK(TopK),
+    /// [`TopAny`].
+    TopAny(TopAny),
+    /// [`BiasBalanced`].
+    BiasBalanced(BiasBalanced),
+    /// [`TargetK`].
+    TargetK(TargetK),
+    /// [`ExpertChoice`].
+    ExpertChoice(ExpertChoice),
+    /// [`Noisy`].
+    Noisy(Noisy),
 }
 
 impl AnyRouter {
@@ -67,6 +140,11 @@ impl AnyRouter {
         match self {
             Self::TopP(router) => router,
             Self::TopK(router) => router,
+            Self::TopAny(router) => router,
+            Self::BiasBalanced(router) => router,
+            Self::TargetK(router) => router,
+            Self::ExpertChoice(router) => router,
+            Self::Noisy(router) => router,
         }
     }
 
@@ -74,6 +152,11 @@ impl AnyRouter {
         match self {
             Self::TopP(router) => router,
             Self::TopK(router) => router,
+            Self::TopAny(router) => router,
+            Self::BiasBalanced(router) => router,
+            Self::TargetK(router) => router,
+            Self::ExpertChoice(router) => router,
+            Self::Noisy(router) => router,
         }
     }
 }
@@ -95,5 +178,13 @@ impl Router for AnyRouter {
         d_logits: &mut ArrayViewMut2<'_, f32>,
     ) -> Result<(), RoutingError> {
         self.inner().backward(plan, d_weights, d_logits)
+    }
+
+    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        self.inner_mut().adapt(plan)
+    }
+
+    fn set_training(&mut self, training: bool) {
+        self.inner_mut().set_training(training);
     }
 }

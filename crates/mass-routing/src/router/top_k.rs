@@ -94,14 +94,7 @@ impl Router for TopK {
         mask: Option<&[bool]>,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        let available = mask.map_or(logits.ncols(), |m| m.iter().filter(|&&m| m).count());
-        if available > 0 && self.k > available {
-            plan.clear();
-            return Err(RoutingError::TooFewExperts {
-                k: self.k,
-                available,
-            });
-        }
+        enough_experts(self.k, logits.ncols(), mask, plan)?;
         let batch = Batch {
             logits,
             mask,
@@ -117,6 +110,21 @@ impl Router for TopK {
             plan,
         )
     }
+}
+
+/// Refuses to choose more experts than there are; leaves other faults of the mask to the general checks.
+pub(super) fn enough_experts(
+    k: usize,
+    experts: usize,
+    mask: Option<&[bool]>,
+    plan: &mut RoutingPlan,
+) -> Result<(), RoutingError> {
+    let available = mask.map_or(experts, |m| m.iter().filter(|&&m| m).count());
+    if available > 0 && k > available {
+        plan.clear();
+        return Err(RoutingError::TooFewExperts { k, available });
+    }
+    Ok(())
 }
 
 struct Largest(usize);

@@ -74,6 +74,16 @@ impl TopP {
         self
     }
 
+    /// The same router with another `p`.
+    ///
+    /// # Errors
+    /// `p` is not in (0, 1].
+    pub fn with_p(mut self, p: f32) -> Result<Self, RoutingError> {
+        check_p(p)?;
+        self.p = p;
+        Ok(self)
+    }
+
     /// The mass every token's experts must reach.
     pub fn p(&self) -> f32 {
         self.p
@@ -85,7 +95,7 @@ impl TopP {
     }
 }
 
-pub(crate) fn check_p(p: f32) -> Result<(), RoutingError> {
+fn check_p(p: f32) -> Result<(), RoutingError> {
     if p > 0.0 && p <= 1.0 {
         Ok(())
     } else {

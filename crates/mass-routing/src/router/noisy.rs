@@ -1,0 +1,143 @@
+//! Gate noise in front of any router.
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray_rand::rand::SeedableRng;
+use ndarray_rand::rand_distr::{Distribution, StandardNormal};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::{AnyRouter, Router};
+use crate::{RoutingError, RoutingPlan};
+
+/// Any router, with Gaussian noise added to the logits while training.
+///
+/// # Formula
+/// `logits + std * N(0, 1)`, drawn in row order from a ChaCha stream, so that the same seed gives the same plans; serialising keeps
+/// the position in the stream. Masked experts use up noise too: masking one does not change the noise of the others. The
+/// gradient is that of the inner router, noise being additive. GMoE and Tutel use `std = 1 / K`.
+///
+/// The noise is off while the router is set to evaluation ([`Router::set_training`]).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Parts", into = "Parts")]
+pub struct Noisy {
+    inner: Box<AnyRouter>,
+    std: f32,
+    rng: ChaCha8Rng,
+    training: bool,
+    buffer: Array2<f32>,
+}
+
+impl Noisy {
+    /// Noise of standard deviation `std >= 0` in front of `inner`.
+    ///
+    /// # Errors
+    /// `std` is negative or not finite.
+    pub fn new(inner: AnyRouter, std: f32, seed: u64) -> Result<Self, RoutingError> {
+        if !(std >= 0.0 && std.is_finite()) {
+            let expected = "finite and not negative";
+            return Err(RoutingError::InvalidParameter {
+                name: "std",
+                expected,
+                value: std.into(),
+            });
+        }
+        let (rng, buffer) = (ChaCha8Rng::seed_from_u64(seed), Array2::zeros((0, 0)));
+        Ok(Self {
+            inner: Box::new(inner),
+            std,
+            rng,
+            training: true,
+            buffer,
+        })
+    }
+
+    /// The router behind the noise.
+    pub fn inner(&self) -> &AnyRouter {
+        &self.inner
+    }
+
+    /// The logits of the last `route` with their noise (without it in evaluation), which some losses compare with.
+    pub fn noisy_logits(&self) -> ArrayView2<'_, f32> {
+        self.buffer.view()
+    }
+}
+
+impl Router for Noisy {
+    fn route(
+        &mut self,
+        logits: ArrayView2<'_, f32>,
+        mask: Option<&[bool]>,
+        plan: &mut RoutingPlan,
+    ) -> Result<(), RoutingError> {
+        if self.buffer.dim() != logits.dim() {
+            self.buffer = Array2::zeros(logits.dim());
+        }
+        self.buffer.assign(&logits);
+        if self.training && self.std > 0.0 {
+            for l in &mut self.buffer {
+                let z: f32 = StandardNormal.sample(&mut self.rng);
+                *l += self.std * z;
+            }
+        }
+        self.inner.route(self.buffer.view(), mask, plan)
+    }
+
+    fn backward(
+        &self,
+        plan: &RoutingPlan,
+        d_weights: &[f32],
+        d_logits: &mut ArrayViewMut2<'_, f32>,
+    ) -> Result<(), RoutingError> {
+        self.inner.backward(plan, d_weights, d_logits)
+    }
+
+    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        self.inner.adapt(plan)
+    }
+
+    fn set_training(&mut self, training: bool) {
+        self.training = training;
+        self.inner.set_training(training);
+    }
+}
+
+/// The unchecked form that serde reads and writes.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parts {
+    inner: Box<AnyRouter>,
+    std: f32,
+    rng: ChaCha8Rng,
+    training: bool,
+}
+
+impl TryFrom<Parts> for Noisy {
+    type Error = RoutingError;
+
+    fn try_from(parts: Parts) -> Result<Self, RoutingError> {
+        let checked = Self::new(*parts.inner, parts.std, 0)?;
+        Ok(Self {
+            rng: parts.rng,
+            training: parts.training,
+            ..checked
+        })
+    }
+}
+
+impl From<Noisy> for Parts {
+    fn from(router: Noisy) -> Self {
+        let Noisy {
+            inner,
+            std,
+            rng,
+            training,
+            buffer: _,
+        } = router;
+        Self {
+            inner,
+            std,
+            rng,
+            training,
+        }
+    }
+}

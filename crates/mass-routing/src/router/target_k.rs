@@ -1,0 +1,223 @@
+//! Top-p with p steered to a wanted mean number of experts.
+
+use ndarray::ArrayView2;
+use serde::{Deserialize, Serialize};
+
+use super::{Router, TopP};
+use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
+
+/// Top-p whose `p` a PI controller steers so that tokens use a wanted number of experts on average.
+///
+/// # Formula
+/// With the error `e_t = ln(target / mean k_t)` of batch `t` and `x = ln(p / (1 - p))`, in velocity form,
+///
+/// `x_{t+1} = x_t + K_p (e_t - e_{t-1}) + K_i e_t`,
+///
+/// then clamped so that p stays in `[1e-3, 1 - 1e-3]`. The velocity form has no integral that could wind up at the limits. The
+/// controller moves only in [`Router::adapt`], so evaluation leaves p alone.
+///
+/// # Source
+/// A controlled p is the idea of arXiv 2512.13996; the logit scale, the logarithmic error and the default gains are ours.
+///
+/// # Examples
+/// ```
+/// use mass_routing::{Combine, Router, RoutingPlan, TargetK};
+/// use ndarray::Array2;
+///
+/// let logits = Array2::from_shape_fn((64, 8), |(t, e)| ((t * 7 + e * 13) % 11) as f32 * 0.3);
+/// let mut router = TargetK::new(3.0, 0.5, Combine::Renormalised)?;
+/// let mut plan = RoutingPlan::default();
+/// for _ in 0..60 {
+///     router.route(logits.view(), None, &mut plan)?;
+///     router.adapt(&plan)?;
+/// }
+/// assert!((plan.mean_k() - 3.0).abs() < 0.2);
+/// # Ok::<(), mass_routing::RoutingError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Parts", into = "Parts")]
+pub struct TargetK {
+    target: f64,
+    proportional: f64,
+    integral: f64,
+    previous_error: f64,
+    x: f64,
+    inner: TopP,
+}
+
+/// p stays this far from 0 and 1.
+const MARGIN: f64 = 1e-3;
+
+impl TargetK {
+    /// Aims at `target >= 1` experts per token, starting from `p` in (0, 1), with gains `K_p = 0.2`, `K_i = 0.3`.
+    ///
+    /// # Errors
+    /// `target` is below 1 or not finite; `p` is not in (0, 1).
+    pub fn new(target: f64, p: f32, combine: Combine) -> Result<Self, RoutingError> {
+        if !(target >= 1.0 && target.is_finite()) {
+            let expected = "finite and at least 1";
+            return Err(RoutingError::InvalidParameter {
+                name: "target",
+                expected,
+                value: target,
+            });
+        }
+        if !(p > 0.0 && p < 1.0) {
+            return Err(RoutingError::InvalidParameter {
+                name: "p",
+                expected: "in (0, 1)",
+                value: p.into(),
+            });
+        }
+        let start = f64::from(p).clamp(MARGIN, 1.0 - MARGIN);
+        let x = (start / (1.0 - start)).ln();
+        let inner = TopP::new(p, combine)?;
+        Ok(Self {
+            target,
+            proportional: 0.2,
+            integral: 0.3,
+            previous_error: 0.0,
+            x,
+            inner,
+        })
+    }
+
+    /// Sets the gains.
+    ///
+    /// # Errors
+    /// A gain is negative or not finite, or the integral gain is zero (p would never settle on the target).
+    pub fn with_gains(mut self, proportional: f64, integral: f64) -> Result<Self, RoutingError> {
+        if !(proportional >= 0.0 && proportional.is_finite()) {
+            let expected = "finite and not negative";
+            return Err(RoutingError::InvalidParameter {
+                name: "proportional gain",
+                expected,
+                value: proportional,
+            });
+        }
+        if !(integral > 0.0 && integral.is_finite()) {
+            let expected = "positive and finite";
+            return Err(RoutingError::InvalidParameter {
+                name: "integral gain",
+                expected,
+                value: integral,
+            });
+        }
+        self.proportional = proportional;
+        self.integral = integral;
+        Ok(self)
+    }
+
+    /// What to do with a token that has a NaN or infinite logit; an error unless set.
+    pub fn with_non_finite(mut self, choice: NonFinite) -> Self {
+        self.inner = self.inner.with_non_finite(choice);
+        self
+    }
+
+    /// Whether the plan keeps the full softmax; see [`TopP::with_probabilities`].
+    pub fn with_probabilities(mut self, keep: bool) -> Self {
+        self.inner = self.inner.with_probabilities(keep);
+        self
+    }
+
+    /// The present p.
+    pub fn p(&self) -> f32 {
+        self.inner.p()
+    }
+
+    /// The wanted mean number of experts per token.
+    pub fn target(&self) -> f64 {
+        self.target
+    }
+}
+
+impl Router for TargetK {
+    fn route(
+        &mut self,
+        logits: ArrayView2<'_, f32>,
+        mask: Option<&[bool]>,
+        plan: &mut RoutingPlan,
+    ) -> Result<(), RoutingError> {
+        self.inner.route(logits, mask, plan)
+    }
+
+    /// One step of the controller; a plan without assignments changes nothing.
+    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        let routed = plan.num_tokens() - plan.skipped();
+        if routed == 0 {
+            return Ok(());
+        }
+        let error = (self.target * routed as f64 / plan.num_assignments() as f64).ln();
+        let limit = ((1.0 - MARGIN) / MARGIN).ln();
+        let step = self.proportional * (error - self.previous_error) + self.integral * error;
+        self.x = (self.x + step).clamp(-limit, limit);
+        self.previous_error = error;
+        self.inner = self.inner.with_p((1.0 / (1.0 + (-self.x).exp())) as f32)?;
+        Ok(())
+    }
+}
+
+/// The unchecked form that serde reads and writes.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parts {
+    target: f64,
+    proportional: f64,
+    integral: f64,
+    previous_error: f64,
+    x: f64,
+    top_p: TopP,
+}
+
+impl TryFrom<Parts> for TargetK {
+    type Error = RoutingError;
+
+    fn try_from(parts: Parts) -> Result<Self, RoutingError> {
+        let Parts {
+            target,
+            proportional,
+            integral,
+            previous_error,
+            x,
+            top_p,
+        } = parts;
+        for (what, value) in [("previous error", previous_error), ("controller state", x)] {
+            if !value.is_finite() {
+                return Err(RoutingError::NonFinite {
+                    what,
+                    index: 0,
+                    value,
+                });
+            }
+        }
+        let checked =
+            Self::new(target, top_p.p(), top_p.combine())?.with_gains(proportional, integral)?;
+        Ok(Self {
+            previous_error,
+            x,
+            inner: top_p,
+            ..checked
+        })
+    }
+}
+
+impl From<TargetK> for Parts {
+    fn from(router: TargetK) -> Self {
+        let TargetK {
+            target,
+            proportional,
+            integral,
+            previous_error,
+            x,
+            inner,
+        } = router;
+        Self {
+            target,
+            proportional,
+            integral,
+            previous_error,
+            x,
+            top_p: inner,
+        }
+    }
+}
