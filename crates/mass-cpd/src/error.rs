@@ -24,8 +24,8 @@ pub enum CpdError {
         /// The offending value.
         value: f64,
     },
-    /// The observation is finite, but its square would not be.
-    #[error("observation {count} is {value}, beyond the 1e100 that can be squared and summed")]
+    /// The observation is finite, but the moments it enters might not be.
+    #[error("observation {count} is {value}, beyond the 1e40 whose moments stay finite")]
     TooLarge {
         /// Its 1-based position: one more than the number of observations accepted so far.
         count: u64,

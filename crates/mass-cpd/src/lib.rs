@@ -1,6 +1,7 @@
 //! Online and offline change-point detection with calibrated p-values
 #![forbid(unsafe_code)]
 
+pub mod bank;
 pub mod cusum;
 mod detector;
 mod error;
@@ -10,6 +11,7 @@ pub mod run_length;
 pub mod training_monitor;
 pub mod windowed_z;
 
+pub use bank::{Bank, BankParams, StreamId};
 pub use cusum::{
     AfterAlarm, CalibratedCusum, CalibratedCusumParams, Direction, Drift, Reference, Transform,
 };

@@ -5,16 +5,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, Reference, Transform,
+    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, Reference,
     lagged::{Lagged, Shape},
-    score,
     self_starting::SelfStarting,
     stored::Stored,
+    transform::{bounded, transform},
 };
-use crate::{CpdError, Detector, Step, error::require_finite, normal};
-
-/// The largest magnitude that is squared and summed.
-const LARGEST: f64 = 1e100;
+use crate::{CpdError, Detector, Step, normal};
 
 /// CUSUM with a false-alarm probability over a horizon; see the [module's documentation](super).
 ///
@@ -90,12 +87,13 @@ pub(super) struct Sum {
 }
 
 impl Sum {
-    #[inline]
+    /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
+    /// all the arithmetic.
+    #[inline(always)]
     fn add(&mut self, excess: f64, count: u64) {
-        if self.s == 0.0 {
-            self.onset = count;
-        }
-        self.s = (self.s + excess).max(0.0);
+        self.onset = if self.s == 0.0 { count } else { self.onset };
+        let s = self.s + excess;
+        self.s = if s > 0.0 { s } else { 0.0 };
     }
 }
 
@@ -148,12 +146,6 @@ impl CalibratedCusum {
         self.last_score
     }
 
-    /// What is monitored of `x`, or why it cannot be.
-    #[inline]
-    fn transform(&self, x: f64) -> Result<f64, CpdError> {
-        transform(x, self.params.transform, self.count)
-    }
-
     /// The score of `y`, if the reference is ready for one, which learns `y`.
     #[inline]
     fn score(&mut self, y: f64) -> Option<f64> {
@@ -185,28 +177,9 @@ impl CalibratedCusum {
     }
 }
 
-/// What is monitored of the observation after the first `count`.
-#[inline]
-pub(crate) fn transform(x: f64, transform: Transform, count: u64) -> Result<f64, CpdError> {
-    require_finite(x, count)?;
-    match transform {
-        Transform::Identity if x.abs() <= LARGEST => Ok(x),
-        Transform::Identity => Err(CpdError::TooLarge {
-            count: count + 1,
-            value: x,
-        }),
-        Transform::Log if x >= f64::MIN_POSITIVE => Ok(score::ln(x)),
-        Transform::Log if x > 0.0 => Ok(x.ln()),
-        Transform::Log => Err(CpdError::NonPositive {
-            count: count + 1,
-            value: x,
-        }),
-    }
-}
-
 impl Detector for CalibratedCusum {
     fn update(&mut self, x: f64) -> Result<Step, CpdError> {
-        let y = self.transform(x)?;
+        let y = transform(x, self.params.transform, self.count)?;
         self.count += 1;
         let mut step = Step::silent(self.count);
         self.last_score = self.score(y);
@@ -214,7 +187,7 @@ impl Detector for CalibratedCusum {
             return Ok(step);
         };
         let k = self.params.k;
-        let bounded = z.clamp(-self.limit, self.limit);
+        let bounded = bounded(z, self.limit);
         let direction = self.params.direction;
         if direction != Direction::Down {
             self.up.add(bounded - k, self.count);
@@ -222,21 +195,23 @@ impl Detector for CalibratedCusum {
         if direction != Direction::Up {
             self.down.add(-bounded - k, self.count);
         }
-        // The side that is not watched stays at zero.
-        let side = if self.up.s >= self.down.s {
-            self.up
+        // A side that is not watched stays at zero.
+        let rising = self.up.s >= self.down.s;
+        let s = if rising { self.up.s } else { self.down.s };
+        let onset = if rising {
+            self.up.onset
         } else {
-            self.down
+            self.down.onset
         };
-        step.statistic = Some(side.s);
+        step.statistic = Some(s);
         step.p_value = Some(match direction {
-            Direction::Up => normal::survival(z),
-            Direction::Down => normal::survival(-z),
-            Direction::Both => 2.0 * normal::survival(z.abs()),
+            Direction::Up => normal::quick_survival(z),
+            Direction::Down => normal::quick_survival(-z),
+            Direction::Both => 2.0 * normal::quick_survival(z.abs()),
         });
-        step.p_horizon = Some(self.calibration.p(side.s));
-        step.onset = (side.s > 0.0).then_some(side.onset);
-        step.alarm = side.s >= self.threshold;
+        step.p_horizon = Some(self.calibration.p(s));
+        step.onset = (s > 0.0).then_some(onset);
+        step.alarm = s >= self.threshold;
         if step.alarm {
             match self.params.after_alarm {
                 AfterAlarm::Hold => {}

@@ -7,16 +7,55 @@ use serde::{Deserialize, Serialize};
 
 use super::score::{ROUNDING, normal_score};
 
-/// Sizes of the reference, and what is fitted to it.
+/// Sizes of the reference, what is fitted to it, and what follows from these.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) window: usize,
     pub(crate) gap: usize,
     pub(crate) prewhiten: bool,
     pub(crate) drift: bool,
+    /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
+    /// oldest.
+    n: f64,
+    per_n: f64,
+    /// Mean place of a target in the window, reciprocal sum of squares around it, and distance to the value judged.
+    mean_t: f64,
+    per_tt: f64,
+    dt: f64,
+    /// `1 + 1 / n (+ dt^2 / tt)`
+    leverage: f64,
+    dof: f64,
+    shrink: f64,
 }
 
 impl Shape {
+    pub(crate) fn new(window: usize, gap: usize, prewhiten: bool, drift: bool) -> Self {
+        let size = window as f64;
+        let (n, mean_t, lag) = if prewhiten {
+            (size - 1.0, 0.5 * size, 1.0)
+        } else {
+            (size, 0.5 * (size - 1.0), 0.0)
+        };
+        let dt = size + gap as f64 - mean_t;
+        let per_tt = 12.0 / (n * (n * n - 1.0));
+        let trend = if drift { 1.0 } else { 0.0 };
+        let dof = n - 1.0 - lag - trend;
+        Self {
+            window,
+            gap,
+            prewhiten,
+            drift,
+            n,
+            per_n: 1.0 / n,
+            mean_t,
+            per_tt,
+            dt,
+            leverage: 1.0 + 1.0 / n + trend * dt * dt * per_tt,
+            dof,
+            shrink: 2.0 / (8.0 * dof + 3.0),
+        }
+    }
+
     /// Values to be kept of each stream: the window, and the gap after it.
     pub(crate) fn capacity(&self) -> usize {
         self.window + self.gap
@@ -108,35 +147,28 @@ impl Lagged {
             - origin;
         let y = y - origin;
 
-        // Targets are all values of the window, or, where each needs its predecessor, all but the oldest.
-        let (n, sum_y, sum_yy, mean_t) = if shape.prewhiten {
-            (
-                size - 1.0,
-                first - oldest,
-                square - oldest * oldest,
-                0.5 * size,
-            )
+        let Shape {
+            per_n,
+            mean_t,
+            per_tt,
+            dt,
+            ..
+        } = *shape;
+        let (sum_y, sum_yy) = if shape.prewhiten {
+            (first - oldest, square - oldest * oldest)
         } else {
-            (size, first, square, 0.5 * (size - 1.0))
+            (first, square)
         };
-        let per_n = 1.0 / n;
         let mean_y = sum_y * per_n;
         let mut rest = sum_yy - sum_y * mean_y;
         let mut error = y - mean_y;
-        let mut leverage = 1.0 + per_n;
-        let mut parameters = 1.0;
-        // Time is a target's place in the window, and that of y is a window and a gap on.
-        let dt = values.len() as f64 - mean_t;
-        let per_tt = 12.0 / (n * (n * n - 1.0));
+        let mut leverage = shape.leverage;
         let yt = ramp - mean_t * sum_y;
         if shape.drift {
-            parameters += 1.0;
             error -= yt * per_tt * dt;
-            leverage += dt * dt * per_tt;
             rest -= yt * yt * per_tt;
         }
         if shape.prewhiten {
-            parameters += 1.0;
             let sum_l = first - newest;
             let mean_l = sum_l * per_n;
             let mut ll = square - newest * newest - sum_l * mean_l;
@@ -164,8 +196,8 @@ impl Lagged {
             }
         }
         let raw_square = square + origin * (2.0 * first + size * origin);
-        let z = if rest > 1e-13 * square && rest > ROUNDING * raw_square && n > parameters {
-            normal_score(error, error * error / (rest * leverage), n - parameters)
+        let z = if rest > 1e-13 * square && rest > ROUNDING * raw_square && shape.dof > 0.0 {
+            normal_score(error * error / (rest * leverage), shape.dof, shape.shrink).copysign(error)
         } else {
             0.0
         };

@@ -36,8 +36,9 @@ mod pchip;
 pub(crate) mod score;
 pub(crate) mod self_starting;
 mod stored;
+mod transform;
 
 pub(crate) use calibration::Calibration;
 pub use detector::CalibratedCusum;
-pub(crate) use detector::transform;
 pub use params::{AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform};
+pub(crate) use transform::{bounded, transform, transform_all};

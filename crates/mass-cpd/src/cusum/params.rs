@@ -193,12 +193,7 @@ impl CalibratedCusumParams {
             Reference::SelfStarting => (0, 0),
             Reference::Lagged { window, gap } => (window, gap),
         };
-        Shape {
-            window,
-            gap,
-            prewhiten: self.prewhiten,
-            drift: self.drift == Drift::Remove,
-        }
+        Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove)
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {

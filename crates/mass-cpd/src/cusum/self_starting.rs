@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::score::{ROUNDING, normal_score};
 
+/// Products of six values are compared with this, so that spreads down to about 1e-48 are told from none.
+const SMALLEST_SPREAD: f64 = 1e-290;
+
 /// Moments of `y`, of its predecessor `l`, and of time, over the targets so far.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub(crate) struct SelfStarting {
@@ -36,34 +39,50 @@ impl SelfStarting {
 
         // Time is centred on the mean of the targets' indices 1..=n; the new one is n + 1.
         let dt = 0.5 * (n + 1.0);
-        let mut parameters = 1.0;
-        let (mut error, mut leverage) = (dy, 1.0 + 1.0 / n);
-        let (mut yy, mut yl, mut ll, mut dl_rest) = (self.yy, self.yl, self.ll, dl);
+        let parameters = 1.0 + lag + if DRIFT { 1.0 } else { 0.0 };
+        let dof = n - parameters;
+        // With l the predecessor and everything freed from the trend,
+        //     t^2 / dof = (dy - yl / ll dl)^2 / ((yy - yl^2 / ll) (1 + 1 / n (+ dt^2 / tt) + dl^2 / ll)),
+        // multiplied through, so that one division is left.
+        let (mut error, mut yy, mut yl, mut ll, mut dl_free) = (dy, self.yy, self.yl, self.ll, dl);
+        let (mut below, mut above) = (n, n + 1.0);
         if DRIFT {
-            parameters += 1.0;
             let per_tt = 12.0 / (n * (n * n - 1.0));
             error -= self.yt * per_tt * dt;
-            leverage += dt * dt * per_tt;
             yy -= self.yt * self.yt * per_tt;
+            below *= n - 1.0;
+            above *= n + 2.0;
             if AR {
-                dl_rest -= self.lt * per_tt * dt;
+                dl_free -= self.lt * per_tt * dt;
                 yl -= self.yt * self.lt * per_tt;
                 ll -= self.lt * self.lt * per_tt;
             }
         }
-        let size = self.yy + n * self.mean_y * self.mean_y;
+        // Below this the residual sum of squares is rounding noise.
+        let noise = ROUNDING * (self.yy + n * self.mean_y * self.mean_y);
+        let mut rest = yy;
+        let mut enough = yy > noise;
+        let mut leverage = above;
         if AR {
-            parameters += 1.0;
             // A predecessor that never varied explains nothing.
-            let per_ll = if ll > ROUNDING * size { 1.0 / ll } else { 0.0 };
-            let phi = yl * per_ll;
-            error -= phi * dl_rest;
-            leverage += dl_rest * dl_rest * per_ll;
-            yy -= phi * yl;
+            let varies = ll > noise;
+            (ll, yl, dl_free) = if varies {
+                (ll, yl, dl_free)
+            } else {
+                (1.0, 0.0, 0.0)
+            };
+            error = error * ll - yl * dl_free;
+            rest = yy * ll - yl * yl;
+            leverage = above * ll + below * dl_free * dl_free;
+            enough &= rest > noise * ll;
         }
-        let spread = yy * leverage;
-        let z = normal_score(error, error * error / spread, n - parameters);
-        let z = if yy > ROUNDING * size && n > parameters {
+        let spread = rest * leverage;
+        // One division for two reciprocals.
+        let (targets, wallace) = (n + 1.0, 8.0 * dof + 3.0);
+        let both = 1.0 / (targets * wallace);
+        let z =
+            normal_score(below * error * error / spread, dof, 2.0 * targets * both).copysign(error);
+        let z = if enough && dof > 0.0 && spread > SMALLEST_SPREAD {
             z
         } else {
             0.0
@@ -71,7 +90,7 @@ impl SelfStarting {
 
         // Welford's update. Before the first target (only with AR) everything is still zero and must stay so.
         let is_target = self.seen >= lag;
-        let share = if is_target { 1.0 / (n + 1.0) } else { 0.0 };
+        let share = if is_target { wallace * both } else { 0.0 };
         let keep = if is_target { 1.0 - share } else { 0.0 };
         self.yy += dy * dy * keep;
         self.mean_y += dy * share;

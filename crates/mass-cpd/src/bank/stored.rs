@@ -1,0 +1,92 @@
+//! What is stored of a bank, and its check when it is read back.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Bank, BankParams, Block, LANES, StreamId};
+use crate::{CpdError, Reference, cusum::lagged::Lagged};
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename = "Bank")]
+pub(super) struct Stored {
+    params: BankParams,
+    ids: Vec<StreamId>,
+    next_id: u64,
+    blocks: Vec<Block>,
+    rolling: Vec<Lagged>,
+    windows: Vec<f64>,
+    alarms: Vec<usize>,
+}
+
+impl From<Bank> for Stored {
+    fn from(bank: Bank) -> Self {
+        Self {
+            params: bank.params,
+            ids: bank.ids,
+            next_id: bank.next_id,
+            blocks: bank.blocks,
+            rolling: bank.rolling,
+            windows: bank.windows,
+            alarms: bank.alarms,
+        }
+    }
+}
+
+impl TryFrom<Stored> for Bank {
+    type Error = CpdError;
+
+    fn try_from(stored: Stored) -> Result<Self, CpdError> {
+        let mut bank = stored.params.check()?;
+        let n = stored.ids.len();
+        let state = |ok: bool, reason| {
+            if ok {
+                Ok(())
+            } else {
+                Err(CpdError::State { reason })
+            }
+        };
+        let distinct: HashSet<_> = stored.ids.iter().collect();
+        state(
+            distinct.len() == n && stored.ids.iter().all(|id| id.0 < stored.next_id),
+            "stream names are not distinct, or not yet given out",
+        )?;
+        state(
+            stored.blocks.len() == n.div_ceil(LANES),
+            "the number of blocks is not that of the streams",
+        )?;
+        state(
+            (0..stored.blocks.len() * LANES)
+                .all(|place| stored.blocks[place / LANES].is_valid(place % LANES)),
+            "the state of a stream is impossible",
+        )?;
+        let lagged = matches!(stored.params.detector.reference, Reference::Lagged { .. });
+        let size = bank.shape.capacity();
+        state(
+            stored.rolling.len() == if lagged { n } else { 0 }
+                && stored.windows.len() == stored.rolling.len() * size,
+            "the reference windows are not those of the streams",
+        )?;
+        state(
+            stored
+                .rolling
+                .iter()
+                .zip(stored.windows.chunks_exact(size.max(1)))
+                .all(|(rolling, values)| rolling.is_valid(values, &bank.shape)),
+            "a reference window is impossible",
+        )?;
+        state(
+            stored.alarms.iter().all(|&place| place < n),
+            "an alarm has no stream",
+        )?;
+        bank.reserve(n);
+        bank.ids.extend(stored.ids);
+        bank.next_id = stored.next_id;
+        bank.blocks.extend(stored.blocks);
+        bank.rolling.extend(stored.rolling);
+        bank.windows.extend(stored.windows);
+        bank.alarms.extend(stored.alarms);
+        bank.relevel();
+        Ok(bank)
+    }
+}

@@ -1,0 +1,49 @@
+//! What is monitored of an observation.
+
+use super::{Transform, score::ln};
+use crate::{CpdError, error::require_finite};
+
+/// The largest magnitude whose products, six at a time and summed, stay finite.
+const LARGEST: f64 = 1e40;
+
+/// What is monitored of the observation after the first `count`.
+#[inline]
+pub(crate) fn transform(x: f64, transform: Transform, count: u64) -> Result<f64, CpdError> {
+    require_finite(x, count)?;
+    let refused = (count + 1, x);
+    match (transform, refused) {
+        (Transform::Identity, _) if x.abs() <= LARGEST => Ok(x),
+        (Transform::Identity, (count, value)) => Err(CpdError::TooLarge { count, value }),
+        (Transform::Log, _) if x >= f64::MIN_POSITIVE => Ok(ln(x)),
+        (Transform::Log, _) if x > 0.0 => Ok(x.ln()),
+        (Transform::Log, (count, value)) => Err(CpdError::NonPositive { count, value }),
+    }
+}
+
+/// The same for many at once. Says whether all were as usual; if not, the output means nothing.
+#[inline]
+pub(crate) fn transform_all(xs: &[f64], out: &mut [f64], transform: Transform) -> bool {
+    let mut usual = true;
+    match transform {
+        Transform::Identity => {
+            for (y, &x) in out.iter_mut().zip(xs) {
+                usual &= x.abs() <= LARGEST;
+                *y = x;
+            }
+        }
+        Transform::Log => {
+            for (y, &x) in out.iter_mut().zip(xs) {
+                usual &= (f64::MIN_POSITIVE..=f64::MAX).contains(&x);
+                *y = ln(x);
+            }
+        }
+    }
+    usual
+}
+
+/// The score with its size limited.
+#[inline(always)]
+pub(crate) fn bounded(z: f64, limit: f64) -> f64 {
+    let z = if z > limit { limit } else { z };
+    if z < -limit { -limit } else { z }
+}
