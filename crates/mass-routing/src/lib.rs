@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod gate;
+pub mod losses;
 mod plan;
 mod router;
 mod select;
@@ -11,6 +13,9 @@ mod specialisation;
 mod usage;
 
 pub use error::{NonFinite, RoutingError};
+pub use gate::{
+    CosineForward, CosineGate, CosineGradients, LowRankForward, LowRankGate, LowRankGradients,
+};
 pub use plan::{Combine, RoutingPlan};
 pub use router::{
     AnyRouter, BiasBalanced, ExpertChoice, Noisy, Router, RouterConfig, TargetK, TopAny, TopK, TopP,

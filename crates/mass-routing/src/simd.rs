@@ -238,7 +238,7 @@ pub(crate) fn fold2<V: Copy, A: Copy>(vectors: &[V], zero: A, f: impl Fn(A, V) -
 pub(crate) fn exp<M: Machine>(machine: M, x: Vector<M>) -> Vector<M> {
     /// 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     /// Cephes' minimax coefficients of `(e^f - 1 - f) / f^2`.
     const POLY: [f32; 6] = [

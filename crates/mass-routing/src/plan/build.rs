@@ -202,8 +202,10 @@ impl Block {
             offsets,
             scores,
         });
-        let k = batch.logits.ncols();
-        self.local.sort(k, self.first_token, offsets, &self.picks);
+        if self.failed.is_none() {
+            self.local
+                .sort(batch.logits.ncols(), self.first_token, offsets, &self.picks);
+        }
     }
 }
 

@@ -109,7 +109,7 @@ impl RouterConfig {
                 std,
                 seed,
                 ref inner,
-            } => AnyRouter::Noisy(Noisy::new(inner.build()?, std, seed)?),
+            } => AnyRouter::Noisy(Box::new(Noisy::new(inner.build()?, std, seed)?)),
         })
     }
 }
@@ -132,7 +132,7 @@ pub enum AnyRouter {
     /// [`ExpertChoice`].
     ExpertChoice(ExpertChoice),
     /// [`Noisy`].
-    Noisy(Noisy),
+    Noisy(Box<Noisy>),
 }
 
 impl AnyRouter {
@@ -144,7 +144,7 @@ impl AnyRouter {
             Self::BiasBalanced(router) => router,
             Self::TargetK(router) => router,
             Self::ExpertChoice(router) => router,
-            Self::Noisy(router) => router,
+            Self::Noisy(router) => &**router,
         }
     }
 
@@ -156,7 +156,7 @@ impl AnyRouter {
             Self::BiasBalanced(router) => router,
             Self::TargetK(router) => router,
             Self::ExpertChoice(router) => router,
-            Self::Noisy(router) => router,
+            Self::Noisy(router) => &mut **router,
         }
     }
 }

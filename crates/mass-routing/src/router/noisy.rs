@@ -20,8 +20,9 @@ use crate::{RoutingError, RoutingPlan};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Parts", into = "Parts")]
 pub struct Noisy {
-    inner: Box<AnyRouter>,
+    inner: AnyRouter,
     std: f32,
+    seed: u64,
     rng: ChaCha8Rng,
     training: bool,
     buffer: Array2<f32>,
@@ -43,8 +44,9 @@ impl Noisy {
         }
         let (rng, buffer) = (ChaCha8Rng::seed_from_u64(seed), Array2::zeros((0, 0)));
         Ok(Self {
-            inner: Box::new(inner),
+            inner,
             std,
+            seed,
             rng,
             training: true,
             buffer,
@@ -105,9 +107,11 @@ impl Router for Noisy {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
-    inner: Box<AnyRouter>,
+    inner: AnyRouter,
     std: f32,
-    rng: ChaCha8Rng,
+    seed: u64,
+    /// Low and high half of the position in the stream, which is 68 bits long.
+    position: [u64; 2],
     training: bool,
 }
 
@@ -115,12 +119,13 @@ impl TryFrom<Parts> for Noisy {
     type Error = RoutingError;
 
     fn try_from(parts: Parts) -> Result<Self, RoutingError> {
-        let checked = Self::new(*parts.inner, parts.std, 0)?;
-        Ok(Self {
-            rng: parts.rng,
-            training: parts.training,
-            ..checked
-        })
+        let mut checked = Self::new(parts.inner, parts.std, parts.seed)?;
+        let [low, high] = parts.position;
+        checked
+            .rng
+            .set_word_pos(u128::from(low) | (u128::from(high) << 64));
+        checked.training = parts.training;
+        Ok(checked)
     }
 }
 
@@ -129,14 +134,17 @@ impl From<Noisy> for Parts {
         let Noisy {
             inner,
             std,
+            seed,
             rng,
             training,
             buffer: _,
         } = router;
+        let position = rng.get_word_pos();
         Self {
             inner,
             std,
-            rng,
+            seed,
+            position: [position as u64, (position >> 64) as u64],
             training,
         }
     }

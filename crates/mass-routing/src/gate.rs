@@ -1,0 +1,81 @@
+//! From token representations to logits: the gates that are more than one matrix product.
+//!
+//! A plain gate is `logits = x W^T`, which every framework has. These two normalise or bound the scores, and come with their
+//! gradients.
+
+mod cosine;
+mod low_rank;
+
+pub use cosine::{CosineForward, CosineGate, CosineGradients};
+pub use low_rank::{LowRankForward, LowRankGate, LowRankGradients};
+
+use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, Axis, Data, Dimension};
+
+use crate::RoutingError;
+
+/// Norms below this are taken as this, as `torch.nn.functional.normalize` does.
+const SMALLEST_NORM: f32 = 1e-12;
+
+pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<(), RoutingError> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(RoutingError::ShapeMismatch {
+            what,
+            expected,
+            found,
+        })
+    }
+}
+
+pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
+    what: &'static str,
+    values: &ArrayBase<S, D>,
+) -> Result<(), RoutingError> {
+    match values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+        Some((index, &v)) => Err(RoutingError::NonFinite {
+            what,
+            index,
+            value: v.into(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Rows divided by their norms, and the norms (bounded from below).
+fn unit_rows(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f32>) {
+    let norms: Vec<f32> = a
+        .outer_iter()
+        .map(|row| row.dot(&row).sqrt().max(SMALLEST_NORM))
+        .collect();
+    let mut unit = a.to_owned();
+    unit.outer_iter_mut()
+        .zip(&norms)
+        .for_each(|(mut row, &n)| row /= n);
+    (unit, norms)
+}
+
+/// Gradient of rows, given that of the rows divided by their norms.
+fn unit_rows_backward(unit: &Array2<f32>, norms: &[f32], mut d_unit: Array2<f32>) -> Array2<f32> {
+    for ((mut d, u), &n) in d_unit.outer_iter_mut().zip(unit.outer_iter()).zip(norms) {
+        // At the bounded norm the division is by a constant.
+        if n > SMALLEST_NORM {
+            let along = d.dot(&u);
+            d.scaled_add(-along, &u);
+        }
+        d /= n;
+    }
+    d_unit
+}
+
+fn column_sums(a: &Array2<f32>) -> ndarray::Array1<f32> {
+    a.sum_axis(Axis(0))
+}
+
+fn all_finite(
+    x: ArrayView2<'_, f32>,
+    bias: Option<ArrayView1<'_, f32>>,
+) -> Result<(), RoutingError> {
+    finite("token representations", &x)?;
+    bias.map_or(Ok(()), |b| finite("projection bias", &b))
+}
