@@ -1,0 +1,421 @@
+//! Every gradient against finite differences, away from selection boundaries.
+
+use mass_routing::losses::{
+    BalanceCount, Reduction, dirichlet_prior, diverse_and_simple, gshard_balance, importance, load,
+    redundancy, router_z, routing_entropy,
+};
+use mass_routing::{
+    BiasBalanced, Combine, CosineGate, ExpertChoice, LowRankGate, Router, RoutingError,
+    RoutingPlan, TopAny, TopK, TopP,
+};
+use ndarray::{Array1, Array2, ArrayView2, array};
+use proptest::prelude::*;
+
+const H: f32 = 0.02;
+
+/// Compares `gradient` with a five-point difference quotient of `f` at `x`; `f` is `None` where it has crossed a boundary.
+fn check(
+    what: &str,
+    x: &Array2<f32>,
+    gradient: &Array2<f32>,
+    f: impl Fn(&Array2<f32>) -> Option<f64>,
+) {
+    let mut compared = 0;
+    for (at, &got) in gradient.indexed_iter() {
+        let value = |step: f32| {
+            let mut moved = x.clone();
+            moved[at] += step * H;
+            f(&moved)
+        };
+        let (Some(a), Some(b), Some(c), Some(d)) =
+            (value(-2.0), value(-1.0), value(1.0), value(2.0))
+        else {
+            continue;
+        };
+        let expected = (8.0 * (c - b) - (d - a)) / (12.0 * f64::from(H));
+        assert!(
+            (f64::from(got) - expected).abs() < 1e-4 * (1.0 + expected.abs()),
+            "{what} at {at:?}: {got} for {expected}"
+        );
+        compared += 1;
+    }
+    assert!(
+        compared * 2 > gradient.len(),
+        "{what}: only {compared} of {} entries are away from a boundary",
+        gradient.len()
+    );
+}
+
+fn matrix(n: usize, k: usize, spread: f32) -> impl Strategy<Value = Array2<f32>> {
+    proptest::collection::vec(-spread..spread, n * k)
+        .prop_map(move |v| Array2::from_shape_vec((n, k), v).unwrap())
+}
+
+fn plan_of(
+    router: &mut dyn Router,
+    logits: ArrayView2<'_, f32>,
+    mask: Option<&[bool]>,
+) -> RoutingPlan {
+    let mut plan = RoutingPlan::default();
+    router.route(logits, mask, &mut plan).unwrap();
+    plan
+}
+
+fn same_selection(a: &RoutingPlan, b: &RoutingPlan) -> bool {
+    a.tokens() == b.tokens() && a.expert_offsets() == b.expert_offsets()
+}
+
+/// Gradient of `sum_{t,e} upstream w_{t,e}` for any router whose weights are a function of the logits.
+fn check_router(
+    what: &str,
+    router: &mut dyn Router,
+    logits: &Array2<f32>,
+    upstream: &Array2<f32>,
+    mask: Option<&[bool]>,
+) {
+    let plan = plan_of(router, logits.view(), mask);
+    let d_weights: Vec<f32> = plan
+        .experts()
+        .zip(plan.tokens())
+        .map(|(e, &t)| upstream[(t as usize, e as usize)])
+        .collect();
+    let mut gradient = Array2::zeros(logits.dim());
+    router
+        .backward(&plan, &d_weights, &mut gradient.view_mut())
+        .unwrap();
+    // It is added to what is there.
+    let mut twice = gradient.clone();
+    router
+        .backward(&plan, &d_weights, &mut twice.view_mut())
+        .unwrap();
+    assert!(
+        twice
+            .iter()
+            .zip(&gradient)
+            .all(|(t, g)| (t - 2.0 * g).abs() <= 1e-6)
+    );
+    let router = std::cell::RefCell::new(router);
+    check(what, logits, &gradient, |moved| {
+        let moved = plan_of(*router.borrow_mut(), moved.view(), mask);
+        let value = moved.experts().zip(moved.tokens()).zip(moved.weights());
+        same_selection(&plan, &moved).then(|| {
+            value
+                .map(|((e, &t), &w)| f64::from(upstream[(t as usize, e as usize)]) * f64::from(w))
+                .sum()
+        })
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn routing_weights(logits in matrix(5, 9, 2.0), upstream in matrix(5, 9, 1.0), p in 0.2_f32..0.95) {
+        let mask = [true, true, false, true, true, true, true, false, true];
+        for mask in [None, Some(&mask[..])] {
+            for combine in [Combine::Raw, Combine::Renormalised] {
+                check_router("top-p", &mut TopP::new(p, combine).unwrap(), &logits, &upstream, mask);
+                check_router("top-k", &mut TopK::new(3, combine).unwrap(), &logits, &upstream, mask);
+                check_router("bias", &mut BiasBalanced::new(2, 1e-3, combine).unwrap(), &logits, &upstream, mask);
+                check_router("choice", &mut ExpertChoice::new(1.0, combine).unwrap(), &logits, &upstream, mask);
+            }
+        }
+    }
+
+    /// Straight-through: the gradient is that of `sum upstream (s - G) / k` over the active pairs with k held fixed.
+    #[test]
+    fn top_any(cosines in matrix(6, 5, 1.0), upstream in matrix(6, 5, 1.0), thresholds in proptest::collection::vec(-0.5_f32..0.5, 5)) {
+        let mut router = TopAny::new(thresholds.clone()).unwrap();
+        let plan = plan_of(&mut router, cosines.view(), None);
+        let d_weights: Vec<f32> = plan.experts().zip(plan.tokens()).map(|(e, &t)| upstream[(t as usize, e as usize)]).collect();
+        let sigmoid = |x: f32| 1.0 / (1.0 + (-f64::from(x)).exp());
+        let value = |cosines: &Array2<f32>, thresholds: &Array2<f32>| {
+            let pairs = plan.experts().zip(plan.tokens()).map(|(e, &t)| (t as usize, e as usize));
+            Some(pairs.map(|at| f64::from(upstream[at]) * (sigmoid(cosines[at]) - sigmoid(thresholds[(0, at.1)])) / plan.k(at.0) as f64).sum())
+        };
+        let row = Array2::from_shape_vec((1, 5), thresholds).unwrap();
+        let mut d_cosines = Array2::zeros(cosines.dim());
+        router.backward(&plan, &d_weights, &mut d_cosines.view_mut()).unwrap();
+        check("cosines", &cosines, &d_cosines, |c| value(c, &row));
+        let mut d_thresholds = Array1::zeros(5);
+        router.backward_thresholds(&plan, &d_weights, &mut d_thresholds.view_mut()).unwrap();
+        let d_thresholds = d_thresholds.into_shape_with_order((1, 5)).unwrap();
+        check("thresholds", &row, &d_thresholds, |g| value(&cosines, g));
+    }
+
+    #[test]
+    fn losses_on_logits(logits in matrix(6, 5, 2.0)) {
+        let mask = [true, false, true, true, true];
+        for mask in [None, Some(&mask[..])] {
+            let route = |l: &Array2<f32>| plan_of(&mut TopP::new(0.6, Combine::Raw).unwrap(), l.view(), mask);
+            let plan = route(&logits);
+            for count in [BalanceCount::First, BalanceCount::Selected] {
+                let mut d = Array2::zeros(logits.dim());
+                gshard_balance(&plan, count, 1.0, &mut d.view_mut()).unwrap();
+                let first = |p: &RoutingPlan| -> Vec<usize> {
+                    p.probabilities().outer_iter().map(|r| (0..5).fold(0, |b, e| if r[e] > r[b] { e } else { b })).collect()
+                };
+                check("balance", &logits, &d, |l| {
+                    let moved = route(l);
+                    let mut sink = Array2::zeros(l.dim());
+                    (same_selection(&plan, &moved) && first(&plan) == first(&moved))
+                        .then(|| gshard_balance(&moved, count, 1.0, &mut sink.view_mut()).unwrap())
+                });
+            }
+            let mut d = Array2::zeros(logits.dim());
+            routing_entropy(&plan, 1.0, &mut d.view_mut()).unwrap();
+            check("entropy", &logits, &d, |l| Some(routing_entropy(&route(l), 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()));
+            let mut d = Array2::zeros(logits.dim());
+            router_z(logits.view(), mask, 1.0, &mut d.view_mut()).unwrap();
+            check("z", &logits, &d, |l| Some(router_z(l.view(), mask, 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()));
+            let alpha = [2.0, 0.9, 1.5, 2.5, 3.0];
+            let mut d = Array2::zeros(logits.dim());
+            dirichlet_prior(&plan, &alpha, 1.0, &mut d.view_mut()).unwrap();
+            let order = |p: &RoutingPlan| -> Vec<Vec<usize>> {
+                p.probabilities().columns().into_iter().map(|c| { let mut o: Vec<usize> = (0..6).collect(); o.sort_by(|&a, &b| c[a].total_cmp(&c[b])); o }).collect()
+            };
+            let start = order(&plan);
+            // Moves of one logit often swap neighbours, where the loss has a kink: compare only if none did.
+            let compare = |l: &Array2<f32>| {
+                let moved = route(l);
+                (order(&moved) == start).then(|| dirichlet_prior(&moved, &alpha, 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap())
+            };
+            let usable = (0..6).flat_map(|t| (0..5).map(move |e| (t, e))).filter(|&at| {
+                [-2.0, -1.0, 1.0, 2.0].iter().all(|s| { let mut l = logits.clone(); l[at] += s * H; compare(&l).is_some() })
+            }).count();
+            if usable > 15 {
+                check("dirichlet", &logits, &d, compare);
+            }
+        }
+    }
+
+    #[test]
+    fn losses_on_scores(scores in matrix(7, 4, 1.0), noise in matrix(7, 4, 0.5)) {
+        let mask = [true, true, false, true];
+        let scores = scores.mapv(|s| s + 1.5);
+        for mask in [None, Some(&mask[..])] {
+            let mut d = Array2::zeros(scores.dim());
+            importance(scores.view(), mask, 1.0, &mut d.view_mut()).unwrap();
+            check("importance", &scores, &d, |s| Some(importance(s.view(), mask, 1.0, &mut Array2::zeros(s.dim()).view_mut()).unwrap()));
+
+            let noisy = &scores + &noise;
+            let value = |scores: &Array2<f32>, noisy: &Array2<f32>| {
+                let (mut a, mut b) = (Array2::zeros(scores.dim()), Array2::zeros(scores.dim()));
+                let loss = load(scores.view(), noisy.view(), mask, 2, 0.4, 1.0, &mut a.view_mut(), &mut b.view_mut()).unwrap();
+                (loss, a, b)
+            };
+            let (_, d, d_noisy) = value(&scores, &noisy);
+            check("load, scores", &scores, &d, |s| Some(value(s, &noisy).0));
+            let kth = |d: &Array2<f32>| d.mapv(|d| d != 0.0);
+            check("load, noisy scores", &noisy, &d_noisy, |s| {
+                let (loss, _, moved) = value(&scores, s);
+                (kth(&moved) == kth(&d_noisy)).then_some(loss)
+            });
+        }
+    }
+
+    #[test]
+    fn losses_on_gate_weights(gate in matrix(4, 6, 1.0)) {
+        // Norms away from zero, where curvature is beyond any difference quotient.
+        let gate = Array2::from_shape_fn(gate.dim(), |(i, j)| gate[(i, j)] + if i == j { 2.0 } else { 0.0 });
+        let pairs = [(0, 1), (2, 3), (1, 2)];
+        for reduction in [Reduction::Mean, Reduction::Sum] {
+            let mut d = Array2::zeros(gate.dim());
+            redundancy(gate.view(), &pairs, reduction, 1.0, &mut d.view_mut()).unwrap();
+            check("redundancy", &gate, &d, |g| Some(redundancy(g.view(), &pairs, reduction, 1.0, &mut Array2::zeros(g.dim()).view_mut()).unwrap()));
+        }
+        let columns = gate.t().to_owned();
+        for mask in [None, Some(&[true, false, true, true][..])] {
+            let mut d = Array2::zeros(columns.dim());
+            diverse_and_simple(columns.view(), mask, 1.0, &mut d.view_mut()).unwrap();
+            check("diverse", &columns, &d, |w| Some(diverse_and_simple(w.view(), mask, 1.0, &mut Array2::zeros(w.dim()).view_mut()).unwrap()));
+        }
+    }
+
+    #[test]
+    fn gates(x in matrix(4, 6, 1.0), weight in matrix(3, 6, 1.0), experts in matrix(3, 5, 1.0), upstream in matrix(4, 5, 1.0), scale in -0.5_f32..0.5) {
+        let weight = Array2::from_shape_fn(weight.dim(), |(i, j)| weight[(i, j)] + if i == j { 2.0 } else { 0.0 });
+        let x = Array2::from_shape_fn(x.dim(), |(i, j)| x[(i, j)] + if i % 3 == j { 3.0 } else { 0.0 });
+        let experts = Array2::from_shape_fn(experts.dim(), |(i, j)| experts[(i, j)] + if i == j % 3 { 2.0 } else { 0.0 });
+        let bias = array![[0.3_f32, -0.1, 0.2]];
+        let value = |x: &Array2<f32>, w: &Array2<f32>, b: &Array2<f32>, s: &Array2<f32>, scale: &Array2<f32>| {
+            let gate = CosineGate::new(s.view()).unwrap().with_projection(w.view(), b.row(0)).unwrap().with_log_scale(scale[(0, 0)]).unwrap();
+            let forward = gate.forward(x.view()).unwrap();
+            Some(forward.logits().iter().zip(&upstream).map(|(l, u)| f64::from(l * u)).sum())
+        };
+        let gate = CosineGate::new(experts.view()).unwrap().with_projection(weight.view(), bias.row(0)).unwrap().with_log_scale(scale).unwrap();
+        let forward = gate.forward(x.view()).unwrap();
+        let g = gate.backward(x.view(), &forward, upstream.view()).unwrap();
+        let scale = array![[scale]];
+        check("cosine x", &x, &g.x, |x| value(x, &weight, &bias, &experts, &scale));
+        check("cosine experts", &experts, &g.experts, |s| value(&x, &weight, &bias, s, &scale));
+        let (d_weight, d_bias) = g.projection.unwrap();
+        check("cosine projection", &weight, &d_weight, |w| value(&x, w, &bias, &experts, &scale));
+        check("cosine bias", &bias, &d_bias.into_shape_with_order((1, 3)).unwrap(), |b| value(&x, &weight, b, &experts, &scale));
+        check("cosine scale", &scale, &array![[g.log_scale.unwrap()]], |s| value(&x, &weight, &bias, &experts, s));
+
+        // The same numbers as 5 experts with 1 anchor, and as one with 5.
+        let anchors = experts.t().to_owned();
+        for (per_expert, upstream) in [(1, upstream.clone()), (5, upstream.columns().into_iter().next().unwrap().to_owned().insert_axis(ndarray::Axis(1)))] {
+            let value = |x: &Array2<f32>, q: &Array2<f32>, a: &Array2<f32>| {
+                let gate = LowRankGate::new(q.view(), a.view(), per_expert).unwrap().with_scale(3.0).unwrap().with_saturation(4.0, 2.0).unwrap();
+                let forward = gate.forward(x.view()).unwrap();
+                Some(forward.logits().iter().zip(&upstream).map(|(l, u)| f64::from(l * u)).sum())
+            };
+            let gate = LowRankGate::new(weight.view(), anchors.view(), per_expert).unwrap().with_scale(3.0).unwrap().with_saturation(4.0, 2.0).unwrap();
+            let forward = gate.forward(x.view()).unwrap();
+            let g = gate.backward(x.view(), &forward, upstream.view()).unwrap();
+            check("low rank x", &x, &g.x, |x| value(x, &weight, &anchors));
+            check("low rank query", &weight, &g.query, |q| value(&x, q, &anchors));
+            check("low rank anchors", &anchors, &g.anchors, |a| value(&x, &weight, a));
+        }
+    }
+}
+
+#[test]
+fn equal_gate_rows_have_no_redundancy_gradient() {
+    let gate = array![[1.0_f32, 2.0, -1.0], [1.0, 2.0, -1.0]];
+    let mut d = Array2::zeros(gate.dim());
+    let loss = redundancy(
+        gate.view(),
+        &[(0, 1)],
+        Reduction::Mean,
+        1.0,
+        &mut d.view_mut(),
+    )
+    .unwrap();
+    assert!((loss - 1.0).abs() < 1e-12);
+    assert!(d.iter().all(|d| d.abs() < 1e-7), "{d}");
+}
+
+#[test]
+fn bad_input_is_named() {
+    let logits = array![[1.0_f32, 2.0], [0.0, 1.0]];
+    let mut router = TopP::new(0.9, Combine::Raw)
+        .unwrap()
+        .with_probabilities(false);
+    let plan = plan_of(&mut router, logits.view(), None);
+    let mut d = Array2::zeros((2, 2));
+    let weights = vec![1.0; plan.num_assignments()];
+    assert_eq!(
+        router.backward(&plan, &weights, &mut d.view_mut()),
+        Err(RoutingError::ProbabilitiesNotKept)
+    );
+    assert_eq!(
+        routing_entropy(&plan, 1.0, &mut d.view_mut()),
+        Err(RoutingError::ProbabilitiesNotKept)
+    );
+    let plan = plan_of(
+        &mut TopP::new(0.9, Combine::Raw).unwrap(),
+        logits.view(),
+        None,
+    );
+    let mut narrow = Array2::zeros((2, 1));
+    assert!(matches!(
+        plan.backward(&weights, &mut narrow.view_mut()),
+        Err(RoutingError::ShapeMismatch { .. })
+    ));
+    assert!(matches!(
+        plan.backward(&[], &mut d.view_mut()),
+        Err(RoutingError::ShapeMismatch { .. })
+    ));
+    assert!(matches!(
+        routing_entropy(&plan, 1.0, &mut narrow.view_mut()),
+        Err(RoutingError::ShapeMismatch { .. })
+    ));
+    assert!(matches!(
+        gshard_balance(&plan, BalanceCount::First, f32::NAN, &mut d.view_mut()),
+        Err(RoutingError::InvalidParameter { .. })
+    ));
+    assert!(dirichlet_prior(&plan, &[1.0, -1.0], 1.0, &mut d.view_mut()).is_err());
+    assert!(dirichlet_prior(&plan, &[1.0], 1.0, &mut d.view_mut()).is_err());
+    let nan = array![[1.0_f32, f32::NAN], [0.0, 0.0]];
+    let named = router_z(nan.view(), None, 1.0, &mut d.view_mut());
+    assert!(matches!(
+        named,
+        Err(RoutingError::NonFiniteLogit {
+            token: 0,
+            expert: 1,
+            ..
+        })
+    ));
+    assert!(router_z(nan.view(), Some(&[true, false]), 1.0, &mut d.view_mut()).is_ok());
+    assert!(importance(nan.view(), None, 1.0, &mut d.view_mut()).is_err());
+    assert!(matches!(
+        importance(logits.view(), Some(&[false; 2]), 1.0, &mut d.view_mut()),
+        Err(RoutingError::AllExpertsMasked { .. })
+    ));
+    let mut e = d.clone();
+    let mut loads = |k, std| {
+        load(
+            logits.view(),
+            logits.view(),
+            None,
+            k,
+            std,
+            1.0,
+            &mut d.view_mut(),
+            &mut e.view_mut(),
+        )
+    };
+    assert!(matches!(
+        loads(3, 1.0),
+        Err(RoutingError::TooFewExperts { k: 3, available: 2 })
+    ));
+    assert!(loads(0, 1.0).is_err() && loads(1, 0.0).is_err() && loads(1, 1.0).is_ok());
+    assert!(
+        redundancy(
+            logits.view(),
+            &[(0, 2)],
+            Reduction::Sum,
+            1.0,
+            &mut e.view_mut()
+        )
+        .is_err()
+    );
+    assert!(
+        redundancy(
+            logits.view(),
+            &[(1, 1)],
+            Reduction::Sum,
+            1.0,
+            &mut e.view_mut()
+        )
+        .is_err()
+    );
+    assert!(diverse_and_simple(nan.view(), None, 1.0, &mut e.view_mut()).is_err());
+    assert!(CosineGate::new(nan.view()).is_err());
+    assert!(
+        CosineGate::new(logits.view())
+            .unwrap()
+            .with_log_scale(f32::INFINITY)
+            .is_err()
+    );
+    assert!(
+        CosineGate::new(logits.view())
+            .unwrap()
+            .forward(Array2::zeros((1, 3)).view())
+            .is_err()
+    );
+    assert!(LowRankGate::new(logits.view(), logits.view(), 3).is_err());
+    assert!(LowRankGate::new(logits.view(), Array2::zeros((2, 3)).view(), 1).is_err());
+    assert!(
+        LowRankGate::new(logits.view(), logits.view(), 1)
+            .unwrap()
+            .with_scale(0.0)
+            .is_err()
+    );
+    // No tokens: no loss, no gradient, no error.
+    let none = plan_of(
+        &mut TopP::new(0.9, Combine::Raw).unwrap(),
+        Array2::zeros((0, 2)).view(),
+        None,
+    );
+    let mut empty = Array2::zeros((0, 2));
+    assert_eq!(routing_entropy(&none, 1.0, &mut empty.view_mut()), Ok(0.0));
+    assert_eq!(
+        gshard_balance(&none, BalanceCount::First, 1.0, &mut empty.view_mut()),
+        Ok(0.0)
+    );
+    assert_eq!(none.backward(&[], &mut empty.view_mut()), Ok(()));
+}
