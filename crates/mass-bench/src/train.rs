@@ -192,6 +192,7 @@ fn config(args: &TrainArgs, run: String) -> TrainerConfig {
             vocab: VOCAB,
             max_seq: args.seq,
             layers: args.layers,
+            embedding_std: 0.1,
             block: BlockConfig {
                 heads: args.heads,
                 layer_norm_eps: 1e-5,

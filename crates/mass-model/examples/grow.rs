@@ -19,13 +19,37 @@ const SEQ: usize = 32;
 const STEPS: u64 = 600;
 
 fn main() -> Result<(), ModelError> {
-    let router = RouterConfig::TopP { p: 0.5, combine: Combine::Renormalised };
-    let moe = MoeConfig { dim: 32, hidden: 64, experts: 3, activation: Activation::GeluErf, router };
-    let block = BlockConfig { heads: 4, layer_norm_eps: 1e-5, moe };
-    let config = LanguageModelConfig { vocab: 24, max_seq: SEQ, layers: 1, block };
+    let router = RouterConfig::TopP {
+        p: 0.5,
+        combine: Combine::Renormalised,
+    };
+    let moe = MoeConfig {
+        dim: 32,
+        hidden: 64,
+        experts: 3,
+        activation: Activation::GeluErf,
+        router,
+    };
+    let block = BlockConfig {
+        heads: 4,
+        layer_norm_eps: 1e-5,
+        moe,
+    };
+    let config = LanguageModelConfig {
+        vocab: 24,
+        max_seq: SEQ,
+        layers: 1,
+        embedding_std: 0.02,
+        block,
+    };
     let mut model = LanguageModel::new(&config, &mut seeded_rng(0))?;
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
-    let schedule = Schedule { peak: 5e-3, warmup: 20, steps: STEPS, floor: 0.1 };
+    let schedule = Schedule {
+        peak: 5e-3,
+        warmup: 20,
+        steps: STEPS,
+        floor: 0.1,
+    };
 
     let mut controller = ControllerParams::ours(1, 3, 8, STEPS).with_schedule(100, 100);
     controller.choice = Choice::MostLoaded;
@@ -41,25 +65,52 @@ fn main() -> Result<(), ModelError> {
     for step in 0..STEPS {
         let (tokens, targets) = batch(step, step);
         let mut pass = model.train_pass(&tokens, &targets, SEQ)?;
-        let events = grower.step(step, &mut model, &mut optimizer, &mut pass, |model, request| {
-            // The stop rule asks what the newest expert is worth on sequences that are not trained on.
-            let mass_expand::Request::ProbeLoss { layer, expert } = request else {
-                return Err(ModelError::Config(format!("{request:?} was not expected")));
-            };
-            let losses = |masked| -> Result<Vec<f64>, ModelError> {
-                let (nll, _) = model.score(&probe, &probe_targets, SEQ, masked)?;
-                Ok(nll.chunks(SEQ).map(|s| f64::from(s.iter().sum::<f32>()) / SEQ as f64).collect())
-            };
-            Ok(Answer::probe(layer, expert, &losses(Some(Masked { layer, expert }))?, &losses(None)?)?)
-        })?;
+        let events = grower.step(
+            step,
+            &mut model,
+            &mut optimizer,
+            &mut pass,
+            |model, request| {
+                // The stop rule asks what the newest expert is worth on sequences that are not trained on.
+                let mass_expand::Request::ProbeLoss { layer, expert } = request else {
+                    return Err(ModelError::Config(format!("{request:?} was not expected")));
+                };
+                let losses = |masked| -> Result<Vec<f64>, ModelError> {
+                    let (nll, _) = model.score(&probe, &probe_targets, SEQ, masked)?;
+                    Ok(nll
+                        .chunks(SEQ)
+                        .map(|s| f64::from(s.iter().sum::<f32>()) / SEQ as f64)
+                        .collect())
+                };
+                Ok(Answer::probe(
+                    layer,
+                    expert,
+                    &losses(Some(Masked { layer, expert }))?,
+                    &losses(None)?,
+                )?)
+            },
+        )?;
         optimizer.step(&mut model, &mut pass.gradients, schedule.at(step))?;
         for event in &events {
             match event.kind {
-                EventKind::Split { source, new, experts, .. } => {
-                    println!("step {step:3}: expert {} split, {} is new, {experts} in the pool", source.0, new.0);
+                EventKind::Split {
+                    source,
+                    new,
+                    experts,
+                    ..
+                } => {
+                    println!(
+                        "step {step:3}: expert {} split, {} is new, {experts} in the pool",
+                        source.0, new.0
+                    );
                 }
-                EventKind::Remove { expert, experts, .. } => {
-                    println!("step {step:3}: expert {} removed, {experts} in the pool", expert.0);
+                EventKind::Remove {
+                    expert, experts, ..
+                } => {
+                    println!(
+                        "step {step:3}: expert {} removed, {experts} in the pool",
+                        expert.0
+                    );
                 }
                 EventKind::Stop { reason } => println!("step {step:3}: no more splits: {reason:?}"),
                 _ => {}
@@ -85,7 +136,11 @@ fn batch(seed: u64, step: u64) -> (Vec<u32>, Vec<u32>) {
         let mut token = rng.next_u32() % 24;
         for _ in 0..SEQ {
             tokens.push(token);
-            token = if rng.next_u32() % 8 == 0 { rng.next_u32() % 24 } else { (token + stride) % 24 };
+            token = if rng.next_u32() % 8 == 0 {
+                rng.next_u32() % 24
+            } else {
+                (token + stride) % 24
+            };
             targets.push(token);
         }
     }

@@ -28,11 +28,18 @@ fn main() -> ExitCode {
 
 fn score(dir: &Path, text: &Path) -> Result<String, ModelError> {
     let model = checkpoint::load::<serde_json::Value>(dir)?.model;
-    let bytes = std::fs::read(text).map_err(|source| ModelError::Io { path: text.to_owned(), source })?;
+    let bytes = std::fs::read(text).map_err(|source| ModelError::Io {
+        path: text.to_owned(),
+        source,
+    })?;
     let tokens: Vec<u32> = bytes.iter().map(|&b| u32::from(b)).collect();
     let seq = model.config().max_seq;
     if tokens.len() <= seq {
-        let what = format!("{}: {} bytes are too few, the model reads {seq} at a time", text.display(), tokens.len());
+        let what = format!(
+            "{}: {} bytes are too few, the model reads {seq} at a time",
+            text.display(),
+            tokens.len()
+        );
         return Err(ModelError::Config(what));
     }
     let (mut nats, mut count, mut active) = (0.0, 0, 0);
@@ -43,9 +50,18 @@ fn score(dir: &Path, text: &Path) -> Result<String, ModelError> {
         let (nll, layers) = model.score(&tokens[from..to], &tokens[from + 1..=to], seq, None)?;
         nats += nll.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += nll.len();
-        active += layers.iter().map(|l| l.plan.num_assignments()).sum::<usize>();
+        active += layers
+            .iter()
+            .map(|l| l.plan.num_assignments())
+            .sum::<usize>();
     }
     release_scratch();
-    let (bits, layers) = (nats / count as f64 / std::f64::consts::LN_2, model.config().layers);
-    Ok(format!("{bits:.4} bits per byte over {count} bytes, {:.2} experts a token", active as f64 / (count * layers) as f64))
+    let (bits, layers) = (
+        nats / count as f64 / std::f64::consts::LN_2,
+        model.config().layers,
+    );
+    Ok(format!(
+        "{bits:.4} bits per byte over {count} bytes, {:.2} experts a token",
+        active as f64 / (count * layers) as f64
+    ))
 }

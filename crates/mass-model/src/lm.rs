@@ -23,6 +23,8 @@ pub struct LanguageModelConfig {
     pub max_seq: usize,
     /// Number of blocks.
     pub layers: usize,
+    /// Standard deviation of token and position embeddings at the start.
+    pub embedding_std: f32,
     /// The blocks.
     pub block: BlockConfig,
 }
@@ -83,7 +85,7 @@ pub struct Masked {
 }
 
 impl LanguageModel {
-    /// A model with freshly drawn weights: embeddings from N(0, 0.02²) and the rest as PyTorch's defaults.
+    /// A model with freshly drawn weights: embeddings from N(0, embedding_std²) and the rest as PyTorch's defaults.
     ///
     /// # Errors
     /// [`ModelError::Config`] for sizes that no model can have.
@@ -99,10 +101,10 @@ impl LanguageModel {
                 format!("a model of {layers} layers, {vocab} tokens, sequences of {max_seq}");
             return Err(ModelError::Config(sizes));
         }
-        let dim = config.block.moe.dim;
+        let (dim, std) = (config.block.moe.dim, config.embedding_std);
         Ok(Self {
-            tokens: Param::normal(&[vocab, dim], 0.02, true, rng)?,
-            positions: Param::normal(&[max_seq, dim], 0.02, true, rng)?,
+            tokens: Param::normal(&[vocab, dim], std, true, rng)?,
+            positions: Param::normal(&[max_seq, dim], std, true, rng)?,
             blocks: (0..layers)
                 .map(|_| Block::new(&config.block, rng))
                 .collect::<Result<_, _>>()?,

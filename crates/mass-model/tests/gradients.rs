@@ -234,6 +234,7 @@ fn tiny(router: RouterConfig, activation: Activation) -> LanguageModel {
         vocab: 9,
         max_seq: 8,
         layers: 2,
+        embedding_std: 0.02,
         block,
     };
     let mut model = LanguageModel::new(&config, &mut seeded_rng(3)).unwrap();

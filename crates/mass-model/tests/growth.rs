@@ -34,6 +34,7 @@ fn model(router: RouterConfig) -> LanguageModel {
         vocab: 11,
         max_seq: SEQ,
         layers: 2,
+        embedding_std: 0.02,
         block,
     };
     LanguageModel::new(&config, &mut seeded_rng(5)).unwrap()

@@ -3,7 +3,8 @@
 //! Every run trains the same one-layer causal transformer on the same documents and is scored on the same windows; what
 //! differs is the pool of experts and how tokens are routed.
 
-use mass_expand::{ControllerParams, Reduction};
+use mass_cpd::AnyDetectorParams;
+use mass_expand::{AlignmentThreshold, ControllerParams, Reduction};
 use mass_model::Activation;
 use mass_model::growth::{GradientNorm, GrowerConfig};
 use mass_model::lm::LanguageModelConfig;
@@ -33,6 +34,10 @@ pub const TASKS: &[&str] = &["vocab50", "vocab100", "vocab150"];
 /// Seed of the documents and windows, the same for every run.
 const DATA_SEED: u64 = 2512;
 
+/// Spread of the embeddings at the start. At this learning rate the loss depends on it (K = 20, k = 2, seed 0, 2000 steps:
+/// 1.871 at 0.1, 1.814 at 0.2, 1.799 at 0.3, 1.821 at 0.5, 1.834 at 1), the same for every method.
+const EMBEDDING_STD: f32 = 0.3;
+
 /// Sequence length, and batch of sequences.
 const SEQ: usize = 64;
 const BATCH: usize = 16;
@@ -60,6 +65,8 @@ struct MassSetting {
     p: f32,
     /// Fraction of the run in which splits may happen, in percent; `None` for the variant's own.
     live_percent: Option<u64>,
+    /// Thresholds that a run too short to learn anything still passes: a check that splits are wired up.
+    loose: bool,
 }
 
 impl MassSetting {
@@ -78,6 +85,11 @@ impl Plan {
             variant,
             p,
             live_percent,
+            loose: false,
+        };
+        let loose = |variant| MassSetting {
+            loose: true,
+            ..setting(variant, 0.5, Some(90))
         };
         let quick = Self {
             steps: 2000,
@@ -114,7 +126,8 @@ impl Plan {
                 seeds: 1,
                 static_experts: &[3, 6],
                 mass: vec![
-                    setting(Variant::Paper, 0.5, Some(90)),
+                    loose(Variant::Paper),
+                    loose(Variant::Reference),
                     setting(Variant::Ours, 0.5, Some(90)),
                 ],
                 experts_init: 3,
@@ -372,6 +385,7 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
             vocab: planned.vocab,
             max_seq: SEQ,
             layers: 1,
+            embedding_std: EMBEDDING_STD,
             block: BlockConfig {
                 heads: 4,
                 layer_norm_eps: 1e-5,
@@ -420,6 +434,12 @@ fn growth(
     config.controller.seed = seed;
     if let Some(percent) = setting.live_percent {
         config.controller.phase.live_until = (steps * percent / 100).max(1);
+    }
+    if setting.loose {
+        config.controller.alignment = AlignmentThreshold::Absolute(1.0);
+        if let Some(AnyDetectorParams::WindowedZ(detector)) = &mut config.controller.watch.expert {
+            detector.alpha = 0.5;
+        }
     }
     config
 }

@@ -1,0 +1,172 @@
+//! The synthetic study and `train`, run through the built binary.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn run(arguments: &[&str]) -> Output {
+    let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args(arguments)
+        .output()
+        .expect("the binary runs");
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
+}
+
+fn smoke(out: &Path, more: &[&str]) -> Output {
+    let mut arguments = vec![
+        "reproduce",
+        "--preset",
+        "smoke",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    arguments.extend(more);
+    run(&arguments)
+}
+
+/// The lines of a file without what a clock wrote.
+fn lines(out: &Path, name: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join(name)).unwrap();
+    let mut lines: Vec<Value> = text
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    for line in &mut lines {
+        line.as_object_mut().unwrap().remove("wall_s");
+    }
+    lines
+}
+
+fn results(out: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(out.join("results.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let table = smoke(&one, &["--threads", "1"]);
+    let table = String::from_utf8_lossy(&table.stdout).into_owned();
+    assert!(table.contains("Bayes floor"), "{table}");
+    let json = smoke(&two, &["--threads", "3", "--json"]);
+    assert_eq!(
+        serde_json::from_slice::<Value>(&json.stdout).unwrap(),
+        results(&two)
+    );
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        let lines_one = lines(&one, name);
+        assert!(!lines_one.is_empty(), "{name}");
+        assert_eq!(lines_one, lines(&two, name), "{name}");
+    }
+
+    let results = results(&one);
+    let runs = results["runs"].as_array().unwrap();
+    // What a predictor that sees one token could reach on this instance.
+    let ginc =
+        mass_bench::ginc::Ginc::generate(&mass_bench::ginc::GincParams::new(50).check().unwrap());
+    let bigram = mass_bench::ginc::ngram_floors(&ginc, 64).unwrap().bigram;
+    for run in runs {
+        let (loss, bayes) = (
+            run["test_loss"].as_f64().unwrap(),
+            run["bayes_loss"].as_f64().unwrap(),
+        );
+        assert!(bayes < loss && loss < bigram, "{run}");
+        let grown = run["experts"].as_u64().unwrap() - run["experts_init"].as_u64().unwrap();
+        if run["method"] == "static" {
+            assert_eq!(grown, 0);
+            assert!(run["detection_live_steps"].is_null());
+        } else {
+            assert!(run["detection_live_steps"].is_u64());
+        }
+    }
+    let splits: usize = runs
+        .iter()
+        .map(|r| r["expansions"].as_array().unwrap().len())
+        .sum();
+    assert!(
+        splits >= 3,
+        "{splits} splits: the growth path was not exercised"
+    );
+}
+
+#[test]
+fn an_interrupted_study_resumes_to_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    let choice = ["--methods", "mass", "--variant", "paper", "--threads", "1"];
+    smoke(&whole, &choice);
+    let mut arguments = vec![
+        "reproduce",
+        "--preset",
+        "smoke",
+        "--out",
+        cut.to_str().unwrap(),
+    ];
+    arguments.extend(choice);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args(&arguments)
+        .spawn()
+        .unwrap();
+    // As soon as the first checkpoint is there the run is under way; killed then, and started again.
+    let begun = std::time::Instant::now();
+    let checkpoints = cut.join("checkpoints");
+    while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
+        let some = std::fs::read_dir(&checkpoints).is_ok_and(|mut d| {
+            d.any(|run| run.is_ok_and(|run| run.path().join("latest").is_file()))
+        });
+        if some {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    smoke(&cut, &[&choice[..], &["--resume"]].concat());
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        assert_eq!(lines(&cut, name), lines(&whole, name), "{name}");
+    }
+}
+
+#[test]
+fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text.txt");
+    let sentences: String = (0..2000)
+        .map(|i| format!("The {i}th line says the same as the one before it.\n"))
+        .collect();
+    std::fs::write(&text, sentences).unwrap();
+    let out = dir.path().join("out");
+    let sizes = [
+        "--dim", "32", "--hidden", "32", "--layers", "1", "--seq", "32", "--batch", "8", "--steps",
+        "60",
+    ];
+    let mut arguments = vec![
+        "train",
+        "--text",
+        text.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+        "--json",
+    ];
+    arguments.extend(sizes);
+    run(&arguments);
+    let run = &results(&out)["runs"][0];
+    assert_eq!(run["metric_name"], "bits_per_byte");
+    // Byte frequencies alone give about 4.3 bits.
+    assert!(run["metric"].as_f64().unwrap() < 4.0, "{run}");
+    let folder = std::fs::read_dir(out.join("checkpoints"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    assert!(mass_model::checkpoint::exists(&folder));
+    let read = mass_model::checkpoint::load::<Value>(&folder).unwrap();
+    assert_eq!(read.step, 60);
+}
