@@ -39,7 +39,7 @@ static TABLE: LazyLock<Vec<[f64; 4]>> = LazyLock::new(|| {
         .collect()
 });
 
-/// `1 - Phi(x)` to a fraction of 1e-5 of its value (2e-8 of it within two standard deviations), at a tenth of
+/// `1 - Phi(x)` to a fraction of 6e-5 of its value (2e-8 of it within two standard deviations), at a tenth of
 /// the cost of [`survival`].
 #[inline]
 pub(crate) fn quick_survival(x: f64) -> f64 {
@@ -61,7 +61,7 @@ mod tests {
     fn quick_survival_is_as_exact_as_it_says() {
         for i in -20_000..20_000 {
             let x = f64::from(i) * 1e-3;
-            let bound = if x.abs() < 2.0 { 2e-8 } else { 1e-5 };
+            let bound = if x.abs() < 2.0 { 2e-8 } else { 6e-5 };
             assert!(
                 (quick_survival(x) / survival(x) - 1.0).abs() <= bound,
                 "{x}"

@@ -5,7 +5,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cusum::{bounded, self_starting::SelfStarting};
+use crate::cusum::{
+    bounded,
+    score::{FAR, Judged},
+    self_starting::SelfStarting,
+};
 
 /// Streams of a block.
 pub(super) const LANES: usize = 8;
@@ -56,8 +60,9 @@ impl Block {
         y: &Lanes,
         rule: &Rule,
     ) -> bool {
-        let mut z = [0.0; LANES];
-        let mut ready = [0.0; LANES];
+        let mut judged = [Judged::NONE; LANES];
+        let (mut z, mut ready) = ([0.0; LANES], [0.0; LANES]);
+        let mut far = false;
         for i in 0..LANES {
             ready[i] = if self.seen[i] >= rule.warmup {
                 1.0
@@ -65,8 +70,15 @@ impl Block {
                 0.0
             };
             let mut state = self.reference(i);
-            z[i] = state.update::<AR, DRIFT>(y[i]);
+            judged[i] = state.update::<AR, DRIFT>(y[i]);
             self.set_reference(i, state);
+            z[i] = judged[i].near();
+            far |= judged[i].ratio >= FAR;
+        }
+        if far {
+            for (z, judged) in z.iter_mut().zip(&judged) {
+                *z = judged.score();
+            }
         }
         self.add(&z, &ready, rule)
     }

@@ -71,6 +71,7 @@ impl BankParams {
             windows: Vec::new(),
             shape: self.detector.shape(),
             input: Vec::new(),
+            hits: Vec::new(),
             alarms: Vec::new(),
             calibration: Calibration::of(&self.detector),
             threshold: f64::INFINITY,
@@ -122,6 +123,8 @@ pub struct Bank {
     shape: Shape,
     /// Scratch, padded to whole blocks.
     input: Vec<f64>,
+    /// Blocks in which a statistic is at the threshold.
+    hits: Vec<bool>,
     alarms: Vec<usize>,
     calibration: Arc<Calibration>,
     threshold: f64,
@@ -278,6 +281,7 @@ impl Bank {
         self.alarms.reserve(streams);
         if self.input.len() < blocks * LANES {
             self.input.resize(blocks * LANES, 0.0);
+            self.hits.resize(blocks, false);
         }
         if matches!(self.params.detector.reference, Reference::Lagged { .. }) {
             self.rolling
@@ -309,10 +313,15 @@ impl Bank {
     }
 
     fn update_blocks<const AR: bool, const DRIFT: bool>(&mut self, rule: &Rule) {
+        // With the widest vectors that the processor has; the results are the same bits with any.
+        pulp::Arch::new().dispatch(Pass::<AR, DRIFT> {
+            blocks: &mut self.blocks,
+            input: &self.input,
+            rule,
+            hits: &mut self.hits,
+        });
         for b in 0..self.blocks.len() {
-            let mut y = [0.0; LANES];
-            y.copy_from_slice(&self.input[b * LANES..(b + 1) * LANES]);
-            if self.blocks[b].update::<AR, DRIFT>(&y, rule) {
+            if self.hits[b] {
                 self.raise(b);
             }
         }
@@ -357,6 +366,27 @@ impl Bank {
                     }
                 }
             }
+        }
+    }
+}
+
+/// One observation for every block.
+struct Pass<'a, const AR: bool, const DRIFT: bool> {
+    blocks: &'a mut [Block],
+    input: &'a [f64],
+    rule: &'a Rule,
+    hits: &'a mut [bool],
+}
+
+impl<const AR: bool, const DRIFT: bool> pulp::NullaryFnOnce for Pass<'_, AR, DRIFT> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let rule = *self.rule;
+        let (inputs, _) = self.input.as_chunks::<LANES>();
+        for ((block, y), hit) in self.blocks.iter_mut().zip(inputs).zip(self.hits) {
+            *hit = block.update::<AR, DRIFT>(y, &rule);
         }
     }
 }

@@ -154,13 +154,13 @@ impl CalibratedCusum {
         match &mut self.reference {
             State::SelfStarting(s) => {
                 let ready = s.seen >= warmup as f64;
-                let z = match (prewhiten, drift) {
+                let judged = match (prewhiten, drift) {
                     (false, false) => s.update::<false, false>(y),
                     (false, true) => s.update::<false, true>(y),
                     (true, false) => s.update::<true, false>(y),
                     (true, true) => s.update::<true, true>(y),
                 };
-                ready.then_some(z)
+                ready.then(|| judged.score())
             }
             State::Lagged { rolling, values } => {
                 let ready = rolling.seen() >= warmup as u64;
@@ -178,6 +178,8 @@ impl CalibratedCusum {
 }
 
 impl Detector for CalibratedCusum {
+    // Inlined, so that the caller need not have the whole step copied to memory.
+    #[inline]
     fn update(&mut self, x: f64) -> Result<Step, CpdError> {
         let y = transform(x, self.params.transform, self.count)?;
         self.count += 1;

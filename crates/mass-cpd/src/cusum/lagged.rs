@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::score::{ROUNDING, normal_score};
+use super::score::{Judged, ROUNDING};
 
 /// Sizes of the reference, what is fitted to it, and what follows from these.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -197,7 +197,13 @@ impl Lagged {
         }
         let raw_square = square + origin * (2.0 * first + size * origin);
         let z = if rest > 1e-13 * square && rest > ROUNDING * raw_square && shape.dof > 0.0 {
-            normal_score(error * error / (rest * leverage), shape.dof, shape.shrink).copysign(error)
+            Judged {
+                ratio: error * error / (rest * leverage),
+                dof: shape.dof,
+                shrink: shape.shrink,
+                error,
+            }
+            .score()
         } else {
             0.0
         };

@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::score::{ROUNDING, normal_score};
+use super::score::{Judged, ROUNDING};
 
 /// Products of six values are compared with this, so that spreads down to about 1e-48 are told from none.
 const SMALLEST_SPREAD: f64 = 1e-290;
@@ -29,10 +29,9 @@ pub(crate) struct SelfStarting {
 }
 
 impl SelfStarting {
-    /// Scores `y` against everything before it, then learns it. The score means something once at least
-    /// five observations were seen.
+    /// Judges `y` against everything before it, then learns it.
     #[inline(always)]
-    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64) -> f64 {
+    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64) -> Judged {
         let lag = if AR { 1.0 } else { 0.0 };
         let n = self.seen - lag;
         let (dy, dl) = (y - self.mean_y, self.previous - self.mean_l);
@@ -80,12 +79,13 @@ impl SelfStarting {
         // One division for two reciprocals.
         let (targets, wallace) = (n + 1.0, 8.0 * dof + 3.0);
         let both = 1.0 / (targets * wallace);
-        let z =
-            normal_score(below * error * error / spread, dof, 2.0 * targets * both).copysign(error);
-        let z = if enough && dof > 0.0 && spread > SMALLEST_SPREAD {
-            z
-        } else {
-            0.0
+        let ratio = below * error * error / spread;
+        let known = enough && dof > 0.0 && spread > SMALLEST_SPREAD;
+        let judged = Judged {
+            ratio: if known { ratio } else { 0.0 },
+            dof: if known { dof } else { 1.0 },
+            shrink: 2.0 * targets * both,
+            error,
         };
 
         // Welford's update. Before the first target (only with AR) everything is still zero and must stay so.
@@ -107,7 +107,7 @@ impl SelfStarting {
         }
         self.previous = y;
         self.seen += 1.0;
-        z
+        judged
     }
 
     /// Whether a deserialised state could have come from finite observations.
