@@ -1,2 +1,121 @@
-//! placeholder
-fn main() {}
+//! The controller's own cost per step: time over the number of experts is the cost per step and expert.
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use mass_expand::{
+    Controller, ControllerParams, ExpertObservation, LayerObservation, StepObservation,
+};
+
+const LAYERS: usize = 4;
+
+/// Feeds one step of autocorrelated noise.
+fn step(
+    controller: &mut Controller,
+    step: u64,
+    noise: &mut u64,
+    experts: &mut Vec<Vec<ExpertObservation>>,
+) {
+    experts.resize(LAYERS, Vec::new());
+    for (layer, experts) in experts.iter_mut().enumerate() {
+        experts.clear();
+        experts.extend(controller.active(layer).iter().map(|&id| {
+            *noise = noise
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let u = (*noise >> 40) as f64 / (1u64 << 24) as f64;
+            ExpertObservation {
+                id,
+                gradient_norm: 1.0 + 0.1 * u,
+                cosine: Some(0.5),
+                load: 100,
+                loss_share: Some(u),
+                routing_entropy: None,
+            }
+        }));
+    }
+    let layers: Vec<LayerObservation<'_>> = experts
+        .iter()
+        .map(|experts| LayerObservation {
+            experts,
+            hidden: 512,
+            dim: 256,
+        })
+        .collect();
+    let loss = 2.0 + 0.01 * (*noise >> 40) as f64 / (1u64 << 24) as f64;
+    controller
+        .begin_step(&StepObservation {
+            step,
+            loss,
+            layers: &layers,
+        })
+        .unwrap();
+    controller.finish_step().unwrap();
+    controller.drain_events();
+}
+
+fn cost(c: &mut Criterion) {
+    for experts in [8usize, 64] {
+        let mut group = c.benchmark_group(format!("{LAYERS} layers of {experts} experts"));
+        group.throughput(Throughput::Elements((LAYERS * experts) as u64));
+        let steps = 10_000;
+        for (name, mut params) in [
+            (
+                "paper",
+                ControllerParams::paper(LAYERS, experts, 2 * experts, steps),
+            ),
+            (
+                "reference",
+                ControllerParams::reference(LAYERS, experts, 2 * experts, steps),
+            ),
+            (
+                "ours",
+                ControllerParams::ours(LAYERS, experts, 2 * experts, steps),
+            ),
+        ] {
+            // The windows keep their length for a run of `steps`; the phase does not end while it is timed.
+            params.phase.live_until = u64::MAX;
+            let mut controller = params.check().unwrap();
+            let (mut now, mut noise, mut buffer) = (0, 1, Vec::new());
+            for _ in 0..2000 {
+                step(&mut controller, now, &mut noise, &mut buffer);
+                now += 1;
+            }
+            group.bench_function(name, |b| {
+                b.iter(|| {
+                    step(&mut controller, now, &mut noise, &mut buffer);
+                    now += 1;
+                });
+            });
+        }
+        group.finish();
+    }
+}
+
+fn saving(c: &mut Criterion) {
+    let mut controller = ControllerParams::ours(LAYERS, 16, 32, 10_000)
+        .check()
+        .unwrap();
+    let (mut noise, mut buffer) = (1, Vec::new());
+    for now in 0..500 {
+        step(&mut controller, now, &mut noise, &mut buffer);
+    }
+    c.bench_function("save and restore, 4 layers of 16 experts", |b| {
+        b.iter_batched(
+            || (),
+            |()| {
+                let text = serde_json::to_string(&controller).unwrap();
+                serde_json::from_str::<Controller>(&text).unwrap()
+            },
+            BatchSize::SmallInput,
+        );
+    });
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(std::time::Duration::from_millis(300))
+        .measurement_time(std::time::Duration::from_secs(2));
+    targets = cost, saving
+}
+criterion_main!(benches);

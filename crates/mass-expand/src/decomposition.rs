@@ -62,16 +62,7 @@ pub fn project_onto_weights(
         }
         Decomposition::Rowwise => sweep::dispatch(
             #[inline(always)]
-            || {
-                for (g, w) in gradient
-                    .chunks_exact_mut(shape.1)
-                    .zip(weight.chunks_exact(shape.1))
-                {
-                    let coefficient = row_coefficient(g, w)?;
-                    sweep::scale_kernel(w, coefficient, g);
-                }
-                Ok(())
-            },
+            || project_rows(gradient, weight, shape.1),
         ),
     }
 }
@@ -108,7 +99,7 @@ pub fn divide_gradient(
                     .zip(newcomer_gradient.chunks_exact_mut(shape.1))
                     .zip(weight.chunks_exact(shape.1));
                 for ((g, n), w) in rows {
-                    let coefficient = row_coefficient(g, w)?;
+                    let coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
                     n.copy_from_slice(g);
                     sweep::scale_kernel(w, coefficient, g);
                 }
@@ -151,26 +142,48 @@ pub fn decompose(
     Ok(())
 }
 
+/// Each row is written while the next is read.
+#[inline(always)]
+fn project_rows(gradient: &mut [f32], weight: &[f32], columns: usize) -> Result<(), ExpandError> {
+    let mut rows = gradient
+        .chunks_exact_mut(columns)
+        .zip(weight.chunks_exact(columns));
+    let Some((mut g, mut w)) = rows.next() else {
+        return Ok(());
+    };
+    let mut coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
+    for (next_g, next_w) in rows {
+        let sums = sweep::scale_and_project(w, coefficient, g, next_g, next_w);
+        coefficient = row_coefficient(sums)?;
+        (g, w) = (next_g, next_w);
+    }
+    sweep::scale_kernel(w, coefficient, g);
+    Ok(())
+}
+
 fn whole_coefficient(gradient: &[f32], weight: &[f32]) -> Result<f64, ExpandError> {
-    let (gg, gw, ww) = sweep::moments(gradient, weight);
-    check_finite(gg, ww)?;
+    let (gw, ww) = sweep::dispatch(
+        #[inline(always)]
+        || sweep::projection_kernel(gradient, weight),
+    );
+    check_finite(gw, ww)?;
     Ok(if ww > 0.0 { gw / ww } else { 0.0 })
 }
 
 #[inline(always)]
-fn row_coefficient(gradient: &[f32], weight: &[f32]) -> Result<f64, ExpandError> {
-    let (gg, gw, ww) = sweep::moments_kernel(gradient, weight);
-    check_finite(gg, ww)?;
+fn row_coefficient((gw, ww): (f64, f64)) -> Result<f64, ExpandError> {
+    check_finite(gw, ww)?;
     Ok(gw / (ww + ROW_EPSILON))
 }
 
 #[inline(always)]
-fn check_finite(gg: f64, ww: f64) -> Result<(), ExpandError> {
-    if !gg.is_finite() {
-        return Err(ExpandError::NonFinite { what: "gradient" });
-    }
+fn check_finite(gw: f64, ww: f64) -> Result<(), ExpandError> {
     if !ww.is_finite() {
         return Err(ExpandError::NonFinite { what: "weight" });
+    }
+    // Finite weights leave only the gradient: NaN and infinity survive every product, with zero too.
+    if !gw.is_finite() {
+        return Err(ExpandError::NonFinite { what: "gradient" });
     }
     Ok(())
 }

@@ -1,12 +1,20 @@
 //! Single sweeps over memory, compiled for every instruction set and chosen at run time.
 //!
-//! Sums are kept in `f64`: the product of two `f32` is exact there and cannot overflow, so a sum is not finite exactly
-//! when an input is not. Sixteen independent lanes hide the latency of the additions; the order of summation is fixed by
-//! the lanes and not by the instruction set, so every machine gets the same bits.
+//! Sums run in `f32` over blocks short enough to lose nothing that matters, on independent lanes that hide the latency of
+//! the additions, and across blocks in `f64`. A block whose sums leave the range in which `f32` squares are sound (very
+//! large, very small or not finite) is summed again in `f64`, where the product of two `f32` is exact and cannot
+//! overflow: a result is not finite exactly when an input is not. The order of summation is fixed by the lanes and not
+//! by the instruction set, and nothing is contracted, so every machine gets the same bits.
 
 use pulp::Arch;
 
-const LANES: usize = 16;
+const LANES: usize = 32;
+
+/// Elements summed in `f32`: 128 additions a lane.
+const BLOCK: usize = 4096;
+
+/// Sums of squares between these are sound in `f32`: what underflowed in them is below one part in 10^10.
+const SOUND: std::ops::Range<f32> = 1e-24..1e38;
 
 /// `(a.a, a.b, b.b)` in one sweep.
 pub(crate) fn moments(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
@@ -64,39 +72,154 @@ pub(crate) fn dispatch<R>(sweep: impl FnOnce() -> R) -> R {
 
 #[inline(always)]
 pub(crate) fn moments_kernel(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
-    let (mut aa, mut ab, mut bb) = ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
+    let mut total = (0.0, 0.0, 0.0);
+    for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+        let (aa, ab, bb) = block_moments(a, b);
+        total = (total.0 + aa, total.1 + ab, total.2 + bb);
+    }
+    total
+}
+
+#[inline(always)]
+fn block_moments(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
+    let (mut aa, mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     let (a_blocks, a_rest) = a.as_chunks::<LANES>();
     let (b_blocks, b_rest) = b.as_chunks::<LANES>();
     for (x, y) in a_blocks.iter().zip(b_blocks) {
         for lane in 0..LANES {
-            let (x, y) = (f64::from(x[lane]), f64::from(y[lane]));
-            aa[lane] += x * x;
-            ab[lane] += x * y;
-            bb[lane] += y * y;
+            aa[lane] += x[lane] * x[lane];
+            ab[lane] += x[lane] * y[lane];
+            bb[lane] += y[lane] * y[lane];
         }
     }
     for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
-        let (x, y) = (f64::from(x), f64::from(y));
         aa[lane] += x * x;
         ab[lane] += x * y;
         bb[lane] += y * y;
     }
-    (fold(aa), fold(ab), fold(bb))
+    let (aa, ab, bb) = (fold(aa), fold(ab), fold(bb));
+    if SOUND.contains(&aa) && SOUND.contains(&bb) {
+        (f64::from(aa), f64::from(ab), f64::from(bb))
+    } else {
+        exact_moments(a, b)
+    }
+}
+
+/// `(a.b, b.b)`: two sums instead of three, for the coefficient of a projection. Not finite exactly when an input is not.
+#[inline(always)]
+pub(crate) fn projection_kernel(a: &[f32], b: &[f32]) -> (f64, f64) {
+    let mut total = (0.0, 0.0);
+    for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+        let (ab, bb) = block_projection(a, b);
+        total = (total.0 + ab, total.1 + bb);
+    }
+    total
+}
+
+/// `previous <- coefficient * previous_weight` and, in the same loop, `(a.b, b.b)` of the next row.
+///
+/// A row and its weights just fill the first cache, so a second sweep over the row alone would leave the memory idle;
+/// here it overlaps with the fetching of the next row.
+#[inline(always)]
+pub(crate) fn scale_and_project(
+    previous_weight: &[f32],
+    coefficient: f64,
+    previous: &mut [f32],
+    a: &[f32],
+    b: &[f32],
+) -> (f64, f64) {
+    let single = coefficient as f32;
+    if a.len() > BLOCK || !(1e-30..1e30).contains(&single.abs()) {
+        scale_kernel(previous_weight, coefficient, previous);
+        return projection_kernel(a, b);
+    }
+    let (mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    let (w_blocks, w_rest) = previous_weight.as_chunks::<LANES>();
+    let (g_blocks, g_rest) = previous.as_chunks_mut::<LANES>();
+    for (((x, y), w), g) in a_blocks.iter().zip(b_blocks).zip(w_blocks).zip(g_blocks) {
+        for lane in 0..LANES {
+            ab[lane] += x[lane] * y[lane];
+            bb[lane] += y[lane] * y[lane];
+        }
+        // Not in the same loop: a store between the sums would keep the compiler from joining the lanes.
+        for lane in 0..LANES {
+            g[lane] = single * w[lane];
+        }
+    }
+    for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
+        ab[lane] += x * y;
+        bb[lane] += y * y;
+    }
+    for (g, &w) in g_rest.iter_mut().zip(w_rest) {
+        *g = single * w;
+    }
+    sound_projection(ab, bb, a, b)
+}
+
+#[inline(always)]
+fn block_projection(a: &[f32], b: &[f32]) -> (f64, f64) {
+    let (mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_blocks.iter().zip(b_blocks) {
+        for lane in 0..LANES {
+            ab[lane] += x[lane] * y[lane];
+            bb[lane] += y[lane] * y[lane];
+        }
+    }
+    for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
+        ab[lane] += x * y;
+        bb[lane] += y * y;
+    }
+    sound_projection(ab, bb, a, b)
+}
+
+#[inline(always)]
+fn sound_projection(ab: [f32; LANES], bb: [f32; LANES], a: &[f32], b: &[f32]) -> (f64, f64) {
+    let (ab, bb) = (fold(ab), fold(bb));
+    if SOUND.contains(&ab.abs()) && SOUND.contains(&bb) {
+        (f64::from(ab), f64::from(bb))
+    } else {
+        let (_, ab, bb) = exact_moments(a, b);
+        (ab, bb)
+    }
+}
+
+/// Out of line, so that the fast path stays small.
+#[cold]
+#[inline(never)]
+fn exact_moments(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
+    let mut sums = (0.0, 0.0, 0.0);
+    for (&x, &y) in a.iter().zip(b) {
+        let (x, y) = (f64::from(x), f64::from(y));
+        sums = (sums.0 + x * x, sums.1 + x * y, sums.2 + y * y);
+    }
+    sums
 }
 
 #[inline(always)]
 pub(crate) fn scale_kernel(a: &[f32], coefficient: f64, b: &mut [f32]) {
-    for (target, &x) in b.iter_mut().zip(a) {
-        *target = (coefficient * f64::from(x)) as f32;
+    let single = coefficient as f32;
+    if (1e-30..1e30).contains(&single.abs()) {
+        for (target, &x) in b.iter_mut().zip(a) {
+            *target = single * x;
+        }
+    } else {
+        for (target, &x) in b.iter_mut().zip(a) {
+            *target = (coefficient * f64::from(x)) as f32;
+        }
     }
 }
 
 #[inline(always)]
-fn fold(mut lanes: [f64; LANES]) -> f64 {
+fn fold<T: Copy + std::ops::AddAssign>(mut lanes: [T; LANES]) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
+            let other = lanes[lane + width];
+            lanes[lane] += other;
         }
         width /= 2;
     }
