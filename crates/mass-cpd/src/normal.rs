@@ -6,6 +6,8 @@ use std::sync::LazyLock;
 
 use libm::erfc;
 
+use crate::cusum::split;
+
 /// `1 - Phi(x)`, without the cancellation that `1 - cdf` has in the tail.
 #[inline]
 pub(crate) fn survival(x: f64) -> f64 {
@@ -43,12 +45,12 @@ static TABLE: LazyLock<Vec<[f64; 4]>> = LazyLock::new(|| {
 /// the cost of [`survival`].
 #[inline]
 pub(crate) fn quick_survival(x: f64) -> f64 {
-    let place = x.abs() * PER_UNIT;
-    let cell = place as usize;
+    let Some((cell, u)) = split(x.abs() * PER_UNIT) else {
+        return survival(x);
+    };
     let Some(&[c0, c1, c2, c3]) = TABLE.get(cell) else {
         return survival(x);
     };
-    let u = place - cell as f64;
     let tail = c0 + u * (c1 + u * (c2 + u * c3));
     if x < 0.0 { 1.0 - tail } else { tail }
 }

@@ -41,4 +41,5 @@ mod transform;
 pub(crate) use calibration::Calibration;
 pub use detector::CalibratedCusum;
 pub use params::{AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform};
+pub(crate) use pchip::split;
 pub(crate) use transform::{bounded, transform, transform_all};

@@ -46,9 +46,7 @@ impl Pchip {
     /// The value at `x >= 0`; `None` beyond the last point.
     #[inline]
     pub(super) fn at(&self, x: f64) -> Option<f64> {
-        let place = x * self.per_width;
-        let cell = place as usize;
-        let u = place - cell as f64;
+        let (cell, u) = split(x * self.per_width)?;
         let [c0, c1, c2, c3] = self.cells.get(cell)?;
         Some(c0 + u * (c1 + u * (c2 + u * c3)))
     }
@@ -56,4 +54,26 @@ impl Pchip {
     pub(super) fn end(&self) -> f64 {
         self.cells.len() as f64 / self.per_width
     }
+}
+
+/// A place in a table as its cell and the coordinate in it, in [0, 1]; `None` beyond any table.
+///
+/// Adding 2^52 leaves the nearest whole number in the low bits: half of what a saturating conversion costs.
+#[inline(always)]
+pub(crate) fn split(place: f64) -> Option<(usize, f64)> {
+    const SHIFT: f64 = 4_503_599_627_370_496.0;
+    if place >= 1e6 {
+        return None;
+    }
+    // Half up, so that the nearest whole number is the cell's upper end.
+    let shifted = (place + 0.5) + SHIFT;
+    let upper = (shifted.to_bits() & 0xf_ffff) as usize;
+    // A place of 0 is a tie, and goes to the even 0.
+    let cell = upper.saturating_sub(1);
+    let u = if upper == 0 {
+        place
+    } else {
+        place - ((shifted - SHIFT) - 1.0)
+    };
+    Some((cell, u))
 }
