@@ -10,6 +10,7 @@ mod select;
 mod simd;
 mod softmax;
 mod specialisation;
+mod tile;
 mod usage;
 
 pub use error::{NonFinite, RoutingError};

@@ -28,6 +28,19 @@ pub(crate) trait Measure {
     fn of(key: f32) -> f32;
 
     fn vector<M: Machine>(machine: M, keys: Vector<M>) -> Vector<M>;
+
+    /// The end of the bracket that includes every key above the floor.
+    fn lowest<M: Machine>(machine: M, keys: &[Lanes], floor: f32) -> End;
+
+    /// Where to cut the bracket next.
+    fn guess(high: End, low: End, goal: f32, step: usize) -> f32;
+}
+
+/// The cut by linear interpolation of the measure, a little away from the ends.
+#[inline(always)]
+fn interpolate(high: End, low: End, goal: f32) -> f32 {
+    let share = (goal - high.measure) / (low.measure - high.measure);
+    high.value + (low.value - high.value) * share.clamp(0.03, 0.97)
 }
 
 /// Its own value: the target is a mass.
@@ -42,6 +55,28 @@ impl Measure for Mass {
     #[inline(always)]
     fn vector<M: Machine>(_: M, keys: Vector<M>) -> Vector<M> {
         keys
+    }
+
+    /// All probabilities: their sum is one but for rounding. (With a mass as key, the floor is zero.)
+    #[inline(always)]
+    fn lowest<M: Machine>(_: M, keys: &[Lanes], floor: f32) -> End {
+        End {
+            value: floor.next_up(),
+            measure: 1.0,
+            count: (keys.len() * LANES) as f32,
+        }
+    }
+
+    /// Probabilities spread over orders of magnitude: first down by factors, then interpolation and geometric means in turn.
+    #[inline(always)]
+    fn guess(high: End, low: End, goal: f32, step: usize) -> f32 {
+        if low.value < 1e-3 * high.value {
+            0.35 * high.value
+        } else if step.is_multiple_of(2) {
+            interpolate(high, low, goal)
+        } else {
+            (high.value * low.value).sqrt()
+        }
     }
 }
 
@@ -58,15 +93,40 @@ impl Measure for Count {
     fn vector<M: Machine>(machine: M, _: Vector<M>) -> Vector<M> {
         machine.simd().splat_f32s(1.0)
     }
+
+    #[inline(always)]
+    fn lowest<M: Machine>(machine: M, keys: &[Lanes], floor: f32) -> End {
+        let s = machine.simd();
+        let (bound, highest) = (s.splat_f32s(floor), s.splat_f32s(f32::INFINITY));
+        let [a, b] = fold2(vectors::<M>(keys), highest, |lowest, v| {
+            s.min_f32s(
+                lowest,
+                s.select_f32s(s.less_than_f32s(bound, v), v, highest),
+            )
+        });
+        at_least::<Self, M>(machine, keys, s.reduce_min_f32s(s.min_f32s(a, b)))
+    }
+
+    #[inline(always)]
+    fn guess(high: End, low: End, goal: f32, step: usize) -> f32 {
+        if step.is_multiple_of(2) {
+            interpolate(high, low, goal)
+        } else {
+            0.5 * (high.value + low.value)
+        }
+    }
 }
 
 /// Values taken one by one before the bracket; each costs about as much as one step of the bracket.
-const ONE_BY_ONE: usize = 6;
+const ONE_BY_ONE: usize = 3;
+
+/// Rows of so few [`Lanes`] are cheapest one by one to the end.
+const SHORT: usize = 1;
 
 /// A bracket with so few keys is sorted.
-const FEW: f32 = 12.0;
+const FEW: f32 = 8.0;
 
-/// The threshold of the smallest set whose measure, in f64 over the f32 keys, reaches `target`.
+/// The threshold of the smallest set whose measure, summed in f64 over the f32 keys, reaches `target`.
 ///
 /// `top` is the largest key. Keys at or below `floor` do not take part; if all others together fall short of the target (which
 /// rounding of the keys allows), all of them are selected.
@@ -81,15 +141,26 @@ pub(crate) fn threshold<F: Measure, M: Machine>(
 ) -> Threshold {
     let mut above = 0.0_f64;
     let mut value = top;
-    for _ in 0..ONE_BY_ONE {
+    let mut left = if keys.len() <= SHORT {
+        usize::MAX
+    } else {
+        ONE_BY_ONE
+    };
+    loop {
         let each = f64::from(F::of(value));
         if above + each >= target {
             return Threshold { value, ties: 1 };
         }
+        if left == 0 {
+            break;
+        }
+        left -= 1;
         let (equal, next) = next_below(machine, keys, value);
-        for ties in 2..=equal {
-            if above + ties as f64 * each >= target {
-                return Threshold { value, ties };
+        if equal > 1 {
+            for ties in 2..=equal {
+                if above + ties as f64 * each >= target {
+                    return Threshold { value, ties };
+                }
             }
         }
         if next <= floor {
@@ -104,71 +175,83 @@ pub(crate) fn threshold<F: Measure, M: Machine>(
     bracket::<F, M>(machine, keys, value, above, floor, target, candidates)
 }
 
-/// The threshold, given that it is at most `high` and that keys above `high` measure `above < target`.
+/// One end of the bracket: the keys at or above `value` have this measure and this number.
+#[derive(Clone, Copy)]
+pub(crate) struct End {
+    value: f32,
+    measure: f32,
+    count: f32,
+}
+
+/// The threshold, given that it is at most `highest` and that keys above `highest` measure `above < target`.
 #[inline(always)]
 fn bracket<F: Measure, M: Machine>(
     machine: M,
     keys: &[Lanes],
-    high: f32,
+    highest: f32,
     above: f64,
     floor: f32,
     target: f64,
     candidates: &mut Vec<f32>,
 ) -> Threshold {
-    // Invariant, up to rounding in f32: keys >= high fall short of the target (or are none below `top`), keys >= low reach it.
-    let mut high = (high.next_up(), above as f32, 0.0);
-    let mut low = {
-        let (lowest, measure, count) = lowest_above::<F, M>(machine, keys, floor, high.0);
-        (lowest, high.1 + measure, count)
+    // Up to rounding in f32: keys at or above `high` fall short of the target, keys at or above `low` reach it.
+    let mut high = End {
+        value: highest.next_up(),
+        measure: above as f32,
+        count: 0.0,
     };
+    let mut low = F::lowest(machine, keys, floor);
     let goal = target as f32;
-    for step in 0..32 {
+    for step in 0..40 {
+        if low.count - high.count <= FEW {
+            break;
+        }
+        let middle = F::guess(high, low, goal, step);
         // Written so that a NaN, too, ends the search.
-        let reachable = low.1 > high.1;
-        if low.2 - high.2 <= FEW || !reachable {
+        let inside = low.value < middle && middle < high.value;
+        if !inside {
             break;
         }
-        let share = if step % 2 == 0 {
-            ((goal - high.1) / (low.1 - high.1)).clamp(0.02, 0.98)
+        let end = at_least::<F, M>(machine, keys, middle);
+        if end.measure < goal {
+            high = end;
         } else {
-            0.5
-        };
-        let middle = high.0 + (low.0 - high.0) * share;
-        if middle >= high.0 || middle <= low.0 {
-            break;
-        }
-        let (measure, count) = between::<F, M>(machine, keys, middle, high.0);
-        let (measure, count) = (high.1 + measure, high.2 + count);
-        if measure < goal {
-            high = (middle, measure, count);
-        } else {
-            low = (middle, measure, count);
+            low = end;
         }
     }
-    // Exactly, from here: the f32 sums above only served to find a small bracket.
-    let exact = exact_at_least::<F>(keys, high.0);
-    let (from, from_measure) = if exact < target {
-        (high.0, exact)
+    // The f32 sums have done their work if the keys they leave decide the matter by more than their rounding error.
+    let slack = f64::from(f32::EPSILON) * (keys.len() + 8) as f64 * target.max(1.0);
+    let start = f64::from(high.measure);
+    if let Some(found) = resolve::<F, M>(
+        machine, keys, low.value, high.value, start, target, slack, candidates,
+    ) {
+        return found;
+    }
+    let exact = exact_at_least::<F>(keys, high.value);
+    let (from, start) = if exact < target {
+        (high.value, exact)
     } else {
         (f32::INFINITY, 0.0)
     };
-    if let Some(found) =
-        resolve::<F, M>(machine, keys, low.0, from, from_measure, target, candidates)
-    {
+    if let Some(found) = resolve::<F, M>(
+        machine, keys, low.value, from, start, target, 0.0, candidates,
+    ) {
         return found;
     }
     // Rounding put the threshold outside the bracket: sort all keys above the floor.
+    let lowest = floor.next_up();
     let found = resolve::<F, M>(
         machine,
         keys,
-        floor.next_up(),
+        lowest,
         f32::INFINITY,
         0.0,
         target,
+        0.0,
         candidates,
     );
     found.unwrap_or(Threshold {
-        value: floor.next_up(),
+        value: lowest,
         ties: usize::MAX,
     })
 }
@@ -196,45 +279,25 @@ fn next_below<M: Machine>(machine: M, keys: &[Lanes], value: f32) -> (usize, f32
     )
 }
 
-/// Smallest key above `floor`; measure and number of the keys in `(floor, high)`.
+/// Measure and number of the keys at or above `low`, in f32.
 #[inline(always)]
-fn lowest_above<F: Measure, M: Machine>(
-    machine: M,
-    keys: &[Lanes],
-    floor: f32,
-    high: f32,
-) -> (f32, f32, f32) {
+fn at_least<F: Measure, M: Machine>(machine: M, keys: &[Lanes], low: f32) -> End {
     let s = machine.simd();
-    let (bound, highest) = (s.splat_f32s(floor), s.splat_f32s(f32::INFINITY));
-    let [a, b] = fold2(vectors::<M>(keys), highest, |lowest, v| {
-        s.min_f32s(
-            lowest,
-            s.select_f32s(s.less_than_f32s(bound, v), v, highest),
-        )
-    });
-    let lowest = s.reduce_min_f32s(s.min_f32s(a, b));
-    let (measure, count) = between::<F, M>(machine, keys, lowest, high);
-    (lowest, measure, count)
-}
-
-/// Measure and number of the keys in `[low, high)`.
-#[inline(always)]
-fn between<F: Measure, M: Machine>(machine: M, keys: &[Lanes], low: f32, high: f32) -> (f32, f32) {
-    let s = machine.simd();
-    let (zero, one) = (s.splat_f32s(0.0), s.splat_f32s(1.0));
-    let (low, high) = (s.splat_f32s(low), s.splat_f32s(high));
+    let (zero, one, bound) = (s.splat_f32s(0.0), s.splat_f32s(1.0), s.splat_f32s(low));
     let [a, b] = fold2(vectors::<M>(keys), (zero, zero), |(measure, count), v| {
-        let inside = s.and_m32s(s.less_than_or_equal_f32s(low, v), s.less_than_f32s(v, high));
+        let inside = s.less_than_or_equal_f32s(bound, v);
         let value = s.select_f32s(inside, F::vector(machine, v), zero);
         (
             s.add_f32s(measure, value),
             s.add_f32s(count, s.select_f32s(inside, one, zero)),
         )
     });
-    (
-        s.reduce_sum_f32s(s.add_f32s(a.0, b.0)),
-        s.reduce_sum_f32s(s.add_f32s(a.1, b.1)),
-    )
+    let measure = s.reduce_sum_f32s(s.add_f32s(a.0, b.0));
+    End {
+        value: low,
+        measure,
+        count: s.reduce_sum_f32s(s.add_f32s(a.1, b.1)),
+    }
 }
 
 /// Measure of the keys at or above `low`, summed in f64.
@@ -253,8 +316,14 @@ fn exact_at_least<F: Measure>(keys: &[Lanes], low: f32) -> f64 {
     measure.into_iter().sum()
 }
 
-/// The threshold among the keys in `[low, high)`, those at or above `high` measuring `above`; `None` if they do not reach the target.
+/// The threshold among the keys in `[low, high)`, those at or above `high` measuring `above`.
+///
+/// `None` if they do not reach the target, or if the target is within `slack` of a sum that decides.
 #[inline(always)]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the bracket's state, and where to work"
+)]
 fn resolve<F: Measure, M: Machine>(
     machine: M,
     keys: &[Lanes],
@@ -262,19 +331,27 @@ fn resolve<F: Measure, M: Machine>(
     high: f32,
     above: f64,
     target: f64,
+    slack: f64,
     candidates: &mut Vec<f32>,
 ) -> Option<Threshold> {
     let mut count = 0;
-    candidates.resize(candidates.len().max((keys.len() + 1) * LANES), 0.0);
+    if candidates.len() < (keys.len() + 1) * LANES {
+        candidates.resize((keys.len() + 1) * LANES, 0.0);
+    }
     for v in keys {
         let mask = machine.at_least(v, low) & !machine.at_least(v, high);
-        if mask != 0 {
-            let to = candidates[count..].first_chunk_mut()?;
-            count += machine.compress(mask, v, 0, to, &mut [0; LANES]);
-        }
+        let to = candidates[count..].first_chunk_mut()?;
+        count += machine.compress(mask, v, 0, to, &mut [0; LANES]);
     }
     let candidates = &mut candidates[..count];
-    candidates.sort_unstable_by(|a, b| b.total_cmp(a));
+    if count <= 16 {
+        insertion_sort(candidates);
+    } else {
+        candidates.sort_unstable_by(|a, b| b.total_cmp(a));
+    }
+    if slack > 0.0 && above >= target - slack {
+        return None;
+    }
     let mut measure = above;
     let mut ties = 0;
     let mut previous = f32::INFINITY;
@@ -282,11 +359,25 @@ fn resolve<F: Measure, M: Machine>(
         ties = if value == previous { ties + 1 } else { 1 };
         previous = value;
         measure += f64::from(F::of(value));
-        if measure >= target {
-            return Some(Threshold { value, ties });
+        if measure >= target - slack {
+            return (measure >= target + slack).then_some(Threshold { value, ties });
         }
     }
     None
+}
+
+/// Sorts a few values, descending.
+#[inline(always)]
+fn insertion_sort(values: &mut [f32]) {
+    for i in 1..values.len() {
+        let value = values[i];
+        let mut j = i;
+        while j > 0 && values[j - 1] < value {
+            values[j] = values[j - 1];
+            j -= 1;
+        }
+        values[j] = value;
+    }
 }
 
 /// The selected experts of the tokens of a block, one after the other, ascending within a token.
@@ -345,30 +436,47 @@ impl Picks {
         values: &[Lanes],
     ) {
         self.reserve(keys.len());
-        let above = threshold.value.next_up();
-        let mut ties = threshold.ties;
+        let from = self.len;
         for (c, (key, value)) in keys.iter().zip(values).enumerate() {
-            let mut mask = machine.at_least(key, threshold.value);
-            if mask == 0 {
-                continue;
-            }
-            if threshold.ties != usize::MAX {
-                let sure = machine.at_least(key, above);
-                let mut equal = mask & !sure;
-                mask = sure;
+            self.append(machine, machine.at_least(key, threshold.value), c, value);
+        }
+        if threshold.ties == usize::MAX {
+            return;
+        }
+        // Nearly always there are no more ties than wanted; then all of them have been taken, and rightly.
+        let (equal, _) = next_below(machine, keys, threshold.value);
+        if equal > threshold.ties {
+            self.len = from;
+            let mut ties = threshold.ties;
+            for (c, (key, value)) in keys.iter().zip(values).enumerate() {
+                let mut mask = machine.at_least(key, threshold.value.next_up());
+                let mut equal = machine.at_least(key, threshold.value) & !mask;
                 while equal != 0 && ties > 0 {
                     mask |= equal & equal.wrapping_neg();
                     equal &= equal - 1;
                     ties -= 1;
                 }
+                self.append(machine, mask, c, value);
             }
-            let (Some(weights), Some(experts)) = (
-                self.weights[self.len..].first_chunk_mut(),
-                self.experts[self.len..].first_chunk_mut(),
-            ) else {
-                unreachable!("reserved above");
-            };
-            self.len += machine.compress(mask, value, (c * LANES) as u32, weights, experts);
         }
+    }
+
+    /// As [`take`](Self::take) of keys that are the weights, where no key but one equals `value`, the threshold.
+    #[inline(always)]
+    pub(crate) fn take_unique<M: Machine>(&mut self, machine: M, keys: &[Lanes], value: f32) {
+        self.reserve(keys.len());
+        for (c, key) in keys.iter().enumerate() {
+            self.append(machine, machine.at_least(key, value), c, key);
+        }
+    }
+
+    #[inline(always)]
+    fn append<M: Machine>(&mut self, machine: M, mask: u16, chunk: usize, value: &Lanes) {
+        let weights = self.weights[self.len..].first_chunk_mut();
+        let experts = self.experts[self.len..].first_chunk_mut();
+        let (Some(weights), Some(experts)) = (weights, experts) else {
+            unreachable!("reserved")
+        };
+        self.len += machine.compress(mask, value, (chunk * LANES) as u32, weights, experts);
     }
 }

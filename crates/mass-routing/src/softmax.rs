@@ -98,9 +98,18 @@ impl Row {
         let logits = vectors::<M>(self.logits.get());
         let r = vectors_mut::<M>(self.probabilities.get_mut());
         let mut total = [s.splat_f32s(0.0); 2];
-        for (i, (r, &l)) in r.iter_mut().zip(logits).enumerate() {
-            *r = exp(machine, s.sub_f32s(l, max));
-            total[i % 2] = s.add_f32s(total[i % 2], *r);
+        let (r_pairs, r_last) = r.as_chunks_mut::<2>();
+        let (l_pairs, l_last) = logits.as_chunks::<2>();
+        for (r, l) in r_pairs.iter_mut().zip(l_pairs) {
+            *r = [
+                exp(machine, s.sub_f32s(l[0], max)),
+                exp(machine, s.sub_f32s(l[1], max)),
+            ];
+            total = [s.add_f32s(total[0], r[0]), s.add_f32s(total[1], r[1])];
+        }
+        for (r, l) in r_last.iter_mut().zip(l_last) {
+            *r = exp(machine, s.sub_f32s(*l, max));
+            total[0] = s.add_f32s(total[0], *r);
         }
         // The largest entry is e^0 = 1, so the sum is at least 1 and its inverse is the largest probability.
         let scale = 1.0 / s.reduce_sum_f32s(s.add_f32s(total[0], total[1]));

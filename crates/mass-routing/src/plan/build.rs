@@ -7,6 +7,7 @@ use super::{Combine, RoutingPlan, WeightRule, group};
 use crate::select::{Picks, Threshold};
 use crate::simd::{AlignedRow, LANES, Machine, Task, dispatch};
 use crate::softmax::Row;
+use crate::tile::{self, Tile};
 use crate::{NonFinite, RoutingError};
 
 /// What a router does with one token.
@@ -15,6 +16,11 @@ pub(crate) trait RowKernel: Sync {
     ///
     /// Has to be `inline(always)`: it is compiled once for every instruction set.
     fn route<M: Machine>(&self, machine: M, row: &mut Row, work: &mut Work, picks: &mut Picks);
+
+    /// The mass to reach and what becomes of the weights, if that is all there is to this router.
+    fn tiled(&self) -> Option<(f32, Combine)> {
+        None
+    }
 }
 
 /// Working memory of a [`RowKernel`].
@@ -49,6 +55,9 @@ pub(crate) struct Block {
     pub(super) picks: Picks,
     pub(super) local: group::Local,
     row: Row,
+    tile: Tile,
+    /// The token after the last one of the tile.
+    tiled_until: usize,
     gathered: Vec<f32>,
     work: Work,
     skipped: usize,
@@ -105,7 +114,8 @@ impl Batch<'_> {
         } else {
             (threads * 4).min(n.div_ceil(64))
         };
-        let size = n.div_ceil(count.max(1)).max(1);
+        // Whole tiles, so that the cut does not decide which tokens are routed together.
+        let size = n.div_ceil(count.max(1)).next_multiple_of(LANES).max(LANES);
         let count = n.div_ceil(size).max(1);
         let blocks = &mut plan.scratch.blocks;
         blocks.resize_with(count.max(blocks.len()), Block::default);
@@ -194,6 +204,7 @@ impl Block {
         self.failed = None;
         self.skipped = 0;
         self.picks.clear();
+        self.tiled_until = 0;
         self.row.prepare(batch.logits.ncols(), batch.mask);
         dispatch(Fill {
             block: self,
@@ -229,9 +240,38 @@ impl<K: RowKernel> Task for Fill<'_, '_, K> {
         } = self;
         let k = batch.logits.ncols();
         let contiguous = batch.logits.as_slice();
+        let tiled = kernel
+            .tiled()
+            .filter(|_| k <= tile::WIDEST && batch.mask.is_none());
+        if tiled.is_some() {
+            block.tile.prepare(k);
+        }
         let mut scores = scores.chunks_exact_mut(k);
         for (i, offset) in offsets.iter_mut().enumerate() {
             let token = block.first_token + i;
+            let mut kept = scores.next();
+            if let (Some(all), Some((p, combine))) = (contiguous, tiled) {
+                let lane = i % LANES;
+                if lane == 0
+                    && let Some(rows) = all.get(token * k..(token + LANES) * k)
+                {
+                    block.tile.route(machine, rows, p);
+                    block.tiled_until = token + LANES;
+                }
+                if token < block.tiled_until
+                    && let Some(value) = block.tile.threshold(lane)
+                {
+                    let row = block.tile.row(lane);
+                    let from = block.picks.len();
+                    block.picks.take_unique(machine, row, value);
+                    combine.apply(block.picks.weights_from(from));
+                    if let Some(kept) = &mut kept {
+                        kept.copy_from_slice(&row.as_flattened()[..k]);
+                    }
+                    *offset = block.picks.len() as u32;
+                    continue;
+                }
+            }
             let logits = match contiguous {
                 Some(all) => &all[token * k..(token + 1) * k],
                 None => {
@@ -249,7 +289,7 @@ impl<K: RowKernel> Task for Fill<'_, '_, K> {
                 block.failed = Some(non_finite(logits, batch.mask, token));
                 return;
             }
-            if let Some(kept) = scores.next() {
+            if let Some(kept) = kept {
                 if finite {
                     let (whole, rest) = kept.as_chunks_mut::<LANES>();
                     let from = block.row.probabilities.get();
@@ -296,6 +336,11 @@ pub(crate) trait Select: Sync {
         top: f32,
         work: &mut Work,
     ) -> (Keys, Threshold);
+
+    /// The mass to reach, below one, if that is all there is to the selection.
+    fn mass(&self) -> Option<f32> {
+        None
+    }
 }
 
 /// What a threshold applies to.
@@ -319,6 +364,10 @@ impl<S: Select> RowKernel for SoftmaxThen<S> {
         let from = picks.len();
         picks.take(machine, keys, threshold, row.probabilities.get());
         self.combine.apply(picks.weights_from(from));
+    }
+
+    fn tiled(&self) -> Option<(f32, Combine)> {
+        self.select.mass().map(|p| (p, self.combine))
     }
 }
 

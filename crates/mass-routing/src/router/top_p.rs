@@ -157,6 +157,10 @@ impl Select for ToMass {
         };
         (Keys::Probabilities, found)
     }
+
+    fn mass(&self) -> Option<f32> {
+        (self.0 < 1.0).then_some(self.0)
+    }
 }
 
 /// The unchecked form that serde reads and writes.
