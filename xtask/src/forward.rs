@@ -1,6 +1,6 @@
 //! `cargo xtask reproduce | train | bench | data`: builds mass-bench and hands the arguments on.
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use crate::run::{cargo, exit_code, root};
 
@@ -9,8 +9,10 @@ use crate::run::{cargo, exit_code, root};
 /// Two steps, so that a build that fails is told from a command that fails, and so that relative paths
 /// mean what they mean in the user's directory.
 pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
-    // With --json standard error is the caller's too: say nothing but errors.
-    let quiet = arguments.iter().any(|a| a == "--json");
+    // With --json standard error is the caller's too. A log wants the command's own lines alone, but not
+    // minutes of silence while everything is built for the first time.
+    let json = arguments.iter().any(|a| a == "--json");
+    let quiet = json || (!std::io::stderr().is_terminal() && built_before());
     let manifest = root().join("Cargo.toml");
     let cargo_run = |command: &str| {
         let mut cargo = cargo();
@@ -37,4 +39,12 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     let mut run = cargo_run("run");
     run.arg("--quiet").arg("--").args(arguments);
     exit_code(run)
+}
+
+/// Whether a release binary is there, up to date or not.
+fn built_before() -> bool {
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| root().join("target"), PathBuf::from);
+    let binary = format!("mass-bench{}", std::env::consts::EXE_SUFFIX);
+    target.join("release").join(binary).exists()
 }
