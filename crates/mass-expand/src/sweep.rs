@@ -139,14 +139,13 @@ pub(crate) fn scale_and_project(
     let (w_blocks, w_rest) = previous_weight.as_chunks::<LANES>();
     let (g_blocks, g_rest) = previous.as_chunks_mut::<LANES>();
     for (((x, y), w), g) in a_blocks.iter().zip(b_blocks).zip(w_blocks).zip(g_blocks) {
+        // Loaded before the store, which the compiler could otherwise not move the loads across.
+        let (x, y, w) = (*x, *y, *w);
         for lane in 0..LANES {
             ab[lane] += x[lane] * y[lane];
             bb[lane] += y[lane] * y[lane];
         }
-        // Not in the same loop: a store between the sums would keep the compiler from joining the lanes.
-        for lane in 0..LANES {
-            g[lane] = single * w[lane];
-        }
+        *g = w.map(|w| single * w);
     }
     for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
         ab[lane] += x * y;
