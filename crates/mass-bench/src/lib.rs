@@ -9,6 +9,7 @@
 //! | [`study`] | the experiments by name |
 //! | [`sweep`] | many independent runs on a few threads |
 //! | [`trainer`] | the training loop, with growth, that can stop at any step and go on |
+//! | [`variants`] | the variants of the method, as the experiments set them |
 //! | [`train`] | a byte-level language model on one's own text |
 //! | [`mod@bench`] | short timings of what this crate does itself |
 //! | [`data_check`] | which data sets and models are there, and where to get the rest |
@@ -30,5 +31,6 @@ pub mod sweep;
 pub mod text;
 pub mod train;
 pub mod trainer;
+pub mod variants;
 
 pub use error::BenchError;

@@ -7,16 +7,15 @@ use mass_model::checkpoint;
 use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamWConfig, Schedule};
-use mass_routing::{Combine, RouterConfig};
+use mass_routing::RouterConfig;
 
-use crate::BenchError;
 use crate::batch::TokenBatch;
-use crate::cli::{RunContext, TrainArgs, Variant};
+use crate::cli::{RunContext, TrainArgs};
 use crate::report::{Results, Run, peak_rss_mib};
-use crate::study::synthetic::variant_config;
 use crate::sweep::checkpoint_dir;
 use crate::text::{ByteText, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
+use crate::{BenchError, variants};
 
 /// Most held-out windows that are scored.
 const MAX_WINDOWS: usize = 4096;
@@ -162,11 +161,7 @@ fn held_out(
 }
 
 fn config(args: &TrainArgs, run: String) -> TrainerConfig {
-    let combine = if args.variant == Variant::Paper {
-        Combine::Raw
-    } else {
-        Combine::Renormalised
-    };
+    let combine = variants::combine(args.variant);
     let moe = MoeConfig {
         dim: args.dim,
         hidden: args.hidden,
@@ -178,7 +173,7 @@ fn config(args: &TrainArgs, run: String) -> TrainerConfig {
         },
     };
     let steps = args.steps as u64;
-    let mut growth = variant_config(
+    let mut growth = variants::growth(
         args.variant,
         args.layers,
         args.experts,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Answer, Event, EventKind, Request};
+use mass_expand::{Answer, Event, EventKind, ExpertId, Request};
 use mass_model::checkpoint;
 use mass_model::growth::{Grower, GrowerConfig, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
@@ -245,8 +245,24 @@ impl Trainer {
             .map(|g| g.controller().live_steps())
     }
 
-    /// The splits among the events.
+    /// The splits among the events, each with the p-value of the alarm that set it off: the smallest among the detectors
+    /// of its source, its layer and the loss that raised one in that step.
     pub fn expansions(&self) -> Vec<Expansion> {
+        let events = &self.progress.events;
+        let alarm = |at: &Event, split: ExpertId| {
+            let of = |event: &Event| match event.kind {
+                EventKind::Flag {
+                    expert, p_value, ..
+                } if event.step == at.step
+                    && (event.layer.is_none() || event.layer == at.layer)
+                    && expert.is_none_or(|e| e == split) =>
+                {
+                    p_value
+                }
+                _ => None,
+            };
+            events.iter().filter_map(of).reduce(f64::min)
+        };
         let split = |event: &Event| match event.kind {
             EventKind::Split {
                 source,
@@ -259,12 +275,12 @@ impl Trainer {
                 layer: event.layer.unwrap_or(0),
                 source: source.0 as usize,
                 new: new.0 as usize,
-                p_value,
+                p_value: alarm(event, source).or(p_value),
                 cosine,
             }),
             _ => None,
         };
-        self.progress.events.iter().filter_map(split).collect()
+        events.iter().filter_map(split).collect()
     }
 }
 

@@ -4,9 +4,9 @@
 //! differs is the pool of experts and how tokens are routed.
 
 use mass_cpd::AnyDetectorParams;
-use mass_expand::{AlignmentThreshold, ControllerParams, Reduction};
+use mass_expand::AlignmentThreshold;
 use mass_model::Activation;
-use mass_model::growth::{GradientNorm, GrowerConfig};
+use mass_model::growth::GrowerConfig;
 use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamWConfig, Schedule};
@@ -16,7 +16,6 @@ use mass_routing::{
 };
 use serde::Serialize;
 
-use crate::BenchError;
 use crate::batch::TokenBatch;
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::ginc::{BayesFilter, Corpus, Ginc, GincParams, Windows, bayes_floor};
@@ -24,6 +23,7 @@ use crate::report::{Results, Run, peak_rss_mib};
 use crate::rng::{Purpose, stream};
 use crate::sweep::{Outcome, Ticker, checkpoint_dir, sweep};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
+use crate::{BenchError, variants};
 
 /// What `--methods` may name.
 pub const METHODS: &[&str] = &["mass", "static"];
@@ -359,11 +359,10 @@ fn one(
 }
 
 fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
-    let combine = match &planned.mass {
-        // The paper multiplies by the probability itself, its code by the renormalised one.
-        Some(m) if m.variant == Variant::Paper => Combine::Raw,
-        _ => Combine::Renormalised,
-    };
+    let combine = planned
+        .mass
+        .as_ref()
+        .map_or(Combine::Renormalised, |m| variants::combine(m.variant));
     let router = match &planned.mass {
         Some(m) => RouterConfig::TopP { p: m.p, combine },
         None => RouterConfig::TopK {
@@ -430,7 +429,7 @@ fn growth(
     steps: u64,
     seed: u64,
 ) -> GrowerConfig {
-    let mut config = variant_config(setting.variant, layers, experts, experts_max, steps);
+    let mut config = variants::growth(setting.variant, layers, experts, experts_max, steps);
     config.controller.seed = seed;
     if let Some(percent) = setting.live_percent {
         config.controller.phase.live_until = (steps * percent / 100).max(1);
@@ -442,39 +441,6 @@ fn growth(
         }
     }
     config
-}
-
-/// A variant as its authors set it.
-pub fn variant_config(
-    variant: Variant,
-    layers: usize,
-    experts: usize,
-    experts_max: usize,
-    steps: u64,
-) -> GrowerConfig {
-    let (controller, gradient_norm, redundancy_reduction) = match variant {
-        Variant::Paper => (
-            ControllerParams::paper(layers, experts, experts_max, steps),
-            GradientNorm::AllParameters,
-            Reduction::Mean,
-        ),
-        Variant::Reference => (
-            ControllerParams::reference(layers, experts, experts_max, steps),
-            GradientNorm::Fc1,
-            Reduction::Sum,
-        ),
-        Variant::Ours => (
-            ControllerParams::ours(layers, experts, experts_max, steps),
-            GradientNorm::AllParameters,
-            Reduction::Mean,
-        ),
-    };
-    GrowerConfig {
-        controller,
-        gradient_norm,
-        redundancy_weight: 0.01,
-        redundancy_reduction,
-    }
 }
 
 struct Score {
