@@ -6,6 +6,8 @@ pub mod cusum;
 mod detector;
 mod error;
 mod normal;
+#[cfg(feature = "offline")]
+pub mod offline;
 mod ring;
 pub mod run_length;
 pub mod training_monitor;

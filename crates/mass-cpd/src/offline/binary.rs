@@ -1,0 +1,166 @@
+//! Binary segmentation by the maximum CUSUM over windows of many lengths.
+
+use ndarray::ArrayView1;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ChangePoint, PeltParams, Segmentation, centred,
+    test::{bridge_p_value, long_run_deviation, max_cusum},
+};
+use crate::{CpdError, error::require};
+
+/// Unchecked parameters of [`BinarySegmentation`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BinarySegmentationParams {
+    /// Probability of finding any change point in a series without one, in (0, 0.5].
+    pub alpha: f64,
+    /// Least number of points of a segment, at least 2.
+    pub min_segment: usize,
+}
+
+impl Default for BinarySegmentationParams {
+    fn default() -> Self {
+        Self {
+            alpha: 0.05,
+            min_segment: 5,
+        }
+    }
+}
+
+impl BinarySegmentationParams {
+    /// Makes the method.
+    ///
+    /// # Errors
+    /// [`CpdError::Parameter`] when `alpha` is not in (0, 0.5] or `min_segment` is under 2.
+    pub fn check(&self) -> Result<BinarySegmentation, CpdError> {
+        require(
+            self.alpha > 0.0 && self.alpha <= 0.5,
+            "alpha",
+            self.alpha,
+            "in (0, 0.5]",
+        )?;
+        require(
+            self.min_segment >= 2,
+            "min_segment",
+            self.min_segment as f64,
+            "at least 2",
+        )?;
+        Ok(BinarySegmentation { params: *self })
+    }
+}
+
+/// Binary segmentation with a stated level.
+///
+/// # Method
+/// The series is covered by seeded windows: of its whole length, then of lengths smaller by a factor `sqrt(2)` each,
+/// overlapping by half. Among the windows that lie within a segment the one with the largest CUSUM
+/// `T` (see the [module's documentation](super)) is taken; if its p-value times the number of windows is at
+/// most `alpha`, the segment is cut there, and so are both parts in turn. The p-values reported are these adjusted
+/// ones. The long-run variance is that of the residuals of the default [`PeltParams`] segmentation.
+///
+/// # Examples
+/// ```
+/// use mass_cpd::offline::BinarySegmentationParams;
+/// use ndarray::Array1;
+///
+/// let series: Array1<f64> = (0..300)
+///     .map(|t| if (100..200).contains(&t) { 1.0 } else { 0.0 } + f64::from(t * 37 % 11) / 11.0)
+///     .collect();
+/// let found = BinarySegmentationParams::default().check()?.segment(series.view())?;
+/// assert_eq!(found.indices(), [100, 200]);
+/// # Ok::<(), mass_cpd::CpdError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BinarySegmentation {
+    params: BinarySegmentationParams,
+}
+
+impl BinarySegmentation {
+    /// The parameters it was made with.
+    #[must_use]
+    pub fn params(&self) -> &BinarySegmentationParams {
+        &self.params
+    }
+
+    /// Cuts a series.
+    ///
+    /// # Errors
+    /// [`CpdError::TooShort`] when it has fewer than two segments' points; [`CpdError::NonFinite`] or
+    /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
+    pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
+        let least = self.params.min_segment;
+        let y = centred(series.view(), 2 * least)?;
+        let pelt = PeltParams {
+            min_segment: least,
+            ..PeltParams::default()
+        };
+        let rough = pelt.check()?.segment(series)?.indices();
+        let omega = long_run_deviation(&y, &rough);
+        let mut windows = seeded_windows(y.len(), 2 * least);
+        let number = windows.len() as f64;
+        let mut scored: Vec<Scored> = Vec::with_capacity(windows.len());
+        for (start, end) in windows.drain(..) {
+            let (cusum, at) = max_cusum(&y[start..end]);
+            scored.push(Scored {
+                start,
+                end,
+                at: start + at,
+                t: cusum / omega,
+            });
+        }
+        // The strongest first; a window that a later cut runs through is passed over.
+        scored.sort_by(|a, b| b.t.total_cmp(&a.t).then(a.start.cmp(&b.start)));
+        let mut cuts: Vec<ChangePoint> = Vec::new();
+        for window in scored {
+            let p_value = (bridge_p_value(window.t) * number).min(1.0);
+            if p_value > self.params.alpha || omega == 0.0 {
+                break;
+            }
+            let inside = |c: &ChangePoint| window.start < c.index && c.index < window.end;
+            let near = |edge: usize| edge.abs_diff(window.at) < least;
+            let crowded = near(0) || near(y.len()) || cuts.iter().any(|c| near(c.index));
+            if !cuts.iter().any(inside) && !crowded {
+                cuts.push(ChangePoint {
+                    index: window.at,
+                    p_value,
+                });
+            }
+        }
+        cuts.sort_by_key(|c| c.index);
+        Ok(Segmentation {
+            change_points: cuts,
+            len: y.len(),
+        })
+    }
+}
+
+struct Scored {
+    start: usize,
+    end: usize,
+    at: usize,
+    t: f64,
+}
+
+/// Windows of lengths `n 2^(-i/2)`, each shifted by about half its length, down to `least` points.
+fn seeded_windows(n: usize, least: usize) -> Vec<(usize, usize)> {
+    let mut windows = Vec::new();
+    let mut length = n as f64;
+    while length as usize >= least {
+        let size = length as usize;
+        let number = ((2.0 * n as f64 / length).ceil() as usize)
+            .saturating_sub(1)
+            .max(1);
+        for i in 0..number {
+            let last = n - size;
+            let start = if number == 1 {
+                0
+            } else {
+                i * last / (number - 1)
+            };
+            windows.push((start, start + size));
+        }
+        length /= std::f64::consts::SQRT_2;
+    }
+    windows
+}
