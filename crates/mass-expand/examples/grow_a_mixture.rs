@@ -1,156 +1,99 @@
 //! Grows a top-1 mixture of linear experts in plain ndarray, with no tensor library: every 100 steps the expert with the
 //! largest share of the loss is bisected, and a held-out check 60 steps later keeps the newcomer or takes it back.
 use mass_expand::*;
-use ndarray::{Array1, Array2, ArrayView1, Axis};
+use ndarray::{Array1, Array2, ArrayView1, Axis, s};
 use ndarray_rand::{RandomExt, rand::SeedableRng, rand_distr::StandardNormal};
 use rand_chacha::ChaCha8Rng;
 
-struct Expert {
-    id: ExpertId,
-    weight: Array1<f32>,
-    gate: Array1<f32>,
-    offset: f32,
-}
+const TOKENS: usize = 240;
 
-/// Tokens (with a constant last entry) around six points of a circle, each with a linear target of its own.
-fn batch(rng: &mut ChaCha8Rng) -> (Array2<f32>, Array1<f32>) {
-    let mut x = Array2::<f32>::random_using((240, 3), StandardNormal, rng) * 0.4f32;
-    let y = (0..240).map(|t| {
-        let (sin, cos) = ((t % 6) as f32).sin_cos();
-        x[[t, 0]] += 3.0 * cos;
-        x[[t, 1]] += 3.0 * sin;
-        x[[t, 2]] = 1.0;
-        [2.0, -1.0, 3.0, -3.0, 1.0, -2.0][t % 6] * (x[[t, 0]] - x[[t, 1]])
+/// Tokens and targets.
+type Batch = (Array2<f32>, Array1<f32>);
+
+/// Name, weights, and gate row followed by the logit offset.
+type Expert = (ExpertId, Array1<f32>, Array1<f32>);
+
+/// Tokens around six points of a circle, each point with a linear target of its own; the last entry is constant.
+fn batch(rng: &mut ChaCha8Rng) -> Batch {
+    let mut x = Array2::<f32>::random_using((TOKENS, 3), StandardNormal, rng) * 0.4f32;
+    let targets = x.rows_mut().into_iter().enumerate().map(|(t, mut x)| {
+        x[0] += 3.0 * ((t % 6) as f32).cos();
+        x[1] += 3.0 * ((t % 6) as f32).sin();
+        x[2] = 1.0;
+        [2.0, -1.0, 3.0, -3.0, 1.0, -2.0][t % 6] * (x[0] - x[1])
     });
-    let y = y.collect();
+    let y = targets.collect();
     (x, y)
 }
 
-/// The expert of each token and its error, with `masked` left out.
-fn forward(
-    pool: &[Expert],
-    x: &Array2<f32>,
-    y: &Array1<f32>,
-    masked: Option<ExpertId>,
-) -> Vec<(usize, f32)> {
-    let logit = |e: &Expert, x: ArrayView1<f32>| e.gate.dot(&x) + e.offset;
-    let one = |(x, &y): (ArrayView1<f32>, &f32)| {
-        let open = (0..pool.len()).filter(|&k| Some(pool[k].id) != masked);
-        let best = open.max_by(|&a, &b| logit(&pool[a], x).total_cmp(&logit(&pool[b], x)));
-        best.map(|k| (k, pool[k].weight.dot(&x) - y))
+/// The expert of each token and its error, with `out` masked.
+fn forward(pool: &[Expert], (x, y): &Batch, out: Option<ExpertId>) -> Vec<(usize, f32)> {
+    let route = |x: ArrayView1<f32>| {
+        let open = (0..pool.len()).filter(|&k| Some(pool[k].0) != out);
+        let best = open.max_by(|&a, &b| pool[a].2.dot(&x).total_cmp(&pool[b].2.dot(&x)));
+        best.expect("an expert that is not masked")
     };
-    x.rows().into_iter().zip(y).filter_map(one).collect()
+    let error = |(x, y): (ArrayView1<f32>, &f32)| (route(x), pool[route(x)].1.dot(&x) - y);
+    x.rows().into_iter().zip(y).map(error).collect()
+}
+
+/// Squared error of each token.
+fn losses(pool: &[Expert], batch: &Batch, out: Option<ExpertId>) -> Vec<f64> {
+    let routed = forward(pool, batch, out);
+    routed.iter().map(|r| f64::from(r.1 * r.1)).collect()
 }
 
 fn main() -> Result<(), ExpandError> {
     let rng = &mut ChaCha8Rng::seed_from_u64(0);
-    let mut params = ControllerParams::ours(1, 2, 16, 20_000).with_schedule(100, 100);
-    params.stop = StopRule::HeldOut {
-        margin: 0.02,
-        z: 2.0,
-        wait: 60,
-        patience: 2,
-        remove: true,
-    };
+    let params = ControllerParams::ours(1, 2, 16, 20_000).with_schedule(100, 100);
     let mut controller = params.check()?;
-    let start = |&id: &ExpertId| {
-        let gate = Array1::random_using(3, StandardNormal, rng);
-        Expert {
-            id,
-            weight: Array1::zeros(3),
-            gate,
-            offset: 0.0,
-        }
-    };
+    let mut random = || Array1::random_using(3, StandardNormal, rng);
+    let start = |&id: &ExpertId| (id, Array1::zeros(3), random());
     let mut pool: Vec<Expert> = controller.active(0).iter().map(start).collect();
-    let (probe_x, probe_y) = batch(rng);
-    let squares = |routed: Vec<(usize, f32)>| -> Vec<f64> {
-        routed.iter().map(|r| f64::from(r.1 * r.1)).collect()
-    };
+    let probe = batch(rng);
     for step in 0..3000 {
-        let (x, y) = batch(rng);
-        let routed = forward(&pool, &x, &y, None);
-        let mut gradients = vec![Array1::<f32>::zeros(3); pool.len()];
-        let (mut load, mut loss) = (vec![0; pool.len()], vec![0.0; pool.len()]);
-        for (x, &(k, error)) in x.rows().into_iter().zip(&routed) {
-            gradients[k].scaled_add(error / 240.0, &x);
-            load[k] += 1;
-            loss[k] += f64::from(error * error) / 240.0;
+        let tokens = batch(rng);
+        let routed = forward(&pool, &tokens, None);
+        let loss: f64 = routed.iter().map(|r| f64::from(r.1 * r.1)).sum();
+        let mut experts = Vec::new();
+        for (k, (id, weight, _)) in pool.iter_mut().enumerate() {
+            let of = |r: &(usize, f32)| if r.0 == k { r.1 } else { 0.0 };
+            let errors = Array1::from_iter(routed.iter().map(of));
+            let gradient = errors.dot(&tokens.0) / TOKENS as f32;
+            let load = routed.iter().filter(|r| r.0 == k).count() as u64;
+            let norm = gradient.dot(&gradient).sqrt();
+            let mut observed = ExpertObservation::new(*id, norm.into(), load);
+            observed.loss_share = Some(f64::from(errors.dot(&errors)) / loss);
+            experts.push(observed);
+            weight.scaled_add(-0.2, &gradient);
         }
-        let total: f64 = loss.iter().sum();
-        let observe = |(k, e): (usize, &Expert)| ExpertObservation {
-            id: e.id,
-            gradient_norm: f64::from(gradients[k].dot(&gradients[k]).sqrt()),
-            cosine: None,
-            load: load[k],
-            loss_share: Some(loss[k] / total),
-            routing_entropy: None,
-        };
-        let experts: Vec<_> = pool.iter().enumerate().map(observe).collect();
-        let layers = [LayerObservation {
-            experts: &experts,
-            hidden: 1,
-            dim: 3,
-        }];
-        for request in controller.begin_step(&StepObservation {
-            step,
-            loss: total,
-            layers: &layers,
-        })? {
+        let layers = [LayerObservation::new(&experts, 1, 3)];
+        for request in controller.begin_step(&StepObservation::new(step, loss, &layers))? {
             if let Request::ProbeLoss { layer, expert } = request {
-                let masked = squares(forward(&pool, &probe_x, &probe_y, Some(expert)));
-                let full = squares(forward(&pool, &probe_x, &probe_y, None));
+                let masked = losses(&pool, &probe, Some(expert));
+                let full = losses(&pool, &probe, None);
                 controller.answer(Answer::probe(layer, expert, &masked, &full)?)?;
             }
         }
         for action in controller.finish_step()? {
-            println!(
-                "step {step}, loss {total:.4}, {} experts: {action:?}",
-                pool.len()
-            );
-            match action {
-                Action::Split {
-                    source, newcomer, ..
-                } => {
-                    let k = controller
-                        .active(0)
-                        .iter()
-                        .position(|&id| id == source)
-                        .unwrap_or(0);
-                    let mine: Vec<usize> = (0..240).filter(|&t| routed[t].0 == k).collect();
-                    let old = &mut pool[k];
-                    let halves = bisect(
-                        x.select(Axis(0), &mine).view(),
-                        &old.gate.to_vec(),
-                        old.offset,
-                        BisectParams::default(),
-                    )?;
-                    (old.gate, old.offset) = (halves.source_row.into(), halves.source_offset);
-                    let (gate, offset) = (halves.newcomer_row.into(), halves.newcomer_offset);
-                    let weight = old.weight.clone();
-                    pool.push(Expert {
-                        id: newcomer,
-                        weight,
-                        gate,
-                        offset,
-                    });
-                }
-                Action::Remove { expert, .. } => pool.retain(|e| e.id != expert),
-                _ => {}
-            }
-        }
-        let routed = forward(&pool, &x, &y, None);
-        for (x, (k, error)) in x.rows().into_iter().zip(routed) {
-            pool[k].weight.scaled_add(-0.2 * error / 240.0, &x);
+            println!("step {step}, loss {:.3}: {action:?}", loss / TOKENS as f64);
+            #[rustfmt::skip]
+            let Action::Split { source, newcomer, .. } = action else {
+                pool.retain(|e| controller.active(0).contains(&e.0));
+                continue;
+            };
+            let k = pool.iter().position(|e| e.0 == source).expect("active");
+            let mine: Vec<usize> = (0..TOKENS).filter(|&t| routed[t].0 == k).collect();
+            let (x, gate) = (tokens.0.select(Axis(0), &mine), pool[k].2.to_vec());
+            let (x, cut) = (x.slice(s![.., ..2]), BisectParams::default());
+            let halves = bisect(x, &gate[..2], gate[2], cut)?;
+            let row = |row: Vec<f32>, offset| Array1::from_iter(row.into_iter().chain([offset]));
+            pool[k].2 = row(halves.source_row, halves.source_offset);
+            let gate = row(halves.newcomer_row, halves.newcomer_offset);
+            pool.push((newcomer, pool[k].1.clone(), gate));
         }
     }
-    println!(
-        "{} experts, held-out loss {:.4}",
-        pool.len(),
-        squares(forward(&pool, &probe_x, &probe_y, None))
-            .iter()
-            .sum::<f64>()
-            / 240.0
-    );
+    let loss = losses(&pool, &probe, None).iter().sum::<f64>() / TOKENS as f64;
+    println!("{} experts, held-out loss {loss:.3}", pool.len());
     Ok(())
 }

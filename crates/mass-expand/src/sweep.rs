@@ -139,13 +139,7 @@ pub(crate) fn scale_and_project(
     let (w_blocks, w_rest) = previous_weight.as_chunks::<LANES>();
     let (g_blocks, g_rest) = previous.as_chunks_mut::<LANES>();
     for (((x, y), w), g) in a_blocks.iter().zip(b_blocks).zip(w_blocks).zip(g_blocks) {
-        // Loaded before the store, which the compiler could otherwise not move the loads across.
-        let (x, y, w) = (*x, *y, *w);
-        for lane in 0..LANES {
-            ab[lane] += x[lane] * y[lane];
-            bb[lane] += y[lane] * y[lane];
-        }
-        *g = w.map(|w| single * w);
+        fused_block(x, y, w, single, g, &mut ab, &mut bb);
     }
     for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
         ab[lane] += x * y;
@@ -155,6 +149,28 @@ pub(crate) fn scale_and_project(
         *g = single * w;
     }
     sound_projection(ab, bb, a, b)
+}
+
+/// A function of its own, so that its arguments are known not to overlap and each loop becomes vector instructions.
+#[inline(always)]
+fn fused_block(
+    x: &[f32; LANES],
+    y: &[f32; LANES],
+    w: &[f32; LANES],
+    single: f32,
+    g: &mut [f32; LANES],
+    ab: &mut [f32; LANES],
+    bb: &mut [f32; LANES],
+) {
+    for lane in 0..LANES {
+        ab[lane] += x[lane] * y[lane];
+    }
+    for lane in 0..LANES {
+        bb[lane] += y[lane] * y[lane];
+    }
+    for lane in 0..LANES {
+        g[lane] = single * w[lane];
+    }
 }
 
 #[inline(always)]

@@ -16,6 +16,14 @@ pub struct StepObservation<'a> {
     pub layers: &'a [LayerObservation<'a>],
 }
 
+impl<'a> StepObservation<'a> {
+    /// All of it at once.
+    #[must_use]
+    pub const fn new(step: u64, loss: f64, layers: &'a [LayerObservation<'a>]) -> Self {
+        Self { step, loss, layers }
+    }
+}
+
 /// One mixture layer at one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerObservation<'a> {
@@ -25,6 +33,18 @@ pub struct LayerObservation<'a> {
     pub hidden: usize,
     /// Columns of an expert's first weight matrix (the dimension of the model).
     pub dim: usize,
+}
+
+impl<'a> LayerObservation<'a> {
+    /// Experts with a first matrix of `hidden` rows and `dim` columns.
+    #[must_use]
+    pub const fn new(experts: &'a [ExpertObservation], hidden: usize, dim: usize) -> Self {
+        Self {
+            experts,
+            hidden,
+            dim,
+        }
+    }
 }
 
 /// One expert at one step.
@@ -43,6 +63,21 @@ pub struct ExpertObservation {
     pub loss_share: Option<f64>,
     /// Entropy of what is routed to it (over token classes or hidden states), in nats.
     pub routing_entropy: Option<f64>,
+}
+
+impl ExpertObservation {
+    /// What every rule needs; the rest is absent and can be set.
+    #[must_use]
+    pub const fn new(id: ExpertId, gradient_norm: f64, load: u64) -> Self {
+        Self {
+            id,
+            gradient_norm,
+            cosine: None,
+            load,
+            loss_share: None,
+            routing_entropy: None,
+        }
+    }
 }
 
 /// A figure that the controller needs before it can decide.
