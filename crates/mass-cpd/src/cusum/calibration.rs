@@ -19,7 +19,10 @@
 //! length for a level, a third of it for an extended line, whose far end moves faster. The inner probability
 //! is exact (the recursion of [`run_length`](crate::run_length)), the expectation a Gauss-Hermite sum.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use super::{
     params::{CalibratedCusumParams, Direction, Drift, Reference},
@@ -28,13 +31,22 @@ use super::{
 use crate::run_length::{RunLength, Sides, siegmund, survival_of_block};
 
 /// `p_N` as a function of the statistic.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub(crate) struct Calibration {
     p: Pchip,
     /// Beyond the table `log p` goes on in a straight line.
     end: f64,
     log_p_at_end: f64,
     tail_slope: f64,
+}
+
+/// Without the table, which would drown the detector it is printed with.
+impl fmt::Debug for Calibration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Calibration")
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Cells of the table that is looked up at every step.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::score::{Judged, ROUNDING};
 
 /// Sizes of the reference, what is fitted to it, and what follows from these.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) window: usize,
     pub(crate) gap: usize,
@@ -29,7 +29,11 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    /// `window` at least 8, or 0 where there is none.
     pub(crate) fn new(window: usize, gap: usize, prewhiten: bool, drift: bool) -> Self {
+        if window == 0 {
+            return Self::default();
+        }
         let size = window as f64;
         let (n, mean_t, lag) = if prewhiten {
             (size - 1.0, 0.5 * size, 1.0)

@@ -1,0 +1,471 @@
+//! Properties that every detector has, and what each kind of bad input does.
+
+use mass_cpd::{
+    AfterAlarm, AnyDetector, AnyDetectorParams, CalibratedCusumParams, CpdError, Detector,
+    Direction, Drift, Reference, Spread, Step, TrainingMonitorParams, Transform, WindowedZParams,
+};
+use proptest::prelude::*;
+
+const SMALL_LAG: Reference = Reference::Lagged { window: 24, gap: 4 };
+
+/// One of each kind of detector, small enough that a short series exercises all of it.
+fn every_kind() -> Vec<AnyDetectorParams> {
+    let cusum = CalibratedCusumParams {
+        warmup: 10,
+        ..Default::default()
+    };
+    let monitor = TrainingMonitorParams {
+        training: 20,
+        ..Default::default()
+    };
+    let mut kinds: Vec<AnyDetectorParams> = vec![
+        WindowedZParams::paper(5, 10, 0.05).into(),
+        WindowedZParams::reference(5, 10, 0.05).into(),
+        monitor.into(),
+        TrainingMonitorParams {
+            spread: Spread::Independent,
+            horizon: Some(500),
+            ..monitor
+        }
+        .into(),
+        TrainingMonitorParams {
+            direction: Direction::Down,
+            ..monitor
+        }
+        .into(),
+    ];
+    for reference in [
+        Reference::SelfStarting,
+        SMALL_LAG,
+        Reference::Lagged { window: 24, gap: 0 },
+    ] {
+        for prewhiten in [false, true] {
+            for drift in [Drift::Keep, Drift::Remove] {
+                let params = CalibratedCusumParams {
+                    reference,
+                    prewhiten,
+                    drift,
+                    ..cusum
+                };
+                kinds.push(params.into());
+            }
+        }
+    }
+    for after_alarm in [AfterAlarm::Hold, AfterAlarm::Restart] {
+        for direction in [Direction::Up, Direction::Down] {
+            let params = CalibratedCusumParams {
+                after_alarm,
+                direction,
+                ..cusum
+            };
+            kinds.push(params.into());
+        }
+    }
+    kinds
+}
+
+fn made(params: &AnyDetectorParams) -> AnyDetector {
+    params.check().expect("valid parameters")
+}
+
+fn run(detector: &mut AnyDetector, series: &[f64]) -> Vec<Step> {
+    series
+        .iter()
+        .map(|&x| detector.update(x).expect("finite"))
+        .collect()
+}
+
+fn as_json(detector: &AnyDetector) -> String {
+    serde_json::to_string(detector).expect("serialises")
+}
+
+fn noise() -> impl Strategy<Value = Vec<f64>> {
+    prop::collection::vec(-3.0..3.0f64, 60..160)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn stored_and_read_back_it_goes_on_bit_for_bit(series in noise(), cut in 0.0..1.0f64) {
+        let cut = (cut * series.len() as f64) as usize;
+        for params in every_kind() {
+            let mut whole = made(&params);
+            let all = run(&mut whole, &series);
+            let mut first = made(&params);
+            let mut steps = run(&mut first, &series[..cut]);
+            let mut second: AnyDetector = serde_json::from_str(&as_json(&first)).expect("reads back");
+            prop_assert_eq!(&second, &first);
+            steps.extend(run(&mut second, &series[cut..]));
+            prop_assert_eq!(&steps, &all, "{:?}", params);
+            prop_assert_eq!(as_json(&second), as_json(&whole));
+        }
+    }
+
+    #[test]
+    fn a_refused_observation_changes_nothing(series in noise(), at in 0usize..60) {
+        for params in every_kind() {
+            let mut detector = made(&params);
+            run(&mut detector, &series[..at]);
+            let before = detector.clone();
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let error = detector.update(bad).expect_err("not finite");
+                let is_right =
+                    matches!(error, CpdError::NonFinite { count, .. } if count == at as u64 + 1);
+                prop_assert!(is_right, "{error}");
+            }
+            prop_assert_eq!(&detector, &before);
+        }
+    }
+
+    #[test]
+    fn reset_is_a_fresh_start(series in noise()) {
+        for params in every_kind() {
+            let mut used = made(&params);
+            run(&mut used, &series);
+            used.reset();
+            prop_assert_eq!(used.count(), 0);
+            prop_assert_eq!(run(&mut used, &series), run(&mut made(&params), &series));
+        }
+    }
+
+    #[test]
+    fn a_change_of_units_changes_no_statistic(
+        series in noise(), scale in 0.01..100.0f64, shift in -50.0..50.0f64,
+    ) {
+        for params in every_kind() {
+            let moved: Vec<f64> = series.iter().map(|x| scale * x + shift).collect();
+            let (a, b) = (run(&mut made(&params), &series), run(&mut made(&params), &moved));
+            for (a, b) in a.iter().zip(&b) {
+                let (Some(s), Some(t)) = (a.statistic, b.statistic) else {
+                    prop_assert_eq!(a.statistic, b.statistic);
+                    continue;
+                };
+                // An alarm within rounding of the threshold may fall on either side, and all after it differs.
+                if a.alarm != b.alarm {
+                    break;
+                }
+                prop_assert!((s - t).abs() <= 1e-6 * (1.0 + s.abs()), "{:?}: {s} {t}", params);
+            }
+        }
+    }
+
+    #[test]
+    fn a_constant_stream_never_alarms(level in -1e6..1e6f64) {
+        for params in every_kind() {
+            let steps = run(&mut made(&params), &[level; 200]);
+            for step in steps {
+                prop_assert!(!step.alarm);
+                for p in [step.p_value, step.p_horizon].into_iter().flatten() {
+                    prop_assert!((0.0..=1.0).contains(&p));
+                }
+                prop_assert!(step.statistic.is_none_or(|s| s.abs() < 1e-6), "{:?} {:?}", params, step);
+            }
+        }
+    }
+
+    #[test]
+    fn probabilities_are_probabilities_and_the_onset_is_past(
+        series in prop::collection::vec(-1e3..1e3f64, 100..200),
+    ) {
+        for params in every_kind() {
+            for step in run(&mut made(&params), &series) {
+                for p in [step.p_value, step.p_horizon].into_iter().flatten() {
+                    prop_assert!((0.0..=1.0).contains(&p), "{p}");
+                }
+                prop_assert!(step.onset.is_none_or(|o| o >= 1 && o <= step.count));
+                prop_assert!(!step.alarm || step.statistic.is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn p_over_the_horizon_falls_with_the_statistic(
+        k in 0.05..3.0f64, horizon in 1u64..1_000_000, s in 0.0..40.0f64, more in 1e-3..5.0f64,
+    ) {
+        let free = CalibratedCusumParams { k, horizon, score_limit: None, ..Default::default() };
+        // A lagged reference is costly to calibrate: one setting, kept between cases.
+        let lagged = CalibratedCusumParams { reference: SMALL_LAG, ..Default::default() };
+        for params in [free, lagged] {
+            let d = params.check().expect("valid");
+            prop_assert!(d.p_horizon(s + more) <= d.p_horizon(s));
+            let h = d.threshold();
+            prop_assert!(d.p_horizon(h) <= params.alpha);
+            prop_assert!(d.p_horizon(h * (1.0 - 1e-6)) > params.alpha || d.p_horizon(0.0) <= params.alpha);
+        }
+    }
+
+    #[test]
+    fn an_alarm_is_a_p_value_at_or_under_alpha(series in noise(), jump in 0.0..20.0f64) {
+        let series: Vec<f64> =
+            series.iter().enumerate().map(|(t, x)| x + if t > 40 { jump } else { 0.0 }).collect();
+        for reference in [Reference::SelfStarting, SMALL_LAG] {
+            let params = CalibratedCusumParams { reference, warmup: 10, ..Default::default() };
+            for step in run(&mut made(&params.into()), &series) {
+                prop_assert_eq!(step.alarm, step.p_horizon.is_some_and(|p| p <= params.alpha));
+            }
+        }
+    }
+
+    #[test]
+    fn down_is_up_of_the_mirror_image(series in noise()) {
+        let up = CalibratedCusumParams { direction: Direction::Up, warmup: 10, ..Default::default() };
+        let down = CalibratedCusumParams { direction: Direction::Down, ..up };
+        let mirror: Vec<f64> = series.iter().map(|x| -x).collect();
+        let (a, b) = (run(&mut made(&up.into()), &series), run(&mut made(&down.into()), &mirror));
+        for (a, b) in a.iter().zip(&b) {
+            prop_assert_eq!(a.statistic, b.statistic);
+            prop_assert_eq!(a.alarm, b.alarm);
+        }
+    }
+}
+
+#[test]
+fn a_lagged_reference_follows_a_jump_of_scale_exactly() {
+    // Rolling sums that once held huge values must not leave their rounding errors behind.
+    let params = CalibratedCusumParams {
+        reference: SMALL_LAG,
+        after_alarm: AfterAlarm::Hold,
+        warmup: 10,
+        ..Default::default()
+    };
+    let wave = |t: u64| ((t * 7919) % 101) as f64 / 101.0;
+    let (mut long, mut fresh) = (params.check().unwrap(), params.check().unwrap());
+    for t in 0..500 {
+        long.update(1e12 * wave(t)).unwrap();
+    }
+    for t in 500..600 {
+        long.update(wave(t)).unwrap();
+        fresh.update(wave(t)).unwrap();
+        if let (Some(a), Some(b)) = (long.last_score(), fresh.last_score()) {
+            assert!((a - b).abs() < 1e-6, "{t}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn a_straight_line_is_no_change_once_drift_is_removed() {
+    for reference in [Reference::SelfStarting, SMALL_LAG] {
+        let params = CalibratedCusumParams {
+            reference,
+            drift: Drift::Remove,
+            warmup: 10,
+            ..Default::default()
+        };
+        let mut detector = params.check().unwrap();
+        for t in 0..300 {
+            let wave = f64::from((t * 7919) % 101) / 101.0;
+            assert!(
+                !detector.update(0.05 * f64::from(t) + wave).unwrap().alarm,
+                "{t}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_threshold_is_that_of_the_run_length_solver() {
+    use mass_cpd::run_length::{Sides, threshold_for_horizon};
+    for (k, horizon, alpha) in [(0.5, 1000, 0.05), (0.25, 5000, 0.01), (1.0, 100_000, 0.001)] {
+        for (direction, sides) in [(Direction::Up, Sides::One), (Direction::Both, Sides::Two)] {
+            let params = CalibratedCusumParams {
+                k,
+                horizon,
+                alpha,
+                direction,
+                ..Default::default()
+            };
+            let got = params.check().unwrap().threshold();
+            let want = threshold_for_horizon(k, horizon, alpha, sides).unwrap();
+            assert!(
+                (got - want).abs() < 2e-3,
+                "{k} {horizon} {alpha}: {got} {want}"
+            );
+        }
+    }
+}
+
+#[test]
+fn each_kind_of_bad_observation_has_its_error() {
+    let log = CalibratedCusumParams {
+        transform: Transform::Log,
+        ..Default::default()
+    };
+    let mut detector = log.check().unwrap();
+    for x in [0.0, -1.0] {
+        assert_eq!(
+            detector.update(x),
+            Err(CpdError::NonPositive { count: 1, value: x })
+        );
+    }
+    assert!(detector.update(f64::MIN_POSITIVE / 4.0).is_ok());
+    assert!(detector.update(f64::MAX).is_ok());
+    let mut detector = CalibratedCusumParams::default().check().unwrap();
+    let error = detector.update(1e300).unwrap_err();
+    assert_eq!(
+        error,
+        CpdError::TooLarge {
+            count: 1,
+            value: 1e300
+        }
+    );
+    assert!(error.to_string().contains("1e40"));
+    assert_eq!(detector.count(), 0);
+    // The windowed z takes any finite number.
+    let mut detector = WindowedZParams::paper(1, 2, 0.05).check().unwrap();
+    for x in [f64::MAX, f64::MIN, f64::MAX, 0.0, 5e-324] {
+        let step = detector.update(x).unwrap();
+        assert!(step.p_value.is_none_or(|p| (0.0..=1.0).contains(&p)));
+    }
+}
+
+#[test]
+fn each_parameter_out_of_range_is_named() {
+    let name = |params: AnyDetectorParams| match params.check() {
+        Err(CpdError::Parameter { name, .. }) => name,
+        other => panic!("{params:?}: {other:?}"),
+    };
+    let d = CalibratedCusumParams::default();
+    let lagged = |window, gap| Reference::Lagged { window, gap };
+    for (params, want) in [
+        (CalibratedCusumParams { horizon: 0, ..d }, "horizon"),
+        (CalibratedCusumParams { alpha: 0.0, ..d }, "alpha"),
+        (
+            CalibratedCusumParams {
+                alpha: f64::NAN,
+                ..d
+            },
+            "alpha",
+        ),
+        (CalibratedCusumParams { alpha: 1.0, ..d }, "alpha"),
+        (CalibratedCusumParams { k: 0.0, ..d }, "k"),
+        (
+            CalibratedCusumParams {
+                k: f64::INFINITY,
+                ..d
+            },
+            "k",
+        ),
+        (
+            CalibratedCusumParams {
+                score_limit: Some(0.4),
+                ..d
+            },
+            "score_limit",
+        ),
+        (
+            CalibratedCusumParams {
+                score_limit: Some(f64::NAN),
+                ..d
+            },
+            "score_limit",
+        ),
+        (CalibratedCusumParams { warmup: 7, ..d }, "warmup"),
+        (
+            CalibratedCusumParams {
+                reference: lagged(7, 0),
+                ..d
+            },
+            "reference.window",
+        ),
+        (
+            CalibratedCusumParams {
+                reference: lagged(8, usize::MAX),
+                ..d
+            },
+            "reference.gap",
+        ),
+    ] {
+        assert_eq!(name(params.into()), want);
+    }
+    let w = WindowedZParams::paper(1, 2, 0.5);
+    assert_eq!(name(WindowedZParams { warmup: 0, ..w }.into()), "warmup");
+    assert_eq!(name(WindowedZParams { window: 1, ..w }.into()), "window");
+    assert_eq!(
+        name(
+            WindowedZParams {
+                alpha: f64::NAN,
+                ..w
+            }
+            .into()
+        ),
+        "alpha"
+    );
+    let t = TrainingMonitorParams::default();
+    assert_eq!(
+        name(TrainingMonitorParams { training: 19, ..t }.into()),
+        "training"
+    );
+    assert_eq!(
+        name(TrainingMonitorParams { alpha: 0.6, ..t }.into()),
+        "alpha"
+    );
+    assert_eq!(
+        name(
+            TrainingMonitorParams {
+                horizon: Some(0),
+                ..t
+            }
+            .into()
+        ),
+        "horizon"
+    );
+}
+
+/// Every field of a stored detector set to nonsense in turn: a typed refusal, or a detector that still works.
+#[test]
+fn hostile_json_makes_no_broken_detector() {
+    fn mangle(value: &serde_json::Value, out: &mut Vec<serde_json::Value>) {
+        use serde_json::{Value, json};
+        let nonsense = [
+            json!(-1),
+            json!(1e300),
+            json!(9_007_199_254_740_991_u64),
+            json!([]),
+            json!(0),
+        ];
+        match value {
+            Value::Object(map) => {
+                for (key, inner) in map {
+                    let mut variants = nonsense.to_vec();
+                    mangle(inner, &mut variants);
+                    for variant in variants {
+                        let mut changed = map.clone();
+                        changed.insert(key.clone(), variant);
+                        out.push(Value::Object(changed));
+                    }
+                }
+            }
+            Value::Array(items) if !items.is_empty() => {
+                out.push(Value::Array(items[1..].to_vec()));
+                let mut changed = items.clone();
+                changed[0] = json!(-7);
+                out.push(Value::Array(changed));
+            }
+            _ => {}
+        }
+    }
+    let mut refused = 0;
+    for params in every_kind() {
+        // A huge window would be a valid wish for much memory.
+        let mut detector = made(&params);
+        for t in 0..70u32 {
+            detector.update(f64::from(t * 37 % 11)).unwrap();
+        }
+        let stored = serde_json::to_value(&detector).unwrap();
+        let mut variants = Vec::new();
+        mangle(&stored, &mut variants);
+        for variant in variants {
+            match serde_json::from_value::<AnyDetector>(variant) {
+                Err(_) => refused += 1,
+                Ok(mut detector) => {
+                    for t in 0..200u32 {
+                        let step = detector.update(1.0 + f64::from(t * 37 % 13)).unwrap();
+                        assert!(step.p_horizon.is_none_or(|p| (0.0..=1.0).contains(&p)));
+                    }
+                }
+            }
+        }
+    }
+    assert!(refused > 100, "{refused}");
+}
