@@ -17,6 +17,9 @@ use crate::text::{ByteText, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
 use crate::{BenchError, variants};
 
+/// Part of the run in which experts may be split, in percent.
+const LIVE_PERCENT: u64 = 30;
+
 /// Most held-out windows that are scored.
 const MAX_WINDOWS: usize = 4096;
 
@@ -180,6 +183,8 @@ fn config(args: &TrainArgs, run: String) -> TrainerConfig {
         args.experts_max,
         steps,
     );
+    // The paper's own timing leaves detection live for 1 % of the run, which hardly ever grows.
+    variants::live_for(&mut growth, steps, LIVE_PERCENT);
     growth.controller.seed = args.seed;
     TrainerConfig {
         run,

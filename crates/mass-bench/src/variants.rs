@@ -46,3 +46,8 @@ pub fn growth(
         redundancy_reduction,
     }
 }
+
+/// Lets splits happen in the first `percent` of the run, whatever the variant's own timing.
+pub fn live_for(config: &mut GrowerConfig, steps: u64, percent: u64) {
+    config.controller.phase.live_until = (steps * percent / 100).max(1);
+}

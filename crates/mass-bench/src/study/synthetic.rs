@@ -432,7 +432,7 @@ fn growth(
     let mut config = variants::growth(setting.variant, layers, experts, experts_max, steps);
     config.controller.seed = seed;
     if let Some(percent) = setting.live_percent {
-        config.controller.phase.live_until = (steps * percent / 100).max(1);
+        variants::live_for(&mut config, steps, percent);
     }
     if setting.loose {
         config.controller.alignment = AlignmentThreshold::Absolute(1.0);
