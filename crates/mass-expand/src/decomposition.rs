@@ -62,7 +62,16 @@ pub fn project_onto_weights(
         }
         Decomposition::Rowwise => sweep::dispatch(
             #[inline(always)]
-            || project_rows(gradient, weight, shape.1),
+            || {
+                for (g, w) in gradient
+                    .chunks_exact_mut(shape.1)
+                    .zip(weight.chunks_exact(shape.1))
+                {
+                    let coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
+                    sweep::scale_kernel(w, coefficient, g);
+                }
+                Ok(())
+            },
         ),
     }
 }
@@ -139,25 +148,6 @@ pub fn decompose(
     for ((r, &g), &a) in rejected.iter_mut().zip(gradient).zip(aligned.iter()) {
         *r = g - a;
     }
-    Ok(())
-}
-
-/// Each row is written while the next is read.
-#[inline(always)]
-fn project_rows(gradient: &mut [f32], weight: &[f32], columns: usize) -> Result<(), ExpandError> {
-    let mut rows = gradient
-        .chunks_exact_mut(columns)
-        .zip(weight.chunks_exact(columns));
-    let Some((mut g, mut w)) = rows.next() else {
-        return Ok(());
-    };
-    let mut coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
-    for (next_g, next_w) in rows {
-        let sums = sweep::scale_and_project(w, coefficient, g, next_g, next_w);
-        coefficient = row_coefficient(sums)?;
-        (g, w) = (next_g, next_w);
-    }
-    sweep::scale_kernel(w, coefficient, g);
     Ok(())
 }
 

@@ -13,6 +13,9 @@ const LANES: usize = 32;
 /// Elements summed in `f32`: 128 additions a lane.
 const BLOCK: usize = 4096;
 
+/// Elements written forwards at a time in a sweep that runs backwards.
+const STRIDE: usize = 1024;
+
 /// Sums of squares between these are sound in `f32`: what underflowed in them is below one part in 10^10.
 const SOUND: std::ops::Range<f32> = 1e-24..1e38;
 
@@ -116,63 +119,6 @@ pub(crate) fn projection_kernel(a: &[f32], b: &[f32]) -> (f64, f64) {
     total
 }
 
-/// `previous <- coefficient * previous_weight` and, in the same loop, `(a.b, b.b)` of the next row.
-///
-/// A row and its weights just fill the first cache, so a second sweep over the row alone would leave the memory idle;
-/// here it overlaps with the fetching of the next row.
-#[inline(always)]
-pub(crate) fn scale_and_project(
-    previous_weight: &[f32],
-    coefficient: f64,
-    previous: &mut [f32],
-    a: &[f32],
-    b: &[f32],
-) -> (f64, f64) {
-    let single = coefficient as f32;
-    if a.len() > BLOCK || !(1e-30..1e30).contains(&single.abs()) {
-        scale_kernel(previous_weight, coefficient, previous);
-        return projection_kernel(a, b);
-    }
-    let (mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
-    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
-    let (w_blocks, w_rest) = previous_weight.as_chunks::<LANES>();
-    let (g_blocks, g_rest) = previous.as_chunks_mut::<LANES>();
-    for (((x, y), w), g) in a_blocks.iter().zip(b_blocks).zip(w_blocks).zip(g_blocks) {
-        fused_block(x, y, w, single, g, &mut ab, &mut bb);
-    }
-    for (lane, (&x, &y)) in a_rest.iter().zip(b_rest).enumerate() {
-        ab[lane] += x * y;
-        bb[lane] += y * y;
-    }
-    for (g, &w) in g_rest.iter_mut().zip(w_rest) {
-        *g = single * w;
-    }
-    sound_projection(ab, bb, a, b)
-}
-
-/// A function of its own, so that its arguments are known not to overlap and each loop becomes vector instructions.
-#[inline(always)]
-fn fused_block(
-    x: &[f32; LANES],
-    y: &[f32; LANES],
-    w: &[f32; LANES],
-    single: f32,
-    g: &mut [f32; LANES],
-    ab: &mut [f32; LANES],
-    bb: &mut [f32; LANES],
-) {
-    for lane in 0..LANES {
-        ab[lane] += x[lane] * y[lane];
-    }
-    for lane in 0..LANES {
-        bb[lane] += y[lane] * y[lane];
-    }
-    for lane in 0..LANES {
-        g[lane] = single * w[lane];
-    }
-}
-
 #[inline(always)]
 fn block_projection(a: &[f32], b: &[f32]) -> (f64, f64) {
     let (mut ab, mut bb) = ([0.0f32; LANES], [0.0f32; LANES]);
@@ -214,16 +160,20 @@ fn exact_moments(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
     sums
 }
 
+/// `b <- coefficient * a`, from the end: after a sweep for the sums the end is what the caches still hold.
 #[inline(always)]
 pub(crate) fn scale_kernel(a: &[f32], coefficient: f64, b: &mut [f32]) {
     let single = coefficient as f32;
-    if (1e-30..1e30).contains(&single.abs()) {
-        for (target, &x) in b.iter_mut().zip(a) {
-            *target = single * x;
-        }
-    } else {
-        for (target, &x) in b.iter_mut().zip(a) {
-            *target = (coefficient * f64::from(x)) as f32;
+    let in_range = (1e-30..1e30).contains(&single.abs());
+    for (a, b) in a.chunks(STRIDE).zip(b.chunks_mut(STRIDE)).rev() {
+        if in_range {
+            for (target, &x) in b.iter_mut().zip(a) {
+                *target = single * x;
+            }
+        } else {
+            for (target, &x) in b.iter_mut().zip(a) {
+                *target = (coefficient * f64::from(x)) as f32;
+            }
         }
     }
 }

@@ -10,18 +10,18 @@ use mass_expand::{
 
 /// Figures that depend on seed, step, layer and expert alone, so that a replay sees the same ones.
 #[derive(Clone, Copy)]
-pub struct Figures {
-    pub seed: u64,
+pub(crate) struct Figures {
+    pub(crate) seed: u64,
     /// Norms are multiplied by this from this step on.
-    pub shift: Option<(u64, f64)>,
+    pub(crate) shift: Option<(u64, f64)>,
     /// Masked less full loss of every check, or noise.
-    pub worth: Option<f64>,
+    pub(crate) worth: Option<f64>,
     /// Whether cosines are given at once or only when asked for.
-    pub lazy: bool,
+    pub(crate) lazy: bool,
 }
 
 impl Figures {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             seed,
             shift: None,
@@ -30,7 +30,7 @@ impl Figures {
         }
     }
 
-    pub fn uniform(&self, step: u64, layer: usize, expert: u32, salt: u64) -> f64 {
+    pub(crate) fn uniform(&self, step: u64, layer: usize, expert: u32, salt: u64) -> f64 {
         let mut x = self
             .seed
             .wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15))
@@ -44,11 +44,11 @@ impl Figures {
         (x >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    pub fn cosine(&self, step: u64, layer: usize, expert: u32) -> f64 {
+    pub(crate) fn cosine(&self, step: u64, layer: usize, expert: u32) -> f64 {
         0.02 * (self.uniform(step, layer, expert, 2) - 0.5)
     }
 
-    pub fn expert(&self, step: u64, layer: usize, id: ExpertId) -> ExpertObservation {
+    pub(crate) fn expert(&self, step: u64, layer: usize, id: ExpertId) -> ExpertObservation {
         let factor = self
             .shift
             .map_or(1.0, |(from, by)| if step >= from { by } else { 1.0 });
@@ -62,7 +62,7 @@ impl Figures {
         }
     }
 
-    pub fn answer(&self, step: u64, request: Request) -> Answer {
+    pub(crate) fn answer(&self, step: u64, request: Request) -> Answer {
         match request {
             Request::Alignment { layer, expert } => Answer::Alignment {
                 layer,
@@ -88,7 +88,7 @@ impl Figures {
         }
     }
 
-    pub fn loss(&self, step: u64) -> f64 {
+    pub(crate) fn loss(&self, step: u64) -> f64 {
         let factor = self
             .shift
             .map_or(1.0, |(from, by)| if step >= from { by } else { 1.0 });
@@ -96,7 +96,7 @@ impl Figures {
     }
 
     /// The step's figures of every layer.
-    pub fn layers(&self, controller: &Controller, step: u64) -> Vec<Vec<ExpertObservation>> {
+    pub(crate) fn layers(&self, controller: &Controller, step: u64) -> Vec<Vec<ExpertObservation>> {
         (0..controller.layers())
             .map(|layer| {
                 controller
@@ -109,7 +109,7 @@ impl Figures {
     }
 
     /// Opens a step and leaves its requests unanswered.
-    pub fn begin(
+    pub(crate) fn begin(
         &self,
         controller: &mut Controller,
         step: u64,
@@ -119,12 +119,12 @@ impl Figures {
     }
 
     /// A whole step.
-    pub fn step(&self, controller: &mut Controller, step: u64) -> Vec<Action> {
+    pub(crate) fn step(&self, controller: &mut Controller, step: u64) -> Vec<Action> {
         self.begin(controller, step).unwrap();
         self.finish(controller, step)
     }
 
-    pub fn finish(&self, controller: &mut Controller, step: u64) -> Vec<Action> {
+    pub(crate) fn finish(&self, controller: &mut Controller, step: u64) -> Vec<Action> {
         while let Some(&request) = controller.open_requests().first() {
             controller.answer(self.answer(step, request)).unwrap();
         }
@@ -132,7 +132,7 @@ impl Figures {
     }
 }
 
-pub fn begin_with(
+pub(crate) fn begin_with(
     controller: &mut Controller,
     step: u64,
     loss: f64,
@@ -154,14 +154,14 @@ pub fn begin_with(
 }
 
 /// The pools as a training loop would keep them, which refuses impossible actions.
-pub struct Pools {
-    pub active: Vec<BTreeSet<ExpertId>>,
-    pub named: Vec<BTreeSet<ExpertId>>,
-    pub stopped: Vec<bool>,
+pub(crate) struct Pools {
+    pub(crate) active: Vec<BTreeSet<ExpertId>>,
+    pub(crate) named: Vec<BTreeSet<ExpertId>>,
+    pub(crate) stopped: Vec<bool>,
 }
 
 impl Pools {
-    pub fn of(controller: &Controller) -> Self {
+    pub(crate) fn of(controller: &Controller) -> Self {
         let active: Vec<BTreeSet<ExpertId>> = (0..controller.layers())
             .map(|layer| controller.active(layer).iter().copied().collect())
             .collect();
@@ -172,7 +172,7 @@ impl Pools {
         }
     }
 
-    pub fn carry_out(&mut self, actions: &[Action], k_max: usize) {
+    pub(crate) fn carry_out(&mut self, actions: &[Action], k_max: usize) {
         let mut splits = vec![0; self.active.len()];
         for action in actions {
             match *action {
