@@ -31,6 +31,12 @@ pub(crate) trait Machine: Copy {
         values: &mut [f32; LANES],
         indices: &mut [u32; LANES],
     ) -> usize;
+
+    /// The transpose of a square block.
+    #[inline(always)]
+    fn transpose(self, rows: &[Lanes; LANES]) -> [Lanes; LANES] {
+        std::array::from_fn(|column| std::array::from_fn(|row| rows[row][column]))
+    }
 }
 
 /// The portable form of the selections.
@@ -120,6 +126,51 @@ mod x86 {
                     ._mm512_maskz_compress_epi32(mask, cast(numbers)),
             );
             mask.count_ones() as usize
+        }
+
+        #[inline(always)]
+        fn transpose(self, rows: &[Lanes; LANES]) -> [Lanes; LANES] {
+            // Pairs of rows, then of pairs: afterwards, entry 4 g + c holds column 4 l + c of rows 4 g.. in its l-th quarter.
+            let f = self.avx512f;
+            let mut quads: [Lanes; LANES] = [[0.0; LANES]; LANES];
+            for g in 0..4 {
+                let [a, b, c, d] = [
+                    rows[4 * g],
+                    rows[4 * g + 1],
+                    rows[4 * g + 2],
+                    rows[4 * g + 3],
+                ];
+                let low = (
+                    cast(f._mm512_unpacklo_ps(cast(a), cast(b))),
+                    cast(f._mm512_unpacklo_ps(cast(c), cast(d))),
+                );
+                let high = (
+                    cast(f._mm512_unpackhi_ps(cast(a), cast(b))),
+                    cast(f._mm512_unpackhi_ps(cast(c), cast(d))),
+                );
+                quads[4 * g] = cast(f._mm512_unpacklo_pd(low.0, low.1));
+                quads[4 * g + 1] = cast(f._mm512_unpackhi_pd(low.0, low.1));
+                quads[4 * g + 2] = cast(f._mm512_unpacklo_pd(high.0, high.1));
+                quads[4 * g + 3] = cast(f._mm512_unpackhi_pd(high.0, high.1));
+            }
+            // Then the quarters.
+            let mut columns: [Lanes; LANES] = [[0.0; LANES]; LANES];
+            for c in 0..4 {
+                let [w, x, y, z] = [quads[c], quads[4 + c], quads[8 + c], quads[12 + c]];
+                let even = (
+                    f._mm512_shuffle_f32x4::<0x88>(cast(w), cast(x)),
+                    f._mm512_shuffle_f32x4::<0x88>(cast(y), cast(z)),
+                );
+                let odd = (
+                    f._mm512_shuffle_f32x4::<0xdd>(cast(w), cast(x)),
+                    f._mm512_shuffle_f32x4::<0xdd>(cast(y), cast(z)),
+                );
+                columns[c] = cast(f._mm512_shuffle_f32x4::<0x88>(even.0, even.1));
+                columns[8 + c] = cast(f._mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
+                columns[4 + c] = cast(f._mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
+                columns[12 + c] = cast(f._mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
+            }
+            columns
         }
     }
 
@@ -362,7 +413,13 @@ mod tests {
                 let (mut a, mut b) = (([0.0; LANES], [0; LANES]), ([0.0; LANES], [0; LANES]));
                 let n = machine.compress(mask, &v, 32, &mut a.0, &mut a.1);
                 let m = portable.compress(expected, &v, 32, &mut b.0, &mut b.1);
-                if mask != expected || n != m || a.0[..n] != b.0[..n] || a.1[..n] != b.1[..n] {
+                let block: [Lanes; LANES] = std::array::from_fn(|i| v.map(|x| x + 10.0 * i as f32));
+                if machine.transpose(&block) != portable.transpose(&block)
+                    || mask != expected
+                    || n != m
+                    || a.0[..n] != b.0[..n]
+                    || a.1[..n] != b.1[..n]
+                {
                     self.0.push(format!("{v:?}"));
                 }
             }

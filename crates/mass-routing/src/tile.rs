@@ -5,7 +5,7 @@ use pulp::Simd;
 use crate::simd::{AlignedRow, LANES, Lanes, Machine, Vector, exp, vectors_mut};
 
 /// Rows of at most this many experts are routed in tiles.
-pub(crate) const WIDEST: usize = 32;
+pub(crate) const WIDEST: usize = 128;
 
 /// Sixteen rows, expert-major while computing and row-major at the end.
 #[derive(Debug, Default)]
@@ -15,6 +15,8 @@ pub(crate) struct Tile {
     /// Token by expert, padded to whole [`Lanes`] with zeros: the probabilities.
     rows: AlignedRow,
     experts: usize,
+    /// Steps of the bracket before thresholds are taken one by one.
+    rounds: usize,
     /// Of each token: the smallest probability it takes.
     values: Lanes,
     /// One where rounding in f32 could have changed the choice, or where the row holds a logit that is not finite.
@@ -24,6 +26,13 @@ pub(crate) struct Tile {
 impl Tile {
     pub(crate) fn prepare(&mut self, experts: usize) {
         self.experts = experts;
+        self.rounds = match experts {
+            0..=8 => 0,
+            9..=16 => 1,
+            17..=32 => 2,
+            33..=64 => 3,
+            _ => 5,
+        };
         self.columns.resize(experts);
         self.rows.resize(experts.div_ceil(LANES) * LANES);
         self.rows.get_mut().as_flattened_mut().fill(0.0);
@@ -33,21 +42,30 @@ impl Tile {
     #[inline(always)]
     pub(crate) fn route<M: Machine>(&mut self, machine: M, logits: &[f32], target: f32) {
         let k = self.experts;
-        for (i, row) in logits.chunks_exact(k).enumerate().take(LANES) {
-            for (column, &l) in self.columns.get_mut().iter_mut().zip(row) {
-                column[i] = l;
-            }
+        let lines: [(&[Lanes], &[f32]); LANES] =
+            std::array::from_fn(|i| logits[i * k..(i + 1) * k].as_chunks());
+        let (whole, rest) = self.columns.get_mut().as_chunks_mut::<LANES>();
+        for (c, columns) in whole.iter_mut().enumerate() {
+            *columns = machine.transpose(&std::array::from_fn(|i| lines[i].0[c]));
+        }
+        for (i, line) in lines.iter().enumerate() {
+            rest.iter_mut()
+                .zip(line.1)
+                .for_each(|(column, &l)| column[i] = l);
         }
         // Vectors narrower than sixteen lanes do the tokens in several passes.
         let parts = LANES / M::Simd::F32_LANES;
         for part in 0..parts {
             self.part(machine, part, parts, target);
         }
-        let stride = k.div_ceil(LANES) * LANES;
-        let rows = self.rows.get_mut().as_flattened_mut();
-        for (i, row) in rows.chunks_exact_mut(stride).enumerate().take(LANES) {
-            for (r, column) in row.iter_mut().zip(self.columns.get()) {
-                *r = column[i];
+        let chunks = k.div_ceil(LANES);
+        let rows = self.rows.get_mut();
+        for (c, columns) in self.columns.get().chunks(LANES).enumerate() {
+            let mut block = [[0.0; LANES]; LANES];
+            block[..columns.len()].copy_from_slice(columns);
+            let block = machine.transpose(&block);
+            for (i, part) in block.into_iter().enumerate() {
+                rows[i * chunks + c] = part;
             }
         }
     }
@@ -86,9 +104,37 @@ impl Tile {
         let slack = f32::EPSILON * (self.experts + 8) as f32 * target.max(1.0);
         let (enough, short) = (splat(target + slack), splat(target - slack));
         let (zero, one) = (splat(0.0), splat(1.0));
-        let mut value = scale;
+        // Keys at or above `high` measure `above`, surely less than the target; keys at or above `low`, `below`.
+        let mut high = s.mul_f32s(scale, splat(1.000_000_4));
         let mut above = zero;
-        let mut taken = one;
+        let (mut low, mut below) = (zero, one);
+        for step in 0..self.rounds {
+            let share = s.div_f32s(s.sub_f32s(splat(target), above), s.sub_f32s(below, above));
+            let share = s.min_f32s(s.max_f32s(share, splat(0.05)), splat(0.95));
+            let between = if step % 2 == 1 {
+                s.mul_add_f32s(s.sub_f32s(low, high), share, high)
+            } else {
+                s.sqrt_f32s(s.mul_f32s(high, low))
+            };
+            let far = s.less_than_f32s(low, s.mul_f32s(high, splat(1e-3)));
+            let middle = s.select_f32s(far, s.mul_f32s(high, splat(0.35)), between);
+            let mut mass = zero;
+            for v in all.iter().skip(part).step_by(parts) {
+                mass = s.add_f32s(
+                    mass,
+                    s.select_f32s(s.less_than_or_equal_f32s(middle, *v), *v, zero),
+                );
+            }
+            let less = s.less_than_f32s(mass, short);
+            high = s.select_f32s(less, middle, high);
+            above = s.select_f32s(less, mass, above);
+            low = s.select_f32s(less, low, middle);
+            below = s.select_f32s(less, below, mass);
+        }
+        let mut value = zero;
+        for v in all.iter().skip(part).step_by(parts) {
+            value = s.max_f32s(value, s.select_f32s(s.less_than_f32s(*v, high), *v, zero));
+        }
         let mut done = doubtful;
         for _ in 0..self.experts {
             let with_one = s.add_f32s(above, value);
@@ -116,17 +162,13 @@ impl Tile {
             doubtful = s.or_m32s(doubtful, odd);
             done = s.or_m32s(done, odd);
             above = s.select_f32s(done, above, with_all);
-            taken = s.select_f32s(done, taken, s.add_f32s(taken, equal));
             value = s.select_f32s(done, value, next);
         }
-        let mut reached = zero;
+        let mut equal = zero;
         for v in all.iter().skip(part).step_by(parts) {
-            reached = s.add_f32s(
-                reached,
-                s.select_f32s(s.less_than_or_equal_f32s(value, *v), one, zero),
-            );
+            equal = s.add_f32s(equal, s.select_f32s(s.equal_f32s(value, *v), one, zero));
         }
-        let tied = s.less_than_f32s(taken, reached);
+        let tied = s.less_than_f32s(one, equal);
         doubtful = s.or_m32s(s.or_m32s(doubtful, tied), s.not_m32s(done));
         Self::put::<M>(&mut self.values, part, value);
         Self::put::<M>(&mut self.doubtful, part, s.select_f32s(doubtful, one, zero));
