@@ -28,6 +28,7 @@
 //! test in any variant. When the reference's check removes the very expert that was to be split, the next candidate is
 //! split, or none: a removed expert is never a source.
 
+mod accept;
 mod choice;
 mod decide;
 mod event;

@@ -1,13 +1,14 @@
 //! The first half of a step: the observation is checked, detectors advance, candidates are named.
 
-use mass_cpd::{CpdError, Detector, Step};
+use mass_cpd::{Detector, Step};
 
+use super::Controller;
+use super::accept::{check_cosine, check_finite, check_not_negative};
 use super::choice::choose;
 use super::event::{EventKind, HoldReason, Watched};
 use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
-use super::params::{Choice, StopRule, Trigger, Unused};
+use super::params::{StopRule, Trigger, Unused};
 use super::pending::{Candidate, LayerPending, Pending, Worth};
-use super::{Controller, validate};
 use crate::ExpandError;
 
 impl Controller {
@@ -457,117 +458,9 @@ impl Controller {
         let passed = |step: u64| step.checked_sub(first).map_or(0, |since| since / every + 1);
         passed(step) > self.last_step.map_or(0, passed)
     }
-
-    fn check_observation(&self, observation: &StepObservation<'_>) -> Result<(), ExpandError> {
-        if let Some(last) = self.last_step
-            && observation.step <= last
-        {
-            return Err(ExpandError::StepOrder {
-                got: observation.step,
-                last,
-            });
-        }
-        check_finite("loss", observation.loss)?;
-        let log_loss = [
-            Some(&self.params.watch),
-            self.params.phase.continual.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .any(|watch| watch.loss.as_ref().is_some_and(validate::logarithmic));
-        if log_loss && observation.loss <= 0.0 {
-            let count = self.loss_detector.as_ref().map_or(0, Detector::count) + 1;
-            return Err(CpdError::NonPositive {
-                count,
-                value: observation.loss,
-            }
-            .into());
-        }
-        if observation.layers.len() != self.layers.len() {
-            return Err(ExpandError::Shape {
-                what: "list of layers",
-                got: observation.layers.len(),
-                expected: self.layers.len(),
-            });
-        }
-        let choice = self.params.choice;
-        for (index, (observed, state)) in observation.layers.iter().zip(&self.layers).enumerate() {
-            if observed.experts.len() != state.ids.len() {
-                return Err(ExpandError::Experts {
-                    layer: index,
-                    reason: "their number differs",
-                });
-            }
-            for (expert, &id) in observed.experts.iter().zip(&state.ids) {
-                if expert.id != id {
-                    return Err(ExpandError::Experts {
-                        layer: index,
-                        reason: "another expert was expected at this place",
-                    });
-                }
-                check_not_negative("gradient_norm", expert.gradient_norm)?;
-                if let Some(cosine) = expert.cosine {
-                    check_cosine(cosine)?;
-                }
-                match (choice, expert.loss_share, expert.routing_entropy) {
-                    (Choice::LossShare, None, _) => Err(ExpandError::Missing {
-                        what: "loss_share",
-                        layer: index,
-                    }),
-                    (Choice::RoutingEntropy, _, None) => Err(ExpandError::Missing {
-                        what: "routing_entropy",
-                        layer: index,
-                    }),
-                    (_, share, entropy) => {
-                        check_not_negative("loss_share", share.unwrap_or(0.0))?;
-                        check_not_negative("routing_entropy", entropy.unwrap_or(0.0))
-                    }
-                }?;
-            }
-            if self.tests_alignment() {
-                self.params.alignment.delta(observed.hidden, observed.dim)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Whether a detector is past its warm-up, its window full: whether it could have raised an alarm.
 fn known(outcome: &Step) -> bool {
     outcome.statistic.is_some() || outcome.p_value.is_some()
-}
-
-fn check_finite(what: &'static str, value: f64) -> Result<(), ExpandError> {
-    if value.is_finite() {
-        Ok(())
-    } else {
-        Err(ExpandError::NonFinite { what })
-    }
-}
-
-fn check_not_negative(name: &'static str, value: f64) -> Result<(), ExpandError> {
-    check_finite(name, value)?;
-    if value >= 0.0 {
-        Ok(())
-    } else {
-        Err(ExpandError::Parameter {
-            name,
-            value,
-            expected: "at least 0",
-        })
-    }
-}
-
-fn check_cosine(value: f64) -> Result<(), ExpandError> {
-    check_finite("cosine", value)?;
-    // A cosine computed in f32 may pass 1 by a rounding.
-    if value.abs() <= 1.0 + 1e-5 {
-        Ok(())
-    } else {
-        Err(ExpandError::Parameter {
-            name: "cosine",
-            value,
-            expected: "within [-1, 1]",
-        })
-    }
 }

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use mass_expand::{
-    Action, Answer, Controller, ExpandError, ExpertId, ExpertObservation, LayerObservation,
-    Request, StepObservation,
+    Action, Answer, Controller, ControllerParams, ExpandError, ExpertId, ExpertObservation,
+    LayerObservation, Request, StepObservation, StopRule,
 };
 
 /// Figures that depend on seed, step, layer and expert alone, so that a replay sees the same ones.
@@ -208,4 +208,35 @@ impl Pools {
             }
         }
     }
+}
+
+/// A split is wanted at every step, of the expert that `choice` names.
+pub(crate) fn every_step(experts: usize, k_max: usize) -> ControllerParams {
+    ControllerParams {
+        stop: StopRule::Never,
+        averaging_steps: 1.0,
+        ..ControllerParams::paper(1, experts, k_max, 10_000).with_schedule(0, 1)
+    }
+}
+
+pub(crate) fn observation(ids: &[ExpertId]) -> Vec<ExpertObservation> {
+    ids.iter()
+        .map(|&id| ExpertObservation {
+            id,
+            gradient_norm: 1.0,
+            cosine: Some(0.0),
+            load: 10,
+            loss_share: Some(0.1),
+            routing_entropy: Some(0.1),
+        })
+        .collect()
+}
+
+/// One step in which every request gets `worth`.
+pub(crate) fn step_with_worth(controller: &mut Controller, step: u64, worth: f64) -> Vec<Action> {
+    Figures {
+        worth: Some(worth),
+        ..Figures::new(1)
+    }
+    .step(controller, step)
 }

@@ -1,0 +1,327 @@
+//! What the controller refuses: parameters, observations, answers, stored states.
+
+mod drive;
+
+use drive::{Figures, begin_with, every_step, observation, step_with_worth};
+use mass_cpd::{CalibratedCusumParams, Transform, WindowedZParams};
+use mass_expand::*;
+
+#[test]
+fn calls_out_of_turn_and_strange_answers_are_refused() {
+    let mut controller = ControllerParams {
+        stop: StopRule::Consecutive { gamma: 1 },
+        ..every_step(2, 4)
+    }
+    .check()
+    .unwrap();
+    assert!(matches!(
+        controller.finish_step(),
+        Err(ExpandError::Protocol {
+            called: "finish_step",
+            ..
+        })
+    ));
+    let answer = |expert, masked| Answer::MaskedLoss {
+        layer: 0,
+        expert: ExpertId(expert),
+        masked,
+        full: 0.0,
+    };
+    assert!(matches!(
+        controller.answer(answer(0, 1.0)),
+        Err(ExpandError::Protocol {
+            called: "answer",
+            ..
+        })
+    ));
+    step_with_worth(&mut controller, 5, 1.0);
+    assert!(matches!(
+        Figures::new(0).begin(&mut controller, 5),
+        Err(ExpandError::StepOrder { got: 5, last: 5 })
+    ));
+    Figures::new(0).begin(&mut controller, 6).unwrap();
+    assert!(matches!(
+        Figures::new(0).begin(&mut controller, 7),
+        Err(ExpandError::Protocol { .. })
+    ));
+    assert!(matches!(
+        controller.finish_step(),
+        Err(ExpandError::Protocol { .. })
+    ));
+    assert!(matches!(
+        controller.answer(answer(0, 1.0)),
+        Err(ExpandError::UnknownRequest { .. })
+    ));
+    assert!(matches!(
+        controller.answer(answer(2, f64::NAN)),
+        Err(ExpandError::NonFinite { .. })
+    ));
+    assert_eq!(controller.open_requests().len(), 1);
+    let elsewhere = Answer::MaskedLoss {
+        layer: 99,
+        expert: ExpertId(2),
+        masked: 1.0,
+        full: 0.0,
+    };
+    assert!(matches!(
+        controller.answer(elsewhere),
+        Err(ExpandError::UnknownRequest { layer: 99, .. })
+    ));
+    controller.answer(answer(2, 1.0)).unwrap();
+    controller.finish_step().unwrap();
+
+    let mut experts = observation(controller.active(0));
+    experts.swap(0, 1);
+    assert!(matches!(
+        begin_with(&mut controller, 7, 1.0, &[experts]),
+        Err(ExpandError::Experts { .. })
+    ));
+    let mut experts = observation(controller.active(0));
+    experts[0].cosine = Some(1.5);
+    assert!(matches!(
+        begin_with(&mut controller, 7, 1.0, &[experts]),
+        Err(ExpandError::Parameter { .. })
+    ));
+    let mut controller = ControllerParams::ours(1, 2, 4, 100).check().unwrap();
+    let mut experts = observation(controller.active(0));
+    experts[1].loss_share = None;
+    assert!(matches!(
+        begin_with(&mut controller, 0, 1.0, &[experts]),
+        Err(ExpandError::Missing {
+            what: "loss_share",
+            layer: 0
+        })
+    ));
+    assert!(Answer::probe(0, ExpertId(0), &[1.0], &[1.0]).is_err());
+    assert!(Answer::probe(0, ExpertId(0), &[1.0, 2.0], &[1.0]).is_err());
+    assert!(Answer::probe(0, ExpertId(0), &[1.0, f64::NAN], &[1.0, 1.0]).is_err());
+}
+
+#[test]
+fn parameters_out_of_range_are_refused() {
+    let good = || ControllerParams::paper(1, 2, 4, 1000);
+    let log = CalibratedCusumParams {
+        transform: Transform::Log,
+        ..CalibratedCusumParams::default()
+    };
+    let broken: Vec<(&str, ControllerParams)> = vec![
+        (
+            "no layers",
+            ControllerParams {
+                experts: vec![],
+                ..good()
+            },
+        ),
+        (
+            "no experts",
+            ControllerParams {
+                experts: vec![0],
+                ..good()
+            },
+        ),
+        (
+            "more than k_max",
+            ControllerParams {
+                experts: vec![5],
+                ..good()
+            },
+        ),
+        (
+            "averaging",
+            ControllerParams {
+                averaging_steps: 0.5,
+                ..good()
+            },
+        ),
+        (
+            "averaging",
+            ControllerParams {
+                averaging_steps: f64::NAN,
+                ..good()
+            },
+        ),
+        (
+            "delta",
+            ControllerParams {
+                alignment: AlignmentThreshold::Absolute(0.0),
+                ..good()
+            },
+        ),
+        (
+            "c0",
+            ControllerParams {
+                alignment: AlignmentThreshold::Scaled { c0: f64::INFINITY },
+                ..good()
+            },
+        ),
+        ("every", good().with_schedule(0, 0)),
+        (
+            "gamma",
+            ControllerParams {
+                stop: StopRule::Consecutive { gamma: 0 },
+                ..good()
+            },
+        ),
+        (
+            "margin",
+            ControllerParams {
+                stop: StopRule::HeldOut {
+                    margin: -1.0,
+                    z: 0.0,
+                    wait: 1,
+                    patience: 1,
+                    remove: true,
+                },
+                ..good()
+            },
+        ),
+        (
+            "wait",
+            ControllerParams {
+                stop: StopRule::HeldOut {
+                    margin: 0.0,
+                    z: 0.0,
+                    wait: 0,
+                    patience: 1,
+                    remove: true,
+                },
+                ..good()
+            },
+        ),
+        (
+            "phase",
+            ControllerParams {
+                phase: Phase {
+                    live_from: 5,
+                    live_until: 5,
+                    continual: None,
+                },
+                ..good()
+            },
+        ),
+        (
+            "alpha",
+            ControllerParams {
+                watch: Watch::experts(WindowedZParams::paper(5, 10, 0.0)),
+                ..good()
+            },
+        ),
+        (
+            "nothing watched",
+            ControllerParams {
+                watch: Watch {
+                    expert: None,
+                    layer: None,
+                    loss: None,
+                    level: Level::PerStream,
+                },
+                ..good()
+            },
+        ),
+        (
+            "log of zero",
+            ControllerParams {
+                watch: Watch::experts(log),
+                ..good()
+            },
+        ),
+        (
+            "log of log",
+            ControllerParams {
+                watch: Watch {
+                    layer: Some(log.into()),
+                    ..good().watch
+                },
+                ..good()
+            },
+        ),
+        (
+            "share",
+            ControllerParams {
+                pruning: Some(Pruning {
+                    min_experts: 1,
+                    min_age: 1,
+                    unused: Some(PruneUnused {
+                        share: 1.0,
+                        steps: 1,
+                    }),
+                    redundant: None,
+                }),
+                ..good()
+            },
+        ),
+        (
+            "min_experts",
+            ControllerParams {
+                pruning: Some(Pruning {
+                    min_experts: 0,
+                    min_age: 1,
+                    unused: None,
+                    redundant: None,
+                }),
+                ..good()
+            },
+        ),
+    ];
+    for (what, params) in broken {
+        assert!(params.check().is_err(), "{what}");
+    }
+    good().check().unwrap();
+    ControllerParams::reference(2, 6, 8, 5000).check().unwrap();
+    ControllerParams::ours(2, 6, 8, 5000).check().unwrap();
+    ControllerParams::ours(2, 6, 8, 5000)
+        .continual(0.01, 1000)
+        .check()
+        .unwrap();
+    good()
+        .alignment_only()
+        .random_expert(3)
+        .plain_cloning()
+        .check()
+        .unwrap();
+    good().most_loaded().check().unwrap();
+}
+
+#[test]
+fn hostile_states_are_refused() {
+    let mut controller = every_step(2, 4).check().unwrap();
+    step_with_worth(&mut controller, 0, 1.0);
+    let good = serde_json::to_value(&controller).unwrap();
+    assert!(serde_json::from_value::<Controller>(good.clone()).is_ok());
+    type Damage = fn(&mut serde_json::Value);
+    let damages: [(&str, Damage); 9] = [
+        ("k_max", |v| v["params"]["k_max"] = 2.into()),
+        ("order", |v| {
+            v["layers"][0]["ids"] = serde_json::json!([1, 0, 2])
+        }),
+        ("twice", |v| {
+            v["layers"][0]["ids"] = serde_json::json!([0, 0, 2])
+        }),
+        ("next name", |v| v["layers"][0]["next_id"] = 1.into()),
+        ("too few states", |v| {
+            v["layers"][0]["ids"] = serde_json::json!([0, 1])
+        }),
+        ("no such pair", |v| {
+            v["layers"][0]["pairs"] = serde_json::json!([[0, 9]])
+        }),
+        ("no such newest", |v| {
+            v["layers"][0]["newest"]["id"] = 9.into()
+        }),
+        ("no detector", |v| {
+            v["layers"][0]["experts"][0]["detector"] = serde_json::Value::Null
+        }),
+        ("layers", |v| v["layers"] = serde_json::json!([])),
+    ];
+    for (what, damage) in damages {
+        let mut state = good.clone();
+        damage(&mut state);
+        assert!(
+            serde_json::from_value::<Controller>(state).is_err(),
+            "{what}"
+        );
+    }
+    Figures::new(1).begin(&mut controller, 1).unwrap();
+    let mut state = serde_json::to_value(&controller).unwrap();
+    state["pending"]["layers"][0]["source"]["id"] = 77.into();
+    assert!(serde_json::from_value::<Controller>(state).is_err());
+}
