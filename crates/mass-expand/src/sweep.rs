@@ -31,7 +31,12 @@ pub(crate) fn moments(a: &[f32], b: &[f32]) -> (f64, f64, f64) {
 pub(crate) fn write_scaled(a: &[f32], coefficient: f64, b: &mut [f32]) {
     Arch::new().dispatch(
         #[inline(always)]
-        || scale_kernel(a, coefficient, b),
+        || {
+            // Forwards: a whole matrix is too large for its end to be worth the turn.
+            for (a, b) in a.chunks(STRIDE).zip(b.chunks_mut(STRIDE)) {
+                scale_kernel(a, coefficient, b);
+            }
+        },
     );
 }
 
