@@ -320,7 +320,7 @@ fn two_sided(d: f64) -> f64 {
     if d <= 0.0 {
         return 1.0;
     }
-    let sign = |j: u32| if j % 2 == 0 { 1.0 } else { -1.0 };
+    let sign = |j: u32| if j.is_multiple_of(2) { 1.0 } else { -1.0 };
     if d < 1.0 {
         let stay: f64 = (0..20)
             .map(|j| {
@@ -372,12 +372,13 @@ impl TryFrom<Stored> for TrainingMonitor {
         {
             return Err(state("the training sample does not fit the count"));
         }
-        if let Some(Learned { mean, spread }) = stored.learned {
-            if !(mean.is_finite() && spread.is_finite() && spread >= 0.0)
-                || stored.count < training as u64
-            {
-                return Err(state("what was learned is impossible"));
-            }
+        if let Some(Learned { mean, spread }) = stored.learned
+            && !(mean.is_finite()
+                && spread.is_finite()
+                && spread >= 0.0
+                && stored.count >= training as u64)
+        {
+            return Err(state("what was learned is impossible"));
         }
         let Path {
             sum,

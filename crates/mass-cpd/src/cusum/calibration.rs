@@ -179,10 +179,11 @@ impl Key {
                     let approximate = siegmund::formula(self.k, h, 0.0);
                     // Where the equation is too near to singular for double precision, or large, Siegmund's form
                     // is as good up to a constant factor, which is carried on.
-                    if approximate < 1e11 && h <= 60.0 {
-                        if let Ok(run) = RunLength::new(self.k, h, 0.0) {
-                            correction = (run.average() / approximate).ln();
-                        }
+                    if approximate < 1e11
+                        && h <= 60.0
+                        && let Ok(run) = RunLength::new(self.k, h, 0.0)
+                    {
+                        correction = (run.average() / approximate).ln();
                     }
                     -(-chance / (approximate * f64::exp(correction))).exp_m1()
                 }
