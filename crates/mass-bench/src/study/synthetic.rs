@@ -103,7 +103,9 @@ impl Plan {
             mass: vec![
                 setting(Variant::Paper, 0.5, None),
                 setting(Variant::Paper, 0.5, Some(30)),
+                setting(Variant::Reference, 0.5, Some(30)),
                 setting(Variant::Ours, 0.5, None),
+                setting(Variant::Ours, 0.9, None),
             ],
             experts_init: 5,
             experts_max: 20,
