@@ -32,6 +32,11 @@
 //! for bit, and a bad observation is a typed error that leaves the state as it was.
 #![forbid(unsafe_code)]
 
+/// The README, whose example is compiled with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod bank;
 pub mod cusum;
 mod detector;

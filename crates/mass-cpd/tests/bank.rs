@@ -213,7 +213,6 @@ fn hostile_json_makes_no_broken_bank() {
     let stored = serde_json::to_value(bank(CalibratedCusumParams::default(), 3)).unwrap();
     for (key, nonsense) in [
         ("ids", serde_json::json!([0, 0, 1])),
-        ("ids", serde_json::json!([0, 1])),
         ("ids", serde_json::json!([0, 1, 2, 3, 4, 5, 6, 7, 8])),
         ("next_id", serde_json::json!(1)),
         ("blocks", serde_json::json!([])),
@@ -222,11 +221,6 @@ fn hostile_json_makes_no_broken_bank() {
     ] {
         let mut changed = stored.clone();
         changed[key] = nonsense;
-        let read: Result<Bank, _> = serde_json::from_value(changed);
-        if key == "ids" && read.is_ok() {
-            assert_eq!(read.unwrap().len(), 2);
-        } else {
-            assert!(read.is_err(), "{key}");
-        }
+        assert!(serde_json::from_value::<Bank>(changed).is_err(), "{key}");
     }
 }

@@ -20,8 +20,8 @@
 //! also averages over the error of the reference, which all scores of a stretch share.
 //!
 //! # What is reported
-//! [`Step::statistic`] is the larger of the two sums, [`Step::p_value`] the marginal p-value of `z_t`,
-//! [`Step::p_horizon`] is `p_N(S_t)`, and [`Step::onset`] the first step since the sum was last zero.
+//! [`Step::statistic`](crate::Step::statistic) is the larger of the two sums, [`Step::p_value`](crate::Step::p_value) the marginal p-value of `z_t`,
+//! [`Step::p_horizon`](crate::Step::p_horizon) is `p_N(S_t)`, and [`Step::onset`](crate::Step::onset) the first step since the sum was last zero.
 //!
 //! # Sources
 //! Page, Biometrika 41 (1954); Hawkins, Statistician 36 (1987) for self-starting charts; Brown, Durbin & Evans,
