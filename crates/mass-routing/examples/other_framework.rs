@@ -28,7 +28,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("row weights     {:?}", plan.weights());
 
     // On the way back: d_weights[a] = <gradient of the output row, expert output row>, per assignment.
-    let d_weights = vec![0.5; plan.num_assignments()];
+    let d_weights: Vec<f32> = (0..plan.num_assignments())
+        .map(|a| a as f32 * 0.1)
+        .collect();
     let mut d_logits = vec![0.0; tokens * experts];
     let mut view = ArrayViewMut2::from_shape((tokens, experts), &mut d_logits)?;
     router.backward(&plan, &d_weights, &mut view)?;

@@ -262,8 +262,8 @@ proptest! {
         let available = mask.iter().filter(|&&m| m).count();
         let n = logits.nrows();
         let count = ((n as f64 * capacity / available as f64).ceil() as usize).min(n);
-        for e in 0..logits.ncols() {
-            if !mask[e] {
+        for (e, &used) in mask.iter().enumerate() {
+            if !used {
                 prop_assert_eq!(plan.load(e), 0);
                 continue;
             }

@@ -112,7 +112,7 @@ impl Batch<'_> {
         let count = if threads == 1 {
             1
         } else {
-            (threads * 4).min(n.div_ceil(64))
+            (threads * 4).min(n * k / SERIAL).max(1)
         };
         // Whole tiles, so that the cut does not decide which tokens are routed together.
         let size = n.div_ceil(count.max(1)).next_multiple_of(LANES).max(LANES);

@@ -20,34 +20,42 @@ pub(crate) struct Local {
 impl Local {
     /// Sorts `picks`, where `ends[i]` is the end of the picks of token `first_token + i`.
     pub(super) fn sort(&mut self, k: usize, first_token: usize, ends: &[u32], picks: &Picks) {
+        // Plain slices from here on: through the vectors, every store would force their pointers to be read again.
         self.starts.clear();
         self.starts.resize(k + 1, 0);
+        let starts = &mut self.starts[..];
         for &e in picks.experts() {
-            self.starts[e as usize + 1] += 1;
+            starts[e as usize + 1] += 1;
         }
         for e in 0..k {
-            self.starts[e + 1] += self.starts[e];
+            starts[e + 1] += starts[e];
         }
         self.cursors.clear();
-        self.cursors.extend_from_slice(&self.starts[..k]);
+        self.cursors.extend_from_slice(&starts[..k]);
         // Every entry is written below: lengths change, contents need no clearing.
         self.tokens.resize(picks.len(), 0);
         self.weights.resize(picks.len(), 0.0);
         self.positions.resize(picks.len(), 0);
+        let cursors = &mut self.cursors[..];
+        let (tokens, weights) = (&mut self.tokens[..], &mut self.weights[..]);
+        let (mut experts, mut values, mut positions) =
+            (picks.experts(), picks.weights(), &mut self.positions[..]);
         let mut start = 0;
         for (i, &end) in ends.iter().enumerate() {
-            let own = start..end as usize;
-            start = own.end;
+            let count = end as usize - start;
+            start = end as usize;
             let token = (first_token + i) as u32;
-            let picked = picks.experts()[own.clone()]
-                .iter()
-                .zip(&picks.weights()[own.clone()]);
-            for ((&e, &w), position) in picked.zip(&mut self.positions[own]) {
-                let cursor = &mut self.cursors[e as usize];
-                self.tokens[*cursor as usize] = token;
-                self.weights[*cursor as usize] = w;
-                *position = *cursor;
+            let (own_experts, own_values, own_positions);
+            (own_experts, experts) = experts.split_at(count);
+            (own_values, values) = values.split_at(count);
+            (own_positions, positions) = std::mem::take(&mut positions).split_at_mut(count);
+            for ((&e, &w), position) in own_experts.iter().zip(own_values).zip(own_positions) {
+                let cursor = &mut cursors[e as usize];
+                let at = *cursor as usize;
                 *cursor += 1;
+                *position = at as u32;
+                tokens[at] = token;
+                weights[at] = w;
             }
         }
     }
