@@ -4,6 +4,7 @@
 //! is built first.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ci;
 mod forward;
 mod run;
@@ -15,7 +16,7 @@ Usage: cargo xtask <command> [arguments]
 
   reproduce [STUDY]   run a study and print its table beside the paper's figures
   train --text FILE   train a byte-level language model with MASS layers on your text
-  bench [NAME]        time what mass-bench does itself
+  bench [NAME]        time a crate (cpd, routing, expand, model), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
   ci                  run what CI runs
 
@@ -25,7 +26,8 @@ Usage: cargo xtask <command> [arguments]
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.first().and_then(|a| a.to_str()) {
-        Some("reproduce" | "train" | "bench" | "data") => forward::run(&arguments),
+        Some("reproduce" | "train" | "data") => forward::run(&arguments),
+        Some("bench") => bench::run(&arguments),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
