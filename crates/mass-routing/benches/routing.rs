@@ -1,8 +1,4 @@
 //! Routing and its backward pass: `cargo bench -p mass-routing`. The comparison with PyTorch is the example `compare`.
-#![expect(
-    missing_docs,
-    reason = "criterion's macros generate undocumented functions"
-)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mass_routing::{Combine, Router, RoutingPlan, TopK, TopP};

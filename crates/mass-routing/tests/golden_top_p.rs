@@ -39,8 +39,8 @@ fn golden_top_p() {
                 chosen[at] = 1.0;
             }
             assert_eq!(chosen, selected, "p = {p}");
-            for t in 0..n {
-                assert_eq!(plan.k(t) as i64, count[t], "k of token {t}, p = {p}");
+            for (t, &expected) in count.iter().enumerate() {
+                assert_eq!(plan.k(t) as i64, expected, "k of token {t}, p = {p}");
             }
             for (at, &w) in weights.indexed_iter() {
                 assert!(
