@@ -39,14 +39,14 @@ pub enum TextError {
     /// A file of zero bytes.
     #[error("{}: the file is empty; give a text of some kilobytes at least", .0.display())]
     Empty(PathBuf),
-    /// Not text: a NUL byte, or not UTF-8.
-    #[error("{}: not a text file: {what} at byte {offset}; give plain UTF-8 text", path.display())]
+    /// Not text: a NUL byte, or more than one control byte in a hundred.
+    #[error("{}: not a text file: {what} at byte {offset}; give plain text", path.display())]
     Binary {
         /// The file.
         path: PathBuf,
         /// Offset of the first byte that is not text.
         offset: usize,
-        /// "a NUL byte" or "invalid UTF-8".
+        /// "a NUL byte" or "too many control bytes, the first".
         what: &'static str,
     },
     /// Too little text for one window in each part.
@@ -123,11 +123,16 @@ impl ByteText {
         if bytes.is_empty() {
             return Err(TextError::Empty(path.to_owned()));
         }
-        let utf8_end = std::str::from_utf8(&bytes).map_or_else(|e| e.valid_up_to(), str::len);
-        let nul = bytes[..utf8_end].iter().position(|&b| b == 0);
-        let binary = match nul {
+        // Any encoding will do for a model of bytes; what a text does not have is NUL bytes (UTF-16 has them) and more
+        // than a few control bytes.
+        let is_control = |&b: &u8| b < 0x20 && !b"\t\n\x0b\x0c\r\x1b".contains(&b) || b == 0x7f;
+        let first = |test: &dyn Fn(&u8) -> bool| bytes.iter().position(test);
+        let controls = bytes.iter().filter(|b| is_control(b)).count();
+        let binary = match first(&|&b| b == 0) {
             Some(offset) => Some((offset, "a NUL byte")),
-            None if utf8_end < bytes.len() => Some((utf8_end, "invalid UTF-8")),
+            None if controls * 100 > bytes.len() => {
+                first(&is_control).map(|at| (at, "too many control bytes, the first"))
+            }
             None => None,
         };
         if let Some((offset, what)) = binary {

@@ -31,6 +31,11 @@ pub const METHODS: &[&str] = &["mass", "static"];
 /// What `--task` may name: the size of the vocabulary.
 pub const TASKS: &[&str] = &["vocab50", "vocab100", "vocab150"];
 
+/// The vocabulary that a task stands for.
+fn vocab_of(task: &str) -> Option<usize> {
+    task.strip_prefix("vocab")?.parse().ok()
+}
+
 /// Seed of the documents and windows, the same for every run.
 const DATA_SEED: u64 = 2512;
 
@@ -164,12 +169,10 @@ impl Plan {
                 .is_none_or(|m| m.iter().any(|m| m == method))
         };
         let mut runs = Vec::new();
-        for &vocab in self.vocabs {
-            let task =
-                (self.vocabs.len() > 1 || args.task.is_some()).then(|| format!("vocab{vocab}"));
-            if args.task.as_ref().is_some_and(|t| Some(t) != task.as_ref()) {
-                continue;
-            }
+        let asked = args.task.as_deref().and_then(vocab_of);
+        let vocabs: Vec<usize> = asked.map_or_else(|| self.vocabs.to_vec(), |vocab| vec![vocab]);
+        for &vocab in &vocabs {
+            let task = (vocabs.len() > 1 || asked.is_some()).then(|| format!("vocab{vocab}"));
             let seeds = 0..args.seeds.unwrap_or(self.seeds) as u64;
             let new = |method: &str, seed, experts| {
                 let mut run = Run::new(method, seed);
@@ -288,7 +291,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
     let mut data = Vec::new();
-    for &vocab in plan.vocabs {
+    for vocab in TASKS.iter().filter_map(|task| vocab_of(task)) {
         if runs.iter().any(|r| r.vocab == vocab) {
             data.push(Data::generate(vocab, &plan)?);
         }
