@@ -226,16 +226,6 @@ fn parameters_out_of_range_are_refused() {
             },
         ),
         (
-            "log of log",
-            ControllerParams {
-                watch: Watch {
-                    layer: Some(log.into()),
-                    ..good().watch
-                },
-                ..good()
-            },
-        ),
-        (
             "share",
             ControllerParams {
                 pruning: Some(Pruning {

@@ -131,12 +131,12 @@ fn batch(seed: u64, step: u64) -> (Vec<u32>, Vec<u32>) {
     let mut rng = seeded_rng(seed);
     let (mut tokens, mut targets) = (Vec::new(), Vec::new());
     for _ in 0..16 {
-        let second = step >= STEPS / 2 && rng.next_u32() % 2 == 0;
+        let second = step >= STEPS / 2 && rng.next_u32().is_multiple_of(2);
         let stride = if second { 7 } else { 5 };
         let mut token = rng.next_u32() % 24;
         for _ in 0..SEQ {
             tokens.push(token);
-            token = if rng.next_u32() % 8 == 0 {
+            token = if rng.next_u32().is_multiple_of(8) {
                 rng.next_u32() % 24
             } else {
                 (token + stride) % 24

@@ -297,41 +297,35 @@ fn load_error(dir: &Path) -> String {
     }
 }
 
+/// A tensor of a file: type, shape, bytes.
+type Raw = (safetensors::Dtype, Vec<usize>, Vec<u8>);
+
+/// Rewrites the tensors of the model file through a filter.
+fn rewrite(folder: &Path, edit: &dyn Fn(&str, Raw) -> Option<Raw>) {
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut kept = Vec::new();
+    for (name, view) in file.iter() {
+        let raw = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+        kept.extend(edit(name, raw).map(|raw| (name.to_owned(), raw)));
+    }
+    let views = kept.iter().map(|(name, (dtype, shape, data))| {
+        (
+            name,
+            safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap(),
+        )
+    });
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// What is done to a checkpoint.
+type Damage<'a> = &'a dyn Fn(&Path);
+
 #[test]
 fn a_damaged_checkpoint_is_refused_by_name() {
-    // Rewrites the tensors of the model file through a filter.
-    let rewrite = |folder: &Path,
-                   edit: &dyn Fn(
-        &str,
-        Vec<usize>,
-        Vec<u8>,
-    ) -> Option<(safetensors::Dtype, Vec<usize>, Vec<u8>)>| {
-        let path = folder.join("model.safetensors");
-        let bytes = std::fs::read(&path).unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let kept: Vec<_> = file
-            .iter()
-            .filter_map(|(name, v)| {
-                Some((
-                    name.to_owned(),
-                    edit(name, v.shape().to_vec(), v.data().to_vec())?,
-                ))
-            })
-            .collect();
-        let views: Vec<_> = kept
-            .iter()
-            .map(|(n, (d, s, b))| {
-                (
-                    n.as_str(),
-                    safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap(),
-                )
-            })
-            .collect();
-        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
-    };
-    let f32 = safetensors::Dtype::F32;
     let victim = "blocks.1.moe.experts.2.fc1.bias";
-    let cases: [(&str, &dyn Fn(&Path)); 7] = [
+    let cases: [(&str, Damage<'_>); 7] = [
         ("model.safetensors", &|f| {
             let path = f.join("model.safetensors");
             let bytes = std::fs::read(&path).unwrap();
@@ -344,23 +338,20 @@ fn a_damaged_checkpoint_is_refused_by_name() {
             std::fs::write(&path, bytes).unwrap();
         }),
         ("blocks.1.moe.experts.2.fc1.bias is missing", &|f| {
-            rewrite(f, &|n, s, b| (n != victim).then_some((f32, s, b)));
+            rewrite(f, &|name, raw| (name != victim).then_some(raw));
         }),
         (
             "blocks.1.moe.experts.2.fc1.bias is [5, 2], not [10]",
             &|f| {
-                rewrite(f, &|n, s, b| {
-                    Some((f32, if n == victim { vec![5, 2] } else { s }, b))
+                rewrite(f, &|name, (dtype, shape, data)| {
+                    Some((dtype, if name == victim { vec![5, 2] } else { shape }, data))
                 });
             },
         ),
         ("blocks.1.moe.experts.2.fc1.bias is F64", &|f| {
-            rewrite(f, &|n, s, b| {
-                Some(if n == victim {
-                    (safetensors::Dtype::F64, vec![5], b)
-                } else {
-                    (f32, s, b)
-                })
+            rewrite(f, &|name, raw| {
+                let double = || (safetensors::Dtype::F64, vec![5], raw.2.clone());
+                Some(if name == victim { double() } else { raw })
             });
         }),
         ("state.json", &|f| {

@@ -24,7 +24,7 @@ pub struct Event {
 pub enum Watched {
     /// The gradient norm of one expert.
     Expert,
-    /// The mean log gradient norm of a layer's experts.
+    /// The gradient norm of all of a layer's experts together.
     Layer,
     /// The training loss.
     Loss,

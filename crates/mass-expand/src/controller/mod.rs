@@ -12,7 +12,7 @@
 //!
 //! | rule | `paper` | `reference` | `ours` | why ours differs |
 //! |---|---|---|---|---|
-//! | watched | each expert's norm | each expert's norm (first matrix) | loss, layer's pooled log norm, each expert's log norm | at a change of distribution the loss moves by far more than one expert's norm |
+//! | watched | each expert's norm | each expert's norm (first matrix) | loss, layer's pooled norm, each expert's norm | at a change of distribution the loss moves by far more than one expert's norm |
 //! | detector | windowed z, `p <= alpha` | windowed z, `p < alpha` | calibrated CUSUM | the windowed scores are not independent, so their alpha is no false-alarm rate |
 //! | level | per expert and step | per expert and step | shared by all streams over the phase | it is then the chance that a run without a change splits anything |
 //! | alignment test | `abs(c) < 0.001` | `abs(c) < 0.001` | none | the cosines looked like those of random directions, so the test thins at random |

@@ -194,12 +194,9 @@ impl Controller {
         live: &mut bool,
     ) -> Result<bool, ExpandError> {
         let skip = self.params.unused == Unused::Skip;
-        let (mut sum, mut count) = (0.0, 0u32);
+        let squares = observed.experts.iter().map(|e| e.gradient_norm.powi(2));
+        let pooled = squares.sum::<f64>().sqrt();
         for (at, expert) in observed.experts.iter().enumerate() {
-            if expert.gradient_norm > 0.0 {
-                sum += expert.gradient_norm.ln();
-                count += 1;
-            }
             if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
                 continue;
             }
@@ -220,10 +217,9 @@ impl Controller {
                 outcomes[at] = Some(outcome);
             }
         }
-        if count > 0
+        if pooled > 0.0
             && let Some(detector) = &mut self.layers[index].detector
         {
-            let pooled = sum / f64::from(count);
             let outcome = detector.update(pooled)?;
             *live |= in_phase && known(&outcome);
             if outcome.alarm {

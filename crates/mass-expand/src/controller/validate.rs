@@ -145,13 +145,6 @@ fn watch(params: &ControllerParams, watch: &Watch) -> Result<(), ExpandError> {
             expected: "skip, because the experts' detector takes logarithms",
         });
     }
-    if watch.layer.as_ref().is_some_and(logarithmic) {
-        return Err(ExpandError::Parameter {
-            name: "watch.layer.transform",
-            value: 0.0,
-            expected: "identity, because the layer's stream is a logarithm already",
-        });
-    }
     // Making one of each finds what the detectors themselves refuse, before a layer needs it.
     watch.make_expert(params)?;
     watch.make_layer(params)?;

@@ -1,8 +1,6 @@
 //! The named variants and the growth baselines, as compositions of the parts.
 
-use mass_cpd::{
-    AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform, WindowedZParams,
-};
+use mass_cpd::{CalibratedCusumParams, WindowedZParams};
 
 use super::params::{
     AfterSplit, Choice, ControllerParams, Moments, Phase, SplitOperator, StopRule, Trigger, Unused,
@@ -72,8 +70,8 @@ impl ControllerParams {
         }
     }
 
-    /// The same aim with a known false-alarm rate: calibrated CUSUMs on the loss, on each layer's pooled log norm and on
-    /// each expert's log norm share alpha 0.05 over the phase (the first 30 % of `steps`); the expert with the largest
+    /// The same aim with a known false-alarm rate: calibrated CUSUMs on the logarithms of the loss, of each layer's
+    /// pooled norm and of each expert's norm share alpha 0.05 over the phase (the first 30 % of `steps`); the expert with the largest
     /// share of the loss is bisected; a held-out check 50 steps later decides whether growth goes on.
     #[must_use]
     pub fn ours(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
@@ -104,27 +102,16 @@ impl ControllerParams {
     /// The detectors of [`ours`](Self::ours) at a level of `alpha` over `horizon` steps, for a phase of its own.
     #[must_use]
     pub fn calibrated_watch(alpha: f64, horizon: u64) -> Watch {
-        let level = CalibratedCusumParams {
+        // Chosen on real runs: a lagged reference, drift taken off, only sudden rises of several standard deviations.
+        let detector = CalibratedCusumParams {
             horizon,
             alpha,
-            transform: Transform::Identity,
-            // Estimated on the warm-up, the early transient would inflate the coefficient of the autoregression.
-            reference: Reference::LAGGED,
-            prewhiten: true,
-            // The loss falls and norms rise all through training, without any change of distribution.
-            drift: Drift::Remove,
-            direction: Direction::Up,
-            after_alarm: AfterAlarm::Relearn,
-            ..CalibratedCusumParams::default()
-        };
-        let log = CalibratedCusumParams {
-            transform: Transform::Log,
-            ..level
+            ..CalibratedCusumParams::training(1)
         };
         Watch {
-            expert: Some(log.into()),
-            layer: Some(level.into()),
-            loss: Some(level.into()),
+            expert: Some(detector.into()),
+            layer: Some(detector.into()),
+            loss: Some(detector.into()),
             level: Level::Shared,
         }
     }

@@ -25,7 +25,7 @@ pub enum Level {
 pub struct Watch {
     /// Gradient norm of each expert.
     pub expert: Option<AnyDetectorParams>,
-    /// Mean log gradient norm over a layer's experts that have a gradient.
+    /// Gradient norm of all of a layer's experts together, the root of the sum of their squares; not observed while zero.
     pub layer: Option<AnyDetectorParams>,
     /// Training loss.
     pub loss: Option<AnyDetectorParams>,
