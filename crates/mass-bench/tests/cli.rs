@@ -172,8 +172,8 @@ fn unusable_texts_exit_2_and_say_where() {
             "byte 70",
         ),
         (
-            "latin1",
-            [vec![b'a'; 5], vec![0xe9, b' ']].concat(),
+            "controls",
+            [vec![b'a'; 5], vec![0x02; 2]].concat(),
             "byte 5",
         ),
     ] {
