@@ -34,3 +34,8 @@ pub mod trainer;
 pub mod variants;
 
 pub use error::BenchError;
+
+/// Compiles and runs the example of the project's README.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ProjectReadme;
