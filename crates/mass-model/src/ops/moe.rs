@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
@@ -201,7 +202,8 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
                 .expect("the buffer has this size");
             router
                 .backward(&plan, &d_weights, &mut view)
-                .expect("the plan is this router's own");
+                // dfdx lets a backward operation fail only with its own errors.
+                .map_err(|_| CpuError::WrongNumElements)?;
             linear::backward_input(&d_logits, &gate, &mut dx, dim, experts);
             let mut d_gate = Scratch::zeros(experts * dim);
             linear::backward_weight(&input, &d_logits, &mut d_gate, None, dim, experts);
