@@ -89,3 +89,16 @@ pub enum NonFinite {
     /// Route the token nowhere: it gets no assignment and a zero row of probabilities.
     Skip,
 }
+
+/// [`RoutingError::ShapeMismatch`] unless a size is what it has to be.
+pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<(), RoutingError> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(RoutingError::ShapeMismatch {
+            what,
+            expected,
+            found,
+        })
+    }
+}

@@ -12,21 +12,10 @@ pub use low_rank::{LowRankForward, LowRankGate, LowRankGradients};
 use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, Axis, Data, Dimension};
 
 use crate::RoutingError;
+pub(crate) use crate::error::same;
 
 /// Norms below this are taken as this, as `torch.nn.functional.normalize` does.
 const SMALLEST_NORM: f32 = 1e-12;
-
-pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<(), RoutingError> {
-    if expected == found {
-        Ok(())
-    } else {
-        Err(RoutingError::ShapeMismatch {
-            what,
-            expected,
-            found,
-        })
-    }
-}
 
 pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
     what: &'static str,

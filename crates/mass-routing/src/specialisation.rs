@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
+use crate::error::same;
 use crate::usage::x_log_x;
 use crate::{RoutingError, RoutingPlan};
 
@@ -55,19 +56,8 @@ impl LabelUsage {
     /// Lengths that do not fit, or a label out of range; nothing is counted then.
     pub fn record(&mut self, plan: &RoutingPlan, labels: &[usize]) -> Result<(), RoutingError> {
         let (num_labels, num_experts) = self.counts.dim();
-        let shape = |what, expected, found| {
-            if expected == found {
-                Ok(())
-            } else {
-                Err(RoutingError::ShapeMismatch {
-                    what,
-                    expected,
-                    found,
-                })
-            }
-        };
-        shape("labels per token", plan.num_tokens(), labels.len())?;
-        shape(
+        same("labels per token", plan.num_tokens(), labels.len())?;
+        same(
             "experts of the label counts",
             num_experts,
             plan.num_experts(),

@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
+use crate::error::same;
 use crate::{RoutingError, RoutingPlan};
 
 /// What has been routed where: accumulates over plans, and merges across batches, threads and ranks.
@@ -311,18 +312,7 @@ impl TryFrom<UsageParts> for UsageStats {
             co_activation,
         } = parts;
         let k = load.len();
-        let shape = |what, expected, found| {
-            if expected == found {
-                Ok(())
-            } else {
-                Err(RoutingError::ShapeMismatch {
-                    what,
-                    expected,
-                    found,
-                })
-            }
-        };
-        shape("importance per expert", k, weight.len())?;
+        same("importance per expert", k, weight.len())?;
         if let Some(index) = weight.iter().position(|w| !w.is_finite()) {
             return Err(RoutingError::NonFinite {
                 what: "importance",

@@ -4,6 +4,7 @@ use ndarray::ArrayViewMut2;
 
 use super::{RoutingPlan, WeightRule};
 use crate::RoutingError;
+use crate::error::same;
 
 impl RoutingPlan {
     /// The vector-Jacobian product of the weights: adds `sum_a d_weights[a] dw_a/dlogits` to `d_logits`.
@@ -25,28 +26,17 @@ impl RoutingPlan {
         d_weights: &[f32],
         d_logits: &mut ArrayViewMut2<'_, f32>,
     ) -> Result<(), RoutingError> {
-        let shape = |what, expected, found| {
-            if expected == found {
-                Ok(())
-            } else {
-                Err(RoutingError::ShapeMismatch {
-                    what,
-                    expected,
-                    found,
-                })
-            }
-        };
-        shape(
+        same(
             "d_weights per assignment",
             self.num_assignments(),
             d_weights.len(),
         )?;
-        shape(
+        same(
             "rows of d_logits (tokens)",
             self.num_tokens,
             d_logits.nrows(),
         )?;
-        shape(
+        same(
             "columns of d_logits (experts)",
             self.num_experts,
             d_logits.ncols(),

@@ -4,6 +4,7 @@ use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
 use super::Router;
+use crate::error::same;
 use crate::plan::{Batch, RowKernel, WeightRule, Work};
 use crate::select::Picks;
 use crate::simd::Machine;
@@ -103,28 +104,17 @@ impl TopAny {
         d_weights: &[f32],
         d_thresholds: &mut ArrayViewMut1<'_, f32>,
     ) -> Result<(), RoutingError> {
-        let shape = |what, expected, found| {
-            if expected == found {
-                Ok(())
-            } else {
-                Err(RoutingError::ShapeMismatch {
-                    what,
-                    expected,
-                    found,
-                })
-            }
-        };
-        shape(
+        same(
             "d_weights per assignment",
             plan.num_assignments(),
             d_weights.len(),
         )?;
-        shape(
+        same(
             "experts of the plan",
             self.thresholds.len(),
             plan.num_experts(),
         )?;
-        shape(
+        same(
             "d_thresholds per expert",
             self.thresholds.len(),
             d_thresholds.len(),
