@@ -48,11 +48,6 @@ fn high_water_mark(status: &str) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Starts the peak anew, so that a run's figure is its own; `false` where the system cannot.
-pub fn reset_peak_rss() -> bool {
-    fs::write("/proc/self/clear_refs", "5").is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,7 +34,7 @@ use std::path::PathBuf;
 
 pub use html::report_html;
 pub use lines::{EventLine, MetricLine};
-pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
+pub use machine::{Machine, peak_rss_mib};
 pub use paper::{Reported, reported};
 pub use results::{Expansion, Header, Results, Run, RunKey};
 pub use store::ResultStore;

@@ -409,32 +409,20 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
             steps: plan.steps,
             floor: 0.1,
         },
-        growth: planned.mass.as_ref().map(|m| {
-            growth(
-                m,
-                1,
-                experts,
-                plan.experts_max,
-                plan.steps,
-                planned.run.seed,
-            )
-        }),
+        growth: planned
+            .mass
+            .as_ref()
+            .map(|m| growth(m, plan, experts, planned.run.seed)),
         seed: planned.run.seed,
         log_every: 20,
         checkpoint_every: 500,
     }
 }
 
-/// The rules of a variant for `layers` mixture layers that start with `experts` experts.
-fn growth(
-    setting: &MassSetting,
-    layers: usize,
-    experts: usize,
-    experts_max: usize,
-    steps: u64,
-    seed: u64,
-) -> GrowerConfig {
-    let mut config = variants::growth(setting.variant, layers, experts, experts_max, steps);
+/// The rules of a way to run MASS, for one mixture layer that starts with `experts` experts.
+fn growth(setting: &MassSetting, plan: &Plan, experts: usize, seed: u64) -> GrowerConfig {
+    let steps = plan.steps;
+    let mut config = variants::growth(setting.variant, 1, experts, plan.experts_max, steps);
     config.controller.seed = seed;
     if let Some(percent) = setting.live_percent {
         variants::live_for(&mut config, steps, percent);
