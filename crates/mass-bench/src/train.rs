@@ -174,6 +174,8 @@ fn config(args: &TrainArgs, run: String) -> TrainerConfig {
             p: args.p as f32,
             combine,
         },
+        gated: false,
+        shared_hidden: None,
     };
     let steps = args.steps as u64;
     let mut growth = variants::growth(

@@ -51,6 +51,8 @@ fn bench(c: &mut Criterion) {
                 experts,
                 activation,
                 router,
+                gated: false,
+                shared_hidden: None,
             };
             let layer = MoeLayer::new(&config, &mut seeded_rng(0)).expect("valid sizes");
             let dev = Cpu::default();

@@ -29,6 +29,8 @@ fn main() -> Result<(), ModelError> {
         experts: 3,
         activation: Activation::GeluErf,
         router,
+        gated: false,
+        shared_hidden: None,
     };
     let block = BlockConfig {
         heads: 4,

@@ -222,7 +222,9 @@ pub fn observe(
     for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
         let mut squares = square_norm(&expert.fc1.0, gradients)?;
         if norm == GradientNorm::AllParameters {
-            for param in [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1] {
+            let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
+            let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
+            for param in rest.into_iter().chain(up) {
                 squares += square_norm(param, gradients)?;
             }
         }
@@ -381,6 +383,9 @@ fn copy_gradients(
         (&from.fc2.0, &to.fc2.0),
         (&from.fc2.1, &to.fc2.1),
     ];
+    if let (Some(a), Some(b)) = (&from.up, &to.up) {
+        pairs.extend([(&a.0, &b.0), (&a.1, &b.1)]);
+    }
     if with_fc1_and_gate {
         pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
     }

@@ -13,6 +13,7 @@ mod param;
 pub use dfdx;
 pub use error::ModelError;
 pub use kernels::activation::Activation;
+pub use kernels::dropout::{Dropout, DropoutKeys};
 pub use kernels::scratch::release_scratch;
 pub use param::{CpuGradients, Param, Parameters};
 

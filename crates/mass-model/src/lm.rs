@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer};
-use crate::ops::{self, Rows};
+use crate::ops::{self, Rows, Sequences};
 use crate::param::{CpuGradients, Param, Parameters, join};
 
 /// Sizes of a [`LanguageModel`].
@@ -131,8 +131,18 @@ impl LanguageModel {
         masked: Option<Masked>,
         tape: T,
     ) -> Result<Forwarded<T>, ModelError> {
-        let mut x = ops::embedding(tokens, seq, &self.tokens, &self.positions, tape)?;
-        let batch = tokens.len() / seq;
+        let longest = self.positions.shape()[0];
+        if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
+            return Err(ModelError::shape(
+                "tokens (batch x sequence)",
+                &[1, longest],
+                &[tokens.len(), seq],
+            ));
+        }
+        let sequences = Sequences::uniform(tokens.len() / seq, seq)?;
+        let positions: Vec<u32> = (0..seq as u32).cycle().take(tokens.len()).collect();
+        let tables = [(&self.tokens, tokens), (&self.positions, &positions)];
+        let mut x = ops::embedding(&tables, tape)?;
         let mut layers = Vec::with_capacity(self.blocks.len());
         for (l, block) in self.blocks.iter().enumerate() {
             let mask = match masked {
@@ -149,7 +159,7 @@ impl LanguageModel {
                 }
                 _ => None,
             };
-            let (routed, gate_input) = block.forward(x, batch, seq, mask.as_deref())?;
+            let (routed, gate_input) = block.forward(x, &sequences, mask.as_deref())?;
             layers.push(LayerTrace {
                 plan: routed.plan,
                 gate_input,

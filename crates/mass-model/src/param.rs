@@ -9,6 +9,8 @@ use ndarray_rand::rand_distr::{Distribution, Normal, Uniform};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::ModelError;
+use crate::kernels::gemm::Store;
+use crate::kernels::scratch::{give_back, take_vec};
 
 /// Gradients of one backward pass, as dfdx hands them out.
 pub type CpuGradients = Gradients<f32, Cpu>;
@@ -48,10 +50,9 @@ impl Param {
         if values.len() != shape.iter().product::<usize>() {
             return Err(ModelError::shape("parameter", shape, &[values.len()]));
         }
-        // A dfdx tensor made for its identity alone: its ghost keeps the id and the length, and the data is freed.
-        let ghost = Cpu::default()
-            .try_tensor_from_vec(values.clone(), (values.len(),))?
-            .ghost();
+        // A dfdx tensor made for its identity alone. It has one element, so that dfdx neither allocates nor clears a
+        // gradient of the parameter's size: the first operation that adds to it brings the buffer, and overwrites it.
+        let ghost = Cpu::default().try_tensor_from_vec(vec![0.0], (1,))?.ghost();
         let slot = link(move |g| g.get_or_alloc_mut(&ghost));
         Ok(Self {
             values: Arc::new(values),
@@ -145,12 +146,27 @@ impl Param {
         &self,
         gradients: &'g mut CpuGradients,
     ) -> Result<&'g mut Vec<f32>, ModelError> {
-        Ok(&mut **(self.slot)(gradients)?)
+        let slot = &mut **(self.slot)(gradients)?;
+        if slot.len() != self.len() {
+            *slot = zeros(self.len());
+        }
+        Ok(slot)
+    }
+
+    /// Frees this parameter's gradient; its memory serves the next backward pass.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory is exhausted.
+    pub fn clear_gradient(&self, gradients: &mut CpuGradients) -> Result<(), ModelError> {
+        let slot = &mut **(self.slot)(gradients)?;
+        give_back(std::mem::replace(slot, vec![0.0]));
+        Ok(())
     }
 
     pub(crate) fn handle(&self) -> ParamHandle {
         ParamHandle {
             slot: Arc::clone(&self.slot),
+            len: self.len(),
         }
     }
 }
@@ -175,12 +191,49 @@ impl fmt::Debug for Param {
 #[derive(Clone)]
 pub(crate) struct ParamHandle {
     slot: Arc<Slot>,
+    len: usize,
+}
+
+/// A parameter's gradient, taken out to be added to.
+pub(crate) struct Taken {
+    /// As many values as the parameter has.
+    pub(crate) values: Vec<f32>,
+    /// What an operation's own share does to them: replace them when nothing has been added yet (their contents are
+    /// unspecified then), else add.
+    pub(crate) store: Store,
+}
+
+fn zeros(len: usize) -> Vec<f32> {
+    let mut values = take_vec(len);
+    values.fill(0.0);
+    values
 }
 
 impl ParamHandle {
     /// Takes the gradient out (zeros if there is none yet); give it back with [`put`](Self::put).
     pub(crate) fn take(&self, gradients: &mut CpuGradients) -> Result<Vec<f32>, CpuError> {
-        Ok(std::mem::take(&mut **(self.slot)(gradients)?))
+        let values = std::mem::take(&mut **(self.slot)(gradients)?);
+        Ok(if values.len() == self.len {
+            values
+        } else {
+            zeros(self.len)
+        })
+    }
+
+    /// Takes the gradient out without clearing it if it is new; give it back with [`put`](Self::put).
+    pub(crate) fn take_stored(&self, gradients: &mut CpuGradients) -> Result<Taken, CpuError> {
+        let values = std::mem::take(&mut **(self.slot)(gradients)?);
+        Ok(if values.len() == self.len {
+            Taken {
+                values,
+                store: Store::Add,
+            }
+        } else {
+            Taken {
+                values: take_vec(self.len),
+                store: Store::Replace,
+            }
+        })
     }
 
     /// Puts a gradient back.

@@ -98,6 +98,7 @@ fn golden_moe_ffn() {
                         logit_offset: 0.0,
                         fc1: (row("fc1_w", e, &[h, d], true), row("fc1_b", e, &[h], false)),
                         fc2: (row("fc2_w", e, &[d, h], true), row("fc2_b", e, &[d], false)),
+                        up: None,
                     })
                     .collect();
                 let router = RouterConfig::TopP { p, combine };
@@ -107,6 +108,8 @@ fn golden_moe_ffn() {
                     experts,
                     activation,
                     router,
+                    gated: false,
+                    shared_hidden: None,
                 };
                 let layer = MoeLayer::from_experts(&config, pool_of).unwrap();
                 let (x, y, mut grads) = pool.install(|| {

@@ -1,9 +1,9 @@
 //! Gradients: fused operations against dfdx's own, and the whole model against central differences.
 
 use dfdx::prelude::*;
-use mass_model::kernels::attention::AttentionShape;
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::nn::{BlockConfig, MoeConfig, MoeLayer};
+use mass_model::ops::{Attention, Sequences};
 use mass_model::{Activation, CpuGradients, Param, Parameters, ops, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
@@ -112,14 +112,12 @@ fn attention_with_one_head_and_no_mask_agrees_with_dfdx() {
     let dev = Cpu::default();
     let (seq, dim) = (9, 6);
     let x = dev.tensor_from_vec(values(seq * 3 * dim, 1.0), (seq, 3 * dim));
-    let shape = AttentionShape {
-        batch: 1,
-        seq,
+    let how = Attention {
         heads: 1,
-        dim,
-        causal: false,
+        ..Attention::default()
     };
-    let y = ops::self_attention(x.clone().leaky_traced(), shape).unwrap();
+    let sequences = Sequences::uniform(1, seq).unwrap();
+    let y = ops::self_attention(x.clone().leaky_traced(), &sequences, how).unwrap();
     let y_values = y.as_vec();
     let grads = probe(y);
 
@@ -153,18 +151,16 @@ fn attention_with_one_head_and_no_mask_agrees_with_dfdx() {
 fn a_causal_token_does_not_see_what_follows() {
     let dev = Cpu::default();
     let (batch, seq, heads, dim) = (2, 5, 2, 6);
-    let shape = AttentionShape {
-        batch,
-        seq,
+    let how = Attention {
         heads,
-        dim,
         causal: true,
+        dropout: None,
     };
+    let sequences = Sequences::uniform(batch, seq).unwrap();
     let base = values(batch * seq * 3 * dim, 1.0);
     let run = |data: Vec<f32>| {
-        ops::self_attention(dev.tensor_from_vec(data, (batch * seq, 3 * dim)), shape)
-            .unwrap()
-            .as_vec()
+        let qkv = dev.tensor_from_vec(data, (batch * seq, 3 * dim));
+        ops::self_attention(qkv, &sequences, how).unwrap().as_vec()
     };
     let before = run(base.clone());
     let mut changed = base;
@@ -224,6 +220,8 @@ fn tiny(router: RouterConfig, activation: Activation) -> LanguageModel {
         experts: 4,
         activation,
         router,
+        gated: false,
+        shared_hidden: None,
     };
     let block = BlockConfig {
         heads: 3,
@@ -355,6 +353,8 @@ fn threads_do_not_change_a_bit() {
         experts: 5,
         activation: Activation::GeluErf,
         router,
+        gated: false,
+        shared_hidden: None,
     };
     let layer = MoeLayer::new(&config, &mut seeded_rng(1)).unwrap();
     let x = Cpu::default().tensor_from_vec(values(1000 * 16, 1.0), (1000, 16));

@@ -24,6 +24,8 @@ fn model(router: RouterConfig) -> LanguageModel {
         experts: 3,
         activation: Activation::GeluErf,
         router,
+        gated: false,
+        shared_hidden: None,
     };
     let block = BlockConfig {
         heads: 2,

@@ -382,6 +382,8 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
         experts,
         activation: Activation::GeluErf,
         router,
+        gated: false,
+        shared_hidden: None,
     };
     TrainerConfig {
         run: planned.run.key().to_string(),

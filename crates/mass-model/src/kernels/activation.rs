@@ -11,6 +11,7 @@ use super::vector::{erf, exp, tanh};
 /// | `Relu` | max(0, x) |
 /// | `GeluErf` | x/2 (1 + erf(x/√2)) |
 /// | `GeluTanh` | x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) |
+/// | `Silu` | x / (1 + e⁻ˣ) |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -20,6 +21,8 @@ pub enum Activation {
     GeluErf,
     /// Its tanh approximation.
     GeluTanh,
+    /// Sigmoid linear unit, also called swish.
+    Silu,
 }
 
 impl Activation {
@@ -30,16 +33,7 @@ impl Activation {
             Self::Relu => each(pre, slope, |x| if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }),
             Self::GeluErf => each(pre, slope, gelu_erf),
             Self::GeluTanh => each(pre, slope, gelu_tanh),
-        }
-    }
-
-    /// Replaces `pre` by its activation.
-    #[inline(always)]
-    pub(crate) fn apply(self, pre: &mut [f32]) {
-        match self {
-            Self::Relu => map(pre, |x| if x > 0.0 { x } else { 0.0 }),
-            Self::GeluErf => map(pre, |x| gelu_erf(x).0),
-            Self::GeluTanh => map(pre, |x| gelu_tanh(x).0),
+            Self::Silu => each(pre, slope, silu),
         }
     }
 }
@@ -48,13 +42,6 @@ impl Activation {
 fn each(pre: &mut [f32], slope: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
     for (x, s) in pre.iter_mut().zip(slope) {
         (*x, *s) = f(*x);
-    }
-}
-
-#[inline(always)]
-fn map(pre: &mut [f32], f: impl Fn(f32) -> f32) {
-    for x in pre {
-        *x = f(*x);
     }
 }
 
@@ -78,18 +65,29 @@ fn gelu_tanh(x: f32) -> (f32, f32) {
     )
 }
 
+#[inline(always)]
+fn silu(x: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp(-x));
+    (x * s, s * (1.0 + x * (1.0 - s)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn slopes_agree_with_central_differences() {
-        for act in [Activation::Relu, Activation::GeluErf, Activation::GeluTanh] {
+        for act in [
+            Activation::Relu,
+            Activation::GeluErf,
+            Activation::GeluTanh,
+            Activation::Silu,
+        ] {
             for i in -60..60 {
                 let x = i as f32 * 0.1 + 0.05;
                 let value = |x: f32| {
                     let mut y = [x];
-                    act.apply(&mut y);
+                    act.apply_with_slope(&mut y, &mut [0.0]);
                     y[0]
                 };
                 let (mut y, mut s) = ([x], [0.0]);

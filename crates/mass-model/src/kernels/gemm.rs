@@ -59,12 +59,6 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// The elements, where they lie one after another in row-major order.
-    pub(crate) fn as_slice(&self) -> &'a [f32] {
-        debug_assert!(self.col_stride == 1 && self.row_stride == self.cols);
-        &self.data[..self.rows * self.cols]
-    }
-
     /// The transposed view.
     pub fn t(self) -> Self {
         Self {

@@ -3,15 +3,20 @@
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Store, gemm};
-use super::{ROW_BLOCK, vector, vectorised};
+use super::{vector, vectorised};
 
-/// Output rows of a weight gradient handled by one task.
-const OUT_BLOCK: usize = 64;
+/// Rows handled by one task: enough to repay the packing of the weights.
+const ROWS: usize = 512;
+
+/// Output rows of a weight gradient handled by one task: few tasks, because each packs all of the inputs.
+fn out_block(out: usize) -> usize {
+    out.div_ceil((out / 192).clamp(2, 16)).next_multiple_of(16)
+}
 
 /// `y[n, out] = x[n, inp] wᵀ + b`, with `w[out, inp]`.
 pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>, y: &mut [f32], inp: usize, out: usize) {
-    y.par_chunks_mut(ROW_BLOCK * out)
-        .zip(x.par_chunks(ROW_BLOCK * inp))
+    y.par_chunks_mut(ROWS * out)
+        .zip(x.par_chunks(ROWS * inp))
         .for_each(|(y, x)| {
             let rows = y.len() / out;
             if let Some(b) = b {
@@ -36,8 +41,8 @@ pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>, y: &mut [f32], inp: usiz
 
 /// `dx[n, inp] += dy[n, out] w`.
 pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inp: usize, out: usize) {
-    dx.par_chunks_mut(ROW_BLOCK * inp)
-        .zip(dy.par_chunks(ROW_BLOCK * out))
+    dx.par_chunks_mut(ROWS * inp)
+        .zip(dy.par_chunks(ROWS * out))
         .for_each(|(dx, dy)| {
             let rows = dy.len() / out;
             gemm(
@@ -50,28 +55,24 @@ pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inp: usize, out: us
         });
 }
 
-/// `dw[out, inp] += dyᵀ x` and `db[out] += Σ_n dy`.
+/// `dw[out, inp] = dyᵀ x`, or the same added to it, and `db[out] += Σ_n dy`.
 pub fn backward_weight(
     x: &[f32],
     dy: &[f32],
     dw: &mut [f32],
     db: Option<&mut [f32]>,
-    inp: usize,
-    out: usize,
+    (inp, out): (usize, usize),
+    store: Store,
 ) {
     let n = dy.len() / out;
-    dw.par_chunks_mut(OUT_BLOCK * inp)
+    let block = out_block(out);
+    dw.par_chunks_mut(block * inp)
         .enumerate()
-        .for_each(|(block, dw)| {
-            let (first, rows) = (block * OUT_BLOCK, dw.len() / inp);
+        .for_each(|(i, dw)| {
+            let (first, rows) = (i * block, dw.len() / inp);
             let dy = Mat::strided(&dy[first.min(dy.len())..], n, rows, out).t();
-            gemm(
-                MatMut::new(dw, rows, inp),
-                dy,
-                Mat::new(x, n, inp),
-                1.0,
-                Store::Add,
-            );
+            let x = Mat::new(x, n, inp);
+            gemm(MatMut::new(dw, rows, inp), dy, x, 1.0, store);
         });
     if let Some(db) = db {
         sum_rows(dy, db);

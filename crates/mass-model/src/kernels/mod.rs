@@ -10,11 +10,13 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod gemm;
 pub mod layer_norm;
 pub mod linear;
 pub mod moe_ffn;
 pub mod scratch;
+pub mod transpose;
 pub mod vector;
 
 /// Rows handled by one task. Fixed, so that partial sums are the same whatever the number of threads.

@@ -19,18 +19,54 @@ pub struct Scratch {
     len: usize,
 }
 
+/// The length that a buffer for `len` elements really has: a step of an eighth of a power of two, so that buffers of nearly
+/// the same length are shared and at most an eighth is wasted.
+fn class(len: usize) -> usize {
+    len.next_multiple_of((len.next_power_of_two() / 16).max(64))
+}
+
+fn pop(class: usize) -> Vec<f32> {
+    let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    let reused = pool
+        .as_mut()
+        .and_then(|p| p.get_mut(&class))
+        .and_then(Vec::pop);
+    drop(pool);
+    reused.unwrap_or_else(|| vec![0.0; class])
+}
+
+fn push(data: Vec<f32>) {
+    let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = pool
+        .get_or_insert_with(HashMap::new)
+        .entry(data.len())
+        .or_default();
+    if kept.len() < KEPT_PER_SIZE {
+        kept.push(data);
+    }
+}
+
+/// A vector of this length with unspecified (but initialised) contents; [`give_back`] returns it to the pool.
+pub(crate) fn take_vec(len: usize) -> Vec<f32> {
+    let mut data = pop(class(len));
+    data.truncate(len);
+    data
+}
+
+/// Returns a vector to the pool, if it came from there; others are freed.
+pub(crate) fn give_back(mut data: Vec<f32>) {
+    let class = class(data.len());
+    if !data.is_empty() && data.capacity() >= class {
+        data.resize(class, 0.0);
+        push(data);
+    }
+}
+
 impl Scratch {
     /// A buffer of this length with unspecified (but initialised) contents.
     pub fn take(len: usize) -> Self {
-        let class = len.next_power_of_two().max(64);
-        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-        let reused = pool
-            .as_mut()
-            .and_then(|p| p.get_mut(&class))
-            .and_then(Vec::pop);
-        drop(pool);
         Self {
-            data: reused.unwrap_or_else(|| vec![0.0; class]),
+            data: pop(class(len)),
             len,
         }
     }
@@ -65,15 +101,7 @@ impl DerefMut for Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let data = std::mem::take(&mut self.data);
-        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = pool
-            .get_or_insert_with(HashMap::new)
-            .entry(data.len())
-            .or_default();
-        if kept.len() < KEPT_PER_SIZE {
-            kept.push(data);
-        }
+        push(std::mem::take(&mut self.data));
     }
 }
 
@@ -94,5 +122,19 @@ mod tests {
         }
         let src = [1.0, 2.0, 3.0];
         assert_eq!(&*Scratch::copy_of(&src), &src);
+    }
+
+    #[test]
+    fn a_vector_comes_back_whole() {
+        for len in [1, 63, 64, 65, 1000, 100_001] {
+            assert!(class(len) >= len && class(len) <= len + len / 8 + 64);
+            assert_eq!(class(class(len)), class(len));
+            let taken = take_vec(len);
+            assert_eq!(taken.len(), len);
+            give_back(taken);
+            assert_eq!(Scratch::take(len).data.len(), class(len));
+        }
+        give_back(Vec::new());
+        give_back(vec![1.0; 5]);
     }
 }

@@ -3,23 +3,27 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Linear;
 use crate::error::ModelError;
-use crate::kernels::attention::AttentionShape;
-use crate::ops::{self, Rows};
+use crate::kernels::dropout::DropoutKeys;
+use crate::ops::{self, Attention, Rows, Sequences};
 use crate::param::{Param, Parameters, join};
 
-/// Multi-head causal self-attention with an output projection.
+/// Multi-head self-attention with an output projection.
 #[derive(Clone, Debug)]
 pub struct SelfAttention {
     /// Queries, keys and values side by side, `[3 d, d]`.
     pub qkv: Linear,
     /// Output projection, `[d, d]`.
     pub out: Linear,
-    heads: usize,
-    dim: usize,
+    /// Heads; divides the width.
+    pub heads: usize,
+    /// Whether a token sees only itself and earlier tokens.
+    pub causal: bool,
+    /// Rate of dropout on the attention probabilities, while training.
+    pub dropout: f32,
 }
 
 impl SelfAttention {
-    /// Over width `dim` with `heads` heads.
+    /// Over width `dim` with `heads` heads, causal and without dropout.
     ///
     /// # Errors
     /// [`ModelError::Config`] if `heads` does not divide `dim`.
@@ -33,29 +37,29 @@ impl SelfAttention {
             qkv: Linear::new(dim, 3 * dim, true, rng)?,
             out: Linear::new(dim, dim, true, rng)?,
             heads,
-            dim,
+            causal: true,
+            dropout: 0.0,
         })
     }
 
-    /// Attends within each of the sequences of `seq` rows that `x: [batch * seq, d]` is made of.
+    /// Attends within each sequence of `x: [rows, d]`; `keys` give the dropout mask, none without.
     ///
     /// # Errors
     /// [`ModelError::Shape`] if `x` does not have that shape.
     pub fn forward<T: Tape<f32, Cpu>>(
         &self,
         x: Rows<T>,
-        batch: usize,
-        seq: usize,
+        sequences: &Sequences,
+        keys: Option<&mut DropoutKeys>,
     ) -> Result<Rows<T>, ModelError> {
         let qkv = self.qkv.try_forward(x)?;
-        let shape = AttentionShape {
-            batch,
-            seq,
+        let how = Attention {
             heads: self.heads,
-            dim: self.dim,
-            causal: true,
+            causal: self.causal,
+            dropout: keys.and_then(|k| k.next(self.dropout)),
         };
-        self.out.try_forward(ops::self_attention(qkv, shape)?)
+        self.out
+            .try_forward(ops::self_attention(qkv, sequences, how)?)
     }
 }
 

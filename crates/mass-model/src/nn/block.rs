@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{LayerNorm, MoeConfig, MoeLayer, Routed, SelfAttention};
 use crate::error::ModelError;
-use crate::ops::{self, Rows};
+use crate::ops::{self, Rows, Sequences};
 use crate::param::{Param, Parameters, join};
 
 /// Sizes of a transformer block.
@@ -46,20 +46,19 @@ impl Block {
         })
     }
 
-    /// The forward pass over `batch` sequences of `seq` rows; also returns the input of the gate.
+    /// The forward pass over sequences; also returns the input of the gate.
     ///
     /// # Errors
     /// As its layers.
     pub fn forward<T: Tape<f32, Cpu>>(
         &self,
         x: Rows<T>,
-        batch: usize,
-        seq: usize,
+        sequences: &Sequences,
         mask: Option<&[bool]>,
     ) -> Result<(Routed<T>, Rows<dfdx::prelude::NoneTape>), ModelError> {
         let (residual, tape) = x.split_tape();
         let h = self.norm1.try_forward(residual.clone().put_tape(tape))?;
-        let h = ops::add(self.attention.forward(h, batch, seq)?, &residual)?;
+        let h = ops::add(self.attention.forward(h, sequences, None)?, &residual, None)?;
         let (residual, tape) = h.split_tape();
         let (gate_input, tape) = self
             .norm2
@@ -68,7 +67,7 @@ impl Block {
         let routed = self
             .moe
             .forward_routed(gate_input.clone().put_tape(tape), mask)?;
-        let output = ops::add(routed.output, &residual)?;
+        let output = ops::add(routed.output, &residual, None)?;
         Ok((
             Routed {
                 output,

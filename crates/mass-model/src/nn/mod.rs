@@ -2,12 +2,14 @@
 
 mod attention;
 mod block;
+mod feed_forward;
 mod layer_norm;
 mod linear;
 mod moe;
 
 pub use attention::SelfAttention;
 pub use block::{Block, BlockConfig};
+pub use feed_forward::FeedForward;
 pub use layer_norm::LayerNorm;
 pub use linear::Linear;
 pub use moe::{MoeConfig, MoeLayer, Routed};

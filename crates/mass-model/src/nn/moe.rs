@@ -1,12 +1,14 @@
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dfdx::prelude::{Cpu, Module, Tape};
+use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
 use mass_expand::ExpertId;
-use mass_routing::{AnyRouter, RouterConfig, RoutingPlan};
+use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::FeedForward;
+use super::feed_forward::{visit_network, visit_network_mut};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, MoeExpert, Rows};
@@ -25,6 +27,34 @@ pub struct MoeConfig {
     pub activation: Activation,
     /// How tokens choose experts.
     pub router: RouterConfig,
+    /// Whether experts have a factor on the activation (SwiGLU with SiLU).
+    #[serde(default)]
+    pub gated: bool,
+    /// Hidden width of an expert that every token uses beside those it is routed to (DeepSeekMoE, arXiv 2401.06066); none
+    /// without.
+    #[serde(default)]
+    pub shared_hidden: Option<usize>,
+}
+
+impl MoeConfig {
+    /// Plain experts, and none that is shared.
+    pub fn new(
+        dim: usize,
+        hidden: usize,
+        experts: usize,
+        activation: Activation,
+        router: RouterConfig,
+    ) -> Self {
+        Self {
+            dim,
+            hidden,
+            experts,
+            activation,
+            router,
+            gated: false,
+            shared_hidden: None,
+        }
+    }
 }
 
 /// The output of a mixture layer with the plan that made it.
@@ -50,19 +80,34 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// use mass_routing::{Combine, RouterConfig};
 ///
 /// let router = RouterConfig::TopP { p: 0.5, combine: Combine::Renormalised };
-/// let config = MoeConfig { dim: 8, hidden: 16, experts: 4, activation: Activation::GeluErf, router };
+/// let config = MoeConfig::new(8, 16, 4, Activation::GeluErf, router);
 /// let layer = MoeLayer::new(&config, &mut seeded_rng(0))?;
 /// let x = Cpu::default().ones_like(&(2, 8));
 /// assert_eq!(*layer.try_forward(x)?.shape(), (2, 8));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct MoeLayer {
     experts: Vec<MoeExpert>,
+    shared: Option<FeedForward>,
     ids: Vec<ExpertId>,
     next_id: u32,
-    router: AnyRouter,
+    // Behind a lock because a forward pass, which borrows the layer, moves the state of some routers (their noise).
+    router: Mutex<AnyRouter>,
     config: MoeConfig,
+}
+
+impl Clone for MoeLayer {
+    fn clone(&self) -> Self {
+        Self {
+            experts: self.experts.clone(),
+            shared: self.shared.clone(),
+            ids: self.ids.clone(),
+            next_id: self.next_id,
+            router: Mutex::new(self.router().clone()),
+            config: self.config.clone(),
+        }
+    }
 }
 
 impl MoeLayer {
@@ -82,30 +127,66 @@ impl MoeLayer {
                 format!("a mixture layer of {experts} experts, width {dim}, hidden width {hidden}");
             return Err(ModelError::Config(sizes));
         }
-        let (outer, inner) = (1.0 / (dim as f32).sqrt(), 1.0 / (hidden as f32).sqrt());
         let experts = (0..experts)
             .map(|_| {
+                let bound = 1.0 / (dim as f32).sqrt();
+                let gate = Param::uniform(&[dim], bound, true, rng)?;
+                let mut network = FeedForward::new(dim, hidden, config.activation, false, rng)?;
+                network.0.gate = gate;
+                if config.gated {
+                    network.add_factor(rng)?;
+                }
+                Ok(network.0)
+            })
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        let mut layer = Self::from_experts(config, experts)?;
+        if let Some(width) = config.shared_hidden {
+            let shared = FeedForward::new(dim, width, config.activation, config.gated, rng)?;
+            layer.shared = Some(shared);
+        }
+        Ok(layer)
+    }
+
+    /// A layer whose experts are copies of a dense feed-forward network, with gate rows drawn from U(-1/√d, 1/√d).
+    ///
+    /// With weights that sum to one the layer's output is at first that of the network. `config` says how many experts and
+    /// which router; its sizes must be the network's.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if the network has other sizes, another activation or another gating than the configuration.
+    pub fn from_dense(
+        network: &FeedForward,
+        config: &MoeConfig,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let (hidden, dim) = network.sizes()?;
+        let found = (dim, hidden, network.activation(), network.gated());
+        let wanted = (config.dim, config.hidden, config.activation, config.gated);
+        if found != wanted {
+            return Err(ModelError::Config(format!(
+                "a network of (width, hidden width, activation, gated) {found:?} cannot become experts of {wanted:?}"
+            )));
+        }
+        if config.shared_hidden.is_some() {
+            let what = "a dense network has no shared expert to convert";
+            return Err(ModelError::Config(what.into()));
+        }
+        let bound = 1.0 / (dim as f32).sqrt();
+        let experts = (0..config.experts)
+            .map(|_| {
                 Ok(MoeExpert {
-                    gate: Param::uniform(&[dim], outer, true, rng)?,
-                    logit_offset: 0.0,
-                    fc1: (
-                        Param::uniform(&[hidden, dim], outer, true, rng)?,
-                        Param::uniform(&[hidden], outer, false, rng)?,
-                    ),
-                    fc2: (
-                        Param::uniform(&[dim, hidden], inner, true, rng)?,
-                        Param::uniform(&[dim], inner, false, rng)?,
-                    ),
+                    gate: Param::uniform(&[dim], bound, true, rng)?,
+                    ..network.0.clone()
                 })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
         Self::from_experts(config, experts)
     }
 
-    /// A layer from experts made elsewhere (loaded, converted from a dense network).
+    /// A layer from experts made elsewhere.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if their number is not the configuration's; shapes are checked in the first forward pass.
+    /// [`ModelError::Config`] if their number is not the configuration's, [`ModelError::Shape`] if one has other sizes.
     pub fn from_experts(config: &MoeConfig, experts: Vec<MoeExpert>) -> Result<Self, ModelError> {
         if experts.is_empty() || experts.len() != config.experts {
             return Err(ModelError::Config(format!(
@@ -114,12 +195,16 @@ impl MoeLayer {
                 config.experts
             )));
         }
+        for (e, expert) in experts.iter().enumerate() {
+            expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+        }
         let count = experts.len() as u32;
         Ok(Self {
             experts,
+            shared: None,
             ids: (0..count).map(ExpertId).collect(),
             next_id: count,
-            router: config.router.build()?,
+            router: Mutex::new(config.router.build()?),
             config: config.clone(),
         })
     }
@@ -139,14 +224,29 @@ impl MoeLayer {
         &self.config
     }
 
-    /// The router.
-    pub fn router(&self) -> &AnyRouter {
-        &self.router
+    /// The shared expert, if there is one.
+    pub fn shared(&self) -> Option<&FeedForward> {
+        self.shared.as_ref()
+    }
+
+    /// The router, locked while it is looked at.
+    pub fn router(&self) -> MutexGuard<'_, AnyRouter> {
+        self.router.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The router, to be changed.
     pub fn router_mut(&mut self) -> &mut AnyRouter {
-        &mut self.router
+        self.router
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a router that balances itself learn from a plan; call it after each training step.
+    ///
+    /// # Errors
+    /// [`ModelError::Routing`] if the plan is of another number of experts.
+    pub fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), ModelError> {
+        Ok(self.router_mut().adapt(plan)?)
     }
 
     /// The id that the next newcomer will get.
@@ -229,11 +329,13 @@ impl MoeLayer {
                 ..template.clone()
             })
             .collect();
-        (self.ids, self.next_id, self.router) = (ids, next_id, router);
+        (self.ids, self.next_id, self.router) = (ids, next_id, Mutex::new(router));
         Ok(())
     }
 
     /// The forward pass with the routing plan; experts whose `mask` is false take no part.
+    ///
+    /// With a tape the router is in training, and the state of one that has any moves on; without a tape it is in evaluation.
     ///
     /// # Errors
     /// As [`ops::moe_ffn`].
@@ -242,8 +344,23 @@ impl MoeLayer {
         x: Rows<T>,
         mask: Option<&[bool]>,
     ) -> Result<Routed<T>, ModelError> {
-        let (output, plan) =
-            ops::moe_ffn(x, &self.experts, mask, &self.router, self.config.activation)?;
+        let activation = self.config.activation;
+        let (x, tape) = x.split_tape();
+        let routed = x.clone().put_tape(tape);
+        let (output, plan) = if T::OWNS_TAPE {
+            let router = &mut *self.router();
+            ops::moe_ffn(routed, &self.experts, mask, router, activation)?
+        } else {
+            let mut router = self.router().clone();
+            router.set_training(false);
+            ops::moe_ffn(routed, &self.experts, mask, &mut router, activation)?
+        };
+        let Some(shared) = &self.shared else {
+            return Ok(Routed { output, plan });
+        };
+        let (output, tape) = output.split_tape();
+        let both = shared.try_forward(x.put_tape(tape))?;
+        let output = ops::add(both, &output, None)?;
         Ok(Routed { output, plan })
     }
 }
@@ -253,10 +370,10 @@ impl Parameters for MoeLayer {
         for (expert, id) in self.experts.iter().zip(&self.ids) {
             let prefix = join(prefix, &format!("experts.{}", id.0));
             f(join(&prefix, "gate"), &expert.gate);
-            f(join(&prefix, "fc1.weight"), &expert.fc1.0);
-            f(join(&prefix, "fc1.bias"), &expert.fc1.1);
-            f(join(&prefix, "fc2.weight"), &expert.fc2.0);
-            f(join(&prefix, "fc2.bias"), &expert.fc2.1);
+            visit_network(expert, &prefix, f);
+        }
+        if let Some(shared) = &self.shared {
+            shared.visit(&join(prefix, "shared"), f);
         }
     }
 
@@ -264,10 +381,10 @@ impl Parameters for MoeLayer {
         for (expert, id) in self.experts.iter_mut().zip(&self.ids) {
             let prefix = join(prefix, &format!("experts.{}", id.0));
             f(join(&prefix, "gate"), &mut expert.gate);
-            f(join(&prefix, "fc1.weight"), &mut expert.fc1.0);
-            f(join(&prefix, "fc1.bias"), &mut expert.fc1.1);
-            f(join(&prefix, "fc2.weight"), &mut expert.fc2.0);
-            f(join(&prefix, "fc2.bias"), &mut expert.fc2.1);
+            visit_network_mut(expert, &prefix, f);
+        }
+        if let Some(shared) = &mut self.shared {
+            shared.visit_mut(&join(prefix, "shared"), f);
         }
     }
 }

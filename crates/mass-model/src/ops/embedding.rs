@@ -5,64 +5,73 @@ use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::param::Param;
 
-/// `y[i] = table[ids[i]] + positions[i mod seq]`: token embeddings plus learned positions.
+/// `y[i] = Σ_t table_t[ids_t[i]]`: the sum of one row of each table, such as token, position and segment embeddings.
 ///
-/// `table: [vocab, d]`, `positions: [at least seq, d]`; the output is `[ids.len(), d]`. This is where a tape starts.
+/// Each table is `[entries, d]` and comes with one index a row; the output is `[rows, d]`. This is where a tape starts.
 ///
 /// # Errors
-/// [`ModelError::Index`] for a token past the end of the table, [`ModelError::Shape`] if `seq` does not divide the number
-/// of tokens or is longer than `positions`.
+/// [`ModelError::Config`] without a table, [`ModelError::Shape`] if widths or numbers of indices differ or there is no row,
+/// [`ModelError::Index`] for an index past the end of its table.
 pub fn embedding<T: Tape<f32, Cpu>>(
-    ids: &[u32],
-    seq: usize,
-    table: &Param,
-    positions: &Param,
+    tables: &[(&Param, &[u32])],
     mut tape: T,
 ) -> Result<Rows<T>, ModelError> {
-    let (&[vocab, d], &[longest, width]) = (table.shape(), positions.shape()) else {
-        return Err(ModelError::shape("embedding table", &[0, 0], table.shape()));
+    let Some(&(first, ids)) = tables.first() else {
+        return Err(ModelError::Config("an embedding needs a table".into()));
     };
-    if width != d {
-        return Err(ModelError::shape(
-            "position embeddings",
-            &[longest, d],
-            &[longest, width],
-        ));
+    let (n, &[_, d]) = (ids.len(), first.shape()) else {
+        return Err(ModelError::shape("embedding table", &[0, 0], first.shape()));
+    };
+    for &(table, ids) in tables {
+        let &[entries, width] = table.shape() else {
+            return Err(ModelError::shape("embedding table", &[0, d], table.shape()));
+        };
+        if width != d {
+            let what = "embedding table";
+            return Err(ModelError::shape(what, &[entries, d], &[entries, width]));
+        }
+        if ids.len() != n || n == 0 {
+            return Err(ModelError::shape("indices", &[n.max(1)], &[ids.len()]));
+        }
+        if let Some(position) = ids.iter().position(|&id| id as usize >= entries) {
+            return Err(ModelError::Index {
+                what: "token",
+                index: ids[position],
+                position,
+                len: entries,
+            });
+        }
     }
-    if ids.is_empty() || seq == 0 || seq > longest || !ids.len().is_multiple_of(seq) {
-        return Err(ModelError::shape(
-            "tokens (batch x sequence)",
-            &[1, longest],
-            &[ids.len(), seq],
-        ));
+    let mut y = vec![0.0; n * d];
+    for (i, row) in y.chunks_exact_mut(d).enumerate() {
+        let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));
+        row.copy_from_slice(parts.next().unwrap_or_default());
+        for part in parts {
+            vector::add_assign(row, part);
+        }
     }
-    if let Some(position) = ids.iter().position(|&id| id as usize >= vocab) {
-        return Err(ModelError::Index {
-            what: "token",
-            index: ids[position],
-            position,
-            len: vocab,
-        });
-    }
-    let mut y = vec![0.0; ids.len() * d];
-    for (i, (row, &id)) in y.chunks_exact_mut(d).zip(ids).enumerate() {
-        row.copy_from_slice(&table.values()[id as usize * d..][..d]);
-        vector::add_assign(row, &positions.values()[(i % seq) * d..][..d]);
-    }
-    let y = Cpu::default().try_tensor_from_vec(y, (ids.len(), d))?;
+    let y = Cpu::default().try_tensor_from_vec(y, (n, d))?;
     if T::OWNS_TAPE {
         let y_ghost = y.ghost();
-        let (ids, table, positions) = (ids.to_vec(), table.handle(), positions.handle());
+        let tables: Vec<_> = tables
+            .iter()
+            .map(|(t, ids)| (t.handle(), ids.to_vec()))
+            .collect();
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
-            let (mut dt, mut dp) = (table.take(g)?, positions.take(g)?);
-            for (i, (row, &id)) in dy.chunks_exact(d).zip(&ids).enumerate() {
-                vector::add_assign(&mut dt[id as usize * d..][..d], row);
-                vector::add_assign(&mut dp[(i % seq) * d..][..d], row);
+            for (handle, ids) in &tables {
+                let mut gradient = handle.take(g)?;
+                for (row, &id) in dy.chunks_exact(d).zip(ids) {
+                    vector::add_assign(&mut gradient[id as usize * d..][..d], row);
+                }
+                handle.put(g, gradient)?;
             }
-            table.put(g, dt)?;
-            positions.put(g, dp)
+            Ok(())
         });
     }
     Ok(y.put_tape(tape))
+}
+
+fn entry(table: &[f32], id: u32, d: usize) -> &[f32] {
+    &table[id as usize * d..][..d]
 }

@@ -42,10 +42,18 @@ pub fn linear<T: Tape<f32, Cpu>>(
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             linear::backward_input(&dy, &w, g.get_or_alloc_mut(&x_ghost)?, inp, out);
-            let mut dw = w_handle.take(g)?;
+            let mut dw = w_handle.take_stored(g)?;
             let mut db = b_handle.as_ref().map(|b| b.take(g)).transpose()?;
-            linear::backward_weight(&input, &dy, &mut dw, db.as_deref_mut(), inp, out);
-            w_handle.put(g, dw)?;
+            let sizes = (inp, out);
+            linear::backward_weight(
+                &input,
+                &dy,
+                &mut dw.values,
+                db.as_deref_mut(),
+                sizes,
+                dw.store,
+            );
+            w_handle.put(g, dw.values)?;
             if let (Some(handle), Some(db)) = (&b_handle, db) {
                 handle.put(g, db)?;
             }

@@ -8,17 +8,23 @@ mod add;
 mod attention;
 mod cross_entropy;
 mod embedding;
+mod feed_forward;
 mod layer_norm;
 mod linear;
 mod moe;
+mod rows;
+mod sequences;
 
-pub use add::add;
-pub use attention::self_attention;
+pub use add::{add, dropout};
+pub use attention::{Attention, self_attention};
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
 pub use embedding::embedding;
+pub use feed_forward::feed_forward;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use moe::{MoeExpert, moe_ffn};
+pub use rows::{pick_rows, scale_rows};
+pub use sequences::Sequences;
 
 use dfdx::prelude::{Cpu, HasShape, Tape, Tensor};
 
@@ -50,6 +56,11 @@ pub(crate) fn expect_width<T: Tape<f32, Cpu>>(
         ));
     }
     Ok(())
+}
+
+/// Adds to a gradient, in as many threads as there are.
+pub(crate) fn add_gradient(upstream: Vec<f32>, gradient: &mut [f32]) {
+    crate::kernels::dropout::add_masked(None, &upstream, gradient);
 }
 
 /// Takes a tensor's gradient out of the gradients, leaving an empty one behind.

@@ -8,10 +8,11 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use super::{Rows, expect_width, read, take_gradient};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
+use crate::kernels::gemm::Store;
 use crate::kernels::linear;
 use crate::kernels::moe_ffn::{self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped};
 use crate::kernels::scratch::Scratch;
-use crate::param::{Param, ParamHandle};
+use crate::param::{CpuGradients, Param, ParamHandle};
 
 /// The parameters of one expert: gate row `[d]`, `fc1: [h, d]`, `[h]`, `fc2: [d, h]`, `[d]`, and a fixed offset on its
 /// logit.
@@ -25,23 +26,143 @@ pub struct MoeExpert {
     pub fc1: (Param, Param),
     /// Second matrix and bias.
     pub fc2: (Param, Param),
-}
-
-/// What the backward pass keeps of an expert.
-struct Held {
-    weights: [Arc<Vec<f32>>; 4],
-    handles: [ParamHandle; 4],
-    gate: ParamHandle,
+    /// Matrix and bias of the factor on the activation (SwiGLU and its kin), shaped as `fc1`.
+    pub up: Option<(Param, Param)>,
 }
 
 impl MoeExpert {
-    fn params(&self) -> [&Param; 4] {
+    /// Matrices and biases, the factor's last.
+    fn params(&self) -> impl Iterator<Item = &Param> {
+        let up = self.up.iter().flat_map(|(w, b)| [w, b]);
         [&self.fc1.0, &self.fc1.1, &self.fc2.0, &self.fc2.1]
+            .into_iter()
+            .chain(up)
     }
 
-    fn weights(&self) -> ExpertWeights<'_> {
-        let [w1, b1, w2, b2] = self.params().map(Param::values);
-        ExpertWeights { w1, b1, w2, b2 }
+    pub(crate) fn weights(&self) -> ExpertWeights<'_> {
+        ExpertWeights {
+            w1: self.fc1.0.values(),
+            b1: self.fc1.1.values(),
+            w2: self.fc2.0.values(),
+            b2: self.fc2.1.values(),
+            up: self.up.as_ref().map(|(w, b)| (w.values(), b.values())),
+        }
+    }
+
+    /// Hidden and outer width; an error if the shapes do not fit each other, or are not those `wanted`.
+    pub(crate) fn check(
+        &self,
+        what: &str,
+        wanted: Option<(usize, usize)>,
+    ) -> Result<(usize, usize), ModelError> {
+        let (hidden, dim) = match (wanted, self.fc1.0.shape()) {
+            (Some(wanted), _) => wanted,
+            (None, &[hidden, dim]) => (hidden, dim),
+            (None, other) => return Err(ModelError::shape(what, &[0, 0], other)),
+        };
+        let shapes: [&[usize]; 6] = [
+            &[hidden, dim],
+            &[hidden],
+            &[dim, hidden],
+            &[dim],
+            &[hidden, dim],
+            &[hidden],
+        ];
+        for (param, wanted) in self.params().zip(shapes) {
+            if param.shape() != wanted {
+                return Err(ModelError::shape(what, wanted, param.shape()));
+            }
+        }
+        Ok((hidden, dim))
+    }
+}
+
+/// What the backward pass keeps of an expert.
+pub(crate) struct Held {
+    values: Vec<Arc<Vec<f32>>>,
+    handles: Vec<ParamHandle>,
+    gate: ParamHandle,
+}
+
+/// Gradients of an expert's matrices and biases, taken out to be added to.
+pub(crate) struct TakenExpert {
+    values: Vec<Vec<f32>>,
+    store: Store,
+}
+
+impl Held {
+    pub(crate) fn of(expert: &MoeExpert) -> Self {
+        Self {
+            values: expert.params().map(Param::shared).collect(),
+            handles: expert.params().map(Param::handle).collect(),
+            gate: expert.gate.handle(),
+        }
+    }
+
+    pub(crate) fn weights(&self) -> ExpertWeights<'_> {
+        let [w1, b1, w2, b2, up @ ..] = &self.values[..] else {
+            unreachable!("an expert has two matrices and two biases");
+        };
+        ExpertWeights {
+            w1,
+            b1,
+            w2,
+            b2,
+            up: match up {
+                [w, b] => Some((w, b)),
+                _ => None,
+            },
+        }
+    }
+
+    pub(crate) fn take(&self, g: &mut CpuGradients) -> Result<TakenExpert, CpuError> {
+        let taken = self
+            .handles
+            .iter()
+            .map(|handle| handle.take_stored(g))
+            .collect::<Result<Vec<_>, _>>()?;
+        // One rule for all of them: if any holds a gradient already, the others begin at zero.
+        let store = if taken.iter().all(|t| t.store == Store::Replace) {
+            Store::Replace
+        } else {
+            Store::Add
+        };
+        let values = taken.into_iter().map(|mut t| {
+            if t.store != store {
+                t.values.fill(0.0);
+            }
+            t.values
+        });
+        Ok(TakenExpert {
+            values: values.collect(),
+            store,
+        })
+    }
+
+    pub(crate) fn put(&self, g: &mut CpuGradients, taken: TakenExpert) -> Result<(), CpuError> {
+        for (handle, gradient) in self.handles.iter().zip(taken.values) {
+            handle.put(g, gradient)?;
+        }
+        Ok(())
+    }
+}
+
+impl TakenExpert {
+    pub(crate) fn gradients(&mut self) -> ExpertGradients<'_> {
+        let [w1, b1, w2, b2, up @ ..] = &mut self.values[..] else {
+            unreachable!("an expert has two matrices and two biases");
+        };
+        ExpertGradients {
+            w1,
+            b1,
+            w2,
+            b2,
+            up: match up {
+                [w, b] => Some((w, b)),
+                _ => None,
+            },
+            store: self.store,
+        }
     }
 }
 
@@ -70,7 +191,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     experts: &[MoeExpert],
     mask: Option<&[bool]>,
-    router: &AnyRouter,
+    router: &mut AnyRouter,
     activation: Activation,
 ) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
     let Some(first) = experts.first() else {
@@ -78,23 +199,13 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
             "a mixture layer needs at least one expert".into(),
         ));
     };
-    let &[hidden, dim] = first.fc1.0.shape() else {
-        return Err(ModelError::shape(
-            "expert fc1",
-            &[0, 0],
-            first.fc1.0.shape(),
-        ));
-    };
-    let wanted: [&[usize]; 4] = [&[hidden, dim], &[hidden], &[dim, hidden], &[dim]];
+    let (hidden, dim) = first.check("expert 0", None)?;
+    let gated = first.up.is_some();
     for (e, expert) in experts.iter().enumerate() {
-        for (param, wanted) in expert.params().into_iter().zip(wanted) {
-            if param.shape() != wanted {
-                return Err(ModelError::shape(
-                    format!("expert {e}"),
-                    wanted,
-                    param.shape(),
-                ));
-            }
+        expert.check(&format!("expert {e}"), Some((hidden, dim)))?;
+        if expert.up.is_some() != gated {
+            let what = format!("expert {e} is gated or not, unlike expert 0");
+            return Err(ModelError::Config(what));
         }
         if expert.gate.shape() != [dim] {
             return Err(ModelError::shape(
@@ -125,7 +236,6 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         experts.len(),
     );
     let mut plan = RoutingPlan::default();
-    let mut router = router.clone();
     let view =
         ArrayView2::from_shape((n, experts.len()), &logits).expect("the buffer has this size");
     router.route(view, mask, &mut plan)?;
@@ -135,10 +245,11 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         dim,
         hidden,
         activation,
+        gated,
     };
     let weights: Vec<ExpertWeights<'_>> = experts.iter().map(MoeExpert::weights).collect();
     let mut h = Scratch::take(plan.num_assignments() * hidden);
-    let mut slope = T::OWNS_TAPE.then(|| Scratch::take(plan.num_assignments() * hidden));
+    let mut slope = T::OWNS_TAPE.then(|| Scratch::take(plan.num_assignments() * shape.slopes()));
     let mut y = vec![0.0; n * dim];
     kernel::forward(
         &input,
@@ -151,38 +262,22 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     );
     let y = x.device().try_tensor_from_vec(y, (n, dim))?;
 
-    if let Some(slope) = slope {
+    if let Some(mut slope) = slope {
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
-        let held: Vec<Held> = experts
-            .iter()
-            .map(|e| Held {
-                weights: e.params().map(Param::shared),
-                handles: e.params().map(Param::handle),
-                gate: e.gate.handle(),
-            })
-            .collect();
+        let held: Vec<Held> = experts.iter().map(Held::of).collect();
         let plan = Arc::clone(&plan);
+        let router = router.clone();
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             let mut dx = take_gradient!(g, x_ghost);
-            let mut taken = Vec::with_capacity(held.len());
-            for expert in &held {
-                let [a, b, c, d] = &expert.handles;
-                taken.push([a.take(g)?, b.take(g)?, c.take(g)?, d.take(g)?]);
-            }
-            let weights: Vec<ExpertWeights<'_>> = held
+            let mut taken = held
                 .iter()
-                .map(|e| {
-                    let [w1, b1, w2, b2] = &e.weights;
-                    ExpertWeights { w1, b1, w2, b2 }
-                })
-                .collect();
-            let mut gradients: Vec<ExpertGradients<'_>> = taken
-                .iter_mut()
-                .map(|[w1, b1, w2, b2]| ExpertGradients { w1, b1, w2, b2 })
-                .collect();
+                .map(|expert| expert.take(g))
+                .collect::<Result<Vec<_>, _>>()?;
+            let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
+            let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
             let mut d_weights = Scratch::take(plan.num_assignments());
-            let saved = (&*h, &*slope);
+            let saved = (&*h, &mut *slope);
             let groups = grouped(&plan);
             kernel::backward(
                 &input,
@@ -206,12 +301,11 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
                 .map_err(|_| CpuError::WrongNumElements)?;
             linear::backward_input(&d_logits, &gate, &mut dx, dim, experts);
             let mut d_gate = Scratch::zeros(experts * dim);
-            linear::backward_weight(&input, &d_logits, &mut d_gate, None, dim, experts);
+            let sizes = (dim, experts);
+            linear::backward_weight(&input, &d_logits, &mut d_gate, None, sizes, Store::Add);
 
             for ((expert, taken), d_row) in held.iter().zip(taken).zip(d_gate.chunks_exact(dim)) {
-                for (handle, gradient) in expert.handles.iter().zip(taken) {
-                    handle.put(g, gradient)?;
-                }
+                expert.put(g, taken)?;
                 let mut row = expert.gate.take(g)?;
                 crate::kernels::vector::add_assign(&mut row, d_row);
                 expert.gate.put(g, row)?;

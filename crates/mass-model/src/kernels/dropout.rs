@@ -1,0 +1,137 @@
+//! Dropout whose mask is a function of a key and the element's position.
+//!
+//! Nothing is stored between the forward and the backward pass, and the mask does not depend on the number of threads.
+
+use rayon::prelude::*;
+
+use super::vectorised;
+
+/// Elements handled by one task.
+const BLOCK: usize = 1 << 14;
+
+/// The mask of one dropout operation: each element is dropped with probability `rate`, the others are divided by `1 - rate`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    rate: f32,
+    key: u64,
+}
+
+/// Hands out the keys of one forward pass: the same for the same seed and step, another for every operation.
+///
+/// Random state is no more than these two numbers, so a resumed run drops what an uninterrupted one would have dropped.
+///
+/// ```
+/// use mass_model::DropoutKeys;
+/// let masks = |step| {
+///     let mut keys = DropoutKeys::new(7, step);
+///     [keys.next(0.1), keys.next(0.1)]
+/// };
+/// assert_eq!(masks(0), masks(0));
+/// assert_ne!(masks(0)[0], masks(0)[1]);
+/// assert_ne!(masks(0), masks(1));
+/// ```
+#[derive(Clone, Debug)]
+pub struct DropoutKeys {
+    seed: u64,
+    site: u64,
+}
+
+impl DropoutKeys {
+    /// The keys of a step of a run.
+    pub fn new(seed: u64, step: u64) -> Self {
+        Self {
+            seed: mix(mix(seed) ^ step),
+            site: 0,
+        }
+    }
+
+    /// The mask of the next dropout operation; `None` at rate zero. Rates are held to [0, 0.99]; NaN counts as zero.
+    pub fn next(&mut self, rate: f32) -> Option<Dropout> {
+        self.site += 1;
+        (rate > 0.0).then(|| Dropout {
+            rate: rate.min(0.99),
+            key: mix(self.seed ^ self.site.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+        })
+    }
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+fn mix(z: u64) -> u64 {
+    let z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+impl Dropout {
+    /// Factor of element `i`, counted modulo 2³²: zero or `1 / (1 - rate)`.
+    #[inline(always)]
+    pub(crate) fn factor(&self, i: u32) -> f32 {
+        // Wellons' lowbias32 around the two halves of the key: 32-bit operations only, so that it vectorises.
+        let mut h = i ^ self.key as u32;
+        h = (h ^ (h >> 16)).wrapping_mul(0x7feb_352d) ^ (self.key >> 32) as u32;
+        h = (h ^ (h >> 15)).wrapping_mul(0x846c_a68b);
+        h ^= h >> 16;
+        // 24 bits are exact in f32.
+        let uniform = (h >> 8) as f32 * (1.0 / 16_777_216.0);
+        if uniform < self.rate {
+            0.0
+        } else {
+            1.0 / (1.0 - self.rate)
+        }
+    }
+
+    /// `row[i] *= factor(first + i)`.
+    #[inline(always)]
+    pub(crate) fn scale(&self, row: &mut [f32], first: usize) {
+        for (i, x) in row.iter_mut().enumerate() {
+            *x *= self.factor((first + i) as u32);
+        }
+    }
+}
+
+/// `y += x ⊙ mask`, with all of `x` without a mask.
+pub fn add_masked(dropout: Option<Dropout>, x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(BLOCK)
+        .zip(x.par_chunks(BLOCK))
+        .enumerate()
+        .for_each(|(block, (y, x))| {
+            vectorised(
+                #[inline(always)]
+                || match dropout {
+                    None => super::vector::add_assign(y, x),
+                    Some(dropout) => {
+                        for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                            *y += x * dropout.factor((block * BLOCK + i) as u32);
+                        }
+                    }
+                },
+            );
+        });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_are_dropped_as_asked_for_and_neighbours_are_independent() {
+        for rate in [0.1f32, 0.5] {
+            let mut keys = DropoutKeys::new(3, 5);
+            let mask = keys.next(rate).unwrap();
+            let n = 1 << 20;
+            let kept: Vec<bool> = (0..n).map(|i| mask.factor(i) > 0.0).collect();
+            let share = kept.iter().filter(|k| !**k).count() as f64 / f64::from(n);
+            assert!((share - f64::from(rate)).abs() < 2e-3, "{share}");
+            for lag in [1, 2, 64, 384] {
+                let both = kept.windows(lag + 1).filter(|w| !w[0] && !w[lag]).count();
+                let share = both as f64 / f64::from(n);
+                assert!(
+                    (share - f64::from(rate * rate)).abs() < 2e-3,
+                    "lag {lag}: {share}"
+                );
+            }
+        }
+        assert_eq!(DropoutKeys::new(0, 0).next(0.0), None);
+    }
+}

@@ -1,0 +1,151 @@
+use dfdx::prelude::{Cpu, Module, Tape};
+use rand_chacha::ChaCha8Rng;
+
+use super::Linear;
+use crate::error::ModelError;
+use crate::kernels::activation::Activation;
+use crate::ops::{self, MoeExpert, Rows};
+use crate::param::{Param, Parameters, join};
+
+pub(super) fn visit_network<'a>(
+    e: &'a MoeExpert,
+    prefix: &str,
+    f: &mut dyn FnMut(String, &'a Param),
+) {
+    f(join(prefix, "fc1.weight"), &e.fc1.0);
+    f(join(prefix, "fc1.bias"), &e.fc1.1);
+    f(join(prefix, "fc2.weight"), &e.fc2.0);
+    f(join(prefix, "fc2.bias"), &e.fc2.1);
+    if let Some((weight, bias)) = &e.up {
+        f(join(prefix, "up.weight"), weight);
+        f(join(prefix, "up.bias"), bias);
+    }
+}
+
+pub(super) fn visit_network_mut(
+    e: &mut MoeExpert,
+    prefix: &str,
+    f: &mut dyn FnMut(String, &mut Param),
+) {
+    f(join(prefix, "fc1.weight"), &mut e.fc1.0);
+    f(join(prefix, "fc1.bias"), &mut e.fc1.1);
+    f(join(prefix, "fc2.weight"), &mut e.fc2.0);
+    f(join(prefix, "fc2.bias"), &mut e.fc2.1);
+    if let Some((weight, bias)) = &mut e.up {
+        f(join(prefix, "up.weight"), weight);
+        f(join(prefix, "up.bias"), bias);
+    }
+}
+
+/// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or gated, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
+///
+/// ```
+/// use dfdx::prelude::*;
+/// use mass_model::{Activation, nn::FeedForward, seeded_rng};
+///
+/// let swiglu = FeedForward::new(8, 16, Activation::Silu, true, &mut seeded_rng(0))?;
+/// let y = swiglu.try_forward(Cpu::default().ones_like(&(3, 8)))?;
+/// assert_eq!(*y.shape(), (3, 8));
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct FeedForward(pub(super) MoeExpert, Activation);
+
+impl FeedForward {
+    /// A network with weights drawn as PyTorch's `Linear` draws them: U(-1/√in, 1/√in).
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if a size is zero.
+    pub fn new(
+        dim: usize,
+        hidden: usize,
+        activation: Activation,
+        gated: bool,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let fc1 = Linear::new(dim, hidden, true, rng)?;
+        let fc2 = Linear::new(hidden, dim, true, rng)?;
+        let mut network = Self::from_linear(fc1, fc2, activation)?;
+        if gated {
+            network.add_factor(rng)?;
+        }
+        Ok(network)
+    }
+
+    /// A network from its two layers, missing biases being zero.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if they do not fit each other.
+    pub fn from_linear(
+        fc1: Linear,
+        fc2: Linear,
+        activation: Activation,
+    ) -> Result<Self, ModelError> {
+        let with_bias = |layer: Linear| -> Result<(Param, Param), ModelError> {
+            let out = layer.weight.shape()[0];
+            let bias = layer.bias.map_or_else(|| Param::zeros(&[out], false), Ok)?;
+            Ok((layer.weight, bias))
+        };
+        let expert = MoeExpert {
+            // A dense network has no gate; the field is not visited.
+            gate: Param::zeros(&[1], false)?,
+            logit_offset: 0.0,
+            fc1: with_bias(fc1)?,
+            fc2: with_bias(fc2)?,
+            up: None,
+        };
+        expert.check("feed-forward network", None)?;
+        Ok(Self(expert, activation))
+    }
+
+    pub(super) fn add_factor(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
+        let (hidden, dim) = self.sizes()?;
+        let bound = 1.0 / (dim as f32).sqrt();
+        let weight = Param::uniform(&[hidden, dim], bound, true, rng)?;
+        self.0.up = Some((weight, Param::uniform(&[hidden], bound, false, rng)?));
+        Ok(())
+    }
+
+    pub(super) fn sizes(&self) -> Result<(usize, usize), ModelError> {
+        self.0.check("feed-forward network", None)
+    }
+
+    /// The nonlinearity.
+    pub fn activation(&self) -> Activation {
+        self.1
+    }
+
+    /// Whether it has a factor on the activation.
+    pub fn gated(&self) -> bool {
+        self.0.up.is_some()
+    }
+
+    /// First matrix and bias, `[hidden, d]` and `[hidden]`.
+    pub fn fc1(&self) -> (&Param, &Param) {
+        (&self.0.fc1.0, &self.0.fc1.1)
+    }
+
+    /// Second matrix and bias, `[d, hidden]` and `[d]`.
+    pub fn fc2(&self) -> (&Param, &Param) {
+        (&self.0.fc2.0, &self.0.fc2.1)
+    }
+}
+
+impl Parameters for FeedForward {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        visit_network(&self.0, prefix, f);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        visit_network_mut(&mut self.0, prefix, f);
+    }
+}
+
+impl<T: Tape<f32, Cpu>> Module<Rows<T>> for FeedForward {
+    type Output = Rows<T>;
+    type Error = ModelError;
+
+    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
+        ops::feed_forward(x, &self.0, self.1)
+    }
+}
