@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use crate::{ginc::GincError, report::ReportError, text::TextError};
+use crate::{ginc::GincError, glue::GlueError, report::ReportError, text::TextError};
 
 /// Everything that ends a command, and the exit code it ends with.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,9 @@ pub enum BenchError {
     /// GINC parameters or tokens that make no sense.
     #[error(transparent)]
     Ginc(#[from] GincError),
+    /// A GLUE task, tokenizer or prediction that cannot be used.
+    #[error(transparent)]
+    Glue(#[from] GlueError),
     /// A text that cannot be trained on.
     #[error(transparent)]
     Text(#[from] TextError),
@@ -64,7 +67,9 @@ impl BenchError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) | Self::Input { .. } | Self::Ginc(_) | Self::Text(_) => 2,
+            Self::Usage(_) | Self::Input { .. } | Self::Ginc(_) | Self::Glue(_) | Self::Text(_) => {
+                2
+            }
             Self::Report(error) => error.exit_code(),
             Self::Interrupted { .. } | Self::Failed { .. } => 1,
         }

@@ -2,6 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`glue`] | the nine GLUE tasks: files, metrics, tokenisation, batches |
 //! | [`ginc`] | the GINC generator (a mixture of hidden Markov models), its Bayes filter and its loss floors |
 //! | [`text`] | any text file as a byte-level data set |
 //! | [`batch`] | token batches that are a pure function of a seed and a step |
@@ -24,6 +25,7 @@ pub mod cli;
 pub mod data_check;
 mod error;
 pub mod ginc;
+pub mod glue;
 pub mod report;
 pub mod rng;
 pub mod study;

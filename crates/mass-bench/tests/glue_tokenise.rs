@@ -1,0 +1,214 @@
+//! WordPiece tokenisation: against values computed elsewhere, and what is refused.
+
+use std::path::Path;
+
+use mass_bench::glue::{GlueError, sample, tokenize::TextTokenizer};
+
+fn words(more: &[&str]) -> Vec<String> {
+    let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+    special
+        .iter()
+        .chain(more)
+        .map(|w| (*w).to_owned())
+        .collect()
+}
+
+#[test]
+fn words_are_split_into_the_longest_pieces() {
+    let vocabulary = words(&["un", "##aff", "##able", "the", "!", "naive"]);
+    let tokenizer = TextTokenizer::from_vocabulary(&vocabulary, true, 32).unwrap();
+    let encoded = tokenizer.encode("The UNaffable naïve!", None).unwrap();
+    assert_eq!(encoded.ids, [2, 8, 5, 6, 7, 10, 9, 3]);
+    assert_eq!(encoded.types, [0; 8]);
+    // A word without pieces is unknown as a whole, and special tokens in the text are themselves.
+    let encoded = tokenizer.encode("unx [SEP]", Some("the")).unwrap();
+    assert_eq!(encoded.ids, [2, 1, 3, 3, 8, 3]);
+    assert_eq!(encoded.types, [0, 0, 0, 0, 1, 1]);
+    assert_eq!(tokenizer.encode("", None).unwrap().ids, [2, 3]);
+    assert_eq!(tokenizer.vocabulary_size(), vocabulary.len());
+    let cased = TextTokenizer::from_vocabulary(&vocabulary, false, 32).unwrap();
+    assert_eq!(cased.encode("The the", None).unwrap().ids, [2, 1, 8, 3]);
+}
+
+#[test]
+fn of_a_pair_the_longer_text_is_cut_first() {
+    let vocabulary = words(&["a", "b"]);
+    let tokenizer = TextTokenizer::from_vocabulary(&vocabulary, true, 9).unwrap();
+    let pair = |a: usize, b: usize| {
+        let text = |word: &str, n| vec![word; n].join(" ");
+        let encoded = tokenizer
+            .encode(&text("a", a), Some(&text("b", b)))
+            .unwrap();
+        assert_eq!(encoded.ids.len(), encoded.types.len());
+        let count = |id| encoded.ids.iter().filter(|&&i| i == id).count();
+        (count(5), count(6))
+    };
+    // Six places beside [CLS] and two [SEP].
+    assert_eq!(pair(2, 3), (2, 3));
+    assert_eq!(pair(2, 9), (2, 4));
+    assert_eq!(pair(9, 1), (5, 1));
+    assert_eq!(pair(9, 9), (3, 3));
+    let single = tokenizer.encode(&["a"; 20].join(" "), None).unwrap();
+    assert_eq!(single.ids.len(), 9);
+    assert_eq!((single.ids[0], single.ids[8]), (2, 3));
+}
+
+#[test]
+fn a_vocabulary_file_with_and_without_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    let encode = |text: &str| {
+        let tokenizer = TextTokenizer::open(dir.path(), 16).unwrap();
+        tokenizer.encode(text, None).unwrap().ids
+    };
+    write("vocab.txt", &words(&["the", "rain"]).join("\n"));
+    assert_eq!(encode("The rain"), [2, 5, 6, 3]);
+    write("tokenizer_config.json", r#"{"do_lower_case": false}"#);
+    assert_eq!(encode("The rain"), [2, 1, 6, 3]);
+    write("tokenizer_config.json", r#"{"model_max_length": 512}"#);
+    assert_eq!(encode("The rain"), [2, 5, 6, 3]);
+    // A capital letter in the vocabulary: it is cased.
+    write("vocab.txt", &words(&["the", "rain", "The"]).join("\n"));
+    assert_eq!(encode("The rain"), [2, 7, 6, 3]);
+}
+
+#[test]
+fn what_is_no_bert_tokenizer_is_refused() {
+    let refused = |result: Result<TextTokenizer, GlueError>, part: &str| {
+        let message = result.expect_err("an error").to_string();
+        assert!(message.contains(part), "no `{part}` in: {message}");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let write = |name: &str, text: &[u8]| std::fs::write(at.join(name), text).unwrap();
+    refused(
+        TextTokenizer::open(at, 16),
+        "neither tokenizer.json nor vocab.txt",
+    );
+    refused(TextTokenizer::open(Path::new("/nowhere"), 16), "/nowhere");
+    write("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\nthe\n");
+    refused(TextTokenizer::open(at, 16), "`[UNK]` is missing");
+    write("vocab.txt", b"[UNK]\n[SEP]\nthe\n");
+    refused(TextTokenizer::open(at, 16), "`[CLS]` is missing");
+    write("vocab.txt", b"[UNK]\n[CLS]\n[SEP]\nthe\nthe\n");
+    refused(TextTokenizer::open(at, 16), "line 5");
+    write("vocab.txt", b"[UNK]\n[CLS]\n\n[SEP]\nthe\n");
+    refused(TextTokenizer::open(at, 16), "line 3");
+    write("vocab.txt", b"[UNK]\n[CLS]\n[SEP]\n\xff\n");
+    refused(TextTokenizer::open(at, 16), "vocab.txt");
+    write("vocab.txt", b"[UNK]\n[CLS]\n[SEP]\nthe\n");
+    refused(TextTokenizer::open(at, 4), "too short");
+    for config in ["{", r#"{"do_lower_case": "yes"}"#] {
+        write("tokenizer_config.json", config.as_bytes());
+        refused(TextTokenizer::open(at, 16), "tokenizer_config.json");
+    }
+    for json in ["", "{", "[]", r#"{"version": "1.0"}"#] {
+        write("tokenizer.json", json.as_bytes());
+        refused(TextTokenizer::open(at, 16), "tokenizer.json");
+    }
+    // A tokenizer, but not one that puts [CLS] and [SEP] around the text.
+    let bare = r###"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null, "model": {"type": "WordPiece",
+        "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+        "vocab": {"[UNK]": 0, "a": 1, "b": 2}}}"###;
+    write("tokenizer.json", bare.as_bytes());
+    refused(TextTokenizer::open(at, 16), "no BERT tokenizer");
+}
+
+#[test]
+fn the_built_in_vocabulary_knows_every_letter_of_the_sample() {
+    let vocabulary = sample::vocabulary();
+    let tokenizer = TextTokenizer::from_vocabulary(&vocabulary, true, 32).unwrap();
+    let mut pieces = 0;
+    for task in mass_bench::glue::task::Task::ALL {
+        let data = sample::dataset(task);
+        for encoded in tokenizer.encode_all(&data.train).unwrap() {
+            assert!(!encoded.ids.contains(&1), "an unknown word in {task}");
+            let continued = |id: &&u32| vocabulary[**id as usize].starts_with("##");
+            pieces += encoded.ids.iter().filter(continued).count();
+        }
+    }
+    assert!(pieces > 0, "no word was split");
+}
+
+#[cfg(feature = "real-data")]
+mod real_data {
+    use std::path::PathBuf;
+
+    use super::*;
+    use mass_bench::glue::{data::Dataset, task::Task};
+    use safetensors::SafeTensors;
+    use serde_json::Value;
+
+    fn variable(name: &str) -> PathBuf {
+        PathBuf::from(std::env::var_os(name).unwrap_or_else(|| panic!("${name} is not set")))
+    }
+
+    fn integers(file: &SafeTensors<'_>, name: &str) -> (usize, Vec<u32>) {
+        let tensor = file.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), safetensors::Dtype::I32, "{name}");
+        let values = tensor.data().as_chunks::<4>().0;
+        let values = values.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        (tensor.shape()[1], values)
+    }
+
+    #[test]
+    fn golden_minilm_tokenisation() {
+        let golden = variable("MASS_GOLDEN_DIR");
+        let model = variable("MASS_MODELS_DIR").join("minilm-l6");
+        let read = |name: &str| std::fs::read(golden.join(name)).unwrap();
+        let json: Value = serde_json::from_slice(&read("minilm-l6.json")).unwrap();
+        let bytes = read("minilm-l6.safetensors");
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let (width, ids) = integers(&file, "input_ids");
+        let (_, types) = integers(&file, "token_type_ids");
+        let (_, mask) = integers(&file, "attention_mask");
+        let texts = json["texts"].as_array().unwrap();
+        assert_eq!(ids.len(), texts.len() * width);
+
+        // The same from tokenizer.json, from vocab.txt with its configuration, and from vocab.txt alone.
+        let dir = tempfile::tempdir().unwrap();
+        let copy = |name: &str| std::fs::copy(model.join(name), dir.path().join(name)).unwrap();
+        let mut tokenizers = vec![TextTokenizer::open(&model, 128).unwrap()];
+        copy("vocab.txt");
+        tokenizers.push(TextTokenizer::open(dir.path(), 128).unwrap());
+        copy("tokenizer_config.json");
+        tokenizers.push(TextTokenizer::open(dir.path(), 128).unwrap());
+        for tokenizer in &tokenizers {
+            for (row, text) in texts.iter().enumerate() {
+                let (first, second) = (text[0].as_str().unwrap(), text[1].as_str());
+                let encoded = tokenizer.encode(first, second).unwrap();
+                let here = row * width..(row + 1) * width;
+                let real = mask[here.clone()].iter().filter(|&&m| m == 1).count();
+                let here = here.start..here.start + real;
+                assert_eq!(encoded.ids, ids[here.clone()], "{first}");
+                assert_eq!(encoded.types, types[here], "{first}");
+            }
+        }
+    }
+
+    #[test]
+    fn golden_vocabulary_file_and_tokenizer_file_agree_on_every_task() {
+        let (data, models) = (variable("MASS_DATA_DIR"), variable("MASS_MODELS_DIR"));
+        let model = models.join("minilm-l6");
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(model.join("vocab.txt"), dir.path().join("vocab.txt")).unwrap();
+        let json = TextTokenizer::open(&model, 128).unwrap();
+        let vocab = TextTokenizer::open(dir.path(), 128).unwrap();
+        let mut read = 0;
+        for task in Task::ALL {
+            if !data.join("glue").join(task.name()).is_dir() {
+                continue;
+            }
+            let data = Dataset::read(&data, task).unwrap();
+            let a = json.encode_all(&data.train).unwrap();
+            let b = vocab.encode_all(&data.train).unwrap();
+            let differ = a.iter().zip(&b).position(|(a, b)| a != b);
+            assert_eq!(differ.map(|i| &data.train[i]), None, "{task}");
+            assert!(a.iter().all(|e| (3..=128).contains(&e.ids.len())), "{task}");
+            assert!(a.iter().any(|e| e.types.contains(&1)) == task.layout().second.is_some());
+            read += 1;
+        }
+        assert!(read > 0, "no GLUE task under {}", data.display());
+    }
+}
