@@ -27,8 +27,11 @@ use super::{ROW_BLOCK, vector, vectorised};
 /// Most rows of a block: enough to repay the packing of the weights, few enough that a block's tiles stay in cache.
 const BLOCK_ROWS: usize = 384;
 
-/// Tasks that the weight gradients of a layer are cut into, roughly.
-const GRADIENT_TASKS: usize = 32;
+/// Rows of the matrix product's register tile on AVX-512; a remainder of them costs nearly as much as a whole tile.
+const TILE_ROWS: usize = 64;
+
+/// Tasks that one of the weight gradients of all experts is cut into, roughly: each packs its inputs anew.
+const GRADIENT_TASKS: usize = 8;
 
 /// Fewest rows of a weight gradient that make a task.
 const GRADIENT_ROWS: usize = 64;
@@ -112,10 +115,10 @@ impl FfnShape {
     }
 }
 
-/// Rows of each block of a segment but the last.
+/// Rows of each block of a segment but the last, which is shorter.
 fn block_rows(segment: usize) -> usize {
     let blocks = segment.div_ceil(BLOCK_ROWS).max(1);
-    segment.div_ceil(blocks).next_multiple_of(16)
+    segment.div_ceil(blocks).next_multiple_of(TILE_ROWS)
 }
 
 /// Cuts the front of `n` elements off a slice.
@@ -454,7 +457,7 @@ fn backward_weights(
     for (expert, g) in gradients.iter_mut().enumerate() {
         let store = g.store;
         let load = plan.segment(expert).len();
-        let chunks = (load * GRADIENT_TASKS / 2).div_ceil(assigned).max(1);
+        let chunks = (load * GRADIENT_TASKS).div_ceil(assigned).max(1);
         let mut pieces = Vec::new();
         pieces.push((Some(0), &mut *g.w1, &mut *g.b1, dim));
         if let Some((w3, b3)) = &mut g.up {
