@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+pub mod bert;
 pub mod checkpoint;
+mod encoder;
 mod error;
 pub mod growth;
 pub mod kernels;
@@ -9,6 +11,7 @@ pub mod nn;
 pub mod ops;
 pub mod optim;
 mod param;
+pub mod pretrained;
 
 pub use dfdx;
 pub use error::ModelError;

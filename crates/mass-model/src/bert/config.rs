@@ -1,0 +1,182 @@
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+use crate::kernels::activation::Activation;
+use crate::pretrained::activation;
+
+/// Sizes and rates of a BERT encoder: the `config.json` of Hugging Face, with its defaults (`bert-base-uncased`).
+///
+/// Fields of `config.json` that are not here are passed over, but for those that would make another model.
+///
+/// ```
+/// use mass_model::bert::BertConfig;
+/// let config: BertConfig = serde_json::from_str(r#"{"num_hidden_layers": 6, "hidden_act": "gelu"}"#)?;
+/// assert_eq!((config.num_hidden_layers, config.hidden_size), (6, 768));
+/// assert!(serde_json::from_str::<BertConfig>(r#"{"hidden_act": "maxout"}"#).is_err());
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BertConfig {
+    /// Number of token ids.
+    pub vocab_size: usize,
+    /// Width d of the hidden states.
+    pub hidden_size: usize,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads; divides the width.
+    pub num_attention_heads: usize,
+    /// Hidden width of the feed-forward networks.
+    pub intermediate_size: usize,
+    /// Nonlinearity of the feed-forward networks: `gelu` (with the error function), `gelu_new` or `gelu_pytorch_tanh`,
+    /// `relu`, `silu`.
+    #[serde(with = "activation")]
+    pub hidden_act: Activation,
+    /// Rate of dropout on embeddings and on each sublayer's output, while training.
+    pub hidden_dropout_prob: f32,
+    /// Rate of dropout on attention probabilities, while training.
+    pub attention_probs_dropout_prob: f32,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// Number of segment ids.
+    pub type_vocab_size: usize,
+    /// Added to the variance in layer norm.
+    pub layer_norm_eps: f32,
+    /// Standard deviation of drawn matrices.
+    pub initializer_range: f32,
+    /// The token that fills up padded batches.
+    pub pad_token_id: u32,
+    /// Rate of dropout before the classifier; that of the hidden states without.
+    pub classifier_dropout: Option<f32>,
+}
+
+impl Default for BertConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 30522,
+            hidden_size: 768,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            intermediate_size: 3072,
+            hidden_act: Activation::GeluErf,
+            hidden_dropout_prob: 0.1,
+            attention_probs_dropout_prob: 0.1,
+            max_position_embeddings: 512,
+            type_vocab_size: 2,
+            layer_norm_eps: 1e-12,
+            initializer_range: 0.02,
+            pad_token_id: 0,
+            classifier_dropout: None,
+        }
+    }
+}
+
+impl BertConfig {
+    /// The sizes of `bert-large-cased` (Devlin and others, arXiv 1810.04805): 24 layers, width 1024, 16 heads.
+    pub fn large_cased() -> Self {
+        Self {
+            vocab_size: 28996,
+            hidden_size: 1024,
+            num_hidden_layers: 24,
+            num_attention_heads: 16,
+            intermediate_size: 4096,
+            ..Self::default()
+        }
+    }
+
+    /// Rate of dropout before the classifier.
+    pub fn head_dropout(&self) -> f32 {
+        self.classifier_dropout.unwrap_or(self.hidden_dropout_prob)
+    }
+
+    /// Refuses values that no model can have.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] naming the field.
+    pub fn check(&self) -> Result<(), ModelError> {
+        for (field, size) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("type_vocab_size", self.type_vocab_size),
+        ] {
+            if size == 0 {
+                return Err(ModelError::Config(format!("{field} is zero")));
+            }
+        }
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            return Err(ModelError::Config(format!(
+                "num_attention_heads {} does not divide hidden_size {}",
+                self.num_attention_heads, self.hidden_size
+            )));
+        }
+        if usize::try_from(self.pad_token_id).is_ok_and(|id| id >= self.vocab_size) {
+            return Err(ModelError::Config(format!(
+                "pad_token_id {} is not below vocab_size {}",
+                self.pad_token_id, self.vocab_size
+            )));
+        }
+        for (field, rate) in [
+            ("hidden_dropout_prob", self.hidden_dropout_prob),
+            (
+                "attention_probs_dropout_prob",
+                self.attention_probs_dropout_prob,
+            ),
+            ("classifier_dropout", self.head_dropout()),
+        ] {
+            if !(0.0..1.0).contains(&rate) {
+                return Err(ModelError::Config(format!(
+                    "{field} {rate} is not in [0, 1)"
+                )));
+            }
+        }
+        for (field, value) in [
+            ("layer_norm_eps", self.layer_norm_eps),
+            ("initializer_range", self.initializer_range),
+        ] {
+            if !(value > 0.0 && value.is_finite()) {
+                return Err(ModelError::Config(format!(
+                    "{field} {value} is not positive"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fields of `config.json` that make another model than this one.
+#[derive(Debug, Deserialize)]
+pub(super) struct Unsupported {
+    model_type: Option<String>,
+    position_embedding_type: Option<String>,
+    is_decoder: Option<bool>,
+    add_cross_attention: Option<bool>,
+}
+
+impl Unsupported {
+    pub(super) fn check(&self) -> Result<(), ModelError> {
+        let other = |what: &str| Err(ModelError::Config(format!("{what} is not supported")));
+        match self {
+            Self {
+                model_type: Some(t),
+                ..
+            } if t != "bert" => other(&format!("model_type {t:?}")),
+            Self {
+                position_embedding_type: Some(t),
+                ..
+            } if t != "absolute" => other(&format!("position_embedding_type {t:?}")),
+            Self {
+                is_decoder: Some(true),
+                ..
+            } => other("is_decoder true"),
+            Self {
+                add_cross_attention: Some(true),
+                ..
+            } => other("add_cross_attention true"),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+
+use super::BertConfig;
+use crate::encoder::Mlp;
+use crate::error::ModelError;
+use crate::kernels::dropout::DropoutKeys;
+use crate::lm::{LayerTrace, Masked};
+use crate::nn::{LayerNorm, SelfAttention};
+use crate::ops::{self, Rows, Sequences};
+use crate::param::{Param, Parameters, join};
+use crate::pretrained::Source;
+
+/// A post-norm layer: `h = norm(x + dropout(attention(x)))`, then `y = norm(h + dropout(mlp(h)))`.
+#[derive(Clone, Debug)]
+pub(super) struct BertLayer {
+    attention: SelfAttention,
+    attention_norm: LayerNorm,
+    pub(super) mlp: Mlp,
+    ffn_norm: LayerNorm,
+    dropout: f32,
+}
+
+impl BertLayer {
+    pub(super) fn new(
+        config: &BertConfig,
+        name: &str,
+        source: &mut dyn Source,
+    ) -> Result<Self, ModelError> {
+        let (d, eps) = (config.hidden_size, config.layer_norm_eps);
+        let hidden = config.intermediate_size;
+        let packed = d.checked_mul(3).ok_or_else(|| {
+            ModelError::Config(format!("hidden_size {d} is larger than memory can be"))
+        })?;
+        Ok(Self {
+            attention: SelfAttention {
+                qkv: source.linear(&format!("{name}.attention.qkv"), d, packed, true)?,
+                out: source.linear(&format!("{name}.attention.out"), d, d, true)?,
+                heads: config.num_attention_heads,
+                causal: false,
+                dropout: config.attention_probs_dropout_prob,
+            },
+            attention_norm: source.norm(&format!("{name}.attention_norm"), d, eps)?,
+            mlp: Mlp::dense(source, name, d, hidden, config.hidden_act)?,
+            ffn_norm: source.norm(&format!("{name}.ffn_norm"), d, eps)?,
+            dropout: config.hidden_dropout_prob,
+        })
+    }
+
+    pub(super) fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+        sequences: &Sequences,
+        masked: Option<Masked>,
+        mut keys: Option<&mut DropoutKeys>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Rows<T>, ModelError> {
+        let (residual, tape) = x.split_tape();
+        let h = residual.clone().put_tape(tape);
+        let h = self.attention.forward(h, sequences, keys.as_deref_mut())?;
+        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
+        let h = self
+            .attention_norm
+            .try_forward(ops::add(h, &residual, dropout)?)?;
+        let (residual, tape) = h.split_tape();
+        let h = residual.clone().put_tape(tape);
+        let h = self.mlp.forward(h, masked, traces)?;
+        let dropout = keys.and_then(|k| k.next(self.dropout));
+        self.ffn_norm.try_forward(ops::add(h, &residual, dropout)?)
+    }
+}
+
+impl Parameters for BertLayer {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        self.attention.visit(&join(prefix, "attention"), f);
+        self.attention_norm
+            .visit(&join(prefix, "attention_norm"), f);
+        self.mlp.visit(prefix, f);
+        self.ffn_norm.visit(&join(prefix, "ffn_norm"), f);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        self.attention.visit_mut(&join(prefix, "attention"), f);
+        self.attention_norm
+            .visit_mut(&join(prefix, "attention_norm"), f);
+        self.mlp.visit_mut(prefix, f);
+        self.ffn_norm.visit_mut(&join(prefix, "ffn_norm"), f);
+    }
+}

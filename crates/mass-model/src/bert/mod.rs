@@ -1,0 +1,387 @@
+//! BERT (Devlin and others, arXiv 1810.04805) for classifying and scoring sequences, with mixtures of experts for any of
+//! its feed-forward networks.
+//!
+//! ```text
+//! h_0 = dropout(norm(word[id] + position[i] + type[t]))
+//! a_l = norm(h_{l-1} + dropout(attention(h_{l-1})))
+//! h_l = norm(a_l + dropout(mlp(a_l)))
+//! logits = head(dropout(tanh(pooler(h_L of the first token))))
+//! ```
+//!
+//! Batches are laid end to end without padding ([`TextBatch`]). Dropout masks are functions of the step
+//! ([`DropoutKeys`]), so that a resumed run drops what an uninterrupted one would have.
+//!
+//! # Names of parameters
+//! `embeddings.words`, `embeddings.positions`, `embeddings.types`, `embeddings.norm.{weight,bias}`; for each layer
+//! `layers.L.attention.{qkv,out}.{weight,bias}`, `layers.L.attention_norm.{weight,bias}`,
+//! `layers.L.ffn.{fc1,fc2}.{weight,bias}`, or in a mixture `layers.L.moe.experts.E.{gate,fc1.weight,...}`, and
+//! `layers.L.ffn_norm.{weight,bias}`; `pooler.{weight,bias}`, `head.{weight,bias}`. Matrices decay, gate rows too; biases
+//! and norms do not.
+//!
+//! ```
+//! use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
+//! use mass_model::{DropoutKeys, seeded_rng};
+//! use mass_routing::{Combine, RouterConfig};
+//!
+//! let config = BertConfig { vocab_size: 10, hidden_size: 8, num_hidden_layers: 2, num_attention_heads: 2,
+//!     intermediate_size: 16, max_position_embeddings: 8, ..BertConfig::default() };
+//! let mut rng = seeded_rng(0);
+//! let mut model = BertClassifier::new(&config, 3, &mut rng)?;
+//! model.convert(1, 4, RouterConfig::TopP { p: 0.5, combine: Combine::Renormalised }, &mut rng)?;
+//! let batch = TextBatch::packed(vec![1, 5, 6, 2, 1, 7, 2], vec![0; 7], vec![0, 4, 7]);
+//! let pass = model.train_pass(&batch, Targets::Classes(&[2, 0]), Some(&mut DropoutKeys::new(0, 0)))?;
+//! assert!(pass.loss > 0.0 && pass.layers.len() == 1);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod batch;
+mod config;
+mod layer;
+mod load;
+mod loss;
+
+use std::path::Path;
+
+use dfdx::prelude::{
+    AsArray, Backward, Cpu, Module, NoneTape, OwnedTape, PutTape, SplitTape, Tape,
+};
+use mass_routing::RouterConfig;
+use rand_chacha::ChaCha8Rng;
+
+pub use batch::{Targets, TextBatch};
+pub use config::BertConfig;
+
+use crate::encoder::check_masked;
+use crate::error::ModelError;
+use crate::growth::Mixtures;
+use crate::kernels::dropout::DropoutKeys;
+use crate::lm::{LayerTrace, Masked, TrainPass};
+use crate::nn::{LayerNorm, Linear, MoeLayer};
+use crate::ops::{self, Rows, Sequences, read};
+use crate::param::{Param, Parameters, join};
+use crate::pretrained::{Drawn, Kind, Source, Stored, Weights, read_config};
+use layer::BertLayer;
+
+/// A BERT encoder with a pooler and a linear head on the first token.
+#[derive(Clone, Debug)]
+pub struct BertClassifier {
+    words: Param,
+    positions: Param,
+    types: Param,
+    norm: LayerNorm,
+    layers: Vec<BertLayer>,
+    pooler: Linear,
+    head: Linear,
+    config: BertConfig,
+}
+
+/// The hidden states of a batch, and what was done on the way to them.
+struct Encoded<T: Tape<f32, Cpu>> {
+    states: Rows<T>,
+    sequences: Sequences,
+    traces: Vec<LayerTrace>,
+}
+
+impl BertClassifier {
+    /// A model with freshly drawn weights: matrices from N(0, `initializer_range`²), biases zero, norms one.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for sizes and rates that no model can have.
+    pub fn new(
+        config: &BertConfig,
+        labels: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let std = config.initializer_range;
+        Self::build(config, labels, &mut Drawn { std, rng })
+    }
+
+    /// Reads `config.json` and the weights of a folder in Hugging Face's layout; see [`pretrained`](crate::pretrained).
+    ///
+    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. Pooler and
+    /// head are drawn as by [`new`](Self::new) if the file has none. Pretraining heads are passed over.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] naming the file; [`ModelError::Checkpoint`] naming file and field or tensor, if a field has a
+    /// wrong value, a tensor is missing, of another shape or type, not finite, or has no place in the model;
+    /// [`ModelError::Config`] for sizes and rates that no model can have.
+    pub fn load(dir: &Path, labels: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
+        read_config::<config::Unsupported>(dir)?.check()?;
+        let config: BertConfig = read_config(dir)?;
+        config.check()?;
+        let weights = Weights::open(dir)?;
+        let std = config.initializer_range;
+        let drawn = Drawn { std, rng };
+        let mut source = Stored::new(
+            &weights,
+            &load::parts,
+            &load::spellings,
+            &load::optional,
+            drawn,
+        );
+        let model = Self::build(&config, labels, &mut source)?;
+        source.nothing_left(load::belongs)?;
+        Ok(model)
+    }
+
+    fn build(
+        config: &BertConfig,
+        labels: usize,
+        source: &mut dyn Source,
+    ) -> Result<Self, ModelError> {
+        config.check()?;
+        if labels == 0 {
+            return Err(ModelError::Config("a classifier needs a label".into()));
+        }
+        let d = config.hidden_size;
+        let mut table = |name: &str, entries| {
+            source.param(&format!("embeddings.{name}"), &[entries, d], Kind::Matrix)
+        };
+        Ok(Self {
+            words: table("words", config.vocab_size)?,
+            positions: table("positions", config.max_position_embeddings)?,
+            types: table("types", config.type_vocab_size)?,
+            norm: source.norm("embeddings.norm", d, config.layer_norm_eps)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|l| BertLayer::new(config, &format!("layers.{l}"), source))
+                .collect::<Result<_, _>>()?,
+            pooler: source.linear("pooler", d, d, true)?,
+            head: source.linear("head", d, labels, true)?,
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration that the model was made with.
+    pub fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    /// Number of outputs.
+    pub fn labels(&self) -> usize {
+        self.head.weight.shape()[0]
+    }
+
+    /// Makes the feed-forward network of a layer, counted from zero, a mixture whose experts are copies of it, with a gate
+    /// drawn at random. With weights that sum to one the outputs are at first the same.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if there is no such layer, it is a mixture already, or `experts` is zero;
+    /// [`ModelError::Routing`] if the router's parameters are not valid.
+    pub fn convert(
+        &mut self,
+        layer: usize,
+        experts: usize,
+        router: RouterConfig,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(), ModelError> {
+        let layers = self.layers.len();
+        let Some(found) = self.layers.get_mut(layer) else {
+            let what = format!("there is no layer {layer}, there are {layers}");
+            return Err(ModelError::Config(what));
+        };
+        found.mlp.convert(experts, router, rng)
+    }
+
+    fn encode<T: Tape<f32, Cpu>>(
+        &self,
+        batch: &TextBatch,
+        masked: Option<Masked>,
+        mut keys: Option<&mut DropoutKeys>,
+        tape: T,
+        observe: &mut dyn FnMut(&Rows<NoneTape>),
+    ) -> Result<Encoded<T>, ModelError> {
+        check_masked(masked, self.mixtures())?;
+        let longest = self.config.max_position_embeddings;
+        let (sequences, positions) = batch.sequences(longest, self.config.type_vocab_size)?;
+        let tables: [(&Param, &[u32]); 3] = [
+            (&self.words, &batch.ids),
+            (&self.types, &batch.types),
+            (&self.positions, &positions),
+        ];
+        let mut x = self.norm.try_forward(ops::embedding(&tables, tape)?)?;
+        let rate = self.config.hidden_dropout_prob;
+        x = ops::dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
+        let mut traces = Vec::new();
+        for layer in &self.layers {
+            let (state, tape) = x.split_tape();
+            observe(&state);
+            x = state.put_tape(tape);
+            x = layer.forward(x, &sequences, masked, keys.as_deref_mut(), &mut traces)?;
+        }
+        let (state, tape) = x.split_tape();
+        observe(&state);
+        Ok(Encoded {
+            states: state.put_tape(tape),
+            sequences,
+            traces,
+        })
+    }
+
+    /// Logits `[batch, labels]`.
+    fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        batch: &TextBatch,
+        masked: Option<Masked>,
+        mut keys: Option<&mut DropoutKeys>,
+        tape: T,
+    ) -> Result<(Rows<T>, Vec<LayerTrace>), ModelError> {
+        let encoded = self.encode(batch, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
+        let Encoded {
+            states,
+            sequences,
+            traces,
+        } = encoded;
+        let first = &sequences.offsets()[..sequences.len()];
+        let pooled = self.pool(states, first)?;
+        let rate = self.config.head_dropout();
+        let pooled = ops::dropout(pooled, keys.and_then(|k| k.next(rate)))?;
+        Ok((self.head.try_forward(pooled)?, traces))
+    }
+
+    fn pool<T: Tape<f32, Cpu>>(
+        &self,
+        states: Rows<T>,
+        first: &[usize],
+    ) -> Result<Rows<T>, ModelError> {
+        let pooled = self.pooler.try_forward(ops::pick_rows(states, first)?)?;
+        Ok(pooled.try_tanh()?)
+    }
+
+    /// The embeddings' output and each layer's, `[rows, d]` each, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn hidden_states(&self, batch: &TextBatch) -> Result<Vec<Vec<f32>>, ModelError> {
+        let mut states = Vec::new();
+        let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
+        self.encode(batch, None, None, NoneTape, &mut observe)?;
+        Ok(states)
+    }
+
+    /// What the head reads: `tanh(pooler(h))` of each sequence's first token, `[batch, d]`, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
+        let encoded = self.encode(batch, None, None, NoneTape, &mut |_| {})?;
+        let sequences = encoded.sequences;
+        let first = &sequences.offsets()[..sequences.len()];
+        Ok(read(&self.pool(encoded.states, first)?).to_vec())
+    }
+
+    /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped.
+    ///
+    /// In `token_losses` each row has the loss of its sequence.
+    ///
+    /// # Errors
+    /// As [`losses`](Self::losses), and [`ModelError::NonFinite`] if the loss is not a number.
+    pub fn train_pass(
+        &self,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass, ModelError> {
+        let (logits, layers) = self.forward(batch, None, dropout, OwnedTape::default())?;
+        let (loss, losses) = loss::loss(logits, targets)?;
+        let value = loss.array();
+        if !value.is_finite() {
+            return Err(ModelError::NonFinite("the training loss".into()));
+        }
+        let spans = batch.offsets.windows(2).zip(losses);
+        Ok(TrainPass {
+            loss: value,
+            token_losses: spans
+                .flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]))
+                .collect(),
+            gradients: loss.try_backward()?,
+            layers,
+        })
+    }
+
+    /// Logits `[batch, labels]` without dropout, and what each mixture layer did.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] or [`ModelError::Shape`] for a batch whose parts do not fit each other or a sequence that is
+    /// too long, [`ModelError::Index`] for a token or segment past its table, [`ModelError::NoSuchExpert`] or
+    /// [`ModelError::Config`] for a masked expert that is not there.
+    pub fn logits(
+        &self,
+        batch: &TextBatch,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        let (logits, layers) = self.forward(batch, masked, None, NoneTape)?;
+        Ok((read(&logits).to_vec(), layers))
+    }
+
+    /// The loss of each sequence, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits); [`ModelError::Shape`] if there is not one target a sequence, [`ModelError::Index`] for a
+    /// target that is no class, [`ModelError::Config`] for values as targets of a model with several outputs.
+    pub fn losses(
+        &self,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let (logits, _) = self.forward(batch, masked, None, NoneTape)?;
+        Ok(loss::loss(logits, targets)?.1)
+    }
+}
+
+impl Parameters for BertClassifier {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        f(join(prefix, "embeddings.words"), &self.words);
+        f(join(prefix, "embeddings.positions"), &self.positions);
+        f(join(prefix, "embeddings.types"), &self.types);
+        self.norm.visit(&join(prefix, "embeddings.norm"), f);
+        for (l, layer) in self.layers.iter().enumerate() {
+            layer.visit(&join(prefix, &format!("layers.{l}")), f);
+        }
+        self.pooler.visit(&join(prefix, "pooler"), f);
+        self.head.visit(&join(prefix, "head"), f);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        f(join(prefix, "embeddings.words"), &mut self.words);
+        f(join(prefix, "embeddings.positions"), &mut self.positions);
+        f(join(prefix, "embeddings.types"), &mut self.types);
+        self.norm.visit_mut(&join(prefix, "embeddings.norm"), f);
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            layer.visit_mut(&join(prefix, &format!("layers.{l}")), f);
+        }
+        self.pooler.visit_mut(&join(prefix, "pooler"), f);
+        self.head.visit_mut(&join(prefix, "head"), f);
+    }
+}
+
+impl BertClassifier {
+    fn layers_with_mixture(&self) -> impl Iterator<Item = (usize, &MoeLayer)> {
+        let layers = self.layers.iter().enumerate();
+        layers.filter_map(|(l, layer)| Some((l, layer.mlp.mixture()?)))
+    }
+}
+
+/// Mixture layers are counted among themselves, bottom first.
+impl Mixtures for BertClassifier {
+    fn mixtures(&self) -> usize {
+        self.layers_with_mixture().count()
+    }
+
+    fn mixture(&self, layer: usize) -> &MoeLayer {
+        let found = self.layers_with_mixture().nth(layer);
+        found.expect("a mixture layer of the model").1
+    }
+
+    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
+        let mut layers = self.layers.iter_mut();
+        let mut mixtures = layers.by_ref().filter_map(|l| l.mlp.mixture_mut());
+        mixtures.nth(layer).expect("a mixture layer of the model")
+    }
+
+    fn mixture_name(&self, layer: usize) -> String {
+        let found = self.layers_with_mixture().nth(layer);
+        let (index, _) = found.expect("a mixture layer of the model");
+        format!("layers.{index}.moe")
+    }
+}

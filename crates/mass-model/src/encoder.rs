@@ -1,0 +1,123 @@
+//! What the encoders share: a feed-forward sublayer that may be a mixture.
+
+use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use mass_routing::RouterConfig;
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::ModelError;
+use crate::kernels::activation::Activation;
+use crate::lm::{LayerTrace, Masked};
+use crate::nn::{FeedForward, MoeConfig, MoeLayer};
+use crate::ops::Rows;
+use crate::param::{Param, Parameters, join};
+use crate::pretrained::Source;
+
+/// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
+#[derive(Clone, Debug)]
+pub(crate) enum Mlp {
+    Dense(FeedForward),
+    Mixture(MoeLayer),
+}
+
+impl Mlp {
+    pub(crate) fn dense(
+        source: &mut dyn Source,
+        name: &str,
+        dim: usize,
+        hidden: usize,
+        activation: Activation,
+    ) -> Result<Self, ModelError> {
+        let fc1 = source.linear(&format!("{name}.ffn.fc1"), dim, hidden, true)?;
+        let fc2 = source.linear(&format!("{name}.ffn.fc2"), hidden, dim, true)?;
+        Ok(Self::Dense(FeedForward::from_linear(fc1, fc2, activation)?))
+    }
+
+    /// Makes the dense network a mixture whose experts are copies of it.
+    pub(crate) fn convert(
+        &mut self,
+        experts: usize,
+        router: RouterConfig,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(), ModelError> {
+        let Self::Dense(network) = self else {
+            let what = "the layer is a mixture already";
+            return Err(ModelError::Config(what.into()));
+        };
+        let &[hidden, dim] = network.fc1().0.shape() else {
+            let shape = network.fc1().0.shape();
+            return Err(ModelError::shape("feed-forward network", &[0, 0], shape));
+        };
+        let config = MoeConfig::new(dim, hidden, experts, network.activation(), router);
+        *self = Self::Mixture(MoeLayer::from_dense(network, &config, rng)?);
+        Ok(())
+    }
+
+    pub(crate) fn mixture(&self) -> Option<&MoeLayer> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Mixture(layer) => Some(layer),
+        }
+    }
+
+    pub(crate) fn mixture_mut(&mut self) -> Option<&mut MoeLayer> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Mixture(layer) => Some(layer),
+        }
+    }
+
+    /// The forward pass; a mixture appends its trace, and is the mixture layer of that index.
+    pub(crate) fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Rows<T>, ModelError> {
+        let layer = match self {
+            Self::Dense(network) => return network.try_forward(x),
+            Self::Mixture(layer) => layer,
+        };
+        let mask = match masked {
+            Some(m) if m.layer == traces.len() => {
+                layer.index_of(m.expert)?;
+                let others = layer.ids().iter().map(|&id| id != m.expert);
+                Some(others.collect::<Vec<_>>())
+            }
+            _ => None,
+        };
+        let (gate_input, tape) = x.split_tape();
+        let routed = layer.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
+        traces.push(LayerTrace {
+            plan: routed.plan,
+            gate_input,
+        });
+        Ok(routed.output)
+    }
+}
+
+/// Refuses a masked expert of a mixture layer that is not there.
+pub(crate) fn check_masked(masked: Option<Masked>, mixtures: usize) -> Result<(), ModelError> {
+    match masked {
+        Some(m) if m.layer >= mixtures => Err(ModelError::Config(format!(
+            "an expert of mixture layer {} is masked, there are {mixtures}",
+            m.layer
+        ))),
+        _ => Ok(()),
+    }
+}
+
+impl Parameters for Mlp {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        match self {
+            Self::Dense(network) => network.visit(&join(prefix, "ffn"), f),
+            Self::Mixture(layer) => layer.visit(&join(prefix, "moe"), f),
+        }
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        match self {
+            Self::Dense(network) => network.visit_mut(&join(prefix, "ffn"), f),
+            Self::Mixture(layer) => layer.visit_mut(&join(prefix, "moe"), f),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Where the parameters of a new model come from: drawn, or read from files.
+
+use std::collections::BTreeSet;
+
+use rand_chacha::ChaCha8Rng;
+
+use super::{PretrainedError, Weights};
+use crate::error::ModelError;
+use crate::nn::{LayerNorm, Linear};
+use crate::param::Param;
+
+/// What a parameter is, which says how it starts and whether it decays.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kind {
+    /// Drawn from a normal distribution; decays.
+    Matrix,
+    /// Starts at zero; does not decay.
+    Bias,
+    /// Starts at a constant; does not decay.
+    Scale(f32),
+}
+
+impl Kind {
+    fn decays(self) -> bool {
+        self == Self::Matrix
+    }
+}
+
+/// Makes the parameters of a model, by their names in the model.
+pub(crate) trait Source {
+    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError>;
+
+    fn linear(
+        &mut self,
+        name: &str,
+        inp: usize,
+        out: usize,
+        bias: bool,
+    ) -> Result<Linear, ModelError> {
+        let weight = self.param(&format!("{name}.weight"), &[out, inp], Kind::Matrix)?;
+        let bias = if bias {
+            Some(self.param(&format!("{name}.bias"), &[out], Kind::Bias)?)
+        } else {
+            None
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn norm(&mut self, name: &str, dim: usize, eps: f32) -> Result<LayerNorm, ModelError> {
+        Ok(LayerNorm {
+            weight: self.param(&format!("{name}.weight"), &[dim], Kind::Scale(1.0))?,
+            bias: self.param(&format!("{name}.bias"), &[dim], Kind::Bias)?,
+            eps,
+        })
+    }
+}
+
+/// Matrices from N(0, std²), biases zero.
+pub(crate) struct Drawn<'a> {
+    pub(crate) std: f32,
+    pub(crate) rng: &'a mut ChaCha8Rng,
+}
+
+impl Source for Drawn<'_> {
+    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
+        let values = shape.iter().try_fold(4usize, |n, &s| n.checked_mul(s));
+        if values.is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(ModelError::Config(format!(
+                "{name} of shape {shape:?} is larger than memory can be"
+            )));
+        }
+        match kind {
+            Kind::Matrix => Param::normal(shape, self.std, kind.decays(), self.rng),
+            Kind::Bias => Param::zeros(shape, false),
+            Kind::Scale(value) => Param::new(vec![value; shape.iter().product()], shape, false),
+        }
+    }
+}
+
+/// A tensor of the file that is a parameter of the model, or one of several that are one together.
+pub(crate) struct Part {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Part {
+    pub(crate) fn new(name: impl Into<String>, shape: &[usize]) -> Self {
+        Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+        }
+    }
+}
+
+/// Reads parameters from files, and draws those that the files have none of and need not have.
+pub(crate) struct Stored<'a> {
+    weights: &'a Weights,
+    /// The parts of a parameter, by its name and shape in the model.
+    parts: &'a dyn Fn(&str, &[usize]) -> Vec<Part>,
+    /// The names a tensor may go by in the file.
+    spellings: &'a dyn Fn(&str) -> Vec<String>,
+    /// Whether a parameter may be drawn, by its name in the model.
+    optional: &'a dyn Fn(&str) -> bool,
+    drawn: Drawn<'a>,
+    used: BTreeSet<String>,
+}
+
+impl<'a> Stored<'a> {
+    pub(crate) fn new(
+        weights: &'a Weights,
+        parts: &'a dyn Fn(&str, &[usize]) -> Vec<Part>,
+        spellings: &'a dyn Fn(&str) -> Vec<String>,
+        optional: &'a dyn Fn(&str) -> bool,
+        drawn: Drawn<'a>,
+    ) -> Self {
+        Self {
+            weights,
+            parts,
+            spellings,
+            optional,
+            drawn,
+            used: BTreeSet::new(),
+        }
+    }
+
+    /// An error naming the first tensor that belongs to the model and was not read.
+    pub(crate) fn nothing_left(&self, belongs: impl Fn(&str) -> bool) -> Result<(), ModelError> {
+        let mut left = self.weights.names().filter(|&n| !self.used.contains(n));
+        match left.find(|n| belongs(n)) {
+            Some(tensor) => Err(PretrainedError::Unused {
+                path: self.weights.file_of(tensor).to_owned(),
+                tensor: tensor.to_owned(),
+            }
+            .into()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Source for Stored<'_> {
+    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
+        let parts: Vec<_> = (self.parts)(name, shape)
+            .into_iter()
+            .map(|Part { name, shape }| {
+                let known = |n: &String| self.weights.shape(n).is_some();
+                let found = (self.spellings)(&name).into_iter().find(known);
+                (found.unwrap_or(name), shape)
+            })
+            .collect();
+        let missing = |(name, _): &(String, _)| self.weights.shape(name).is_none();
+        if (self.optional)(name) && parts.iter().all(missing) {
+            return self.drawn.param(name, shape, kind);
+        }
+        let values = self.weights.read_stacked(&parts)?;
+        self.used.extend(parts.into_iter().map(|(name, _)| name));
+        Param::new(values, shape, kind.decays())
+    }
+}
