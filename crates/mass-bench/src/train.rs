@@ -165,18 +165,16 @@ fn held_out(
 
 fn config(args: &TrainArgs, run: String) -> TrainerConfig {
     let combine = variants::combine(args.variant);
-    let moe = MoeConfig {
-        dim: args.dim,
-        hidden: args.hidden,
-        experts: args.experts,
-        activation: Activation::GeluErf,
-        router: RouterConfig::TopP {
+    let moe = MoeConfig::new(
+        args.dim,
+        args.hidden,
+        args.experts,
+        Activation::GeluErf,
+        RouterConfig::TopP {
             p: args.p as f32,
             combine,
         },
-        gated: false,
-        shared_hidden: None,
-    };
+    );
     let steps = args.steps as u64;
     let mut growth = variants::growth(
         args.variant,

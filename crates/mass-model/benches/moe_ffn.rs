@@ -45,15 +45,7 @@ fn bench(c: &mut Criterion) {
                 k,
                 combine: Combine::Renormalised,
             };
-            let config = MoeConfig {
-                dim,
-                hidden,
-                experts,
-                activation,
-                router,
-                gated: false,
-                shared_hidden: None,
-            };
+            let config = MoeConfig::new(dim, hidden, experts, activation, router);
             let layer = MoeLayer::new(&config, &mut seeded_rng(0)).expect("valid sizes");
             let dev = Cpu::default();
             let x = dev.sample_normal_like(&(tokens, dim));

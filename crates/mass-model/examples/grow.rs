@@ -23,15 +23,7 @@ fn main() -> Result<(), ModelError> {
         p: 0.5,
         combine: Combine::Renormalised,
     };
-    let moe = MoeConfig {
-        dim: 32,
-        hidden: 64,
-        experts: 3,
-        activation: Activation::GeluErf,
-        router,
-        gated: false,
-        shared_hidden: None,
-    };
+    let moe = MoeConfig::new(32, 64, 3, Activation::GeluErf, router);
     let block = BlockConfig {
         heads: 4,
         layer_norm_eps: 1e-5,

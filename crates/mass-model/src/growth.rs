@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::lm::{LayerTrace, TrainPass};
-use crate::nn::MoeLayer;
+use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::{MoeExpert, Rows};
 use crate::optim::AdamW;
 use crate::param::{CpuGradients, Param, Parameters};
@@ -261,6 +261,7 @@ pub fn split_expert(
 ) -> Result<ExpertId, ModelError> {
     let index = layer.index_of(source)?;
     let mut newcomer = layer.experts()[index].clone();
+    let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
     match operator {
         SplitOperator::Clone {
@@ -287,6 +288,10 @@ pub fn split_expert(
             if preserve {
                 newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
             }
+        }
+        SplitOperator::Bisect if !linear_gate => {
+            let what = "bisecting an expert's tokens needs a linear gate";
+            return Err(ModelError::Config(what.into()));
         }
         SplitOperator::Bisect => {
             copy_gradients(old, &newcomer, gradients, true)?;
@@ -383,6 +388,9 @@ fn copy_gradients(
         (&from.fc2.0, &to.fc2.0),
         (&from.fc2.1, &to.fc2.1),
     ];
+    if let (Some(a), Some(b)) = (&from.threshold, &to.threshold) {
+        pairs.push((a, b));
+    }
     if let (Some(a), Some(b)) = (&from.up, &to.up) {
         pairs.extend([(&a.0, &b.0), (&a.1, &b.1)]);
     }

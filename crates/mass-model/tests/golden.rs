@@ -7,7 +7,7 @@ use dfdx::prelude::*;
 use mass_model::nn::{MoeConfig, MoeLayer};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Activation, CpuGradients, Param, Parameters};
+use mass_model::{Activation, CpuGradients, Param, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 use safetensors::SafeTensors;
 
@@ -96,22 +96,15 @@ fn golden_moe_ffn() {
                     .map(|e| MoeExpert {
                         gate: row("gate", e, &[d], true),
                         logit_offset: 0.0,
+                        threshold: None,
                         fc1: (row("fc1_w", e, &[h, d], true), row("fc1_b", e, &[h], false)),
                         fc2: (row("fc2_w", e, &[d, h], true), row("fc2_b", e, &[d], false)),
                         up: None,
                     })
                     .collect();
                 let router = RouterConfig::TopP { p, combine };
-                let config = MoeConfig {
-                    dim: d,
-                    hidden: h,
-                    experts,
-                    activation,
-                    router,
-                    gated: false,
-                    shared_hidden: None,
-                };
-                let layer = MoeLayer::from_experts(&config, pool_of).unwrap();
+                let config = MoeConfig::new(d, h, experts, activation, router);
+                let layer = MoeLayer::from_experts(&config, pool_of, &mut seeded_rng(0)).unwrap();
                 let (x, y, mut grads) = pool.install(|| {
                     let dev = Cpu::default();
                     let x = dev.tensor_from_vec(g.values("x"), (n, d));

@@ -214,15 +214,7 @@ fn operations_take_tensors_that_are_not_contiguous() {
 }
 
 fn tiny(router: RouterConfig, activation: Activation) -> LanguageModel {
-    let moe = MoeConfig {
-        dim: 12,
-        hidden: 10,
-        experts: 4,
-        activation,
-        router,
-        gated: false,
-        shared_hidden: None,
-    };
+    let moe = MoeConfig::new(12, 10, 4, activation, router);
     let block = BlockConfig {
         heads: 3,
         layer_norm_eps: 1e-5,
@@ -347,15 +339,7 @@ fn threads_do_not_change_a_bit() {
         p: 0.7,
         combine: Combine::Renormalised,
     };
-    let config = MoeConfig {
-        dim: 16,
-        hidden: 24,
-        experts: 5,
-        activation: Activation::GeluErf,
-        router,
-        gated: false,
-        shared_hidden: None,
-    };
+    let config = MoeConfig::new(16, 24, 5, Activation::GeluErf, router);
     let layer = MoeLayer::new(&config, &mut seeded_rng(1)).unwrap();
     let x = Cpu::default().tensor_from_vec(values(1000 * 16, 1.0), (1000, 16));
     let run = |threads| {

@@ -376,15 +376,7 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
         },
     };
     let experts = planned.run.experts_init.unwrap_or(plan.experts_init);
-    let moe = MoeConfig {
-        dim: 64,
-        hidden: 32,
-        experts,
-        activation: Activation::GeluErf,
-        router,
-        gated: false,
-        shared_hidden: None,
-    };
+    let moe = MoeConfig::new(64, 32, experts, Activation::GeluErf, router);
     TrainerConfig {
         run: planned.run.key().to_string(),
         model: LanguageModelConfig {

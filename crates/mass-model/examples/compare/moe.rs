@@ -17,11 +17,11 @@ use crate::timing::{Quartiles, take_turns};
 
 /// One layer: tokens, width, hidden width, experts, router.
 pub(crate) struct Shape {
-    pub tokens: usize,
-    pub dim: usize,
-    pub hidden: usize,
-    pub experts: usize,
-    pub router: RouterConfig,
+    pub(crate) tokens: usize,
+    pub(crate) dim: usize,
+    pub(crate) hidden: usize,
+    pub(crate) experts: usize,
+    pub(crate) router: RouterConfig,
 }
 
 const ROUNDS: usize = 21;

@@ -10,12 +10,12 @@ pub(crate) struct Peer {
     input: ChildStdin,
     output: BufReader<ChildStdout>,
     /// Of PyTorch.
-    pub version: String,
+    pub(crate) version: String,
 }
 
 impl Peer {
     /// The peer that `MASS_PEER_PYTHON` names a Python for, if it does.
-    pub fn start(threads: usize) -> Result<Option<Self>, Box<dyn Error>> {
+    pub(crate) fn start(threads: usize) -> Result<Option<Self>, Box<dyn Error>> {
         let Some(python) = std::env::var_os("MASS_PEER_PYTHON") else {
             return Ok(None);
         };
@@ -39,7 +39,7 @@ impl Peer {
     }
 
     /// Builds a task.
-    pub fn build(&mut self, task: &str) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn build(&mut self, task: &str) -> Result<(), Box<dyn Error>> {
         writeln!(self.input, "{task}")?;
         match self.line()?.as_str() {
             "ready" => Ok(()),
@@ -48,7 +48,7 @@ impl Peer {
     }
 
     /// One step: its seconds, and the mean number of experts a token.
-    pub fn go(&mut self) -> Result<(f64, f64), Box<dyn Error>> {
+    pub(crate) fn go(&mut self) -> Result<(f64, f64), Box<dyn Error>> {
         writeln!(self.input, "go")?;
         let line = self.line()?;
         let (seconds, active) = line.split_once(' ').ok_or("the peer's answer is short")?;
@@ -56,7 +56,7 @@ impl Peer {
     }
 
     /// Peak resident size so far, MiB.
-    pub fn memory(&mut self) -> Result<f64, Box<dyn Error>> {
+    pub(crate) fn memory(&mut self) -> Result<f64, Box<dyn Error>> {
         writeln!(self.input, "memory")?;
         Ok(self.line()?.parse::<f64>()? / 1024.0)
     }

@@ -7,20 +7,20 @@ use crate::peer::Peer;
 
 /// First quartile, median, third quartile.
 #[derive(Clone, Copy)]
-pub(crate) struct Quartiles(pub [f64; 3]);
+pub(crate) struct Quartiles(pub(crate) [f64; 3]);
 
 impl Quartiles {
-    pub fn of(mut values: Vec<f64>) -> Self {
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         Self([1, 2, 3].map(|q| values[(values.len() - 1) * q / 4]))
     }
 
-    pub fn median(self) -> f64 {
+    pub(crate) fn median(self) -> f64 {
         self.0[1]
     }
 
     /// `median [first, third]`, each times `factor`.
-    pub fn show(self, factor: f64, digits: usize) -> String {
+    pub(crate) fn show(self, factor: f64, digits: usize) -> String {
         let [a, m, b] = self.0.map(|x| x * factor);
         format!("{m:.digits$} [{a:.digits$}, {b:.digits$}]")
     }
@@ -28,23 +28,23 @@ impl Quartiles {
 
 /// Times of both sides in seconds, turn by turn; `theirs` is empty without a peer.
 pub(crate) struct Turns {
-    pub ours: Vec<f64>,
-    pub theirs: Vec<f64>,
-    pub active: f64,
+    pub(crate) ours: Vec<f64>,
+    pub(crate) theirs: Vec<f64>,
+    pub(crate) active: f64,
 }
 
 impl Turns {
     /// Quartiles of theirs / ours, turn by turn.
-    pub fn ratio(&self) -> Option<Quartiles> {
+    pub(crate) fn ratio(&self) -> Option<Quartiles> {
         let pairs = self.theirs.iter().zip(&self.ours);
         (!self.theirs.is_empty()).then(|| Quartiles::of(pairs.map(|(t, o)| t / o).collect()))
     }
 
-    pub fn ours(&self) -> Quartiles {
+    pub(crate) fn ours(&self) -> Quartiles {
         Quartiles::of(self.ours.clone())
     }
 
-    pub fn theirs(&self) -> Option<Quartiles> {
+    pub(crate) fn theirs(&self) -> Option<Quartiles> {
         (!self.theirs.is_empty()).then(|| Quartiles::of(self.theirs.clone()))
     }
 }

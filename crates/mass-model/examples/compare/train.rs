@@ -2,8 +2,7 @@
 
 use std::error::Error;
 
-use dfdx::prelude::Cpu;
-use dfdx::prelude::SampleTensor;
+use dfdx::prelude::{Cpu, SampleTensor};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
@@ -17,7 +16,6 @@ const ROUNDS: usize = 21;
 
 /// `n` token ids below `vocab`, evenly drawn.
 fn tokens(n: usize, vocab: usize) -> Vec<u32> {
-    use dfdx::prelude::AsVec;
     let uniform = Cpu::default().sample_uniform_like(&(n, 1)).as_vec();
     let id = |u: f32| ((u * vocab as f32) as u32).min(vocab as u32 - 1);
     uniform.into_iter().map(id).collect()

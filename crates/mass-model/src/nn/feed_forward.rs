@@ -90,6 +90,7 @@ impl FeedForward {
             // A dense network has no gate; the field is not visited.
             gate: Param::zeros(&[1], false)?,
             logit_offset: 0.0,
+            threshold: None,
             fc1: with_bias(fc1)?,
             fc2: with_bias(fc2)?,
             up: None,

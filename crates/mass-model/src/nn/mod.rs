@@ -12,4 +12,4 @@ pub use block::{Block, BlockConfig};
 pub use feed_forward::FeedForward;
 pub use layer_norm::LayerNorm;
 pub use linear::Linear;
-pub use moe::{MoeConfig, MoeLayer, Routed};
+pub use moe::{GateConfig, MoeConfig, MoeLayer, Routed};

@@ -11,7 +11,7 @@ use super::FeedForward;
 use super::feed_forward::{visit_network, visit_network_mut};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, MoeExpert, Rows};
+use crate::ops::{self, Gate, MoeExpert, RoutingLoss, Rows};
 use crate::param::{Param, Parameters, join};
 
 /// Sizes and rules of a mixture-of-experts layer.
@@ -30,14 +30,36 @@ pub struct MoeConfig {
     /// Whether experts have a factor on the activation (SwiGLU with SiLU).
     #[serde(default)]
     pub gated: bool,
+    /// What the logits are made of.
+    #[serde(default)]
+    pub gate: GateConfig,
+    /// Losses on the routing; they change gradients only.
+    #[serde(default)]
+    pub losses: Vec<RoutingLoss>,
     /// Hidden width of an expert that every token uses beside those it is routed to (DeepSeekMoE, arXiv 2401.06066); none
     /// without.
     #[serde(default)]
     pub shared_hidden: Option<usize>,
 }
 
+/// How a mixture layer scores tokens for experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "gate", rename_all = "snake_case")]
+pub enum GateConfig {
+    /// `logit_e = <x, w_e>`.
+    #[default]
+    Linear,
+    /// `logit_e = cos(P x + b, w_e) / temperature`; DynMoE's without both, GMoE's with projection 256 and temperature 0.5.
+    Cosine {
+        /// Width of the projection; none without.
+        projection: Option<usize>,
+        /// Temperature at the start, learned; one and fixed without.
+        temperature: Option<f32>,
+    },
+}
+
 impl MoeConfig {
-    /// Plain experts, and none that is shared.
+    /// Plain experts behind a linear gate, and none that is shared.
     pub fn new(
         dim: usize,
         hidden: usize,
@@ -52,8 +74,53 @@ impl MoeConfig {
             activation,
             router,
             gated: false,
+            gate: GateConfig::Linear,
+            losses: Vec::new(),
             shared_hidden: None,
         }
+    }
+}
+
+impl MoeConfig {
+    /// A gate row as PyTorch's `Linear` draws it.
+    fn gate_row(&self, rng: &mut ChaCha8Rng) -> Result<Param, ModelError> {
+        let width = match self.gate {
+            GateConfig::Cosine {
+                projection: Some(width),
+                ..
+            } => width,
+            _ => self.dim,
+        };
+        Param::uniform(&[width], 1.0 / (width as f32).sqrt(), true, rng)
+    }
+
+    fn new_gate(&self, rng: &mut ChaCha8Rng) -> Result<Gate, ModelError> {
+        let GateConfig::Cosine {
+            projection,
+            temperature,
+        } = self.gate
+        else {
+            return Ok(Gate::Linear);
+        };
+        if projection == Some(0) || temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
+            return Err(ModelError::Config(format!(
+                "a cosine gate with projection {projection:?} and temperature {temperature:?}"
+            )));
+        }
+        let bound = 1.0 / (self.dim as f32).sqrt();
+        Ok(Gate::Cosine {
+            projection: projection
+                .map(|width| {
+                    Ok::<_, ModelError>((
+                        Param::uniform(&[width, self.dim], bound, true, rng)?,
+                        Param::uniform(&[width], bound, false, rng)?,
+                    ))
+                })
+                .transpose()?,
+            log_scale: temperature
+                .map(|t| Param::new(vec![-t.ln()], &[1], false))
+                .transpose()?,
+        })
     }
 }
 
@@ -89,6 +156,7 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 #[derive(Debug)]
 pub struct MoeLayer {
     experts: Vec<MoeExpert>,
+    gate: Gate,
     shared: Option<FeedForward>,
     ids: Vec<ExpertId>,
     next_id: u32,
@@ -101,6 +169,7 @@ impl Clone for MoeLayer {
     fn clone(&self) -> Self {
         Self {
             experts: self.experts.clone(),
+            gate: self.gate.clone(),
             shared: self.shared.clone(),
             ids: self.ids.clone(),
             next_id: self.next_id,
@@ -129,8 +198,7 @@ impl MoeLayer {
         }
         let experts = (0..experts)
             .map(|_| {
-                let bound = 1.0 / (dim as f32).sqrt();
-                let gate = Param::uniform(&[dim], bound, true, rng)?;
+                let gate = config.gate_row(rng)?;
                 let mut network = FeedForward::new(dim, hidden, config.activation, false, rng)?;
                 network.0.gate = gate;
                 if config.gated {
@@ -139,7 +207,7 @@ impl MoeLayer {
                 Ok(network.0)
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
-        let mut layer = Self::from_experts(config, experts)?;
+        let mut layer = Self::from_experts(config, experts, rng)?;
         if let Some(width) = config.shared_hidden {
             let shared = FeedForward::new(dim, width, config.activation, config.gated, rng)?;
             layer.shared = Some(shared);
@@ -171,23 +239,27 @@ impl MoeLayer {
             let what = "a dense network has no shared expert to convert";
             return Err(ModelError::Config(what.into()));
         }
-        let bound = 1.0 / (dim as f32).sqrt();
         let experts = (0..config.experts)
             .map(|_| {
                 Ok(MoeExpert {
-                    gate: Param::uniform(&[dim], bound, true, rng)?,
+                    gate: config.gate_row(rng)?,
                     ..network.0.clone()
                 })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
-        Self::from_experts(config, experts)
+        Self::from_experts(config, experts, rng)
     }
 
-    /// A layer from experts made elsewhere.
+    /// A layer from experts made elsewhere; the gate's projection, if it has one, is drawn from U(-1/√d, 1/√d). With top-any
+    /// routing, experts without a threshold get one of zero.
     ///
     /// # Errors
     /// [`ModelError::Config`] if their number is not the configuration's, [`ModelError::Shape`] if one has other sizes.
-    pub fn from_experts(config: &MoeConfig, experts: Vec<MoeExpert>) -> Result<Self, ModelError> {
+    pub fn from_experts(
+        config: &MoeConfig,
+        mut experts: Vec<MoeExpert>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
         if experts.is_empty() || experts.len() != config.experts {
             return Err(ModelError::Config(format!(
                 "{} experts given, {} configured",
@@ -195,12 +267,20 @@ impl MoeLayer {
                 config.experts
             )));
         }
-        for (e, expert) in experts.iter().enumerate() {
+        if let Some(loss) = config.losses.iter().find(|l| !l.weight().is_finite()) {
+            return Err(ModelError::Config(format!("routing loss {loss:?}")));
+        }
+        let any = matches!(config.router, RouterConfig::TopAny { .. });
+        for (e, expert) in experts.iter_mut().enumerate() {
             expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+            if any && expert.threshold.is_none() {
+                expert.threshold = Some(Param::zeros(&[1], false)?);
+            }
         }
         let count = experts.len() as u32;
         Ok(Self {
             experts,
+            gate: config.new_gate(rng)?,
             shared: None,
             ids: (0..count).map(ExpertId).collect(),
             next_id: count,
@@ -345,15 +425,16 @@ impl MoeLayer {
         mask: Option<&[bool]>,
     ) -> Result<Routed<T>, ModelError> {
         let activation = self.config.activation;
+        let gate = (&self.gate, &self.config.losses[..]);
         let (x, tape) = x.split_tape();
         let routed = x.clone().put_tape(tape);
         let (output, plan) = if T::OWNS_TAPE {
             let router = &mut *self.router();
-            ops::moe_ffn(routed, &self.experts, mask, router, activation)?
+            ops::moe_ffn(routed, &self.experts, gate, mask, router, activation)?
         } else {
             let mut router = self.router().clone();
             router.set_training(false);
-            ops::moe_ffn(routed, &self.experts, mask, &mut router, activation)?
+            ops::moe_ffn(routed, &self.experts, gate, mask, &mut router, activation)?
         };
         let Some(shared) = &self.shared else {
             return Ok(Routed { output, plan });
@@ -370,7 +451,23 @@ impl Parameters for MoeLayer {
         for (expert, id) in self.experts.iter().zip(&self.ids) {
             let prefix = join(prefix, &format!("experts.{}", id.0));
             f(join(&prefix, "gate"), &expert.gate);
+            if let Some(threshold) = &expert.threshold {
+                f(join(&prefix, "threshold"), threshold);
+            }
             visit_network(expert, &prefix, f);
+        }
+        if let Gate::Cosine {
+            projection,
+            log_scale,
+        } = &self.gate
+        {
+            if let Some((weight, bias)) = projection {
+                f(join(prefix, "gate.projection.weight"), weight);
+                f(join(prefix, "gate.projection.bias"), bias);
+            }
+            if let Some(scale) = log_scale {
+                f(join(prefix, "gate.log_scale"), scale);
+            }
         }
         if let Some(shared) = &self.shared {
             shared.visit(&join(prefix, "shared"), f);
@@ -381,7 +478,23 @@ impl Parameters for MoeLayer {
         for (expert, id) in self.experts.iter_mut().zip(&self.ids) {
             let prefix = join(prefix, &format!("experts.{}", id.0));
             f(join(&prefix, "gate"), &mut expert.gate);
+            if let Some(threshold) = &mut expert.threshold {
+                f(join(&prefix, "threshold"), threshold);
+            }
             visit_network_mut(expert, &prefix, f);
+        }
+        if let Gate::Cosine {
+            projection,
+            log_scale,
+        } = &mut self.gate
+        {
+            if let Some((weight, bias)) = projection {
+                f(join(prefix, "gate.projection.weight"), weight);
+                f(join(prefix, "gate.projection.bias"), bias);
+            }
+            if let Some(scale) = log_scale {
+                f(join(prefix, "gate.log_scale"), scale);
+            }
         }
         if let Some(shared) = &mut self.shared {
             shared.visit_mut(&join(prefix, "shared"), f);

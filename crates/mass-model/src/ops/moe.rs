@@ -3,25 +3,27 @@ use std::sync::Arc;
 use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
 use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::ArrayView2;
 
-use super::{Rows, expect_width, read, take_gradient};
+use super::gate::set_thresholds;
+use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::gemm::Store;
-use crate::kernels::linear;
 use crate::kernels::moe_ffn::{self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped};
 use crate::kernels::scratch::Scratch;
 use crate::param::{CpuGradients, Param, ParamHandle};
 
-/// The parameters of one expert: gate row `[d]`, `fc1: [h, d]`, `[h]`, `fc2: [d, h]`, `[d]`, and a fixed offset on its
-/// logit.
+/// The parameters of one expert: gate row (`[d]`, or as wide as the gate's projection), `fc1: [h, d]`, `[h]`, `fc2: [d, h]`,
+/// `[d]`, and a fixed offset on its logit.
 #[derive(Clone, Debug)]
 pub struct MoeExpert {
     /// Row of the gate matrix.
     pub gate: Param,
     /// Added to the expert's logit; not trained. Zero but for experts that were split with their mass preserved.
     pub logit_offset: f32,
+    /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
+    pub threshold: Option<Param>,
     /// First matrix and bias.
     pub fc1: (Param, Param),
     /// Second matrix and bias.
@@ -81,7 +83,6 @@ impl MoeExpert {
 pub(crate) struct Held {
     values: Vec<Arc<Vec<f32>>>,
     handles: Vec<ParamHandle>,
-    gate: ParamHandle,
 }
 
 /// Gradients of an expert's matrices and biases, taken out to be added to.
@@ -95,7 +96,6 @@ impl Held {
         Self {
             values: expert.params().map(Param::shared).collect(),
             handles: expert.params().map(Param::handle).collect(),
-            gate: expert.gate.handle(),
         }
     }
 
@@ -178,9 +178,10 @@ fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 
 /// The sparse mixture-of-experts feed-forward layer.
 ///
-/// Logits `z = x W_gᵀ + offset`; `router` turns them into assignments with weights w;
+/// Logits `z = gate(x) + offset`, for a linear gate `x W_gᵀ + offset`; `router` turns them into assignments with weights w;
 /// `y[t] = Σ_e w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`. Gradients reach the experts, the gate rows and `x`, the
-/// latter both through the experts and through the gate. `mask`, if given, says which experts are in use.
+/// latter both through the experts and through the gate, where the gradients of the routing `losses` join. `mask`, if
+/// given, says which experts are in use.
 ///
 /// Returns the output and the plan that made it.
 ///
@@ -190,6 +191,7 @@ fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     experts: &[MoeExpert],
+    (gate, losses): (&Gate, &[RoutingLoss]),
     mask: Option<&[bool]>,
     router: &mut AnyRouter,
     activation: Activation,
@@ -200,17 +202,18 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         ));
     };
     let (hidden, dim) = first.check("expert 0", None)?;
-    let gated = first.up.is_some();
+    let factor = first.up.is_some();
+    let width = gate.width(dim);
     for (e, expert) in experts.iter().enumerate() {
         expert.check(&format!("expert {e}"), Some((hidden, dim)))?;
-        if expert.up.is_some() != gated {
+        if expert.up.is_some() != factor {
             let what = format!("expert {e} is gated or not, unlike expert 0");
             return Err(ModelError::Config(what));
         }
-        if expert.gate.shape() != [dim] {
+        if expert.gate.shape() != [width] {
             return Err(ModelError::shape(
                 format!("gate row of expert {e}"),
-                &[dim],
+                &[width],
                 expert.gate.shape(),
             ));
         }
@@ -220,24 +223,11 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     let (x, mut tape) = x.try_contiguous()?.split_tape();
     let n = x.shape().0;
     let input = read(&x);
-    let gate: Vec<f32> = experts
-        .iter()
-        .flat_map(|e| e.gate.values())
-        .copied()
-        .collect();
-    let offsets: Vec<f32> = experts.iter().map(|e| e.logit_offset).collect();
-    let mut logits = Scratch::take(n * experts.len());
-    linear::forward(
-        &input,
-        &gate,
-        Some(&offsets),
-        &mut logits,
-        dim,
-        experts.len(),
-    );
+    let gated = gate.logits(&input, experts, (n, dim))?;
+    set_thresholds(router, experts)?;
     let mut plan = RoutingPlan::default();
-    let view =
-        ArrayView2::from_shape((n, experts.len()), &logits).expect("the buffer has this size");
+    let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
+        .expect("the buffer has this size");
     router.route(view, mask, &mut plan)?;
     let plan = Arc::new(plan);
 
@@ -245,7 +235,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         dim,
         hidden,
         activation,
-        gated,
+        gated: factor,
     };
     let weights: Vec<ExpertWeights<'_>> = experts.iter().map(MoeExpert::weights).collect();
     let mut h = Scratch::take(plan.num_assignments() * hidden);
@@ -266,7 +256,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
         let held: Vec<Held> = experts.iter().map(Held::of).collect();
         let plan = Arc::clone(&plan);
-        let router = router.clone();
+        let (router, losses) = (router.clone(), losses.to_vec());
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             let mut dx = take_gradient!(g, x_ghost);
@@ -291,25 +281,14 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
                 &mut d_weights,
             );
 
-            let experts = held.len();
-            let mut d_logits = Scratch::zeros(n * experts);
-            let mut view = ArrayViewMut2::from_shape((n, experts), &mut d_logits)
-                .expect("the buffer has this size");
-            router
-                .backward(&plan, &d_weights, &mut view)
+            for (expert, taken) in held.iter().zip(taken) {
+                expert.put(g, taken)?;
+            }
+            let given = (&*input, &*d_weights);
+            gated
+                .backward(&router, &plan, &losses, given, &mut dx, g)
                 // dfdx lets a backward operation fail only with its own errors.
                 .map_err(|_| CpuError::WrongNumElements)?;
-            linear::backward_input(&d_logits, &gate, &mut dx, dim, experts);
-            let mut d_gate = Scratch::zeros(experts * dim);
-            let sizes = (dim, experts);
-            linear::backward_weight(&input, &d_logits, &mut d_gate, None, sizes, Store::Add);
-
-            for ((expert, taken), d_row) in held.iter().zip(taken).zip(d_gate.chunks_exact(dim)) {
-                expert.put(g, taken)?;
-                let mut row = expert.gate.take(g)?;
-                crate::kernels::vector::add_assign(&mut row, d_row);
-                expert.gate.put(g, row)?;
-            }
             **g.get_or_alloc_mut(&x_ghost)? = dx;
             Ok(())
         });

@@ -1,0 +1,459 @@
+//! Layers and operations against dfdx's own, against central differences, and against what they must be equal to.
+
+use dfdx::prelude::*;
+use mass_model::nn::{FeedForward, GateConfig, MoeConfig, MoeLayer, SelfAttention};
+use mass_model::ops::{self, Attention, RoutingLoss, Rows, Sequences};
+use mass_model::{
+    Activation, CpuGradients, DropoutKeys, ModelError, Param, Parameters, seeded_rng,
+};
+use mass_routing::losses::BalanceCount;
+use mass_routing::{Combine, RouterConfig};
+
+fn values(n: usize, seed: f32) -> Vec<f32> {
+    (0..n).map(|i| ((i as f32 + seed) * 1.37).sin()).collect()
+}
+
+fn rows(n: usize, d: usize, seed: f32) -> Rows<NoneTape> {
+    Cpu::default().tensor_from_vec(values(n * d, seed), (n, d))
+}
+
+/// `<y, dy>` for a fixed, uneven `dy`.
+fn probe(y: Rows<OwnedTape<f32, Cpu>>) -> (f64, CpuGradients) {
+    let &(n, d) = y.shape();
+    let loss = inner(&y.as_vec());
+    let dy = Cpu::default().tensor_from_vec(values(n * d, 0.3), (n, d));
+    (loss, (y * dy).sum::<Rank0, _>().backward())
+}
+
+fn inner(y: &[f32]) -> f64 {
+    let pairs = y.iter().zip(values(y.len(), 0.3));
+    pairs.map(|(a, b)| f64::from(*a) * f64::from(b)).sum()
+}
+
+fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(1e-6f32, |m, x| m.max(x.abs()));
+    for (i, (a, b)) in got.iter().zip(want).enumerate() {
+        assert!(
+            (a - b).abs() <= tolerance * largest,
+            "{what}[{i}]: {a} against {b}"
+        );
+    }
+}
+
+/// Every parameter's and the input's gradient along a direction against central differences.
+fn check_gradients<M: Parameters + Clone>(
+    what: &str,
+    model: &M,
+    x: &Rows<NoneTape>,
+    forward: impl Fn(&M, Rows<OwnedTape<f32, Cpu>>) -> Rows<OwnedTape<f32, Cpu>>,
+) {
+    let run =
+        |model: &M, x: &Rows<NoneTape>| inner(&forward(model, x.clone().leaky_traced()).as_vec());
+    let (_, mut gradients) = probe(forward(model, x.clone().leaky_traced()));
+    let close = |name: &str, analytic: f64, numeric: f64| {
+        let scale = 2e-3 + 1e-2 * analytic.abs();
+        assert!(
+            (analytic - numeric).abs() < scale,
+            "{what}, {name}: {analytic} against {numeric}"
+        );
+    };
+    let h = 4e-3f32;
+    let mut names = Vec::new();
+    model.visit("", &mut |name, p| names.push((name, p.len())));
+    for (which, len) in names {
+        let direction = values(len, 0.7);
+        let norm = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let moved = |h: f32| {
+            let mut moved = model.clone();
+            moved.visit_mut("", &mut |name, p| {
+                if name == which {
+                    let pairs = p.values_mut().iter_mut().zip(&direction);
+                    pairs.for_each(|(x, d)| *x += h * d / norm);
+                }
+            });
+            run(&moved, x)
+        };
+        let numeric = (moved(h) - moved(-h)) / f64::from(2.0 * h);
+        let mut analytic = f64::NAN;
+        model.visit("", &mut |name, p| {
+            if name == which {
+                let g = p.gradient(&mut gradients).unwrap();
+                let pairs = g.iter().zip(&direction);
+                analytic = pairs.map(|(g, d)| f64::from(g * d / norm)).sum();
+            }
+        });
+        close(&which, analytic, numeric);
+    }
+    let direction = values(x.as_vec().len(), 0.9);
+    let norm = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let moved = |h: f32| {
+        let data = x
+            .as_vec()
+            .iter()
+            .zip(&direction)
+            .map(|(x, d)| x + h * d / norm)
+            .collect();
+        run(
+            model,
+            &Cpu::default().tensor_from_vec::<(usize, usize)>(data, *x.shape()),
+        )
+    };
+    let g = gradients.get(x).as_vec();
+    let analytic = g
+        .iter()
+        .zip(&direction)
+        .map(|(g, d)| f64::from(g * d / norm))
+        .sum();
+    close(
+        "input",
+        analytic,
+        (moved(h) - moved(-h)) / f64::from(2.0 * h),
+    );
+}
+
+fn all_of(k: usize) -> RouterConfig {
+    // Every expert: no selection that a finite step could change.
+    RouterConfig::TopK {
+        k,
+        combine: Combine::Renormalised,
+    }
+}
+
+#[test]
+fn every_kind_of_mixture_layer_agrees_with_central_differences() {
+    let x = rows(37, 6, 1.0);
+    let base = MoeConfig::new(6, 10, 3, Activation::Silu, all_of(3));
+    let cosine = |projection, temperature| GateConfig::Cosine {
+        projection,
+        temperature,
+    };
+    let kinds = [
+        ("plain", base.clone()),
+        (
+            "gated",
+            MoeConfig {
+                gated: true,
+                ..base.clone()
+            },
+        ),
+        (
+            "gated, shared",
+            MoeConfig {
+                gated: true,
+                shared_hidden: Some(7),
+                ..base.clone()
+            },
+        ),
+        (
+            "cosine gate",
+            MoeConfig {
+                gate: cosine(None, None),
+                ..base.clone()
+            },
+        ),
+        (
+            "projected cosine gate",
+            MoeConfig {
+                gate: cosine(Some(4), Some(0.5)),
+                ..base.clone()
+            },
+        ),
+        (
+            "tanh gelu, shared",
+            MoeConfig {
+                activation: Activation::GeluTanh,
+                shared_hidden: Some(5),
+                ..base
+            },
+        ),
+    ];
+    for (name, config) in kinds {
+        let mut layer = MoeLayer::new(&config, &mut seeded_rng(2)).unwrap();
+        layer.visit_mut("", &mut |_, p| {
+            p.values_mut().iter_mut().for_each(|x| *x *= 1.5)
+        });
+        check_gradients(name, &layer, &x, |layer, x| layer.try_forward(x).unwrap());
+    }
+}
+
+#[test]
+fn thresholds_of_top_any_get_the_straight_through_gradient() {
+    let router = RouterConfig::TopAny { experts: 3 };
+    let gate = GateConfig::Cosine {
+        projection: None,
+        temperature: None,
+    };
+    let config = MoeConfig {
+        gate,
+        ..MoeConfig::new(6, 10, 3, Activation::Relu, router)
+    };
+    let layer = MoeLayer::new(&config, &mut seeded_rng(4)).unwrap();
+    let x = rows(40, 6, 1.0);
+    let routed = layer
+        .forward_routed(x.clone().leaky_traced(), None)
+        .unwrap();
+    assert!(
+        (0..40).any(|t| routed.plan.k(t) == 0),
+        "a token that no expert takes"
+    );
+    let (_, mut gradients) = probe(routed.output);
+    let mut some = false;
+    for expert in layer.experts() {
+        let threshold = expert.threshold.as_ref().unwrap();
+        some |= threshold.gradient(&mut gradients).unwrap()[0] != 0.0;
+    }
+    assert!(some);
+    // In evaluation such tokens take their best expert.
+    let plan = layer.forward_routed(x, None).unwrap().plan;
+    assert!((0..40).all(|t| plan.k(t) > 0));
+}
+
+#[test]
+fn routing_losses_reach_the_gate() {
+    let x = rows(64, 6, 1.0);
+    let gate_gradient = |losses: Vec<RoutingLoss>| {
+        let config = MoeConfig {
+            losses,
+            ..MoeConfig::new(6, 8, 4, Activation::Relu, all_of(1))
+        };
+        let layer = MoeLayer::new(&config, &mut seeded_rng(3)).unwrap();
+        let (_, mut gradients) = probe(layer.try_forward(x.clone().leaky_traced()).unwrap());
+        layer.experts()[0]
+            .gate
+            .gradient(&mut gradients)
+            .unwrap()
+            .clone()
+    };
+    let none = gate_gradient(vec![]);
+    for loss in [
+        RoutingLoss::Balance {
+            weight: 1.0,
+            count: BalanceCount::First,
+        },
+        RoutingLoss::Entropy { weight: 1.0 },
+        RoutingLoss::Importance { weight: 1.0 },
+        RoutingLoss::RouterZ { weight: 1.0 },
+    ] {
+        let with = gate_gradient(vec![loss]);
+        assert!(
+            with.iter().zip(&none).any(|(a, b)| (a - b).abs() > 1e-6),
+            "{loss:?}"
+        );
+        assert!(with.iter().all(|x| x.is_finite()));
+    }
+    let nan = MoeConfig {
+        losses: vec![RoutingLoss::Entropy { weight: f32::NAN }],
+        ..MoeConfig::new(6, 8, 4, Activation::Relu, all_of(1))
+    };
+    assert!(matches!(
+        MoeLayer::new(&nan, &mut seeded_rng(0)),
+        Err(ModelError::Config(_))
+    ));
+}
+
+#[test]
+fn experts_copied_from_a_dense_network_compute_what_it_did() {
+    for gated in [false, true] {
+        let dense =
+            FeedForward::new(6, 11, Activation::GeluErf, gated, &mut seeded_rng(1)).unwrap();
+        let config = MoeConfig {
+            gated,
+            ..MoeConfig::new(6, 11, 4, Activation::GeluErf, all_of(2))
+        };
+        let layer = MoeLayer::from_dense(&dense, &config, &mut seeded_rng(2)).unwrap();
+        let x = rows(50, 6, 2.0);
+        let (a, b) = (
+            dense.try_forward(x.clone()).unwrap(),
+            layer.try_forward(x).unwrap(),
+        );
+        assert_close("y", &b.as_vec(), &a.as_vec(), 1e-5);
+        let wrong = MoeConfig {
+            hidden: 12,
+            ..config
+        };
+        assert!(matches!(
+            MoeLayer::from_dense(&dense, &wrong, &mut seeded_rng(2)),
+            Err(ModelError::Config(_))
+        ));
+    }
+}
+
+#[test]
+fn a_feed_forward_network_agrees_with_dfdx_and_central_differences() {
+    let x = rows(700, 6, 1.0); // more than one block of rows
+    let network = FeedForward::new(6, 9, Activation::Relu, false, &mut seeded_rng(1)).unwrap();
+    let dev = Cpu::default();
+    let tensor = |p: &Param| {
+        dev.tensor_from_vec(p.values().to_vec(), (p.shape()[0], p.len() / p.shape()[0]))
+    };
+    let bias = |p: &Param| dev.tensor_from_vec(p.values().to_vec(), (p.len(),));
+    let ((w1, b1), (w2, b2)) = (network.fc1(), network.fc2());
+    let h = x.clone().matmul(tensor(w1).permute::<_, Axes2<1, 0>>());
+    let h = (h + bias(b1).broadcast_like::<_, Axis<0>>(&(700, 9))).relu();
+    let y = h.matmul(tensor(w2).permute::<_, Axes2<1, 0>>());
+    let y = y + bias(b2).broadcast_like::<_, Axis<0>>(&(700, 6));
+    assert_close(
+        "y",
+        &network.try_forward(x).unwrap().as_vec(),
+        &y.as_vec(),
+        1e-5,
+    );
+    let x = rows(20, 6, 1.0);
+    let gelu = FeedForward::new(6, 9, Activation::GeluErf, false, &mut seeded_rng(1)).unwrap();
+    check_gradients("feed-forward", &gelu, &x, |f, x| f.try_forward(x).unwrap());
+}
+
+#[test]
+fn attention_over_packed_sequences_equals_attention_over_padded_ones() {
+    let lengths = [3, 5, 1];
+    let (longest, dim) = (5, 6);
+    let qkv = values(lengths.iter().sum::<usize>() * 3 * dim, 1.0);
+    let dev = Cpu::default();
+    let how = Attention {
+        heads: 2,
+        ..Attention::default()
+    };
+    let packed = Sequences::packed(vec![0, 3, 8, 9]).unwrap();
+    let x = dev.tensor_from_vec(qkv.clone(), (9, 3 * dim));
+    let want = ops::self_attention(x, &packed, how).unwrap().as_vec();
+    let (mut padded, mut keys, mut at) = (Vec::new(), Vec::new(), 0);
+    for length in lengths {
+        padded.extend_from_slice(&qkv[at * 3 * dim..(at + length) * 3 * dim]);
+        padded.extend(vec![9.0; (longest - length) * 3 * dim]);
+        keys.extend((0..longest).map(|i| i < length));
+        at += length;
+    }
+    let sequences = Sequences::uniform(3, longest)
+        .unwrap()
+        .with_keys(keys.clone())
+        .unwrap();
+    let x = dev.tensor_from_vec(padded, (3 * longest, 3 * dim));
+    let y = ops::self_attention(x, &sequences, how).unwrap().as_vec();
+    let real = y
+        .chunks(dim)
+        .zip(&keys)
+        .filter(|(_, k)| **k)
+        .flat_map(|(row, _)| row);
+    assert_close("y", &real.copied().collect::<Vec<_>>(), &want, 1e-5);
+}
+
+#[test]
+fn attention_with_a_mask_and_dropout_agrees_with_central_differences() {
+    let mut layer = SelfAttention::new(6, 2, &mut seeded_rng(1)).unwrap();
+    layer.dropout = 0.3;
+    let x = rows(9, 6, 1.0);
+    let keys = vec![true, true, false, true, true, false, true, true, true];
+    for causal in [false, true] {
+        layer.causal = causal;
+        let sequences = Sequences::packed(vec![0, 3, 9])
+            .unwrap()
+            .with_keys(keys.clone())
+            .unwrap();
+        check_gradients("attention", &layer, &x, |layer, x| {
+            let mut keys = DropoutKeys::new(1, 1);
+            layer.forward(x, &sequences, Some(&mut keys)).unwrap()
+        });
+    }
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_its_gradient_has_the_same_mask() {
+    let x = Cpu::default().ones_like(&(400, 50));
+    let mask = DropoutKeys::new(1, 2).next(0.25);
+    let y = ops::dropout(x.clone().leaky_traced(), mask).unwrap();
+    let kept = y.as_vec();
+    let mean = kept.iter().sum::<f32>() / kept.len() as f32;
+    assert!((mean - 1.0).abs() < 0.02, "{mean}");
+    assert!(
+        kept.iter()
+            .all(|&v| v == 0.0 || (v - 1.0 / 0.75).abs() < 1e-6)
+    );
+    let gradient = y.sum::<Rank0, _>().backward().get(&x).as_vec();
+    assert_eq!(gradient, kept);
+    // Added to a residual, with and without.
+    let residual = rows(400, 50, 3.0);
+    let sum = ops::add(x.clone(), &residual, mask).unwrap().as_vec();
+    let want: Vec<f32> = residual
+        .as_vec()
+        .iter()
+        .zip(&kept)
+        .map(|(a, b)| a + b)
+        .collect();
+    assert_eq!(sum, want);
+    let plain = ops::add(x.clone(), &residual, None).unwrap().as_vec();
+    assert_eq!(plain, (x + residual).as_vec());
+}
+
+#[test]
+fn picked_and_scaled_rows_agree_with_dfdx() {
+    let x = rows(5, 4, 1.0);
+    let factor = Param::new(values(4, 2.0), &[4], false).unwrap();
+    let y = ops::scale_rows(x.clone().leaky_traced(), &factor).unwrap();
+    let f = Cpu::default().tensor_from_vec(factor.values().to_vec(), (4,));
+    let oracle = x.clone().leaky_traced() * f.leaky_trace().broadcast_like::<_, Axis<0>>(&(5, 4));
+    assert_close("y", &y.as_vec(), &oracle.as_vec(), 1e-6);
+    let ((_, mut g), (_, o)) = (probe(y), probe(oracle));
+    assert_close("dx", &g.get(&x).as_vec(), &o.get(&x).as_vec(), 1e-6);
+    assert_close(
+        "df",
+        factor.gradient(&mut g).unwrap(),
+        &o.get(&f).as_vec(),
+        1e-5,
+    );
+
+    let y = ops::pick_rows(x.clone().leaky_traced(), &[4, 0, 4]).unwrap();
+    let index = Cpu::default().tensor_from_vec(vec![4usize, 0, 4], (3,));
+    let oracle = x.clone().leaky_traced().gather(index);
+    assert_eq!(y.as_vec(), oracle.as_vec());
+    let dy: Tensor<(usize, usize), f32, Cpu> =
+        Cpu::default().tensor_from_vec(values(12, 0.3), (3, 4));
+    let o = (oracle * dy).sum::<Rank0, _>().backward();
+    assert_close(
+        "dx",
+        &probe(y).1.get(&x).as_vec(),
+        &o.get(&x).as_vec(),
+        1e-6,
+    );
+    assert!(matches!(
+        ops::pick_rows(x.clone(), &[5]),
+        Err(ModelError::Index { .. })
+    ));
+    assert!(ops::pick_rows(x, &[]).is_err());
+}
+
+#[test]
+fn noise_of_a_router_moves_on_while_training_and_is_off_in_evaluation() {
+    let inner = Box::new(all_of(1));
+    let router = RouterConfig::Noisy {
+        std: 3.0,
+        seed: 1,
+        inner,
+    };
+    let layer = MoeLayer::new(
+        &MoeConfig::new(6, 8, 4, Activation::Relu, router),
+        &mut seeded_rng(0),
+    )
+    .unwrap();
+    let x = rows(60, 6, 1.0);
+    let tokens = |plan: &mass_routing::RoutingPlan| plan.tokens().to_vec();
+    let train = || {
+        tokens(
+            &layer
+                .forward_routed(x.clone().leaky_traced(), None)
+                .unwrap()
+                .plan,
+        )
+    };
+    let (a, b) = (train(), train());
+    assert_ne!(a, b);
+    let evaluate = || tokens(&layer.forward_routed(x.clone(), None).unwrap().plan);
+    assert_eq!(evaluate(), evaluate());
+    // A clone goes on from where the original stands.
+    let copy = layer.clone();
+    let plan = copy
+        .forward_routed(x.clone().leaky_traced(), None)
+        .unwrap()
+        .plan;
+    assert_eq!(tokens(&plan), train());
+}
