@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             moe::run(peer, only)
         }
         "step" => train::run("one-layer transformer", peer, train::transformer()?),
-        other => Err(format!("unknown task {other:?}; there are: moe, step").into()),
+        "bert" => train::run("6-layer BERT, 32 x 64 tokens", peer, train::bert()?),
+        other => Err(format!("unknown task {other:?}; there are: moe, step, bert").into()),
     }
 }

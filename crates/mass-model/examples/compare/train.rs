@@ -3,10 +3,11 @@
 use std::error::Error;
 
 use dfdx::prelude::{Cpu, SampleTensor};
+use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Activation, seeded_rng};
+use mass_model::{Activation, DropoutKeys, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 use crate::peer::Peer;
@@ -51,6 +52,43 @@ pub(crate) fn transformer() -> Result<(String, impl FnMut()), Box<dyn Error>> {
             .expect("finite gradients");
     };
     let task = format!("step {vocab} {dim} {heads} {seq} {batch} {experts} {hidden} {k}");
+    Ok((task, step))
+}
+
+/// A BERT of the size of MiniLM-L6, every parameter trained, dropout 0.1: a step of it on request.
+pub(crate) fn bert() -> Result<(String, impl FnMut()), Box<dyn Error>> {
+    let (batch, seq) = (32, 64);
+    let config = BertConfig {
+        hidden_size: 384,
+        num_hidden_layers: 6,
+        intermediate_size: 1536,
+        ..BertConfig::default()
+    };
+    let mut model = BertClassifier::new(&config, 2, &mut seeded_rng(0))?;
+    let mut optimizer = AdamW::new(AdamWConfig::default())?;
+    let ids = tokens(batch * seq, config.vocab_size);
+    let types = vec![0; ids.len()];
+    let text = TextBatch::packed(ids, types, (0..=batch).map(|i| i * seq).collect());
+    let classes = tokens(batch, 2);
+    let task = format!(
+        "bert {} {} {} {} {} {batch} {seq}",
+        config.vocab_size,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_hidden_layers,
+        config.intermediate_size
+    );
+    let mut made = 0;
+    let step = move || {
+        let mut keys = DropoutKeys::new(0, made);
+        made += 1;
+        let mut pass = model
+            .train_pass(&text, Targets::Classes(&classes), Some(&mut keys))
+            .expect("valid input");
+        optimizer
+            .step(&mut model, &mut pass.gradients, 1e-4)
+            .expect("finite gradients");
+    };
     Ok((task, step))
 }
 
