@@ -6,7 +6,7 @@ use mass_model::Activation;
 use mass_model::checkpoint;
 use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::optim::{AdamWConfig, Schedule};
+use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
@@ -205,12 +205,14 @@ fn config(args: &TrainArgs, run: String) -> TrainerConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             clip_norm: Some(1.0),
+            groups: Vec::new(),
         },
         schedule: Schedule {
             peak: args.lr,
             warmup: 100.min(steps / 10),
             steps,
             floor: 0.1,
+            decay: Decay::Linear,
         },
         growth: Some(growth),
         seed: args.seed,

@@ -103,7 +103,7 @@ impl Trainer {
             .map(Grower::new)
             .transpose()
             .map_err(made)?;
-        let optimizer = AdamW::new(config.adamw).map_err(made)?;
+        let optimizer = AdamW::new(config.adamw.clone()).map_err(made)?;
         let progress = Saved {
             config: config.clone(),
             grower,

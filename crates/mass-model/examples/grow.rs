@@ -10,7 +10,7 @@ use mass_expand::{Answer, Choice, ControllerParams, EventKind, Reduction};
 use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::optim::{AdamW, AdamWConfig, Schedule};
+use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{Activation, ModelError, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::rand_core::RngCore;
@@ -43,6 +43,7 @@ fn main() -> Result<(), ModelError> {
         warmup: 20,
         steps: STEPS,
         floor: 0.1,
+        decay: Decay::Linear,
     };
 
     let mut controller = ControllerParams::ours(1, 3, 8, STEPS).with_schedule(100, 100);

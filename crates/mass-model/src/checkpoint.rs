@@ -180,7 +180,7 @@ pub fn save<S: Serialize>(
                 router: b.moe.router().clone(),
             })
             .collect(),
-        optimizer: *optimizer.config(),
+        optimizer: optimizer.config().clone(),
         parameter_steps: optimizer
             .state()
             .iter()

@@ -98,13 +98,13 @@ impl Grower {
     ) -> Result<Vec<Event>, ModelError> {
         let mut observed = Vec::with_capacity(pass.layers.len());
         for (l, trace) in pass.layers.iter().enumerate() {
-            let layer = model.mixture(l);
-            observed.push(observe(
-                layer,
+            let norm = self.watches(l, step).then_some(self.config.gradient_norm);
+            observed.push(observe_with(
+                model.mixture(l),
                 trace,
                 &pass.token_losses,
                 &mut pass.gradients,
-                self.config.gradient_norm,
+                norm,
             )?);
         }
         let layers: Vec<LayerObservation<'_>> = observed
@@ -182,6 +182,19 @@ impl Grower {
         }
         Ok(self.controller.drain_events())
     }
+
+    /// Whether anything will be made of a layer's gradient norms: no detector of a stopped layer is fed. The step on which
+    /// the continual phase begins opens stopped layers again.
+    fn watches(&self, layer: usize, step: u64) -> bool {
+        let phase = &self.controller.params().phase;
+        let reopens = phase.continual.is_some()
+            && step >= phase.live_until
+            && self
+                .controller
+                .last_step()
+                .is_none_or(|last| last < phase.live_until);
+        reopens || self.controller.stopped(layer).is_none()
+    }
 }
 
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
@@ -196,6 +209,17 @@ pub fn observe(
     token_losses: &[f32],
     gradients: &mut CpuGradients,
     norm: GradientNorm,
+) -> Result<Vec<ExpertObservation>, ModelError> {
+    observe_with(layer, trace, token_losses, gradients, Some(norm))
+}
+
+/// [`observe`], with gradient norms of zero where nobody asks for them: they cost a pass over all gradients.
+fn observe_with(
+    layer: &MoeLayer,
+    trace: &LayerTrace,
+    token_losses: &[f32],
+    gradients: &mut CpuGradients,
+    norm: Option<GradientNorm>,
 ) -> Result<Vec<ExpertObservation>, ModelError> {
     let plan = &trace.plan;
     if token_losses.len() != plan.num_tokens() {
@@ -220,8 +244,11 @@ pub fn observe(
     let total: f64 = shares.iter().sum();
     let mut observed = Vec::with_capacity(shares.len());
     for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
-        let mut squares = square_norm(&expert.fc1.0, gradients)?;
-        if norm == GradientNorm::AllParameters {
+        let mut squares = match norm {
+            Some(_) => square_norm(&expert.fc1.0, gradients)?,
+            None => 0.0,
+        };
+        if norm == Some(GradientNorm::AllParameters) {
             let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
             let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
             for param in rest.into_iter().chain(up) {

@@ -159,6 +159,7 @@ fn golden_adamw() {
         eps: number(&g.json["eps"]),
         weight_decay: number(&g.json["weight_decay"]),
         clip_norm: None,
+        groups: Vec::new(),
     };
     let (shape, first) = g.tensor("p0");
     let mut model = One(Param::new(first, &shape, true).unwrap());

@@ -9,7 +9,7 @@ use mass_model::Activation;
 use mass_model::growth::GrowerConfig;
 use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::optim::{AdamWConfig, Schedule};
+use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
     Combine, LabelUsage, LabelWeighting, RouterConfig, jensen_shannon_divergence,
     normalized_mutual_information,
@@ -396,12 +396,14 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             clip_norm: None,
+            groups: Vec::new(),
         },
         schedule: Schedule {
             peak: 1e-2,
             warmup: 50.min(plan.steps / 4),
             steps: plan.steps,
             floor: 0.1,
+            decay: Decay::Linear,
         },
         growth: planned
             .mass

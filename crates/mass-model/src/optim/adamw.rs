@@ -3,12 +3,28 @@ use std::collections::BTreeMap;
 use mass_expand::Moments;
 use serde::{Deserialize, Serialize};
 
+use super::groups::{Group, Select, decide};
 use crate::error::ModelError;
 use crate::kernels::adamw::{AdamWStep, update};
 use crate::param::{CpuGradients, Parameters};
 
 /// Settings of [`AdamW`] but for the learning rate, which is given with each step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+///
+/// ```
+/// use mass_model::optim::{AdamWConfig, Group, Select};
+///
+/// // Decay on everything, as many fine-tuning recipes have it, and a head that learns faster.
+/// let mut config = AdamWConfig::default().decaying_everything();
+/// config.groups.push(Group {
+///     name: "head".into(),
+///     select: Select::Prefix("head".into()),
+///     weight_decay: None,
+///     lr_scale: Some(10.0),
+/// });
+/// # mass_model::optim::AdamW::new(config)?;
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,
@@ -16,10 +32,14 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
-    /// Decoupled weight decay, on parameters that decay (matrices).
+    /// Decoupled weight decay, on parameters that decay (matrices) and that no group gives another.
     pub weight_decay: f64,
     /// Largest norm of all gradients together; larger ones are scaled down.
     pub clip_norm: Option<f64>,
+    /// Parameters with a weight decay or learning rate of their own. Each of the two is settled by the first group that
+    /// selects the parameter and speaks of it.
+    #[serde(default)]
+    pub groups: Vec<Group>,
 }
 
 impl Default for AdamWConfig {
@@ -30,7 +50,21 @@ impl Default for AdamWConfig {
             eps: 1e-8,
             weight_decay: 0.01,
             clip_norm: None,
+            groups: Vec::new(),
         }
+    }
+}
+
+impl AdamWConfig {
+    /// The same with weight decay on every parameter that no group so far gives another: vectors too.
+    pub fn decaying_everything(mut self) -> Self {
+        self.groups.push(Group {
+            name: "everything decays".into(),
+            select: Select::All,
+            weight_decay: Some(self.weight_decay),
+            lr_scale: None,
+        });
+        self
     }
 }
 
@@ -49,7 +83,8 @@ pub struct ParameterState {
 ///
 /// `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + λ θ)`, where t counts the
 /// updates of that very parameter: a newcomer's first update is as large as anyone's first, where one global count would
-/// shrink it.
+/// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
+/// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -60,7 +95,7 @@ impl AdamW {
     /// An optimiser without state; state is made as parameters are met.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a beta outside [0, 1), or a negative or non-finite setting.
+    /// [`ModelError::Config`] for a beta outside [0, 1), or a negative or non-finite setting, also of a group.
     pub fn new(config: AdamWConfig) -> Result<Self, ModelError> {
         let AdamWConfig {
             beta1,
@@ -68,6 +103,7 @@ impl AdamW {
             eps,
             weight_decay,
             clip_norm,
+            ref groups,
         } = config;
         for (name, value) in [("beta1", beta1), ("beta2", beta2)] {
             if !(0.0..1.0).contains(&value) {
@@ -87,6 +123,7 @@ impl AdamW {
                 )));
             }
         }
+        groups.iter().try_for_each(Group::check)?;
         Ok(Self {
             config,
             state: BTreeMap::new(),
@@ -101,13 +138,17 @@ impl AdamW {
     /// Updates every parameter of `model` by its gradient, at learning rate `lr`. Returns the norm of all gradients.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] if a gradient is NaN or infinite; no parameter is changed then.
+    /// [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Shape`] if a parameter
+    /// has another size than its moments; no parameter is changed then.
     pub fn step<M: Parameters + ?Sized>(
         &mut self,
         model: &mut M,
         gradients: &mut CpuGradients,
         lr: f64,
     ) -> Result<f64, ModelError> {
+        if !lr.is_finite() {
+            return Err(ModelError::NonFinite(format!("the learning rate {lr}")));
+        }
         let mut squares = 0.0;
         let mut failed = None;
         model.visit("", &mut |name, param| {
@@ -121,6 +162,12 @@ impl AdamW {
                         failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
                     }
                     squares += own;
+                    if let Some(s) = self.state.get(&name)
+                        && s.m.len() != param.len()
+                    {
+                        let what = format!("moments of {name}");
+                        failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
+                    }
                 }
                 Err(e) => failed = Some(e),
             }
@@ -138,6 +185,7 @@ impl AdamW {
             beta2,
             eps,
             weight_decay,
+            ref groups,
             ..
         } = self.config;
         let mut outcome = Ok(());
@@ -146,6 +194,7 @@ impl AdamW {
                 return;
             }
             let n = param.len();
+            let (decay, lr_scale) = decide(groups, weight_decay, &name, param);
             let state = self.state.entry(name).or_insert_with(|| ParameterState {
                 m: vec![0.0; n],
                 v: vec![0.0; n],
@@ -154,15 +203,11 @@ impl AdamW {
             state.step += 1;
             let t = i32::try_from(state.step).unwrap_or(i32::MAX);
             let step = AdamWStep {
-                lr: lr as f32,
+                lr: (lr * lr_scale) as f32,
                 beta1: beta1 as f32,
                 beta2: beta2 as f32,
                 eps: eps as f32,
-                weight_decay: if param.decays() {
-                    weight_decay as f32
-                } else {
-                    0.0
-                },
+                weight_decay: decay as f32,
                 bias1: (1.0 - beta1.powi(t)) as f32,
                 bias2: (1.0 - beta2.powi(t)) as f32,
                 gradient_scale: gradient_scale as f32,

@@ -1,0 +1,148 @@
+use std::collections::BTreeMap;
+
+use crate::error::ModelError;
+use crate::param::{CpuGradients, Parameters};
+
+/// Mean of the gradients of several micro-batches, for batches larger than memory allows.
+///
+/// With weights `n_i` (rows or tokens that the loss of micro-batch i is a mean over), [`mean_into`](Self::mean_into) gives
+/// `Σ n_i g_i / Σ n_i`: the gradient of the mean over all of them. It is kept as a running mean, so that one micro-batch
+/// alone passes through without a change of a bit.
+///
+/// Gradients are kept by parameter name. One that appears between two micro-batches (an expert just split off) counts as
+/// zero in those before, and one that vanishes is dropped.
+///
+/// ```
+/// use mass_model::optim::GradientAccumulator;
+/// use mass_model::{CpuGradients, nn::LayerNorm};
+///
+/// let model = LayerNorm::new(2, 1e-5)?;
+/// let mut gradients = CpuGradients::leaky();
+/// let mut accumulator = GradientAccumulator::new();
+/// for (rows, g) in [(3.0, 1.0), (1.0, 5.0)] {
+///     model.weight.gradient(&mut gradients)?.fill(g); // a backward pass in real life
+///     accumulator.add(&model, &mut gradients, rows)?;
+/// }
+/// accumulator.mean_into(&model, &mut gradients)?;
+/// assert_eq!(*model.weight.gradient(&mut gradients)?, [2.0, 2.0]); // (3 * 1 + 1 * 5) / 4
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct GradientAccumulator {
+    means: BTreeMap<String, Vec<f32>>,
+    weight: f64,
+    batches: u64,
+}
+
+impl GradientAccumulator {
+    /// Nothing accumulated yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Micro-batches taken in since the last [`mean_into`](Self::mean_into).
+    pub fn batches(&self) -> u64 {
+        self.batches
+    }
+
+    /// Takes in the gradients of a micro-batch whose loss is a mean over `weight` rows.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a weight that is not positive and finite, [`ModelError::Shape`] if a parameter has changed
+    /// its size.
+    pub fn add<M: Parameters + ?Sized>(
+        &mut self,
+        model: &M,
+        gradients: &mut CpuGradients,
+        weight: f64,
+    ) -> Result<(), ModelError> {
+        if !(weight > 0.0 && weight.is_finite()) {
+            return Err(ModelError::Config(format!(
+                "weight of a micro-batch is {weight}, not a positive number"
+            )));
+        }
+        // Sizes first: after an error the accumulator is as it was.
+        let mut wrong = None;
+        model.visit("", &mut |name, param| {
+            if let Some(mean) = self.means.get(&name)
+                && mean.len() != param.len()
+            {
+                wrong.get_or_insert(ModelError::shape(
+                    format!("accumulated gradient of {name}"),
+                    &[param.len()],
+                    &[mean.len()],
+                ));
+            }
+        });
+        if let Some(error) = wrong {
+            return Err(error);
+        }
+        self.weight += weight;
+        self.batches += 1;
+        let share = (weight / self.weight) as f32;
+        let mut before = std::mem::take(&mut self.means);
+        let mut outcome = Ok(());
+        model.visit("", &mut |name, param| {
+            if outcome.is_err() {
+                return;
+            }
+            let g = match param.gradient(gradients) {
+                Ok(g) => g,
+                Err(e) => {
+                    outcome = Err(e);
+                    return;
+                }
+            };
+            let mut mean = before
+                .remove(&name)
+                .unwrap_or_else(|| vec![0.0; param.len()]);
+            if share == 1.0 {
+                mean.copy_from_slice(g);
+            } else {
+                for (mean, g) in mean.iter_mut().zip(g.iter()) {
+                    *mean += (g - *mean) * share;
+                }
+            }
+            self.means.insert(name, mean);
+        });
+        outcome
+    }
+
+    /// Replaces `gradients` by the mean of what was taken in, and begins anew.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if nothing was taken in.
+    pub fn mean_into<M: Parameters + ?Sized>(
+        &mut self,
+        model: &M,
+        gradients: &mut CpuGradients,
+    ) -> Result<(), ModelError> {
+        if self.batches == 0 {
+            return Err(ModelError::Config(
+                "no micro-batch to take the mean gradient of".into(),
+            ));
+        }
+        let mut means = std::mem::take(self).means;
+        let mut outcome = Ok(());
+        model.visit("", &mut |name, param| {
+            if outcome.is_err() {
+                return;
+            }
+            match param.gradient(gradients) {
+                Ok(g) => match means.remove(&name) {
+                    Some(mean) if mean.len() == g.len() => *g = mean,
+                    Some(mean) => {
+                        outcome = Err(ModelError::shape(
+                            format!("accumulated gradient of {name}"),
+                            &[g.len()],
+                            &[mean.len()],
+                        ));
+                    }
+                    None => g.fill(0.0),
+                },
+                Err(e) => outcome = Err(e),
+            }
+        });
+        outcome
+    }
+}

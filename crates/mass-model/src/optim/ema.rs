@@ -1,0 +1,182 @@
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+use crate::param::Parameters;
+
+/// Exponential moving average of weights, by parameter name.
+///
+/// `s = decay s + (1 - decay) θ` after every update (Polyak and Juditsky, 1992), beginning at the first weights seen. The
+/// pool may change between two updates: a parameter that appears begins at its own value ([`adopt`](Self::adopt) gives it
+/// its source's average instead), one that vanishes is dropped. Averaged are trainable values alone; offsets of
+/// logits and the state of routers are the model's own.
+///
+/// ```
+/// use mass_model::{Param, Parameters, nn::LayerNorm, optim::Ema};
+///
+/// let mut model = LayerNorm::new(2, 1e-5)?;
+/// let mut ema = Ema::new(0.75)?;
+/// ema.update(&model)?;
+/// model.visit_mut("", &mut |_, p| p.values_mut().fill(5.0));
+/// ema.update(&model)?;
+/// assert_eq!(ema.shadow()["weight"], [2.0, 2.0]); // 0.75 * 1 + 0.25 * 5
+/// let averaged = ema.evaluate(&mut model, |m| m.weight.values().to_vec())?;
+/// assert_eq!(averaged, [2.0, 2.0]);
+/// assert_eq!(model.weight.values(), [5.0, 5.0]);
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ema {
+    config: EmaConfig,
+    shadow: BTreeMap<String, Vec<f32>>,
+    swapped: bool,
+}
+
+/// Settings of an [`Ema`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmaConfig {
+    /// How much of the average stays at an update, in [0, 1).
+    pub decay: f64,
+}
+
+impl Ema {
+    /// An average that has seen nothing yet.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a decay outside [0, 1).
+    pub fn new(decay: f64) -> Result<Self, ModelError> {
+        Self::restore(EmaConfig { decay }, BTreeMap::new())
+    }
+
+    /// An average as it was saved.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a decay outside [0, 1).
+    pub fn restore(
+        config: EmaConfig,
+        shadow: BTreeMap<String, Vec<f32>>,
+    ) -> Result<Self, ModelError> {
+        if !(0.0..1.0).contains(&config.decay) {
+            return Err(ModelError::Config(format!(
+                "decay of averaged weights is {}, not in [0, 1)",
+                config.decay
+            )));
+        }
+        Ok(Self {
+            config,
+            shadow,
+            swapped: false,
+        })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &EmaConfig {
+        &self.config
+    }
+
+    /// The averages by parameter name (the model's own weights while they are [swapped](Self::swap)).
+    pub fn shadow(&self) -> &BTreeMap<String, Vec<f32>> {
+        &self.shadow
+    }
+
+    /// Whether the averages are in the model at present.
+    pub fn is_swapped(&self) -> bool {
+        self.swapped
+    }
+
+    /// Takes in the weights after an optimiser's step.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] while the averages are in the model, [`ModelError::Shape`] if a parameter has changed its
+    /// size; nothing is changed then.
+    pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
+        if self.swapped {
+            return Err(ModelError::Config(
+                "averaged weights are in the model; swap them out before training on".into(),
+            ));
+        }
+        self.check_sizes(model)?;
+        let keep = self.config.decay as f32;
+        let mut before = std::mem::take(&mut self.shadow);
+        model.visit("", &mut |name, param| {
+            let average = match before.remove(&name) {
+                Some(mut average) => {
+                    for (s, x) in average.iter_mut().zip(param.values()) {
+                        *s = keep * *s + (1.0 - keep) * x;
+                    }
+                    average
+                }
+                None => param.values().to_vec(),
+            };
+            self.shadow.insert(name, average);
+        });
+        Ok(())
+    }
+
+    /// Gives every parameter under `newcomer` (a prefix such as `blocks.0.moe.experts.7`) the average of its source.
+    pub fn adopt(&mut self, source: &str, newcomer: &str) {
+        let prefix = format!("{source}.");
+        let copies: Vec<_> = self
+            .shadow
+            .iter()
+            .filter_map(|(name, average)| {
+                let rest = name.strip_prefix(&prefix)?;
+                Some((format!("{newcomer}.{rest}"), average.clone()))
+            })
+            .collect();
+        self.shadow.extend(copies);
+    }
+
+    /// Exchanges weights and averages; a second call brings the weights back. A parameter without an average keeps its
+    /// value.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if a parameter has changed its size; nothing is exchanged then.
+    pub fn swap<M: Parameters + ?Sized>(&mut self, model: &mut M) -> Result<(), ModelError> {
+        self.check_sizes(model)?;
+        model.visit_mut("", &mut |name, param| {
+            if let Some(average) = self.shadow.get_mut(&name) {
+                param.values_mut().swap_with_slice(average);
+            }
+        });
+        self.swapped = !self.swapped;
+        Ok(())
+    }
+
+    /// Runs `f` on the model with averaged weights, then brings its own weights back.
+    ///
+    /// # Errors
+    /// As [`swap`](Self::swap), and [`ModelError::Config`] if the averages are in the model already.
+    pub fn evaluate<M: Parameters + ?Sized, R>(
+        &mut self,
+        model: &mut M,
+        f: impl FnOnce(&M) -> R,
+    ) -> Result<R, ModelError> {
+        if self.swapped {
+            return Err(ModelError::Config(
+                "averaged weights are in the model already".into(),
+            ));
+        }
+        self.swap(model)?;
+        let result = f(model);
+        self.swap(model)?;
+        Ok(result)
+    }
+
+    fn check_sizes<M: Parameters + ?Sized>(&self, model: &M) -> Result<(), ModelError> {
+        let mut wrong = None;
+        model.visit("", &mut |name, param| {
+            if let Some(average) = self.shadow.get(&name)
+                && average.len() != param.len()
+            {
+                wrong.get_or_insert(ModelError::shape(
+                    format!("average of {name}"),
+                    &[param.len()],
+                    &[average.len()],
+                ));
+            }
+        });
+        wrong.map_or(Ok(()), Err)
+    }
+}
