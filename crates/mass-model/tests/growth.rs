@@ -8,7 +8,7 @@ use mass_expand::{
     Answer, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator, Trigger,
 };
 use mass_model::checkpoint;
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures, split_expert};
+use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures, observe, split_expert};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
@@ -207,6 +207,95 @@ fn advance(
         optimizer.step(model, &mut pass.gradients, 5e-3).unwrap();
     }
     events
+}
+
+/// A stopped layer's gradient norms are not computed; a controller that is told them all decides the same.
+#[test]
+fn norms_that_nobody_asks_for_change_no_event() {
+    let mut model = model(RouterConfig::TopP {
+        p: 0.6,
+        combine: Combine::Renormalised,
+    });
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let watch = || mass_expand::Watch::experts(mass_cpd::WindowedZParams::paper(2, 2, 0.4));
+    let mut params = ControllerParams::paper(2, 3, 8, 40);
+    params.watch = watch();
+    params.trigger = Trigger::DetectorOnly;
+    params.stop = mass_expand::StopRule::Consecutive { gamma: 1 };
+    params.phase = mass_expand::Phase {
+        live_from: 0,
+        live_until: 20,
+        continual: Some(watch()),
+    };
+    let mut told = params.check().unwrap();
+    let config = GrowerConfig {
+        controller: params,
+        gradient_norm: GradientNorm::AllParameters,
+        redundancy_weight: 0.0,
+        redundancy_reduction: mass_expand::Reduction::Mean,
+    };
+    let mut grower = Grower::new(config).unwrap();
+    // Masking the newest expert costs nothing: the first check ends expansion, until the continual phase.
+    let answer = |request| match request {
+        mass_expand::Request::MaskedLoss { layer, expert } => Answer::MaskedLoss {
+            layer,
+            expert,
+            masked: 0.5,
+            full: 1.0,
+        },
+        other => panic!("{other:?}"),
+    };
+    let (mut all, mut stopped_steps) = (Vec::new(), 0);
+    for step in 0..30 {
+        let (tokens, targets) = batch(step);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        stopped_steps += u32::from(told.stopped(0).is_some());
+        let seen: Vec<_> = (0..2)
+            .map(|l| {
+                observe(
+                    model.mixture(l),
+                    &pass.layers[l],
+                    &pass.token_losses,
+                    &mut pass.gradients,
+                    GradientNorm::AllParameters,
+                )
+                .unwrap()
+            })
+            .collect();
+        let layers: Vec<_> = seen
+            .iter()
+            .map(|experts| mass_expand::LayerObservation {
+                experts,
+                hidden: 10,
+                dim: 12,
+            })
+            .collect();
+        let mut requests = told
+            .begin_step(&mass_expand::StepObservation {
+                step,
+                loss: f64::from(pass.loss),
+                layers: &layers,
+            })
+            .unwrap();
+        while let Some(request) = requests.pop() {
+            requests.extend(told.answer(answer(request)).unwrap());
+        }
+        told.finish_step().unwrap();
+        let events = grower
+            .step(step, &mut model, &mut optimizer, &mut pass, |_, request| {
+                Ok(answer(request))
+            })
+            .unwrap();
+        assert_eq!(events, told.drain_events(), "step {step}");
+        all.extend(events);
+        optimizer
+            .step(&mut model, &mut pass.gradients, 5e-3)
+            .unwrap();
+    }
+    assert!(stopped_steps > 3, "{stopped_steps}");
+    let late = |e: &&mass_expand::Event| e.step >= 20 && matches!(e.kind, EventKind::Flag { .. });
+    assert!(all.iter().any(|e| late(&e)), "{all:?}");
+    assert_eq!(grower.controller().live_steps(), told.live_steps());
 }
 
 fn all_values(model: &LanguageModel) -> BTreeMap<String, Vec<u32>> {
