@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use mass_expand::{Answer, Event, EventKind, ExpertId, Request};
-use mass_model::checkpoint;
+use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, GrowerConfig, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
@@ -81,7 +81,8 @@ impl Trainer {
                 path: dir.to_owned(),
                 problem,
             };
-            let read = checkpoint::load::<Saved>(dir).map_err(|e| input(e.to_string()))?;
+            let read =
+                checkpoint::load::<LanguageModel, Saved>(dir).map_err(|e| input(e.to_string()))?;
             if read.state.config != config {
                 return Err(input("the checkpoint is of a run with other settings; drop --resume or use another --out".into()));
             }
@@ -149,7 +150,14 @@ impl Trainer {
     }
 
     fn save(&self, dir: &Path) -> Result<(), BenchError> {
-        checkpoint::save(dir, self.step, &self.model, &self.optimizer, &self.progress)
+        let snapshot = Snapshot {
+            step: self.step,
+            model: &self.model,
+            optimizer: &self.optimizer,
+            ema: None,
+            state: &self.progress,
+        };
+        checkpoint::save(dir, &snapshot)
             .map(|_| ())
             .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }

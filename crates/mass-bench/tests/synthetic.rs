@@ -167,6 +167,7 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
         .unwrap()
         .path();
     assert!(mass_model::checkpoint::exists(&folder));
-    let read = mass_model::checkpoint::load::<Value>(&folder).unwrap();
+    let read =
+        mass_model::checkpoint::load::<mass_model::lm::LanguageModel, Value>(&folder).unwrap();
     assert_eq!(read.step, 60);
 }

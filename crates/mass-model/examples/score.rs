@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use mass_model::lm::LanguageModel;
 use mass_model::{ModelError, checkpoint, release_scratch};
 
 fn main() -> ExitCode {
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
 }
 
 fn score(dir: &Path, text: &Path) -> Result<String, ModelError> {
-    let model = checkpoint::load::<serde_json::Value>(dir)?.model;
+    let model = checkpoint::load_model::<LanguageModel>(dir)?;
     let bytes = std::fs::read(text).map_err(|source| ModelError::Io {
         path: text.to_owned(),
         source,

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use dfdx::tensor::CpuError;
 
+use crate::checkpoint::CheckpointError;
+
 /// An error of a layer, an optimiser or a checkpoint.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -62,7 +64,7 @@ pub enum ModelError {
         /// Which file.
         path: PathBuf,
         /// What is wrong, naming the tensor where there is one.
-        why: String,
+        why: CheckpointError,
     },
 }
 

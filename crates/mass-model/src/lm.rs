@@ -8,6 +8,7 @@ use mass_routing::RoutingPlan;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer};
@@ -248,5 +249,32 @@ impl Mixtures for LanguageModel {
 
     fn mixture_name(&self, layer: usize) -> String {
         format!("blocks.{layer}.moe")
+    }
+}
+
+impl Checkpointed for LanguageModel {
+    const KIND: &'static str = "language model";
+    type Config = LanguageModelConfig;
+
+    fn checkpoint_config(&self) -> &LanguageModelConfig {
+        &self.config
+    }
+
+    fn from_checkpoint_config(config: &LanguageModelConfig) -> Result<Self, ModelError> {
+        Self::new(config, &mut crate::seeded_rng(0))
+    }
+
+    fn values_at_least(config: &LanguageModelConfig) -> Option<u64> {
+        let &LanguageModelConfig {
+            vocab,
+            max_seq,
+            layers,
+            ref block,
+            ..
+        } = config;
+        let rows = (vocab as u64).checked_mul(2)?.checked_add(max_seq as u64)?;
+        let outer = rows.checked_mul(block.moe.dim as u64)?;
+        let inner = block.values_at_least()?.checked_mul(layers as u64)?;
+        inner.checked_add(outer)
     }
 }

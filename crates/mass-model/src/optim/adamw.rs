@@ -200,7 +200,7 @@ impl AdamW {
                 v: vec![0.0; n],
                 step: 0,
             });
-            state.step += 1;
+            state.step = state.step.saturating_add(1);
             let t = i32::try_from(state.step).unwrap_or(i32::MAX);
             let step = AdamWStep {
                 lr: (lr * lr_scale) as f32,

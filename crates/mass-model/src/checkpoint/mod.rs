@@ -1,0 +1,412 @@
+//! Checkpoints: a directory that always holds one complete, readable state.
+//!
+//! ```text
+//! DIR/latest                               the name of the newest complete checkpoint, with a checksum
+//! DIR/step-0000001200/model.safetensors    weights
+//! DIR/step-0000001200/optimizer.safetensors
+//! DIR/step-0000001200/ema.safetensors      averaged weights, if there are any
+//! DIR/step-0000001200/state.json           configuration, expert pools, routers, step counts, the caller's own state
+//! DIR/step-0000001200/checksums            length and CRC-32 of each of these
+//! ```
+//!
+//! A checkpoint is written under a temporary name, synced and renamed, and only then named in `latest` (itself replaced
+//! by a rename); older ones are removed last. A process killed at any moment leaves the last complete checkpoint readable.
+//!
+//! Every file is compared with its checksum before it is parsed, and nothing is allocated by a size that a file claims
+//! until its contents bear it out. What does not fit is a [`CheckpointError`] that names the tensor where there is one,
+//! inside a [`ModelError::Checkpoint`] that names the file.
+//!
+//! [`load`] resumes a run to the bit: model, optimiser, averages, routers with their noise, and whatever the caller
+//! keeps in `state` (controller, data position, random generators). [`load_model`] reads weights alone, for
+//! inference, and [`load_into`] reads them into a model that exists.
+//!
+//! ```
+//! use mass_model::checkpoint::{self, Snapshot};
+//! use mass_model::lm::LanguageModel;
+//! # use mass_model::optim::{AdamW, AdamWConfig};
+//! # let config = serde_json::json!({ "vocab": 5, "max_seq": 4, "layers": 1, "embedding_std": 0.1, "block": {
+//! #     "heads": 1, "layer_norm_eps": 1e-5, "moe": { "dim": 4, "hidden": 4, "experts": 2, "activation": "relu",
+//! #     "router": { "router": "top_p", "p": 0.5 } } } });
+//! # let config = serde_json::from_value(config).unwrap();
+//! # let model = LanguageModel::new(&config, &mut mass_model::seeded_rng(0))?;
+//! # let optimizer = AdamW::new(AdamWConfig::default())?;
+//! # let dir = tempfile::tempdir().unwrap();
+//! # let dir = dir.path();
+//! let snapshot = Snapshot { step: 100, model: &model, optimizer: &optimizer, ema: None, state: &"data position" };
+//! checkpoint::save(dir, &snapshot)?;
+//! let resumed = checkpoint::load::<LanguageModel, String>(dir)?;
+//! assert_eq!((resumed.step, resumed.state.as_str()), (100, "data position"));
+//! let model: LanguageModel = checkpoint::load_model(dir)?;
+//! # Ok::<(), mass_model::ModelError>(())
+//! ```
+
+mod directory;
+mod error;
+mod manifest;
+mod pool;
+mod seal;
+mod size;
+mod tensors;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+
+use crate::error::ModelError;
+use crate::growth::Mixtures;
+use crate::optim::{AdamW, Ema, ParameterState};
+use directory::{Sink, Source};
+use manifest::{Manifest, Pool};
+use pool::Reading;
+use seal::Seals;
+use tensors::{F32View, TensorFile};
+
+pub use error::{CheckpointError, ExpertCounts};
+pub use pool::{LoadOptions, PoolMismatch};
+
+const FORMAT: u64 = 2;
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGES: &str = "ema.safetensors";
+const STATE: &str = "state.json";
+const SEALS: &str = "checksums";
+const LATEST: &str = "latest";
+
+/// A model that a checkpoint can hold: it can be made anew from a serialisable configuration.
+pub trait Checkpointed: Mixtures + Sized {
+    /// What the model is, in words that stay: a checkpoint of another kind is refused.
+    const KIND: &'static str;
+
+    /// Everything that fixes the model but for its values and pools.
+    type Config: Serialize + DeserializeOwned;
+
+    /// The configuration it was made with.
+    fn checkpoint_config(&self) -> &Self::Config;
+
+    /// A model of a configuration; its values are going to be replaced.
+    ///
+    /// # Errors
+    /// Whatever the configuration leaves to be refused.
+    fn from_checkpoint_config(config: &Self::Config) -> Result<Self, ModelError>;
+
+    /// How many values a model of a configuration holds at the least, with the pools it starts with; `None` if there is no
+    /// such number. It is compared with the size of the file, so that a false configuration does not exhaust memory.
+    fn values_at_least(config: &Self::Config) -> Option<u64>;
+}
+
+/// What a checkpoint is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Snapshot<'a, M, S: ?Sized> {
+    /// Steps made.
+    pub step: u64,
+    /// The model.
+    pub model: &'a M,
+    /// The optimiser.
+    pub optimizer: &'a AdamW,
+    /// Averaged weights, if the run keeps them.
+    pub ema: Option<&'a Ema>,
+    /// What the caller needs beside: controller, data position, random state. Serialised as JSON, which has no NaN and no
+    /// infinity.
+    pub state: &'a S,
+}
+
+/// A checkpoint read back.
+#[derive(Debug)]
+pub struct Checkpoint<M, S> {
+    /// The model, with as many experts as it had and routers as they stood.
+    pub model: M,
+    /// The optimiser with every moment and step count.
+    pub optimizer: AdamW,
+    /// Averaged weights, if the run kept them.
+    pub ema: Option<Ema>,
+    /// Steps made.
+    pub step: u64,
+    /// What the caller saved beside.
+    pub state: S,
+}
+
+/// The files of a checkpoint by name, for those who keep them elsewhere than in a directory.
+pub type Files = BTreeMap<String, Vec<u8>>;
+
+fn broken(path: &Path, why: CheckpointError) -> ModelError {
+    ModelError::Checkpoint {
+        path: path.to_owned(),
+        why,
+    }
+}
+
+/// Saves the newest checkpoint of `dir` and returns its folder.
+///
+/// # Errors
+/// [`ModelError::Io`] naming the file that could not be written, [`ModelError::Config`] if averaged weights are
+/// [in the model](Ema::swap), [`ModelError::Checkpoint`] for a state that JSON cannot hold. The previous checkpoint is
+/// intact then.
+pub fn save<M: Checkpointed, S: Serialize + ?Sized>(
+    dir: &Path,
+    snapshot: &Snapshot<'_, M, S>,
+) -> Result<PathBuf, ModelError> {
+    directory::write(dir, snapshot.step, |sink| produce(snapshot, sink))
+}
+
+/// The files that [`save`] would write.
+///
+/// # Errors
+/// As [`save`], but for those of a disk.
+pub fn encode<M: Checkpointed, S: Serialize + ?Sized>(
+    snapshot: &Snapshot<'_, M, S>,
+) -> Result<Files, ModelError> {
+    let mut files = Files::new();
+    produce(snapshot, &mut |name, bytes| {
+        files.insert(name.to_owned(), bytes);
+        Ok(())
+    })?;
+    Ok(files)
+}
+
+/// Hands over one file after the other, so that no two are in memory at once; the checksums come last.
+fn produce<M: Checkpointed, S: Serialize + ?Sized>(
+    snapshot: &Snapshot<'_, M, S>,
+    sink: &mut Sink<'_>,
+) -> Result<(), ModelError> {
+    let &Snapshot {
+        step,
+        model,
+        optimizer,
+        ema,
+        state,
+    } = snapshot;
+    if ema.is_some_and(Ema::is_swapped) {
+        return Err(ModelError::Config(
+            "averaged weights are in the model; swap them out before saving".into(),
+        ));
+    }
+    let mut seals = Seals::default();
+    let mut seal_and_sink = |name: &str, bytes: Vec<u8>| {
+        seals.add(name, &bytes);
+        sink(name, bytes)
+    };
+    let (mut tensors, mut shapes) = (Vec::new(), BTreeMap::new());
+    model.visit("", &mut |name, p| {
+        shapes.insert(name.clone(), p.shape().to_vec());
+        let (shape, values) = (p.shape().to_vec(), p.values());
+        tensors.push((name, F32View { shape, values }));
+    });
+    seal_and_sink(MODEL, tensors::encode(MODEL, tensors)?)?;
+
+    let flat = |values| F32View {
+        shape: vec![<[f32]>::len(values)],
+        values,
+    };
+    let moments = optimizer.state().iter();
+    let moments = moments.flat_map(|(name, s)| {
+        [
+            (format!("m.{name}"), flat(&s.m)),
+            (format!("v.{name}"), flat(&s.v)),
+        ]
+    });
+    seal_and_sink(OPTIMIZER, tensors::encode(OPTIMIZER, moments.collect())?)?;
+
+    if let Some(ema) = ema {
+        let averages = ema.shadow().iter().map(|(name, values)| {
+            let shape = shapes.get(name).cloned();
+            let shape = shape.unwrap_or_else(|| vec![values.len()]);
+            (name.clone(), F32View { shape, values })
+        });
+        seal_and_sink(AVERAGES, tensors::encode(AVERAGES, averages.collect())?)?;
+    }
+
+    let pool = |layer| {
+        let moe = model.mixture(layer);
+        Pool {
+            experts: moe.ids().to_vec(),
+            next_id: moe.next_id().0,
+            logit_offsets: moe.experts().iter().map(|e| e.logit_offset).collect(),
+            router: moe.router().clone(),
+        }
+    };
+    let steps = optimizer.state().iter();
+    let manifest = Manifest {
+        format: FORMAT,
+        kind: M::KIND.to_owned(),
+        step,
+        model: model.checkpoint_config(),
+        pools: (0..model.mixtures()).map(pool).collect(),
+        optimizer: optimizer.config().clone(),
+        parameter_steps: steps.map(|(name, s)| (name.clone(), s.step)).collect(),
+        ema: ema.map(|e| *e.config()),
+        state,
+    };
+    let json = serde_json::to_vec(&manifest)
+        .map_err(|e| broken(Path::new(STATE), CheckpointError::Json(e.to_string())))?;
+    seal_and_sink(STATE, json)?;
+    sink(SEALS, seals.render().into_bytes())
+}
+
+/// Whether `dir` holds a checkpoint.
+pub fn exists(dir: &Path) -> bool {
+    dir.join(LATEST).is_file()
+}
+
+/// Reads the newest checkpoint of `dir`.
+///
+/// # Errors
+/// [`ModelError::Io`] if a file cannot be read; [`ModelError::Checkpoint`] naming the file, and the tensor where there is
+/// one, if something is missing, of another shape or type, or damaged.
+pub fn load<M: Checkpointed, S: DeserializeOwned>(
+    dir: &Path,
+) -> Result<Checkpoint<M, S>, ModelError> {
+    read_all(&Source::Folder(directory::newest(dir)?))
+}
+
+/// Reads a checkpoint from memory.
+///
+/// # Errors
+/// As [`load`].
+pub fn decode<M: Checkpointed, S: DeserializeOwned>(
+    files: &Files,
+) -> Result<Checkpoint<M, S>, ModelError> {
+    read_all(&Source::Memory(files))
+}
+
+/// Reads the model of the newest checkpoint of `dir` and nothing else: the optimiser's file may be absent.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_model<M: Checkpointed>(dir: &Path) -> Result<M, ModelError> {
+    let source = Source::Folder(directory::newest(dir)?);
+    let seals = source.seals()?;
+    let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
+    read_model(&source, &seals, &manifest.model, manifest.pools)
+}
+
+/// Reads the weights, pools and routers of the newest checkpoint of `dir` into a model that exists, and returns the layers
+/// in which the numbers of experts differed. What differs otherwise (a width, a number of layers) is an error.
+///
+/// # Errors
+/// As [`load`], and [`CheckpointError::ExpertCount`] unless `options` say what to do. After an error the model is as it was.
+pub fn load_into<M: Checkpointed>(
+    dir: &Path,
+    model: &mut M,
+    options: LoadOptions,
+) -> Result<Vec<ExpertCounts>, ModelError> {
+    let source = Source::Folder(directory::newest(dir)?);
+    let seals = source.seals()?;
+    let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
+    let bytes = source.verified(&seals, MODEL)?;
+    let path = source.path(MODEL);
+    let file = TensorFile::parse(&path, &bytes)?;
+    let state = source.path(STATE);
+    let reading = Reading::fitted(&state, model, manifest.pools, options.pool)?;
+    reading.check(model, &file)?;
+    reading.apply(&state, model, &file)?;
+    Ok(reading.differing)
+}
+
+fn read_manifest<M: Checkpointed, S: DeserializeOwned>(
+    source: &Source<'_>,
+    seals: &Seals,
+) -> Result<Manifest<M::Config, S>, ModelError> {
+    let json = source.verified(seals, STATE)?;
+    manifest::parse(&source.path(STATE), &json, M::KIND)
+}
+
+fn read_model<M: Checkpointed>(
+    source: &Source<'_>,
+    seals: &Seals,
+    config: &M::Config,
+    pools: Vec<Pool>,
+) -> Result<M, ModelError> {
+    /// Values that are allocated on the configuration's word alone.
+    const UNQUESTIONED: u64 = 1 << 22;
+    /// A pool may have shrunk to this fraction of what it started with.
+    const SHRUNK: u64 = 64;
+    let bytes = source.verified(seals, MODEL)?;
+    let path = source.path(MODEL);
+    let file = TensorFile::parse(&path, &bytes)?;
+    let state = source.path(STATE);
+    let settings = |why: String| broken(&state, CheckpointError::Settings(why));
+    let saved = file.num_values();
+    match M::values_at_least(config) {
+        Some(values) if values <= UNQUESTIONED.max(saved.saturating_mul(SHRUNK)) => {}
+        Some(values) => {
+            let why = format!("a model of {values} values, with {saved} of them in {MODEL}");
+            return Err(settings(why));
+        }
+        None => return Err(settings("sizes that no model can have".into())),
+    }
+    let mut model = M::from_checkpoint_config(config).map_err(|e| settings(e.to_string()))?;
+    let reading = Reading::as_saved(&state, &model, pools)?;
+    reading.check(&model, &file)?;
+    reading.apply(&state, &mut model, &file)?;
+    Ok(model)
+}
+
+fn read_all<M: Checkpointed, S: DeserializeOwned>(
+    source: &Source<'_>,
+) -> Result<Checkpoint<M, S>, ModelError> {
+    let seals = source.seals()?;
+    let manifest = read_manifest::<M, S>(source, &seals)?;
+    let model: M = read_model(source, &seals, &manifest.model, manifest.pools)?;
+    let settings = |e: ModelError| {
+        broken(
+            &source.path(STATE),
+            CheckpointError::Settings(e.to_string()),
+        )
+    };
+
+    let mut lengths = BTreeMap::new();
+    model.visit("", &mut |name, p| {
+        lengths.insert(name, p.len());
+    });
+    // What belongs to a parameter that has left the model is kept, whatever its length.
+    let fits = |path: &Path, tensor: String, of: &str, actual: usize| match lengths.get(of) {
+        Some(&expected) if expected != actual => {
+            let why = CheckpointError::TensorShape {
+                name: tensor,
+                expected: vec![expected],
+                actual: vec![actual],
+            };
+            Err(broken(path, why))
+        }
+        _ => Ok(()),
+    };
+
+    let bytes = source.verified(&seals, OPTIMIZER)?;
+    let path = source.path(OPTIMIZER);
+    let mut file = TensorFile::parse(&path, &bytes)?;
+    let mut states = BTreeMap::new();
+    for (name, step) in manifest.parameter_steps {
+        let (first, second) = (format!("m.{name}"), format!("v.{name}"));
+        let m = file.take(&first)?;
+        file.check(&second, &[m.len()])?;
+        let v = file.take(&second)?;
+        fits(&path, first, &name, m.len())?;
+        states.insert(name, ParameterState { m, v, step });
+    }
+    file.expect_only(|_| false)?;
+    let mut optimizer = AdamW::new(manifest.optimizer).map_err(settings)?;
+    optimizer.restore(states)?;
+
+    let mut ema = None;
+    if let Some(config) = manifest.ema {
+        let bytes = source.verified(&seals, AVERAGES)?;
+        let path = source.path(AVERAGES);
+        let mut file = TensorFile::parse(&path, &bytes)?;
+        let mut shadow = BTreeMap::new();
+        for name in file.names() {
+            let average = file.take(&name)?;
+            fits(&path, name.clone(), &name, average.len())?;
+            shadow.insert(name, average);
+        }
+        ema = Some(Ema::restore(config, shadow).map_err(settings)?);
+    }
+    Ok(Checkpoint {
+        model,
+        optimizer,
+        ema,
+        step: manifest.step,
+        state: manifest.state,
+    })
+}

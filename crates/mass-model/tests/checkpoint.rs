@@ -1,0 +1,238 @@
+//! Checkpoints: what comes back, and pools of different sizes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dfdx::prelude::NoneTape;
+use mass_expand::ExpertId;
+use mass_model::checkpoint::{
+    self, Checkpoint, CheckpointError, ExpertCounts, LoadOptions, PoolMismatch,
+};
+use mass_model::growth::Mixtures;
+use mass_model::lm::LanguageModel;
+use mass_model::optim::{AdamW, AdamWConfig, Ema};
+use mass_model::{ModelError, Parameters, seeded_rng};
+use mass_routing::{Router, RoutingPlan};
+use serde_json::json;
+
+use saved::{SEQ, batch, config, saved, snapshot, trained};
+
+mod saved;
+
+fn values(model: &impl Parameters) -> BTreeMap<String, Vec<u32>> {
+    let mut values = BTreeMap::new();
+    model.visit("", &mut |name, p| {
+        values.insert(name, p.values().iter().map(|x| x.to_bits()).collect());
+    });
+    values
+}
+
+fn logits(model: &LanguageModel) -> Vec<f32> {
+    let (tokens, _) = batch();
+    let forward = model.forward(&tokens, SEQ, None, NoneTape).unwrap();
+    forward.logits.as_vec()
+}
+
+type Read = Checkpoint<LanguageModel, String>;
+
+#[test]
+fn what_is_saved_comes_back_to_the_bit() {
+    let mut parts = trained(3);
+    // A pool with a history: experts come and go, and offsets differ.
+    let source = parts.0.mixture(1).experts()[0].clone();
+    let moe = parts.0.mixture_mut(1);
+    let new = moe.push(source);
+    moe.expert_mut(new).unwrap().logit_offset = -0.75;
+    moe.remove(ExpertId(0)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    checkpoint::save(dir.path(), &snapshot(&parts)).unwrap();
+    let read: Read = checkpoint::load(dir.path()).unwrap();
+    let (model, optimizer, ema) = parts;
+    assert_eq!(values(&read.model), values(&model));
+    assert_eq!(read.model.config(), model.config());
+    for l in 0..2 {
+        let (a, b) = (read.model.mixture(l), model.mixture(l));
+        assert_eq!((a.ids(), a.next_id()), (b.ids(), b.next_id()));
+        let offsets = |m: &mass_model::nn::MoeLayer| {
+            let experts = m.experts().iter();
+            experts.map(|e| e.logit_offset).collect::<Vec<_>>()
+        };
+        assert_eq!(offsets(a), offsets(b));
+    }
+    assert_eq!(logits(&read.model), logits(&model));
+    assert_eq!(read.optimizer.state(), optimizer.state());
+    assert_eq!(read.optimizer.config(), optimizer.config());
+    assert_eq!(read.ema.as_ref(), Some(&ema));
+    assert_eq!((read.step, read.state.as_str()), (1, "the caller's"));
+}
+
+#[test]
+fn a_noisy_router_goes_on_where_its_noise_stood() {
+    let mut config = config(3);
+    config.block.moe.router = serde_json::from_value(json!({
+        "router": "noisy", "std": 0.5, "seed": 3, "inner": { "router": "bias_balanced", "k": 2 },
+    }))
+    .unwrap();
+    let mut model = LanguageModel::new(&config, &mut seeded_rng(1)).unwrap();
+    let logits = ndarray::Array2::from_shape_fn((5, 3), |(t, e)| (t * e) as f32 * 0.1);
+    let mut plan = RoutingPlan::default();
+    let mut route = |model: &mut LanguageModel| {
+        let mut router = model.mixture(0).router().clone();
+        router.route(logits.view(), None, &mut plan).unwrap();
+        router.adapt(&plan).unwrap();
+        let weights = plan.weights().to_vec();
+        *model.mixture_mut(0).router_mut() = router;
+        weights
+    };
+    route(&mut model);
+    let parts = (
+        model,
+        AdamW::new(AdamWConfig::default()).unwrap(),
+        Ema::new(0.5).unwrap(),
+    );
+    let files = checkpoint::encode(&snapshot(&parts)).unwrap();
+    let mut read: Read = checkpoint::decode(&files).unwrap();
+    let mut model = parts.0;
+    for _ in 0..3 {
+        assert_eq!(route(&mut read.model), route(&mut model));
+    }
+}
+
+#[test]
+fn a_model_is_loaded_for_inference_from_its_directory_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = trained(3);
+    let folder = checkpoint::save(dir.path(), &snapshot(&parts)).unwrap();
+    std::fs::remove_file(folder.join("optimizer.safetensors")).unwrap();
+    std::fs::remove_file(folder.join("ema.safetensors")).unwrap();
+    let model: LanguageModel = checkpoint::load_model(dir.path()).unwrap();
+    assert_eq!(logits(&model), logits(&parts.0));
+    let error = checkpoint::load::<LanguageModel, String>(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("optimizer.safetensors"));
+}
+
+#[test]
+fn averages_are_not_saved_while_they_are_in_the_model() {
+    let (mut model, optimizer, mut ema) = trained(2);
+    ema.swap(&mut model).unwrap();
+    let parts = (model, optimizer, ema);
+    let dir = tempfile::tempdir().unwrap();
+    let error = checkpoint::save(dir.path(), &snapshot(&parts)).unwrap_err();
+    assert!(matches!(error, ModelError::Config(_)), "{error}");
+    assert!(!checkpoint::exists(dir.path()));
+}
+
+fn load_into(
+    dir: &Path,
+    model: &mut LanguageModel,
+    pool: PoolMismatch,
+) -> Result<Vec<ExpertCounts>, ModelError> {
+    checkpoint::load_into(dir, model, LoadOptions { pool })
+}
+
+fn fresh(experts: usize) -> LanguageModel {
+    LanguageModel::new(&config(experts), &mut seeded_rng(99)).unwrap()
+}
+
+#[test]
+fn another_number_of_experts_is_an_error_that_names_both() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path(), 3);
+    let mut model = fresh(5);
+    model.mixture_mut(1).remove(ExpertId(4)).unwrap();
+    let before = values(&model);
+    let error = load_into(dir.path(), &mut model, PoolMismatch::Error).unwrap_err();
+    let ModelError::Checkpoint { why, .. } = &error else {
+        panic!("{error}");
+    };
+    let counts = |layer, model| ExpertCounts {
+        layer,
+        checkpoint: 3,
+        model,
+    };
+    let layers = vec![counts(0, 5), counts(1, 4)];
+    assert_eq!(why, &CheckpointError::ExpertCount { layers });
+    let message = error.to_string();
+    assert!(
+        message.contains("mixture layer 1 has 3 experts, the model's has 4"),
+        "{message}"
+    );
+    assert_eq!(values(&model), before);
+
+    // The same number is taken over, ids and all.
+    let mut same = fresh(3);
+    assert_eq!(
+        load_into(dir.path(), &mut same, PoolMismatch::Error).unwrap(),
+        []
+    );
+    assert_eq!(values(&same), values(&trained(3).0));
+}
+
+#[test]
+fn growing_takes_over_the_larger_pool_or_adds_copies_that_share_their_mass() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path(), 3);
+    let original = trained(3).0;
+    // More in the checkpoint: its pool comes along.
+    let mut smaller = fresh(2);
+    let differing = load_into(dir.path(), &mut smaller, PoolMismatch::Grow).unwrap();
+    assert_eq!(differing.len(), 2);
+    assert_eq!(values(&smaller), values(&original));
+    // Fewer: copies fill up, twice around for the first expert.
+    let mut larger = fresh(7);
+    load_into(dir.path(), &mut larger, PoolMismatch::Grow).unwrap();
+    let moe = larger.mixture(0);
+    assert_eq!(moe.ids(), (0..7).map(ExpertId).collect::<Vec<_>>());
+    assert_eq!(moe.next_id(), ExpertId(7));
+    for (copy, source) in [(3, 0), (4, 1), (5, 2), (6, 0)] {
+        let (copy, source) = (&moe.experts()[copy], &original.mixture(0).experts()[source]);
+        assert_eq!(copy.fc1.0.values(), source.fc1.0.values());
+        assert_eq!(copy.gate.values(), source.gate.values());
+    }
+    let (a, b) = (logits(&larger), logits(&original));
+    let largest = b.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    for (a, b) in a.iter().zip(&b) {
+        assert!(
+            (a - b).abs() <= 1e-6 * largest.max(1.0),
+            "{a} instead of {b}"
+        );
+    }
+}
+
+#[test]
+fn dropping_keeps_the_oldest_experts_or_the_smaller_pool() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path(), 3);
+    let original = trained(3).0;
+    let mut smaller = fresh(2);
+    load_into(dir.path(), &mut smaller, PoolMismatch::Drop).unwrap();
+    assert_eq!(smaller.mixture(1).ids(), [ExpertId(0), ExpertId(1)]);
+    let whole = values(&original);
+    for (name, values) in values(&smaller) {
+        assert_eq!(values, whole[&name], "{name}");
+    }
+    let mut larger = fresh(5);
+    load_into(dir.path(), &mut larger, PoolMismatch::Drop).unwrap();
+    assert_eq!(values(&larger), whole);
+    assert_eq!(larger.mixture(0).next_id(), ExpertId(3));
+}
+
+#[test]
+fn a_model_of_other_sizes_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path(), 3);
+    let mut wider = config(3);
+    wider.block.moe.hidden = 9;
+    let mut model = LanguageModel::new(&wider, &mut seeded_rng(0)).unwrap();
+    let before = values(&model);
+    for pool in [PoolMismatch::Error, PoolMismatch::Grow, PoolMismatch::Drop] {
+        let error = load_into(dir.path(), &mut model, pool).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("blocks.0.moe.experts.0.fc1.weight is [5, 6], not [9, 6]"),
+            "{error}"
+        );
+        assert_eq!(values(&model), before);
+    }
+}
