@@ -6,7 +6,7 @@ use std::path::Path;
 use dfdx::prelude::NoneTape;
 use mass_expand::ExpertId;
 use mass_model::checkpoint::{
-    self, Checkpoint, CheckpointError, ExpertCounts, LoadOptions, PoolMismatch,
+    self, Checkpoint, CheckpointError, Checkpointed, ExpertCounts, LoadOptions, PoolMismatch,
 };
 use mass_model::growth::Mixtures;
 use mass_model::lm::LanguageModel;
@@ -109,6 +109,19 @@ fn a_model_is_loaded_for_inference_from_its_directory_alone() {
     assert_eq!(logits(&model), logits(&parts.0));
     let error = checkpoint::load::<LanguageModel, String>(dir.path()).unwrap_err();
     assert!(error.to_string().contains("optimizer.safetensors"));
+}
+
+#[test]
+fn sizes_known_from_a_configuration_are_those_of_the_model() {
+    for (gated, shared_hidden, experts) in [(false, None, 1), (true, None, 3), (true, Some(9), 2)] {
+        let mut config = config(experts);
+        config.block.moe.gated = gated;
+        config.block.moe.shared_hidden = shared_hidden;
+        let model = LanguageModel::new(&config, &mut seeded_rng(0)).unwrap();
+        let least = LanguageModel::values_at_least(&config).unwrap();
+        // All but the final norm.
+        assert_eq!(least + 2 * 6, model.num_values() as u64);
+    }
 }
 
 #[test]

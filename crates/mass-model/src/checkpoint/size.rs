@@ -8,10 +8,21 @@ impl MoeConfig {
     /// Values that a layer of this configuration holds at the least, with the experts it starts with; `None` if there is no
     /// such number.
     pub fn values_at_least(&self) -> Option<u64> {
-        let (dim, hidden) = (self.dim as u64, self.hidden as u64);
-        let expert = hidden.checked_mul(2)?.checked_add(2)?.checked_mul(dim)?;
-        let experts = (self.experts as u64).checked_mul(expert.checked_add(hidden)?)?;
-        experts.checked_add(per_expert(&self.router))
+        let dim = self.dim as u64;
+        let network = |hidden: usize| {
+            let hidden = hidden as u64;
+            let matrices = if self.gated { 3 } else { 2 };
+            let weights = hidden.checked_mul(dim)?.checked_mul(matrices)?;
+            weights
+                .checked_add(hidden.checked_mul(matrices - 1)?)?
+                .checked_add(dim)
+        };
+        let expert = network(self.hidden)?.checked_add(dim)?;
+        let experts = (self.experts as u64).checked_mul(expert)?;
+        let shared = self.shared_hidden.map_or(Some(0), network)?;
+        experts
+            .checked_add(shared)?
+            .checked_add(per_expert(&self.router))
     }
 }
 
