@@ -1,44 +1,18 @@
 //! A pool that grows while it trains, and checkpoints of it.
 
-use std::collections::BTreeMap;
-
 use dfdx::prelude::*;
 use mass_expand::{
     Answer, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator, Trigger,
 };
 use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures, observe, split_expert};
-use mass_model::lm::{LanguageModel, LanguageModelConfig};
-use mass_model::nn::{BlockConfig, MoeConfig};
+use mass_model::lm::LanguageModel;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Activation, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
-const SEQ: usize = 8;
+use growing::{SEQ, advance, all_values, batch, grower, model};
 
-fn model(router: RouterConfig) -> LanguageModel {
-    let moe = MoeConfig::new(12, 10, 3, Activation::GeluErf, router);
-    let block = BlockConfig {
-        heads: 2,
-        layer_norm_eps: 1e-5,
-        moe,
-    };
-    let config = LanguageModelConfig {
-        vocab: 11,
-        max_seq: SEQ,
-        layers: 2,
-        embedding_std: 0.02,
-        block,
-    };
-    LanguageModel::new(&config, &mut seeded_rng(5)).unwrap()
-}
-
-/// The batch of a step: a pure function of it.
-fn batch(step: u64) -> (Vec<u32>, Vec<u32>) {
-    let token = |i: u64| ((i * i + 3 * i * step + step) % 11) as u32;
-    let tokens = (0..4 * SEQ as u64).map(token).collect();
-    (tokens, (1..=4 * SEQ as u64).map(token).collect())
-}
+mod growing;
 
 fn clone_operator(decomposition: Option<Decomposition>, preserve_mass: bool) -> SplitOperator {
     SplitOperator::Clone {
@@ -160,54 +134,6 @@ fn bisecting_divides_the_tokens_of_the_source() {
     assert!(plan.load(busiest) < before);
 }
 
-fn grower() -> Grower {
-    let mut controller = ControllerParams::paper(2, 3, 6, 40);
-    controller.trigger = Trigger::Schedule { first: 4, every: 5 };
-    controller.choice = mass_expand::Choice::MostLoaded;
-    controller.phase.live_from = 0;
-    controller.phase.live_until = 30;
-    Grower::new(GrowerConfig {
-        controller,
-        gradient_norm: GradientNorm::AllParameters,
-        redundancy_weight: 0.01,
-        redundancy_reduction: mass_expand::Reduction::Mean,
-    })
-    .unwrap()
-}
-
-fn advance(
-    model: &mut LanguageModel,
-    optimizer: &mut AdamW,
-    grower: &mut Grower,
-    steps: std::ops::Range<u64>,
-) -> Vec<EventKind> {
-    let mut events = Vec::new();
-    for step in steps {
-        let (tokens, targets) = batch(step);
-        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
-        let made = grower
-            .step(
-                step,
-                model,
-                optimizer,
-                &mut pass,
-                |_, request| match request {
-                    mass_expand::Request::MaskedLoss { layer, expert } => Ok(Answer::MaskedLoss {
-                        layer,
-                        expert,
-                        masked: 1.0,
-                        full: 0.5,
-                    }),
-                    other => panic!("{other:?}"),
-                },
-            )
-            .unwrap();
-        events.extend(made.into_iter().map(|e| e.kind));
-        optimizer.step(model, &mut pass.gradients, 5e-3).unwrap();
-    }
-    events
-}
-
 /// A stopped layer's gradient norms are not computed; a controller that is told them all decides the same.
 #[test]
 fn norms_that_nobody_asks_for_change_no_event() {
@@ -297,14 +223,6 @@ fn norms_that_nobody_asks_for_change_no_event() {
     assert_eq!(grower.controller().live_steps(), told.live_steps());
 }
 
-fn all_values(model: &LanguageModel) -> BTreeMap<String, Vec<u32>> {
-    let mut values = BTreeMap::new();
-    model.visit("", &mut |name, p| {
-        values.insert(name, p.values().iter().map(|x| x.to_bits()).collect());
-    });
-    values
-}
-
 #[test]
 fn resuming_from_any_step_is_bit_identical_to_never_having_stopped() {
     // Its noise has a state of its own, which a forward pass moves on.
@@ -321,7 +239,9 @@ fn resuming_from_any_step_is_bit_identical_to_never_having_stopped() {
         AdamW::new(AdamWConfig::default()).unwrap(),
         grower(),
     );
-    let events = advance(&mut whole, &mut optimizer, &mut control, 0..20);
+    let events = advance(&mut whole, &mut optimizer, &mut control, 0..20, &|step| {
+        step
+    });
     let splits = events
         .iter()
         .filter(|e| matches!(e, EventKind::Split { .. }))
@@ -336,7 +256,9 @@ fn resuming_from_any_step_is_bit_identical_to_never_having_stopped() {
             AdamW::new(AdamWConfig::default()).unwrap(),
             grower(),
         );
-        advance(&mut first, &mut optimizer, &mut control, 0..stop);
+        advance(&mut first, &mut optimizer, &mut control, 0..stop, &|step| {
+            step
+        });
         let snapshot = Snapshot {
             step: stop,
             model: &first,
@@ -353,6 +275,7 @@ fn resuming_from_any_step_is_bit_identical_to_never_having_stopped() {
             &mut read.optimizer,
             &mut read.state,
             stop..20,
+            &|step| step,
         );
         assert_eq!(
             all_values(&read.model),
