@@ -91,6 +91,9 @@ pub enum CheckpointError {
         /// Its type.
         dtype: String,
     },
+    /// Weights in another library's layout that do not fit: a [`PretrainedError`](crate::pretrained::PretrainedError) in words.
+    #[error("{0}")]
+    Pretrained(String),
     /// Another number of mixture layers.
     #[error("{found} expert pools for {expected} mixture layers")]
     Layers {

@@ -25,6 +25,7 @@ pub use config::read_config;
 pub(crate) use source::{Drawn, Kind, Part, Source, Stored};
 pub use weights::Weights;
 
+use crate::checkpoint::CheckpointError;
 use crate::error::ModelError;
 
 /// What can be wrong with a folder of pretrained weights.
@@ -131,6 +132,7 @@ impl From<PretrainedError> for ModelError {
                 // The message begins with the path, which the model's error puts there itself.
                 let start = format!("{}: ", path.display());
                 let why = message.strip_prefix(&start).unwrap_or(&message).to_owned();
+                let why = CheckpointError::Pretrained(why);
                 Self::Checkpoint { path, why }
             }
         }
