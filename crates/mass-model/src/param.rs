@@ -7,6 +7,7 @@ use dfdx::prelude::{Cpu, Gradients, TensorFromVec};
 use dfdx::tensor::{CpuError, Storage};
 use ndarray_rand::rand_distr::{Distribution, Normal, Uniform};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use crate::error::ModelError;
 use crate::kernels::gemm::Store;
@@ -205,7 +206,7 @@ pub(crate) struct Taken {
 
 fn zeros(len: usize) -> Vec<f32> {
     let mut values = take_vec(len);
-    values.fill(0.0);
+    values.par_chunks_mut(1 << 16).for_each(|v| v.fill(0.0));
     values
 }
 

@@ -2,7 +2,7 @@
 
 use mass_routing::RouterConfig;
 
-use crate::nn::{BlockConfig, MoeConfig};
+use crate::nn::{BlockConfig, GateConfig, MoeConfig};
 
 impl MoeConfig {
     /// Values that a layer of this configuration holds at the least, with the experts it starts with; `None` if there is no
@@ -17,11 +17,19 @@ impl MoeConfig {
                 .checked_add(hidden.checked_mul(matrices - 1)?)?
                 .checked_add(dim)
         };
-        let expert = network(self.hidden)?.checked_add(dim)?;
+        let (row, projection) = match self.gate {
+            GateConfig::Cosine {
+                projection: Some(width),
+                ..
+            } => (width as u64, (width as u64).checked_mul(dim)?),
+            _ => (dim, 0),
+        };
+        let expert = network(self.hidden)?.checked_add(row)?;
         let experts = (self.experts as u64).checked_mul(expert)?;
         let shared = self.shared_hidden.map_or(Some(0), network)?;
         experts
             .checked_add(shared)?
+            .checked_add(projection)?
             .checked_add(per_expert(&self.router))
     }
 }

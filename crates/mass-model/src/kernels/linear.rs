@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Store, gemm};
-use super::{vector, vectorised};
+use super::vector;
 
 /// Rows handled by one task: enough to repay the packing of the weights.
 const ROWS: usize = 512;
@@ -66,27 +66,20 @@ pub fn backward_weight(
 ) {
     let n = dy.len() / out;
     let block = out_block(out);
-    dw.par_chunks_mut(block * inp)
-        .enumerate()
-        .for_each(|(i, dw)| {
-            let (first, rows) = (i * block, dw.len() / inp);
-            let dy = Mat::strided(&dy[first.min(dy.len())..], n, rows, out).t();
-            let x = Mat::new(x, n, inp);
-            gemm(MatMut::new(dw, rows, inp), dy, x, 1.0, store);
-        });
-    if let Some(db) = db {
-        sum_rows(dy, db);
-    }
-}
-
-/// `total[c] += Σ_r rows[r, c]`, in row order.
-pub(crate) fn sum_rows(rows: &[f32], total: &mut [f32]) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for row in rows.chunks_exact(total.len()) {
-                vector::add_assign(total, row);
+    let product = |i: usize, dw: &mut [f32]| {
+        let (first, rows) = (i * block, dw.len() / inp);
+        let dy = Mat::strided(&dy[first.min(dy.len())..], n, rows, out).t();
+        let x = Mat::new(x, n, inp);
+        gemm(MatMut::new(dw, rows, inp), dy, x, 1.0, store);
+    };
+    let dw = dw.par_chunks_mut(block * inp).enumerate();
+    match db {
+        None => dw.for_each(|(i, dw)| product(i, dw)),
+        Some(db) => dw.zip(db.par_chunks_mut(block)).for_each(|((i, dw), db)| {
+            product(i, dw);
+            for dy in dy.chunks_exact(out) {
+                vector::add_assign(db, &dy[i * block..][..db.len()]);
             }
-        },
-    );
+        }),
+    }
 }

@@ -1,5 +1,7 @@
 use dfdx::prelude::{Cpu, PutTape, Tape, TensorFromVec};
 
+use rayon::prelude::*;
+
 use super::{Rows, take_gradient};
 use crate::error::ModelError;
 use crate::kernels::vector;
@@ -43,13 +45,13 @@ pub fn embedding<T: Tape<f32, Cpu>>(
         }
     }
     let mut y = vec![0.0; n * d];
-    for (i, row) in y.chunks_exact_mut(d).enumerate() {
+    y.par_chunks_mut(d).enumerate().for_each(|(i, row)| {
         let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));
         row.copy_from_slice(parts.next().unwrap_or_default());
         for part in parts {
             vector::add_assign(row, part);
         }
-    }
+    });
     let y = Cpu::default().try_tensor_from_vec(y, (n, d))?;
     if T::OWNS_TAPE {
         let y_ghost = y.ghost();

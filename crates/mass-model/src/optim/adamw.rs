@@ -1,11 +1,15 @@
 use std::collections::BTreeMap;
 
 use mass_expand::Moments;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::groups::{Group, Select, decide};
 use crate::error::ModelError;
 use crate::kernels::adamw::{AdamWStep, update};
+use crate::kernels::scratch::give_back;
+use crate::kernels::vector::dot;
+use crate::kernels::vectorised;
 use crate::param::{CpuGradients, Parameters};
 
 /// Settings of [`AdamW`] but for the learning rate, which is given with each step.
@@ -135,7 +139,8 @@ impl AdamW {
         &self.config
     }
 
-    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. Returns the norm of all gradients.
+    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. The gradients are used up: their memory
+    /// serves the next backward pass. Returns the norm of all gradients.
     ///
     /// # Errors
     /// [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Shape`] if a parameter
@@ -212,18 +217,10 @@ impl AdamW {
                 bias2: (1.0 - beta2.powi(t)) as f32,
                 gradient_scale: gradient_scale as f32,
             };
-            let g = match param.gradient(gradients) {
-                Ok(g) => std::mem::take(g),
-                Err(e) => {
-                    outcome = Err(e);
-                    return;
-                }
-            };
-            update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
-            match param.gradient(gradients) {
-                Ok(slot) => *slot = g,
-                Err(e) => outcome = Err(e),
-            }
+            outcome = param.gradient(gradients).map(std::mem::take).map(|g| {
+                update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
+                give_back(g);
+            });
         });
         outcome.map(|()| norm)
     }
@@ -275,14 +272,22 @@ impl AdamW {
     }
 }
 
-/// Sum of squares: blocks in f32, their sum in f64, as exact as needed and as fast as memory.
+/// Sum of squares: blocks in f32, their sum in f64, as exact as needed and as fast as memory. The order of the sums does
+/// not depend on the number of threads.
 pub(crate) fn sum_of_squares(g: &[f32]) -> f64 {
-    g.chunks(4096)
-        .map(|c| {
-            f64::from(crate::kernels::vectorised(
+    const PIECE: usize = 1 << 18;
+    let piece = |g: &[f32]| -> f64 {
+        let block = |c: &[f32]| {
+            f64::from(vectorised(
                 #[inline(always)]
-                || crate::kernels::vector::dot(c, c),
+                || dot(c, c),
             ))
-        })
-        .sum()
+        };
+        g.chunks(4096).map(block).sum()
+    };
+    if g.len() <= PIECE {
+        return piece(g);
+    }
+    let pieces: Vec<f64> = g.par_chunks(PIECE).map(piece).collect();
+    pieces.into_iter().sum()
 }

@@ -18,15 +18,7 @@ use mass_routing::RouterConfig;
 pub const SEQ: usize = 8;
 
 pub fn model(router: RouterConfig) -> LanguageModel {
-    let moe = MoeConfig {
-        dim: 12,
-        hidden: 10,
-        experts: 3,
-        activation: Activation::GeluErf,
-        router,
-        gated: false,
-        shared_hidden: None,
-    };
+    let moe = MoeConfig::new(12, 10, 3, Activation::GeluErf, router);
     let block = BlockConfig {
         heads: 2,
         layer_norm_eps: 1e-5,
