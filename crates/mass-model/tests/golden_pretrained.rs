@@ -1,9 +1,12 @@
 //! Pretrained models against values computed by PyTorch and transformers, read from $MASS_GOLDEN_DIR.
 #![cfg(feature = "real-data")]
 
+mod hf_names;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use hf_names::bert_names;
 use mass_model::bert::{BertClassifier, Targets, TextBatch};
 use mass_model::{Parameters, lm::TrainPass, seeded_rng};
 use safetensors::{Dtype, SafeTensors};
@@ -116,43 +119,6 @@ fn assert_close(what: &str, got: &[f32], want: &[f32]) {
         relative <= 1e-5,
         "{what}: off by {worst:e}, largest value {largest:e}"
     );
-}
-
-fn bert_names(name: &str) -> Vec<String> {
-    let place = |rest: String| vec![format!("bert.{rest}")];
-    let embedding = match name {
-        "embeddings.words" => "word_embeddings.weight",
-        "embeddings.positions" => "position_embeddings.weight",
-        "embeddings.types" => "token_type_embeddings.weight",
-        "embeddings.norm.weight" => "LayerNorm.weight",
-        "embeddings.norm.bias" => "LayerNorm.bias",
-        _ => "",
-    };
-    if !embedding.is_empty() {
-        return place(format!("embeddings.{embedding}"));
-    }
-    let (module, kind) = name.rsplit_once('.').unwrap();
-    if module == "head" {
-        return vec![format!("classifier.{kind}")];
-    }
-    if module == "pooler" {
-        return place(format!("pooler.dense.{kind}"));
-    }
-    let (layer, module) = module["layers.".len()..].split_once('.').unwrap();
-    let inner = match module {
-        "attention.qkv" => {
-            return ["query", "key", "value"]
-                .map(|w| format!("bert.encoder.layer.{layer}.attention.self.{w}.{kind}"))
-                .into();
-        }
-        "attention.out" => "attention.output.dense",
-        "attention_norm" => "attention.output.LayerNorm",
-        "ffn.fc1" => "intermediate.dense",
-        "ffn.fc2" => "output.dense",
-        "ffn_norm" => "output.LayerNorm",
-        other => panic!("{other}"),
-    };
-    place(format!("encoder.layer.{layer}.{inner}.{kind}"))
 }
 
 #[test]

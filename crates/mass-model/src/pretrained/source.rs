@@ -137,20 +137,31 @@ impl<'a> Stored<'a> {
     }
 }
 
+impl Stored<'_> {
+    /// The name of a part in the file, as it is spelt there.
+    fn find(&self, name: &str) -> Option<String> {
+        let mut names = (self.spellings)(name).into_iter();
+        names.find(|n| self.weights.shape(n).is_some())
+    }
+
+    /// Whether the file has nothing of the layer that a parameter belongs to.
+    fn absent(&self, name: &str, shape: &[usize]) -> bool {
+        let layer = name.rsplit_once('.').map_or(name, |(layer, _)| layer);
+        let both = ["weight", "bias"].map(|kind| format!("{layer}.{kind}"));
+        let mut parts = both.iter().flat_map(|n| (self.parts)(n, shape));
+        parts.all(|p| self.find(&p.name).is_none())
+    }
+}
+
 impl Source for Stored<'_> {
     fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
-        let parts: Vec<_> = (self.parts)(name, shape)
-            .into_iter()
-            .map(|Part { name, shape }| {
-                let known = |n: &String| self.weights.shape(n).is_some();
-                let found = (self.spellings)(&name).into_iter().find(known);
-                (found.unwrap_or(name), shape)
-            })
-            .collect();
-        let missing = |(name, _): &(String, _)| self.weights.shape(name).is_none();
-        if (self.optional)(name) && parts.iter().all(missing) {
+        if (self.optional)(name) && self.absent(name, shape) {
             return self.drawn.param(name, shape, kind);
         }
+        let parts: Vec<_> = (self.parts)(name, shape)
+            .into_iter()
+            .map(|Part { name, shape }| (self.find(&name).unwrap_or(name), shape))
+            .collect();
         let values = self.weights.read_stacked(&parts)?;
         self.used.extend(parts.into_iter().map(|(name, _)| name));
         Param::new(values, shape, kind.decays())
