@@ -12,6 +12,7 @@ pub mod ops;
 pub mod optim;
 mod param;
 pub mod pretrained;
+pub mod vit;
 
 pub use dfdx;
 pub use error::ModelError;

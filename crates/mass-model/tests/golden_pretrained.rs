@@ -6,8 +6,9 @@ mod hf_names;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use hf_names::bert_names;
+use hf_names::{bert_names, timm_names, vit_names};
 use mass_model::bert::{BertClassifier, Targets, TextBatch};
+use mass_model::vit::{ImageBatch, VitClassifier};
 use mass_model::{Parameters, lm::TrainPass, seeded_rng};
 use safetensors::{Dtype, SafeTensors};
 
@@ -167,4 +168,98 @@ fn golden_minilm_l6() {
         &model.pooled(&batch).unwrap(),
         &g.values("pooler_output"),
     );
+}
+
+/// Height and width of the images of a tensor `[batch, channels, height, width]`.
+fn size_of(g: &Golden, name: &str) -> (usize, usize) {
+    let shape = g.shape(name);
+    (shape[2], shape[3])
+}
+
+fn image_classifier(folder: &str, parts: fn(&str) -> Vec<String>) {
+    let g = Golden::read(&format!("{folder}/io.safetensors"));
+    let dir = dir_of("MASS_GOLDEN_DIR").join(folder);
+    let model = VitClassifier::load(&dir, g.shape("logits")[1], &mut seeded_rng(0)).unwrap();
+    let (pixels, size) = (g.values("pixel_values"), size_of(&g, "pixel_values"));
+    let pixels = &pixels;
+    let batch = ImageBatch::Pixels { pixels, size };
+    let states = model.hidden_states(batch).unwrap();
+    assert!(!g.has(&format!("hidden.{}", states.len())));
+    for (l, state) in states.iter().enumerate() {
+        let name = format!("hidden.{l}");
+        if g.has("hidden.0") {
+            assert_close(&name, state, &g.values(&name));
+        }
+    }
+    assert_close(
+        "logits",
+        &model.logits(batch, None).unwrap().0,
+        &g.values("logits"),
+    );
+    let classes = g.indices("labels");
+    let pass = model.train_pass(batch, &classes, None).unwrap();
+    assert_close("loss", &[pass.loss], &g.values("loss"));
+    g.assert_gradients(&model, pass, parts);
+}
+
+#[test]
+fn golden_tiny_vit() {
+    image_classifier("tiny-vit", vit_names);
+}
+
+#[test]
+fn golden_tiny_deit_timm() {
+    image_classifier("tiny-deit-timm", timm_names);
+}
+
+#[test]
+fn golden_tiny_dinov2() {
+    let g = Golden::read("tiny-dinov2/io.safetensors");
+    let dir = dir_of("MASS_GOLDEN_DIR").join("tiny-dinov2");
+    let model = VitClassifier::load(&dir, 2, &mut seeded_rng(0)).unwrap();
+    let (pixels, size) = (g.values("pixel_values"), size_of(&g, "pixel_values"));
+    let batch = ImageBatch::Pixels {
+        pixels: &pixels,
+        size,
+    };
+    let states = model.hidden_states(batch).unwrap();
+    assert_close("hidden state 1", &states[1], &g.values("hidden_1"));
+    let last = model.encoded(batch).unwrap();
+    assert_close("last hidden state", &last, &g.values("last_hidden_state"));
+    // Smaller images, so that position embeddings are interpolated.
+    let (pixels, size) = (
+        g.values("pixel_values_small"),
+        size_of(&g, "pixel_values_small"),
+    );
+    let batch = ImageBatch::Pixels {
+        pixels: &pixels,
+        size,
+    };
+    let last = model.encoded(batch).unwrap();
+    let want = g.values("last_hidden_state_small");
+    assert_close("last hidden state of the small image", &last, &want);
+}
+
+#[test]
+fn golden_vit_s14() {
+    let g = Golden::read("vit-s14.safetensors");
+    let dir = dir_of("MASS_MODELS_DIR").join("vit-s14");
+    let model = VitClassifier::load(&dir, 7, &mut seeded_rng(0)).unwrap();
+    let (pixels, size) = (g.values("pixel_values"), size_of(&g, "pixel_values"));
+    let batch = ImageBatch::Pixels {
+        pixels: &pixels,
+        size,
+    };
+    let last = model.encoded(batch).unwrap();
+    let (d, tokens) = (model.config().hidden_size, model.tokens(size));
+    let (mut class, mut mean) = (Vec::new(), Vec::new());
+    for image in last.chunks_exact(tokens * d) {
+        class.extend_from_slice(&image[..d]);
+        mean.extend((0..d).map(|j| {
+            let patches = image[d..].iter().skip(j).step_by(d).map(|&x| f64::from(x));
+            (patches.sum::<f64>() / (tokens - 1) as f64) as f32
+        }));
+    }
+    assert_close("class token", &class, &g.values("cls"));
+    assert_close("mean of the patches", &mean, &g.values("patch_mean"));
 }

@@ -374,8 +374,8 @@ impl Mixtures for BertClassifier {
     }
 
     fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        let mut layers = self.layers.iter_mut();
-        let mut mixtures = layers.by_ref().filter_map(|l| l.mlp.mixture_mut());
+        let layers = self.layers.iter_mut();
+        let mut mixtures = layers.filter_map(|l| l.mlp.mixture_mut());
         mixtures.nth(layer).expect("a mixture layer of the model")
     }
 

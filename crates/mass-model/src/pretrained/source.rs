@@ -14,6 +14,8 @@ use crate::param::Param;
 pub(crate) enum Kind {
     /// Drawn from a normal distribution; decays.
     Matrix,
+    /// Drawn as a matrix; does not decay. Class token and position embeddings of images.
+    Token,
     /// Starts at zero; does not decay.
     Bias,
     /// Starts at a constant; does not decay.
@@ -70,7 +72,7 @@ impl Source for Drawn<'_> {
             )));
         }
         match kind {
-            Kind::Matrix => Param::normal(shape, self.std, kind.decays(), self.rng),
+            Kind::Matrix | Kind::Token => Param::normal(shape, self.std, kind.decays(), self.rng),
             Kind::Bias => Param::zeros(shape, false),
             Kind::Scale(value) => Param::new(vec![value; shape.iter().product()], shape, false),
         }

@@ -1,0 +1,111 @@
+use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+
+use super::VitConfig;
+use crate::encoder::Mlp;
+use crate::error::ModelError;
+use crate::kernels::dropout::DropoutKeys;
+use crate::lm::{LayerTrace, Masked};
+use crate::nn::{LayerNorm, SelfAttention};
+use crate::ops::{self, Rows, Sequences};
+use crate::param::{Param, Parameters, join};
+use crate::pretrained::{Kind, Source};
+
+/// A pre-norm block: `h = x + scale1 ⊙ attention(norm1(x))`, then `y = h + scale2 ⊙ mlp(norm2(h))`.
+#[derive(Clone, Debug)]
+pub(super) struct VitBlock {
+    norm1: LayerNorm,
+    attention: SelfAttention,
+    scale1: Option<Param>,
+    norm2: LayerNorm,
+    pub(super) mlp: Mlp,
+    scale2: Option<Param>,
+    dropout: f32,
+}
+
+impl VitBlock {
+    pub(super) fn new(
+        config: &VitConfig,
+        name: &str,
+        source: &mut dyn Source,
+    ) -> Result<Self, ModelError> {
+        let (d, eps) = (config.hidden_size, config.layer_norm_eps);
+        let hidden = config.intermediate_size;
+        let scale = |which: &str, source: &mut dyn Source| {
+            let start = config.layer_scale.map(Kind::Scale);
+            start
+                .map(|kind| source.param(&format!("{name}.{which}"), &[d], kind))
+                .transpose()
+        };
+        Ok(Self {
+            norm1: source.norm(&format!("{name}.norm1"), d, eps)?,
+            attention: SelfAttention {
+                qkv: source.linear(&format!("{name}.attention.qkv"), d, 3 * d, config.qkv_bias)?,
+                out: source.linear(&format!("{name}.attention.out"), d, d, true)?,
+                heads: config.num_attention_heads,
+                causal: false,
+                dropout: config.attention_probs_dropout_prob,
+            },
+            scale1: scale("scale1", source)?,
+            norm2: source.norm(&format!("{name}.norm2"), d, eps)?,
+            mlp: Mlp::dense(source, name, d, hidden, config.hidden_act)?,
+            scale2: scale("scale2", source)?,
+            dropout: config.hidden_dropout_prob,
+        })
+    }
+
+    pub(super) fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+        sequences: &Sequences,
+        masked: Option<Masked>,
+        mut keys: Option<&mut DropoutKeys>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Rows<T>, ModelError> {
+        let (residual, tape) = x.split_tape();
+        let h = self.norm1.try_forward(residual.clone().put_tape(tape))?;
+        let h = self.attention.forward(h, sequences, keys.as_deref_mut())?;
+        let h = scaled(h, self.scale1.as_ref())?;
+        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
+        let (residual, tape) = ops::add(h, &residual, dropout)?.split_tape();
+        let h = self.norm2.try_forward(residual.clone().put_tape(tape))?;
+        let h = self.mlp.forward(h, masked, traces)?;
+        let h = scaled(h, self.scale2.as_ref())?;
+        let dropout = keys.and_then(|k| k.next(self.dropout));
+        ops::add(h, &residual, dropout)
+    }
+}
+
+fn scaled<T: Tape<f32, Cpu>>(x: Rows<T>, factor: Option<&Param>) -> Result<Rows<T>, ModelError> {
+    match factor {
+        Some(factor) => ops::scale_rows(x, factor),
+        None => Ok(x),
+    }
+}
+
+impl Parameters for VitBlock {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        self.norm1.visit(&join(prefix, "norm1"), f);
+        self.attention.visit(&join(prefix, "attention"), f);
+        if let Some(scale) = &self.scale1 {
+            f(join(prefix, "scale1"), scale);
+        }
+        self.norm2.visit(&join(prefix, "norm2"), f);
+        self.mlp.visit(prefix, f);
+        if let Some(scale) = &self.scale2 {
+            f(join(prefix, "scale2"), scale);
+        }
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        self.norm1.visit_mut(&join(prefix, "norm1"), f);
+        self.attention.visit_mut(&join(prefix, "attention"), f);
+        if let Some(scale) = &mut self.scale1 {
+            f(join(prefix, "scale1"), scale);
+        }
+        self.norm2.visit_mut(&join(prefix, "norm2"), f);
+        self.mlp.visit_mut(prefix, f);
+        if let Some(scale) = &mut self.scale2 {
+            f(join(prefix, "scale2"), scale);
+        }
+    }
+}

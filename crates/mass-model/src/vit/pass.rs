@@ -1,0 +1,251 @@
+//! Forward and training passes.
+
+use dfdx::prelude::{
+    AsArray, Backward, Cpu, HasShape, Module, NoneTape, OwnedTape, PutTape, SplitTape, Tape,
+    TensorFromVec,
+};
+
+use super::patches::{Interpolation, assemble, patch_rows};
+use super::{ImageBatch, VitClassifier};
+use crate::encoder::check_masked;
+use crate::error::ModelError;
+use crate::growth::Mixtures;
+use crate::kernels::dropout::DropoutKeys;
+use crate::lm::{LayerTrace, Masked, TrainPass};
+use crate::ops::{self, Rows, Sequences, read};
+
+/// Hidden states, with the number of tokens of an image.
+struct Encoded<T: Tape<f32, Cpu>> {
+    states: Rows<T>,
+    tokens: usize,
+    traces: Vec<LayerTrace>,
+}
+
+impl VitClassifier {
+    /// Tokens with their positions, and their number for an image.
+    fn embed<T: Tape<f32, Cpu>>(
+        &self,
+        pixels: &[f32],
+        size: (usize, usize),
+        keys: Option<&mut DropoutKeys>,
+        tape: T,
+    ) -> Result<(Rows<T>, usize), ModelError> {
+        let side = self.config.patch_size;
+        let rows = patch_rows(pixels, self.config.num_channels, size, side)?;
+        let grid = (size.0 / side, size.1 / side);
+        let embedded = self.patch.try_forward(rows.put_tape(tape))?;
+        let interpolation = Interpolation::new(self.config.grid(), grid);
+        let x = assemble(embedded, &self.class, &self.positions, interpolation)?;
+        let rate = self.config.hidden_dropout_prob;
+        let x = ops::dropout(x, keys.and_then(|k| k.next(rate)))?;
+        Ok((x, 1 + grid.0 * grid.1))
+    }
+
+    /// Where a batch enters the model: rows, the number of tokens of an image, and the block they are the input of.
+    fn enter<T: Tape<f32, Cpu>>(
+        &self,
+        batch: ImageBatch<'_>,
+        keys: Option<&mut DropoutKeys>,
+        tape: T,
+    ) -> Result<(Rows<T>, usize, usize), ModelError> {
+        let (rows, tokens, blocks) = match batch {
+            ImageBatch::Pixels { pixels, size } => {
+                let (x, tokens) = self.embed(pixels, size, keys, tape)?;
+                return Ok((x, tokens, 0));
+            }
+            ImageBatch::Features {
+                rows,
+                tokens,
+                blocks,
+            } => (rows, tokens, blocks),
+        };
+        self.check_frozen(blocks)?;
+        let d = self.config.hidden_size;
+        let image = tokens.checked_mul(d).filter(|&n| n > 0);
+        if rows.is_empty() || !image.is_some_and(|n| rows.len().is_multiple_of(n)) {
+            return Err(ModelError::shape(
+                "features",
+                &[1, tokens, d],
+                &[rows.len()],
+            ));
+        }
+        if let Some(i) = rows.iter().position(|x| !x.is_finite()) {
+            return Err(ModelError::NonFinite(format!("feature value {i}")));
+        }
+        let x = Cpu::default().try_tensor_from_vec(rows.to_vec(), (rows.len() / d, d))?;
+        Ok((x.put_tape(tape), tokens, blocks))
+    }
+
+    /// Refuses a number of blocks to leave out that is not there, or that would leave out a mixture: its trace would be
+    /// missing and the others' numbers change.
+    pub(super) fn check_frozen(&self, blocks: usize) -> Result<(), ModelError> {
+        let all = self.blocks.len();
+        if blocks > all {
+            let what = format!("the first {blocks} blocks are asked for, there are {all}");
+            return Err(ModelError::Config(what));
+        }
+        let mut frozen = self.blocks[..blocks].iter();
+        match frozen.position(|b| b.mlp.mixture().is_some()) {
+            Some(block) => Err(ModelError::Config(format!(
+                "block {block} is a mixture and cannot be among the first {blocks} left out"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn encode<T: Tape<f32, Cpu>>(
+        &self,
+        batch: ImageBatch<'_>,
+        until: usize,
+        masked: Option<Masked>,
+        mut keys: Option<&mut DropoutKeys>,
+        tape: T,
+        observe: &mut dyn FnMut(&Rows<NoneTape>),
+    ) -> Result<Encoded<T>, ModelError> {
+        check_masked(masked, self.mixtures())?;
+        let (mut x, tokens, first) = self.enter(batch, keys.as_deref_mut(), tape)?;
+        let sequences = Sequences::uniform(x.shape().0 / tokens, tokens)?;
+        let mut traces = Vec::new();
+        for block in self.blocks.get(first..until).unwrap_or_default() {
+            let (state, tape) = x.split_tape();
+            observe(&state);
+            x = state.put_tape(tape);
+            x = block.forward(x, &sequences, masked, keys.as_deref_mut(), &mut traces)?;
+        }
+        let (state, tape) = x.split_tape();
+        observe(&state);
+        Ok(Encoded {
+            states: state.put_tape(tape),
+            tokens,
+            traces,
+        })
+    }
+
+    /// Logits `[batch, classes]`, and the number of tokens of an image.
+    fn forward<T: Tape<f32, Cpu>>(
+        &self,
+        batch: ImageBatch<'_>,
+        masked: Option<Masked>,
+        keys: Option<&mut DropoutKeys>,
+        tape: T,
+    ) -> Result<Encoded<T>, ModelError> {
+        let all = self.blocks.len();
+        let encoded = self.encode(batch, all, masked, keys, tape, &mut |_| {})?;
+        let first: Vec<usize> = (0..encoded.states.shape().0)
+            .step_by(encoded.tokens)
+            .collect();
+        // The norm is of each row by itself, so only those that are read need it.
+        let class = self
+            .norm
+            .try_forward(ops::pick_rows(encoded.states, &first)?)?;
+        Ok(Encoded {
+            states: self.head.try_forward(class)?,
+            ..encoded
+        })
+    }
+
+    /// The tokens that enter the first block and the output of each block, `[batch * tokens, d]` each, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn hidden_states(&self, batch: ImageBatch<'_>) -> Result<Vec<Vec<f32>>, ModelError> {
+        let mut states = Vec::new();
+        let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
+        self.encode(batch, self.blocks.len(), None, None, NoneTape, &mut observe)?;
+        Ok(states)
+    }
+
+    /// The output of the last block after the final norm, `[batch * tokens, d]`, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn encoded(&self, batch: ImageBatch<'_>) -> Result<Vec<f32>, ModelError> {
+        let all = self.blocks.len();
+        let encoded = self.encode(batch, all, None, None, NoneTape, &mut |_| {})?;
+        Ok(read(&self.norm.try_forward(encoded.states)?).to_vec())
+    }
+
+    /// What leaves the first `blocks` blocks, `[batch * tokens, d]`, without dropout and without a tape: the features of a
+    /// frozen trunk, to be kept and given to the later blocks as [`ImageBatch::Features`].
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits); [`ModelError::Config`] if there are fewer blocks, or one of them is a mixture.
+    pub fn features(
+        &self,
+        pixels: &[f32],
+        size: (usize, usize),
+        blocks: usize,
+    ) -> Result<Vec<f32>, ModelError> {
+        self.check_frozen(blocks)?;
+        let batch = ImageBatch::Pixels { pixels, size };
+        let encoded = self.encode(batch, blocks, None, None, NoneTape, &mut |_| {})?;
+        Ok(read(&encoded.states).to_vec())
+    }
+
+    /// Number of tokens of an image of this size, with the class token.
+    pub fn tokens(&self, size: (usize, usize)) -> usize {
+        let side = self.config.patch_size;
+        1 + (size.0 / side) * (size.1 / side)
+    }
+
+    /// Mean cross-entropy over the images of a batch, nats, and its gradients; without `dropout` nothing is dropped.
+    ///
+    /// From [`ImageBatch::Features`] only the later blocks, the final norm and the head have gradients: update them alone,
+    /// through [`trainable`](Self::trainable). In `token_losses` each row has the loss of its image.
+    ///
+    /// # Errors
+    /// As [`losses`](Self::losses), and [`ModelError::NonFinite`] if the loss is not a number.
+    pub fn train_pass(
+        &self,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass, ModelError> {
+        let logits = self.forward(batch, None, dropout, OwnedTape::default())?;
+        let (loss, losses) = ops::cross_entropy(logits.states, classes)?;
+        let value = loss.array();
+        if !value.is_finite() {
+            return Err(ModelError::NonFinite("the training loss".into()));
+        }
+        let rows = losses
+            .into_iter()
+            .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
+        Ok(TrainPass {
+            loss: value,
+            token_losses: rows.collect(),
+            gradients: loss.try_backward()?,
+            layers: logits.traces,
+        })
+    }
+
+    /// Logits `[batch, classes]` without dropout, and what each mixture layer did.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for an image that patches do not make up, or features of more blocks than there are or of a
+    /// mixture; [`ModelError::Shape`] for pixels or features of another number than whole images have,
+    /// [`ModelError::NonFinite`] for a NaN or infinity among them; [`ModelError::NoSuchExpert`] or [`ModelError::Config`]
+    /// for a masked expert that is not there.
+    pub fn logits(
+        &self,
+        batch: ImageBatch<'_>,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        let logits = self.forward(batch, masked, None, NoneTape)?;
+        Ok((read(&logits.states).to_vec(), logits.traces))
+    }
+
+    /// Cross-entropy of each image, nats, without dropout.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits); [`ModelError::Shape`] if there is not one class an image, [`ModelError::Index`] for a
+    /// class that the head does not have.
+    pub fn losses(
+        &self,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward(batch, masked, None, NoneTape)?;
+        ops::token_losses(logits.states, classes)
+    }
+}
