@@ -22,7 +22,7 @@ struct Bench {
     peers: Option<(&'static [&'static str], Option<&'static str>)>,
 }
 
-const BENCHES: [Bench; 4] = [
+const BENCHES: [Bench; 8] = [
     Bench {
         name: "cpd",
         about: "detector updates, banks, offline segmentation; rivals: river, ruptures",
@@ -52,9 +52,78 @@ const BENCHES: [Bench; 4] = [
         peers: None,
     },
     Bench {
-        name: "model",
-        about: "the mixture layer, forward and backward, against the matrix products it is made of",
-        cargo: &[&["bench", "-p", "mass-model"]],
+        name: "moe",
+        about: "the mixture layer, forward and backward, against the matrix products it is made of; rival: PyTorch, interleaved",
+        cargo: &[&[
+            "run",
+            "--release",
+            "-p",
+            "mass-model",
+            "--example",
+            "compare",
+            "--",
+            "moe",
+        ]],
+        peers: Some((&["torch", "numpy"], None)),
+    },
+    Bench {
+        name: "step",
+        about: "a training step of a one-layer transformer; rival: PyTorch, interleaved",
+        cargo: &[&[
+            "run",
+            "--release",
+            "-p",
+            "mass-model",
+            "--example",
+            "compare",
+            "--",
+            "step",
+        ]],
+        peers: Some((&["torch", "numpy"], None)),
+    },
+    Bench {
+        name: "bert",
+        about: "a training step of a 6-layer BERT; rival: PyTorch, interleaved",
+        cargo: &[&[
+            "run",
+            "--release",
+            "-p",
+            "mass-model",
+            "--example",
+            "compare",
+            "--",
+            "bert",
+        ]],
+        peers: Some((&["torch", "numpy"], None)),
+    },
+    Bench {
+        name: "memory",
+        about: "peak memory of both steps; rival: PyTorch",
+        cargo: &[&[
+            "run",
+            "--release",
+            "-p",
+            "mass-model",
+            "--example",
+            "compare",
+            "--",
+            "memory",
+        ]],
+        peers: Some((&["torch", "numpy"], None)),
+    },
+    Bench {
+        name: "overhead",
+        about: "what watching the experts costs a training step",
+        cargo: &[&[
+            "run",
+            "--release",
+            "-p",
+            "mass-model",
+            "--example",
+            "compare",
+            "--",
+            "overhead",
+        ]],
         peers: None,
     },
 ];

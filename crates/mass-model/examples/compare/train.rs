@@ -22,9 +22,13 @@ fn tokens(n: usize, vocab: usize) -> Vec<u32> {
     uniform.into_iter().map(id).collect()
 }
 
-/// The one-layer transformer: a step of it on request.
-pub(crate) fn transformer() -> Result<(String, impl FnMut()), Box<dyn Error>> {
-    let (vocab, dim, heads, seq, batch, experts, hidden, k) = (64, 128, 4, 64, 32, 12, 256, 2);
+/// Vocabulary, width, heads, sequence, batch, experts, hidden width, experts a token.
+const TRANSFORMER: [usize; 8] = [64, 128, 4, 64, 32, 12, 256, 2];
+
+/// The one-layer transformer with a batch: inputs, targets, length of a sequence.
+pub(crate) fn transformer_parts()
+-> Result<(LanguageModel, Vec<u32>, Vec<u32>, usize), Box<dyn Error>> {
+    let [vocab, dim, heads, seq, batch, experts, hidden, k] = TRANSFORMER;
     let router = RouterConfig::TopK {
         k,
         combine: Combine::Renormalised,
@@ -40,9 +44,15 @@ pub(crate) fn transformer() -> Result<(String, impl FnMut()), Box<dyn Error>> {
             moe: MoeConfig::new(dim, hidden, experts, Activation::GeluErf, router),
         },
     };
-    let mut model = LanguageModel::new(&config, &mut seeded_rng(0))?;
-    let mut optimizer = AdamW::new(AdamWConfig::default())?;
+    let model = LanguageModel::new(&config, &mut seeded_rng(0))?;
     let (inputs, targets) = (tokens(batch * seq, vocab), tokens(batch * seq, vocab));
+    Ok((model, inputs, targets, seq))
+}
+
+/// A step of the one-layer transformer on request.
+pub(crate) fn transformer() -> Result<(String, impl FnMut()), Box<dyn Error>> {
+    let (mut model, inputs, targets, seq) = transformer_parts()?;
+    let mut optimizer = AdamW::new(AdamWConfig::default())?;
     let step = move || {
         let mut pass = model
             .train_pass(&inputs, &targets, seq)
@@ -51,8 +61,8 @@ pub(crate) fn transformer() -> Result<(String, impl FnMut()), Box<dyn Error>> {
             .step(&mut model, &mut pass.gradients, 1e-4)
             .expect("finite gradients");
     };
-    let task = format!("step {vocab} {dim} {heads} {seq} {batch} {experts} {hidden} {k}");
-    Ok((task, step))
+    let sizes = TRANSFORMER.map(|n| n.to_string()).join(" ");
+    Ok((format!("step {sizes}"), step))
 }
 
 /// A BERT of the size of MiniLM-L6, every parameter trained, dropout 0.1: a step of it on request.
