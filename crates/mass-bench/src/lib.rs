@@ -2,6 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`dynmoe`] | DynMoE's changes to a pool while it trains |
 //! | [`glue`] | the nine GLUE tasks: files, metrics, tokenisation, batches |
 //! | [`ginc`] | the GINC generator (a mixture of hidden Markov models), its Bayes filter and its loss floors |
 //! | [`text`] | any text file as a byte-level data set |
@@ -23,6 +24,7 @@ pub mod batch;
 pub mod bench;
 pub mod cli;
 pub mod data_check;
+pub mod dynmoe;
 mod error;
 pub mod ginc;
 pub mod glue;

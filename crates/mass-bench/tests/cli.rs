@@ -48,7 +48,7 @@ fn bad_arguments_exit_2_with_one_line() {
         ),
         (
             &["reproduce", "glue"],
-            &["unknown study `glue`", "synthetic"],
+            &["--models", "minilm-l6", "--preset smoke"],
         ),
         (&["reproduce", "--preset", "huge"], &["huge", "smoke"]),
         (&["reproduce", "--variant", "mine"], &["mine", "reference"]),
@@ -61,6 +61,22 @@ fn bad_arguments_exit_2_with_one_line() {
         (
             &["reproduce", "--task", "RTE"],
             &["unknown task `RTE`", "vocab50"],
+        ),
+        (
+            &["reproduce", "glue", "--task", "SNLI"],
+            &["unknown task `SNLI`", "WNLI"],
+        ),
+        (
+            &["reproduce", "glue", "--methods", "gmoe"],
+            &["unknown method `gmoe`", "dynmoe"],
+        ),
+        (
+            &["reproduce", "glue", "--models", "."],
+            &["minilm-l6", "config.json", "vocab.txt"],
+        ),
+        (
+            &["reproduce", "glue", "--preset", "paper", "--models", "."],
+            &["bert-large-cased", "config.json"],
         ),
         (&["reproduce", "all", "--methods", "mass"], &["--methods"]),
         (&["reproduce", "--seeds", "0"], &["--seeds is 0"]),

@@ -255,7 +255,13 @@ fn table_sets_the_papers_figures_and_the_floor_beside_ours() {
         "{text}"
     );
     assert!(!text.contains("accuracy"), "{text}");
-    assert_eq!(reported("glue", &store.results().summary[0]), None);
+    // GLUE's figures are a task's.
+    let mut row = store.results().summary[0].clone();
+    assert_eq!(reported("glue", &row), None);
+    row.task = Some("RTE".into());
+    let rte = reported("glue", &row).expect("the paper's RTE");
+    assert_eq!((rte.figure, rte.experts), (0.7533, Some((9.5, 12.7))));
+    assert_eq!(reported("scale", &row), None);
 
     let html = read(dir.path(), "report.html");
     assert!(html.starts_with("<!doctype html>") && html.contains("5 -&gt; 12"));

@@ -46,13 +46,25 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         .collect();
     type Figure = fn(&MetricLine) -> Option<f64>;
     type Plot<'a> = (&'a str, Figure, &'a [(String, f64)]);
-    let plots: [Plot<'_>; 4] = [
-        ("Test loss, nats a token", |m| m.test_loss, &levels),
-        (
+    // GLUE's losses are means over examples.
+    let [test, training] = match results.study.as_str() {
+        "glue" => [
+            "Development loss",
+            "Training loss (mean of neighbouring lines)",
+        ],
+        _ => [
+            "Test loss, nats a token",
             "Training loss, nats a token (mean of neighbouring lines)",
-            |m| m.train_loss,
-            &levels,
+        ],
+    };
+    let plots: [Plot<'_>; 5] = [
+        (test, |m| m.test_loss, &levels),
+        (
+            "The task's metric",
+            |m| m.extra.get("metric").and_then(serde_json::Value::as_f64),
+            &[],
         ),
+        (training, |m| m.train_loss, &levels),
         ("Experts", |m| m.experts.map(|e| e as f64), &[]),
         ("Experts a token", |m| m.active_per_token, &[]),
     ];
@@ -70,6 +82,7 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         "K",
         "k",
         "test loss",
+        "metric",
         "expansions",
         "steps",
         "s",
@@ -86,6 +99,7 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
                 r.experts.map_or("".into(), |e| e.to_string()),
                 show(r.active_per_token, 2),
                 show(r.test_loss, 4),
+                show(r.metric, 4),
                 r.expansions.len().to_string(),
                 r.steps.map_or("".into(), |s| s.to_string()),
                 show(r.wall_s, 1),

@@ -20,9 +20,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod expansions;
 mod html;
 mod lines;
 mod machine;
+mod paired;
 mod paper;
 mod results;
 mod store;
@@ -32,9 +34,11 @@ mod table;
 
 use std::path::PathBuf;
 
+pub use expansions::expansions;
 pub use html::report_html;
 pub use lines::{EventLine, MetricLine};
 pub use machine::{Machine, peak_rss_mib};
+pub use paired::{Comparison, Paired, comparisons, paired};
 pub use paper::{Reported, reported};
 pub use results::{Expansion, Header, Results, Run, RunKey};
 pub use store::ResultStore;

@@ -1,8 +1,9 @@
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Machine, Summary, summarise};
+use super::{Comparison, Machine, Summary, comparisons, summarise};
 
 /// What a results.json is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +43,9 @@ pub struct Results {
     pub runs: Vec<Run>,
     /// Means over seeds, one entry a method and setting.
     pub summary: Vec<Summary>,
+    /// MASS against its rivals, paired over tasks and seeds; empty for studies whose runs have no metric.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparisons: Vec<Comparison>,
 }
 
 impl Results {
@@ -55,6 +59,7 @@ impl Results {
             machine: header.machine,
             runs: Vec::new(),
             summary: Vec::new(),
+            comparisons: Vec::new(),
         }
     }
 
@@ -62,6 +67,7 @@ impl Results {
     pub(super) fn push(&mut self, run: Run) {
         self.runs.push(run);
         self.summary = summarise(&self.runs);
+        self.comparisons = comparisons(&self.runs);
     }
 }
 
@@ -83,11 +89,11 @@ pub struct Run {
     pub k: Option<usize>,
     /// Experts at the start K_0.
     pub experts_init: Option<usize>,
-    /// Active experts at the end K.
+    /// Active experts at the end K, or at the best epoch.
     pub experts: Option<usize>,
     /// Mean experts a token used in the test.
     pub active_per_token: Option<f64>,
-    /// Mean test loss, nats a token.
+    /// Mean test loss: nats a token, or of GLUE nats an example (squared error for scores).
     pub test_loss: Option<f64>,
     /// The least loss any model can reach on the test set, nats a token.
     pub bayes_loss: Option<f64>,
@@ -97,6 +103,12 @@ pub struct Run {
     pub metric: Option<f64>,
     /// Its name.
     pub metric_name: Option<String>,
+    /// Every metric of the task by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
+    /// The epoch whose figures these are, counted from 1, of studies that choose the best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best_epoch: Option<u64>,
     /// Jensen-Shannon divergence of expert usage between entities.
     pub jsd_entity: Option<f64>,
     /// The same between properties.
@@ -218,6 +230,10 @@ impl Run {
                 *value = None;
                 dropped.push(name);
             }
+        }
+        if self.metrics.values().any(|v| !v.is_finite()) {
+            self.metrics.retain(|_, v| v.is_finite());
+            dropped.push("metrics");
         }
         for expansion in &mut self.expansions {
             for (name, value) in [

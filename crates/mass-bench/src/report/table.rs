@@ -1,4 +1,4 @@
-use super::{Results, Summary, reported};
+use super::{Comparison, Reported, Results, Summary, reported};
 
 /// The summary as aligned plain text, the paper's figures beside it and the Bayes floor below.
 ///
@@ -32,12 +32,7 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
             plus_minus(s.test_loss_mean, s.test_loss_std, 3)
         }),
         ("paper", |study, s| {
-            reported(study, s).map_or_else(String::new, |r| {
-                let k = r
-                    .active_per_token
-                    .map_or_else(String::new, |k| format!(", k {k}"));
-                format!("{} (K {}{k})", r.test_loss, r.experts)
-            })
+            reported(study, s).map_or_else(String::new, |r| paper(&r))
         }),
         ("accuracy", |_, s| {
             plus_minus(s.accuracy_mean, s.accuracy_std, 3)
@@ -85,6 +80,7 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
         };
         notes.push(format!("Bayes floor (no model can do better): {floor}"));
     }
+    notes.extend(results.comparisons.iter().map(comparison));
     let expansions: usize = results.runs.iter().map(|r| r.expansions.len()).sum();
     if results
         .runs
@@ -109,6 +105,29 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
     notes
 }
 
+/// "2.15 (K 12.4, k 3.9)", "0.656 (K 9.5 to 12.7, k 2.6 to 3.2)".
+fn paper(reported: &Reported) -> String {
+    let range = |name: &str, (low, high): (f64, f64)| {
+        if low == high {
+            format!("{name} {low}")
+        } else {
+            format!("{name} {low} to {high}")
+        }
+    };
+    let of = [
+        reported.experts.map(|r| range("K", r)),
+        reported.active_per_token.map(|r| range("k", r)),
+    ];
+    let of: Vec<String> = of.into_iter().flatten().collect();
+    // Four digits of a fraction are two of the percentage that it was printed as.
+    let figure = (reported.figure * 1e4).round() / 1e4;
+    if of.is_empty() {
+        figure.to_string()
+    } else {
+        format!("{figure} ({})", of.join(", "))
+    }
+}
+
 /// "5 -> 12" of a pool that may grow, "10" of one that did not.
 fn pool(row: &Summary) -> String {
     match (row.experts_init, row.experts_mean) {
@@ -117,6 +136,19 @@ fn pool(row: &Summary) -> String {
         (Some(from), None) => from.to_string(),
         (None, None) => String::new(),
     }
+}
+
+/// "mass/ours against dynmoe: +0.0120 over 9 pairs (t 1.20, p 0.26; 6 won, 1 tied, 2 lost, sign test p 0.29)".
+fn comparison(c: &Comparison) -> String {
+    let p = &c.paired;
+    let t = match (p.t, p.p_value) {
+        (Some(t), Some(p)) => format!("t {t:.2}, p {p:.2}; "),
+        _ => String::new(),
+    };
+    format!(
+        "{} against {}: {:+.4} over {} pairs ({t}{} won, {} tied, {} lost, sign test p {:.2})",
+        c.method, c.against, p.mean_difference, p.n, p.wins, p.ties, p.losses, p.sign_p_value
+    )
 }
 
 /// "12" or "12.4".

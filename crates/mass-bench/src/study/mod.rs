@@ -5,6 +5,7 @@
 //! done and looks at [`RunContext::check_interrupt`] between steps. Adding one means a file here and a
 //! line in [`STUDIES`].
 
+pub mod glue;
 pub mod synthetic;
 
 use crate::{
@@ -29,13 +30,22 @@ pub struct Study {
 }
 
 /// Every study that exists.
-pub const STUDIES: &[Study] = &[Study {
-    name: "synthetic",
-    about: "GINC: MASS beside static top-k pools and the Bayes floor",
-    methods: synthetic::METHODS,
-    tasks: synthetic::TASKS,
-    run: synthetic::run,
-}];
+pub const STUDIES: &[Study] = &[
+    Study {
+        name: "synthetic",
+        about: "GINC: MASS beside static top-k pools and the Bayes floor",
+        methods: synthetic::METHODS,
+        tasks: synthetic::TASKS,
+        run: synthetic::run,
+    },
+    Study {
+        name: "glue",
+        about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
+        methods: glue::METHODS,
+        tasks: glue::TASKS,
+        run: glue::run,
+    },
+];
 
 /// The study of that name.
 #[must_use]

@@ -1,0 +1,214 @@
+//! Paired comparisons over tasks and seeds.
+
+use serde::{Deserialize, Serialize};
+use statrs::distribution::{Binomial, ContinuousCDF, DiscreteCDF, StudentsT};
+
+use super::{Run, RunKey};
+
+/// The method that others are compared with.
+const METHOD: &str = "mass";
+
+/// One way to run MASS against another method, by the task's metric, run by run with the same task and seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// Which runs, without task and seed.
+    pub method: String,
+    /// Against which.
+    pub against: String,
+    /// What is told from the pairs.
+    #[serde(flatten)]
+    pub paired: Paired,
+}
+
+/// What is told from paired differences.
+///
+/// # Formula
+/// `t = d̄ / (s / √n)` with the mean d̄ and sample standard deviation s of n differences, two-sided in Student's t of n - 1
+/// degrees of freedom; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its training data
+/// and are not independent: both tests are then too bold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Paired {
+    /// Pairs.
+    pub n: usize,
+    /// Mean difference, of the first less the second.
+    pub mean_difference: f64,
+    /// Sample standard deviation of the differences; `None` for fewer than two.
+    pub std: Option<f64>,
+    /// Student's t; `None` where the deviation is zero or missing.
+    pub t: Option<f64>,
+    /// Its two-sided p-value.
+    pub p_value: Option<f64>,
+    /// Pairs in which the first is greater.
+    pub wins: usize,
+    /// Equal pairs.
+    pub ties: usize,
+    /// Pairs in which the second is greater.
+    pub losses: usize,
+    /// Two-sided p-value of the sign test; 1 without a pair that differs.
+    pub sign_p_value: f64,
+}
+
+/// Paired t-test and sign test of the first of each pair against the second; `None` without pairs or for a value that is
+/// not finite.
+///
+/// ```
+/// use mass_bench::report::paired;
+/// let test = paired(&[(3.0, 2.0), (4.0, 2.0), (6.0, 3.0)]).ok_or("no pairs")?;
+/// // Differences 1, 2, 3: mean 2, deviation 1.
+/// assert!((test.t.ok_or("no t")? - 2.0 * 3f64.sqrt()).abs() < 1e-12);
+/// assert!((test.p_value.ok_or("no p")? - 0.0741799).abs() < 1e-6);
+/// assert_eq!((test.wins, test.ties, test.losses), (3, 0, 0));
+/// assert!((test.sign_p_value - 0.25).abs() < 1e-12);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use]
+pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
+    let differences: Vec<f64> = pairs.iter().map(|(a, b)| a - b).collect();
+    if differences.is_empty() || differences.iter().any(|d| !d.is_finite()) {
+        return None;
+    }
+    let n = differences.len();
+    let mean = differences.iter().sum::<f64>() / n as f64;
+    let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
+    let std = (n > 1).then(|| (squares / (n as f64 - 1.0)).sqrt());
+    let t = std
+        .filter(|s| *s > 0.0)
+        .map(|s| mean / (s / (n as f64).sqrt()));
+    let p_value = t.and_then(|t| {
+        let student = StudentsT::new(0.0, 1.0, n as f64 - 1.0).ok()?;
+        Some(2.0 * student.sf(t.abs()))
+    });
+    let count = |f: fn(f64) -> bool| differences.iter().filter(|d| f(**d)).count();
+    let (wins, losses) = (count(|d| d > 0.0), count(|d| d < 0.0));
+    let signs = (wins + losses) as u64;
+    let tail = Binomial::new(0.5, signs).map_or(1.0, |b| b.cdf(wins.min(losses) as u64));
+    Some(Paired {
+        n,
+        mean_difference: mean,
+        std,
+        t,
+        p_value,
+        wins,
+        ties: n - wins - losses,
+        losses,
+        sign_p_value: (2.0 * tail).min(1.0),
+    })
+}
+
+/// Runs of one method and setting, over tasks and seeds.
+struct Group<'a> {
+    key: RunKey,
+    runs: Vec<&'a Run>,
+}
+
+impl Group<'_> {
+    /// Metrics of this group and of another for each task and seed that both have.
+    fn pairs(&self, other: &Self) -> Vec<(f64, f64)> {
+        let of = |run: &&Run| {
+            let same = |o: &&&Run| o.task == run.task && o.seed == run.seed;
+            Some((run.metric?, other.runs.iter().find(same)?.metric?))
+        };
+        self.runs.iter().filter_map(of).collect()
+    }
+}
+
+/// Every way to run MASS against the dense model, DynMoE and the best static pool, over the tasks and seeds that both have.
+///
+/// The best static pool is the one whose metric is best on average over the pairs, found after the fact on the same
+/// scores: it is favoured. Runs without a metric take no part.
+#[must_use]
+pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
+    let mut groups: Vec<Group<'_>> = Vec::new();
+    for run in runs.iter().filter(|r| r.metric.is_some()) {
+        let key = RunKey {
+            seed: 0,
+            task: None,
+            ..run.key()
+        };
+        match groups.iter_mut().find(|g| g.key == key) {
+            Some(group) => group.runs.push(run),
+            None => groups.push(Group {
+                key,
+                runs: vec![run],
+            }),
+        }
+    }
+    let mut found = Vec::new();
+    for group in groups.iter().filter(|g| g.key.method == METHOD) {
+        for method in ["dense", "static", "dynmoe"] {
+            // Most pairs first, then the least advantage over it: the strongest opponent.
+            let tests = groups
+                .iter()
+                .filter(|g| g.key.method == method)
+                .filter_map(|g| Some((g, paired(&group.pairs(g))?)));
+            let best = tests.max_by(|(_, a), (_, b)| {
+                (a.n.cmp(&b.n)).then(b.mean_difference.total_cmp(&a.mean_difference))
+            });
+            if let Some((other, paired)) = best {
+                found.push(Comparison {
+                    method: name(&group.key),
+                    against: name(&other.key),
+                    paired,
+                });
+            }
+        }
+    }
+    found
+}
+
+/// The key's text without its seed.
+fn name(key: &RunKey) -> String {
+    let text = key.to_string();
+    text.strip_suffix("/seed0")
+        .map_or(text.clone(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(method: &str, k: Option<usize>, task: &str, seed: u64, metric: f64) -> Run {
+        Run {
+            k,
+            task: Some(task.to_owned()),
+            metric: Some(metric),
+            ..Run::new(method, seed)
+        }
+    }
+
+    #[test]
+    fn no_test_where_there_is_nothing_to_test() {
+        assert_eq!(paired(&[]), None);
+        assert_eq!(paired(&[(f64::NAN, 1.0)]), None);
+        let one = paired(&[(2.0, 1.0)]).unwrap();
+        assert_eq!(
+            (one.std, one.t, one.p_value, one.sign_p_value),
+            (None, None, None, 1.0)
+        );
+        let same = paired(&[(1.0, 1.0), (2.0, 2.0)]).unwrap();
+        assert_eq!((same.t, same.ties, same.sign_p_value), (None, 2, 1.0));
+    }
+
+    #[test]
+    fn mass_meets_the_best_static_pool_and_each_rival() {
+        let mut runs = Vec::new();
+        for (task, base) in [("CoLA", 0.4), ("RTE", 0.6)] {
+            for seed in 0..2 {
+                let noise = seed as f64 * 0.01;
+                runs.push(run("mass", None, task, seed, base + 0.1 + noise));
+                runs.push(run("static", Some(1), task, seed, base));
+                runs.push(run("static", Some(2), task, seed, base + 0.05));
+                runs.push(run("dynmoe", None, task, seed, base + 0.2));
+            }
+        }
+        // Better, but on one pair alone.
+        runs.push(run("static", Some(4), "CoLA", 0, 0.9));
+        let found = comparisons(&runs);
+        let named: Vec<&str> = found.iter().map(|c| c.against.as_str()).collect();
+        assert_eq!(named, ["static/k2", "dynmoe"]);
+        assert_eq!((found[0].paired.n, found[0].paired.wins), (4, 4));
+        assert!((found[0].paired.mean_difference - 0.055).abs() < 1e-12);
+        assert_eq!((found[1].paired.wins, found[1].paired.losses), (0, 4));
+        assert!(comparisons(&[Run::new("mass", 0)]).is_empty());
+    }
+}

@@ -1,0 +1,229 @@
+//! The GLUE study, run through the built binary.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args(["reproduce", "glue"])
+        .args(arguments)
+        .env_remove("MASS_DATA_DIR")
+        .env_remove("MASS_MODELS_DIR")
+        .output()
+        .expect("the binary runs")
+}
+
+fn smoke(out: &Path, more: &[&str]) -> Output {
+    let mut arguments = vec!["--preset", "smoke", "--out", out.to_str().unwrap()];
+    arguments.extend(more);
+    let output = bench(&arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    output
+}
+
+fn lines(out: &Path, name: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join(name)).unwrap();
+    text.lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
+}
+
+fn results(out: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(out.join("results.json")).unwrap()).unwrap()
+}
+
+/// The runs without what a clock or the system wrote.
+fn figures(out: &Path) -> Vec<Value> {
+    let mut runs = results(out)["runs"].as_array().unwrap().clone();
+    for run in &mut runs {
+        for name in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
+            run.as_object_mut().unwrap().remove(name);
+        }
+    }
+    runs
+}
+
+#[test]
+fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let table = smoke(&one, &["--threads", "1"]);
+    let table = String::from_utf8_lossy(&table.stdout).into_owned();
+    for part in ["matthews", "0.6562 (K 9.5 to 12.7", "against dynmoe"] {
+        assert!(table.contains(part), "no `{part}` in {table}");
+    }
+    smoke(&two, &["--threads", "3"]);
+    assert_eq!(figures(&one), figures(&two));
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        assert!(!lines(&one, name).is_empty(), "{name}");
+        assert_eq!(lines(&one, name), lines(&two, name), "{name}");
+    }
+
+    let (mut grown, mut live) = (0, 0);
+    for run in figures(&one) {
+        if run["task"] == "CoLA" {
+            assert!(run["metric"].as_f64().unwrap() > 0.5, "{run}");
+        }
+        assert_eq!(run["accuracy"].is_null(), run["task"] == "STS-B", "{run}");
+        let dense = run["method"] == "dense";
+        assert_eq!(run["experts"].is_null(), dense, "{run}");
+        assert_eq!(run["active_per_token"].is_null(), dense, "{run}");
+        assert_eq!(
+            run["detection_live_steps"].is_null(),
+            run["method"] != "mass"
+        );
+        grown += run["expansions"].as_array().unwrap().len();
+        live += run["detection_live_steps"].as_u64().unwrap_or(0);
+        if run["method"] == "static" {
+            assert_eq!(
+                (run["experts"].as_u64(), run["active_per_token"].as_f64()),
+                (Some(3), Some(2.0))
+            );
+        }
+    }
+    assert!(
+        grown >= 9 && live > 0,
+        "{grown} splits in {live} live steps"
+    );
+    let events = lines(&one, "events.jsonl");
+    let of = |method: &str| {
+        let mine = events
+            .iter()
+            .filter(|e| e["run"].as_str().unwrap().starts_with(method));
+        mine.map(|e| e["kind"].as_str().unwrap())
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        of("mass/paper").contains(&"flag"),
+        "no detector raised an alarm"
+    );
+    assert!(
+        of("mass/ours").contains(&"check"),
+        "no newcomer was checked on the probe"
+    );
+    assert!(!of("dynmoe").is_empty(), "DynMoE's pool never changed");
+    // Every epoch is scored.
+    let scored = |l: &&Value| l["run"] == "dense/CoLA/seed0" && l["epoch"].is_u64();
+    let metrics = lines(&one, "metrics.jsonl");
+    let epochs: Vec<u64> = metrics
+        .iter()
+        .filter(scored)
+        .map(|l| l["epoch"].as_u64().unwrap())
+        .collect();
+    assert!(epochs.iter().copied().eq(1..=epochs.len() as u64) && !epochs.is_empty());
+}
+
+#[test]
+fn an_interrupted_study_resumes_to_the_same_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    let choice = ["--task", "STS-B", "--seeds", "2", "--threads", "1"];
+    smoke(&whole, &choice);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        .args([
+            "reproduce",
+            "glue",
+            "--preset",
+            "smoke",
+            "--out",
+            cut.to_str().unwrap(),
+        ])
+        .args(choice)
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // Killed as soon as a first run is in the results.
+    let begun = std::time::Instant::now();
+    while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
+        let runs = std::fs::read(cut.join("results.json")).ok();
+        let runs = runs.and_then(|r| serde_json::from_slice::<Value>(&r).ok());
+        if runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty()) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    smoke(&cut, &[&choice[..], &["--resume"]].concat());
+    assert_eq!(figures(&cut), figures(&whole));
+    assert_eq!(results(&cut)["summary"][0]["n"], 2);
+}
+
+#[test]
+fn every_task_runs_on_the_sample() {
+    let dir = tempfile::tempdir().unwrap();
+    for task in mass_bench::study::glue::TASKS {
+        let out = dir.path().join(task);
+        smoke(&out, &["--task", task, "--methods", "static"]);
+        let runs = figures(&out);
+        assert_eq!(runs.len(), 1, "{task}");
+        assert_eq!(runs[0]["task"], *task);
+        assert!(runs[0]["metric_name"].is_string());
+        let metrics = runs[0]["metrics"].as_object().unwrap();
+        assert_eq!(
+            metrics.contains_key("dev_mismatched.accuracy"),
+            *task == "MNLI",
+            "{task}"
+        );
+    }
+}
+
+#[test]
+fn unusable_data_and_models_exit_2_and_name_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let refused = |arguments: &[&str], part: &str| {
+        let out = at.join("out");
+        let all = [
+            arguments,
+            &["--preset", "quick", "--out", out.to_str().unwrap()],
+        ]
+        .concat();
+        let output = bench(&all);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{all:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.contains(part), "{all:?}: no `{part}` in {error}");
+    };
+    let model = at.join("minilm-l6");
+    std::fs::create_dir(&model).unwrap();
+    let models = ["--models", at.to_str().unwrap()];
+    refused(&models, "config.json");
+    let vocabulary = mass_bench::glue::sample::vocabulary();
+    std::fs::write(
+        model.join("config.json"),
+        r#"{"model_type": "bert", "vocab_size": 20}"#,
+    )
+    .unwrap();
+    std::fs::write(model.join("model.safetensors"), b"").unwrap();
+    std::fs::write(model.join("vocab.txt"), vocabulary.join("\n")).unwrap();
+    refused(&models, "--data");
+    let both = [&models[..], &["--data", at.to_str().unwrap()]].concat();
+    refused(&both, "CoLA/train.tsv");
+    let glue = at.join("glue/CoLA");
+    std::fs::create_dir_all(&glue).unwrap();
+    for name in ["train.tsv", "dev.tsv"] {
+        std::fs::write(
+            glue.join(name),
+            "a\t1\t\tThe cat sees the dog.\na\t5\t\tNo.\n",
+        )
+        .unwrap();
+    }
+    let one = [&both[..], &["--task", "CoLA"]].concat();
+    refused(&one, "train.tsv, line 2");
+    for name in ["train.tsv", "dev.tsv"] {
+        std::fs::write(glue.join(name), "a\t1\t\tThe cat sees the dog.\n").unwrap();
+    }
+    // Ids of the tokenizer that the model has no embedding for.
+    refused(&one, "vocabulary has 20");
+    std::fs::write(
+        model.join("config.json"),
+        r#"{"model_type": "bert", "vocab_size": 300}"#,
+    )
+    .unwrap();
+    refused(&one, "model.safetensors");
+}
