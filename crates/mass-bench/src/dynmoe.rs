@@ -5,8 +5,8 @@
 //! representations and whose network is the one that every expert started from. Beside it the loss on gate rows
 //! `0.01 (‖UᵀU - I‖_F + mean_e ‖w_e‖)`, `U` the rows divided by their norms.
 //!
-//! Not DynMoE's in this implementation: the gate's logits are dot products, not cosines, and thresholds stay at zero, where
-//! both activate the same experts; the gate's gradient therefore lacks the cosine's normalisation.
+//! The layer itself needs a cosine gate without projection and temperature, and [`TopAny`](mass_routing::TopAny) routing, whose
+//! thresholds are learned.
 
 use mass_expand::ExpertId;
 use mass_model::growth::Mixtures;
@@ -210,13 +210,10 @@ impl DynMoe {
     ) -> Result<Vec<DynMoeChange>, ModelError> {
         let name = model.mixture_name(layer);
         let moe = model.mixture_mut(layer);
-        let mut thresholds = match &*moe.router() {
-            AnyRouter::TopAny(router) => router.thresholds().to_vec(),
-            other => {
-                let what = format!("DynMoE needs a top-any router, the layer has {other:?}");
-                return Err(ModelError::Config(what));
-            }
-        };
+        if !matches!(&*moe.router(), AnyRouter::TopAny(_)) {
+            let what = format!("DynMoE needs a top-any router, not {:?}", moe.router());
+            return Err(ModelError::Config(what));
+        }
         let mut changes = Vec::new();
         let unused: Vec<usize> = record.usage.dead_experts().collect();
         let ids = moe.ids().to_vec();
@@ -227,7 +224,6 @@ impl DynMoe {
             }
             let expert = ids[index];
             moe.remove(expert)?;
-            thresholds.remove(index);
             optimizer.forget(&format!("{name}.experts.{}", expert.0));
             let experts = moe.ids().len();
             changes.push(DynMoeChange::Remove { expert, experts });
@@ -247,17 +243,16 @@ impl DynMoe {
             for (w, sum) in row.zip(&record.nowhere) {
                 *w = (sum / norm) as f32;
             }
+            if let Some(threshold) = &mut newcomer.threshold {
+                threshold.values_mut().fill(0.0);
+            }
             let expert = moe.push(newcomer);
-            thresholds.push(0.0);
             let experts = moe.ids().len();
             changes.push(DynMoeChange::Add {
                 expert,
                 tokens,
                 experts,
             });
-        }
-        if let AnyRouter::TopAny(router) = moe.router_mut() {
-            router.set_thresholds(&thresholds)?;
         }
         Ok(changes)
     }

@@ -6,8 +6,8 @@ use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::growth::Mixtures;
 use mass_model::lm::TrainPass;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Parameters, seeded_rng};
-use mass_routing::{AnyRouter, Combine, RouterConfig};
+use mass_model::{Param, Parameters, seeded_rng};
+use mass_routing::{Combine, RouterConfig};
 
 const DIM: usize = 8;
 
@@ -112,7 +112,8 @@ fn tokens_routed_nowhere_get_an_expert_along_their_sum() {
     for expert in 0..3 {
         push_gate(&mut model, expert, false);
     }
-    let template = model.mixture(0).experts()[0].clone();
+    let mut template = model.mixture(0).experts()[0].clone();
+    template.threshold = Some(Param::new(vec![0.7], &[1], false).unwrap());
     let mut optimizer = optimizer(&mut model);
     let mut dynmoe = DynMoe::new(config(4), 1).unwrap();
     let inputs = pass(&model).layers[0].gate_input.as_vec();
@@ -145,10 +146,8 @@ fn tokens_routed_nowhere_get_an_expert_along_their_sum() {
         assert!((w - s / norm).abs() < 1e-5, "{w} for {}", s / norm);
     }
     assert_eq!(newcomer.fc1.0.values(), template.fc1.0.values());
-    match model.mixture_mut(0).router_mut() {
-        AnyRouter::TopAny(router) => assert_eq!(router.thresholds(), [0.0, 0.0]),
-        other => panic!("{other:?}"),
-    }
+    let threshold = newcomer.threshold.as_ref().unwrap();
+    assert_eq!(threshold.values(), [0.0]);
     // The pool that is left routes and trains.
     let mut after = pass(&model);
     assert!(after.layers[0].plan.load(1) > 0);

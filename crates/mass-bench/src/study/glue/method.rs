@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use mass_cpd::{AnyDetectorParams, Reference};
 use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::bert::{BertClassifier, BertConfig};
-use mass_model::growth::GrowerConfig;
+use mass_model::growth::{GrowerConfig, Mixtures};
+use mass_model::nn::{GateConfig, MoeConfig, MoeLayer};
 use mass_model::{ModelError, Param, Parameters};
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::ChaCha8Rng;
@@ -141,6 +142,17 @@ impl Pretrained {
         if let Some((experts, router)) = method.mixture() {
             let depth = model.config().num_hidden_layers;
             model.convert(at_depth(authors_layer, depth), experts, router, rng)?;
+        }
+        if matches!(method, Method::DynMoe { .. }) {
+            let moe = model.mixture_mut(0);
+            let config = MoeConfig {
+                gate: GateConfig::Cosine {
+                    projection: None,
+                    temperature: None,
+                },
+                ..moe.config().clone()
+            };
+            *moe = MoeLayer::from_experts(&config, moe.experts().to_vec(), rng)?;
         }
         decay_everything(&mut model)?;
         Ok(model)
