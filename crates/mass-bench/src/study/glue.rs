@@ -9,6 +9,9 @@ mod finetune;
 mod method;
 mod plan;
 mod score;
+#[cfg(test)]
+mod tests;
+mod tuned;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -21,6 +24,7 @@ use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
 use crate::report::{Results, Run, peak_rss_mib};
+use crate::sweep::checkpoint_dir;
 use data::TaskData;
 use finetune::FineTuner;
 use method::Pretrained;
@@ -67,10 +71,11 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     let flag = ctx.interrupt_flag();
     let mut done = 0;
     for (planned, data) in tuners {
-        let mut tuner = FineTuner::new(plan.config(planned), data)?;
+        let folder = checkpoint_dir(&store, &planned.run);
+        let mut tuner = FineTuner::open(plan.config(planned), data, &folder, args.resume)?;
         let (steps, key) = (tuner.steps(), planned.run.key().to_string());
         let progress = &mut ctx.progress;
-        let complete = tuner.run(&mut |step, loss| {
+        let complete = tuner.run(&folder, &mut |step, loss| {
             progress.tick(done + step, || format!("{key}: loss {loss:.3}"));
             !flag.load(Ordering::SeqCst)
         })?;
@@ -90,6 +95,11 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
         }
         ctx.progress.note(&describe(&run));
         store.push(run)?;
+        // Of a finished run nothing goes on: its checkpoint would only fill the disk.
+        if folder.is_dir() {
+            std::fs::remove_dir_all(&folder)
+                .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
+        }
     }
     Ok(store.into_results())
 }

@@ -1,13 +1,15 @@
 //! The fine-tuning loop: epochs over shuffled batches, scored on the development set after each, stopped early.
 
+use std::path::Path;
 use std::time::Instant;
 
 use mass_expand::{Answer, Request};
 use mass_model::bert::{BertClassifier, TextBatch};
+use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, Mixtures};
 use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
-use mass_model::optim::{AdamW, AdamWConfig, Schedule};
+use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{DropoutKeys, ModelError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -15,6 +17,7 @@ use serde_json::{Value, json};
 use super::data::{Examples, Labelled, TaskData};
 use super::method::{Method, Pretrained};
 use super::score::{self, DevScore};
+use super::tuned::Tuned;
 use crate::BenchError;
 use crate::dynmoe::{DynMoe, DynMoeConfig};
 use crate::glue::batch::epoch_batches;
@@ -40,6 +43,7 @@ pub(super) struct FineTuneConfig {
     pub(super) learning_rate: f64,
     pub(super) adamw: AdamWConfig,
     pub(super) log_every: u64,
+    pub(super) checkpoint_every: u64,
 }
 
 impl FineTuneConfig {
@@ -78,7 +82,7 @@ struct Saved {
 pub(super) struct FineTuner<'a> {
     config: FineTuneConfig,
     data: &'a TaskData,
-    model: BertClassifier,
+    model: Tuned,
     optimizer: AdamW,
     /// The network that every expert starts from.
     template: Option<MoeExpert>,
@@ -88,15 +92,43 @@ pub(super) struct FineTuner<'a> {
 }
 
 impl<'a> FineTuner<'a> {
-    /// A run at its beginning.
-    pub(super) fn new(config: FineTuneConfig, data: &'a TaskData) -> Result<Self, BenchError> {
+    /// A run at its beginning, or where its checkpoint in `dir` left it if `resume` is set and there is one.
+    pub(super) fn open(
+        config: FineTuneConfig,
+        data: &'a TaskData,
+        dir: &Path,
+        resume: bool,
+    ) -> Result<Self, BenchError> {
+        let mut tuner = Self::new(config, data)?;
+        if !resume || !checkpoint::exists(dir) {
+            return Ok(tuner);
+        }
+        let input = |problem: String| BenchError::Input {
+            path: dir.to_owned(),
+            problem,
+        };
+        let read = checkpoint::load::<Tuned, Saved>(dir).map_err(|e| input(e.to_string()))?;
+        if read.state.config != tuner.config {
+            return Err(input(
+                "the checkpoint is of a run with other settings; drop --resume or use another --out".into(),
+            ));
+        }
+        (tuner.model, tuner.optimizer) = (read.model, read.optimizer);
+        (tuner.step, tuner.saved) = (read.step, read.state);
+        Ok(tuner)
+    }
+
+    fn new(config: FineTuneConfig, data: &'a TaskData) -> Result<Self, BenchError> {
         let made = |e: ModelError| match e {
             // A model's files are input: which one, and what is wrong with it.
             ModelError::Io { path, source } => BenchError::Input {
                 path,
                 problem: source.to_string(),
             },
-            ModelError::Checkpoint { path, why } => BenchError::Input { path, problem: why },
+            ModelError::Checkpoint { path, why } => BenchError::Input {
+                path,
+                problem: why.to_string(),
+            },
             other => BenchError::failed(format!("setting up {}", config.run), other),
         };
         let mut rng = stream(config.seed, Purpose::Weights, 0);
@@ -126,12 +158,13 @@ impl<'a> FineTuner<'a> {
             template: dynmoe
                 .is_some()
                 .then(|| model.mixture(0).experts()[0].clone()),
-            optimizer: AdamW::new(config.adamw).map_err(made)?,
+            optimizer: AdamW::new(config.adamw.clone()).map_err(made)?,
             schedule: Schedule {
                 peak: config.learning_rate,
                 warmup: 0,
                 steps,
                 floor: 0.0,
+                decay: Decay::Linear,
             },
             saved: Saved {
                 config: config.clone(),
@@ -157,16 +190,18 @@ impl<'a> FineTuner<'a> {
         train_of(&self.config, self.data)
     }
 
-    /// Trains to the end, or until `on_step` (told the number of steps made and the loss) returns false.
+    /// Trains to the end, or until `on_step` (told the number of steps made and the loss) returns false, saving
+    /// checkpoints to `dir` on the way and when asked to stop.
     ///
     /// Returns whether the run is complete.
     pub(super) fn run(
         &mut self,
+        dir: &Path,
         on_step: &mut dyn FnMut(u64, f64) -> bool,
     ) -> Result<bool, BenchError> {
         let per_epoch = self.steps() / self.config.epochs;
         let mut order: (u64, Vec<Vec<usize>>) = (u64::MAX, Vec::new());
-        let mut started = Instant::now();
+        let (mut saved_at, mut started) = (self.step, Instant::now());
         let mut go_on = true;
         while go_on && self.step < self.steps() && !self.saved.stopped {
             let (epoch, within) = (self.step / per_epoch, self.step % per_epoch);
@@ -179,11 +214,29 @@ impl<'a> FineTuner<'a> {
             if within + 1 == per_epoch {
                 self.end_epoch(epoch + 1)?;
             }
+            go_on = on_step(self.step, loss);
             self.saved.wall_s += started.elapsed().as_secs_f64();
             started = Instant::now();
-            go_on = on_step(self.step, loss);
+            if !go_on || self.step - saved_at >= self.config.checkpoint_every {
+                self.save(dir)?;
+                saved_at = self.step;
+            }
         }
         Ok(self.step == self.steps() || self.saved.stopped)
+    }
+
+    fn save(&self, dir: &Path) -> Result<(), BenchError> {
+        let snapshot = Snapshot {
+            step: self.step,
+            model: &self.model,
+            optimizer: &self.optimizer,
+            ema: None,
+            state: &self.saved,
+        };
+        let saved = checkpoint::save(dir, &snapshot);
+        saved
+            .map(|_| ())
+            .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }
 
     fn advance(&mut self, which: &[usize]) -> Result<f64, BenchError> {
@@ -194,12 +247,19 @@ impl<'a> FineTuner<'a> {
         let mut keys = DropoutKeys::new(self.config.seed, step);
         let mut pass = self
             .model
+            .bert
             .train_pass(&batch, labels.targets(), Some(&mut keys))
             .map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.data.held_out.1;
-            let answer = |model: &BertClassifier, request| {
-                answer(model, request, (&batch, &labels), probe, self.config.batch)
+            let answer = |model: &Tuned, request| {
+                answer(
+                    &model.bert,
+                    request,
+                    (&batch, &labels),
+                    probe,
+                    self.config.batch,
+                )
             };
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let events = grower
@@ -251,7 +311,7 @@ impl<'a> FineTuner<'a> {
 
     /// Scores the development sets after `epoch` epochs, and decides whether to go on.
     fn end_epoch(&mut self, epoch: u64) -> Result<(), BenchError> {
-        let score = score::evaluate(&self.model, self.data)?;
+        let score = score::evaluate(&self.model.bert, self.data)?;
         let mut extra = serde_json::Map::new();
         extra.insert("epoch".into(), json!(epoch));
         for (name, value) in &score.metrics {
@@ -297,6 +357,11 @@ impl<'a> FineTuner<'a> {
     /// Experts of the mixture; `None` for the dense model.
     fn experts(&self) -> Option<usize> {
         (self.model.mixtures() > 0).then(|| self.model.mixture(0).ids().len())
+    }
+
+    #[cfg(test)]
+    pub(super) fn model(&self) -> &Tuned {
+        &self.model
     }
 
     pub(super) fn best(&self) -> Option<&Best> {

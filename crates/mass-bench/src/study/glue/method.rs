@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use mass_cpd::{AnyDetectorParams, Reference};
 use mass_expand::{AlignmentThreshold, StopRule, Trigger};
+use mass_model::ModelError;
 use mass_model::bert::{BertClassifier, BertConfig};
-use mass_model::growth::{GrowerConfig, Mixtures};
-use mass_model::nn::{GateConfig, MoeConfig, MoeLayer};
-use mass_model::{ModelError, Param, Parameters};
+use mass_model::growth::GrowerConfig;
+use mass_model::nn::{GateConfig, MoeConfig};
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::tuned::Tuned;
 use crate::cli::Variant;
 use crate::glue::task::Task;
 use crate::variants;
@@ -126,35 +127,30 @@ pub(super) enum Pretrained {
 impl Pretrained {
     /// The model that a method begins with: a classifier head of `outputs`, and in one layer a mixture whose experts are
     /// copies of its feed-forward network, with gate rows drawn at random.
-    ///
-    /// Weight decay applies to every parameter, biases and norms too.
     pub(super) fn build(
         &self,
         method: &Method,
         outputs: usize,
         authors_layer: usize,
         rng: &mut ChaCha8Rng,
-    ) -> Result<BertClassifier, ModelError> {
-        let mut model = match self {
+    ) -> Result<Tuned, ModelError> {
+        let bert = match self {
             Self::Drawn(config) => BertClassifier::new(config, outputs, rng)?,
             Self::Directory(dir) => BertClassifier::load(dir, outputs, rng)?,
         };
+        let layer = at_depth(authors_layer, bert.config().num_hidden_layers);
+        let mut model = Tuned::new(bert);
         if let Some((experts, router)) = method.mixture() {
-            let depth = model.config().num_hidden_layers;
-            model.convert(at_depth(authors_layer, depth), experts, router, rng)?;
-        }
-        if matches!(method, Method::DynMoe { .. }) {
-            let moe = model.mixture_mut(0);
-            let config = MoeConfig {
-                gate: GateConfig::Cosine {
-                    projection: None,
-                    temperature: None,
-                },
-                ..moe.config().clone()
+            let adapt = |rules: &mut MoeConfig| {
+                if matches!(method, Method::DynMoe { .. }) {
+                    rules.gate = GateConfig::Cosine {
+                        projection: None,
+                        temperature: None,
+                    };
+                }
             };
-            *moe = MoeLayer::from_experts(&config, moe.experts().to_vec(), rng)?;
+            model.convert(layer, experts, router, adapt, rng)?;
         }
-        decay_everything(&mut model)?;
         Ok(model)
     }
 }
@@ -171,19 +167,4 @@ pub(super) fn authors_layer(task: Task) -> usize {
 fn at_depth(authors_layer: usize, depth: usize) -> usize {
     let layer = (authors_layer as f64 / 24.0 * depth as f64).round() as usize;
     layer.min(depth.saturating_sub(1))
-}
-
-/// Makes weight decay apply to every parameter.
-fn decay_everything(model: &mut BertClassifier) -> Result<(), ModelError> {
-    let mut outcome = Ok(());
-    model.visit_mut("", &mut |_, p| {
-        if p.decays() || outcome.is_err() {
-            return;
-        }
-        match Param::new(p.values().to_vec(), p.shape(), true) {
-            Ok(decaying) => *p = decaying,
-            Err(e) => outcome = Err(e),
-        }
-    });
-    outcome
 }

@@ -38,6 +38,7 @@ pub(super) struct Plan {
     /// Epochs without gain on the development set after which a run stops.
     patience: u64,
     log_every: u64,
+    checkpoint_every: u64,
 }
 
 /// A run to be made.
@@ -82,6 +83,8 @@ impl Plan {
             learning_rate: 5e-5,
             patience: 4,
             log_every: 10,
+            // Three times the weights, a few hundred megabytes.
+            checkpoint_every: 200,
         };
         let mut plan = match args.preset {
             Preset::Smoke => Self::smoke(small),
@@ -148,6 +151,7 @@ impl Plan {
             batch: 8,
             max_length: 32,
             learning_rate: 2e-3,
+            checkpoint_every: 40,
             ..small
         }
     }
@@ -199,11 +203,9 @@ impl Plan {
             patience: self.patience,
             batch: self.batch,
             learning_rate: self.learning_rate,
-            adamw: AdamWConfig {
-                weight_decay: 0.01,
-                ..AdamWConfig::default()
-            },
+            adamw: AdamWConfig::default().decaying_everything(),
             log_every: self.log_every,
+            checkpoint_every: self.checkpoint_every,
         }
     }
 }

@@ -1,0 +1,140 @@
+//! A run that stops at any step and goes on ends as one that never stopped.
+
+use mass_model::Parameters;
+use mass_model::bert::BertConfig;
+use mass_model::optim::AdamWConfig;
+
+use super::data::TaskData;
+use super::finetune::{FineTuneConfig, FineTuner};
+use super::method::{MassSetting, Method, Pretrained};
+use crate::cli::Variant;
+use crate::glue::sample;
+use crate::glue::task::Task;
+use crate::glue::tokenize::TextTokenizer;
+
+fn data(task: Task) -> TaskData {
+    let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 16).unwrap();
+    TaskData::new(&tokenizer, &sample::dataset(task)).unwrap()
+}
+
+fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
+    let bert = BertConfig {
+        vocab_size: sample::vocabulary().len(),
+        hidden_size: 16,
+        num_hidden_layers: 2,
+        num_attention_heads: 2,
+        intermediate_size: 24,
+        max_position_embeddings: 16,
+        initializer_range: 0.2,
+        ..BertConfig::default()
+    };
+    FineTuneConfig {
+        run: "a run".into(),
+        seed: 4,
+        method,
+        pretrained: Pretrained::Drawn(bert),
+        authors_layer: 10,
+        outputs: task.outputs(),
+        epochs: 3,
+        patience,
+        batch: 8,
+        learning_rate: 1e-3,
+        adamw: AdamWConfig::default().decaying_everything(),
+        log_every: 7,
+        checkpoint_every: 1000,
+    }
+}
+
+/// What a run leaves: weights, and all it would write but the time.
+fn left(tuner: &FineTuner<'_>) -> (Vec<f32>, String) {
+    let mut weights = Vec::new();
+    tuner
+        .model()
+        .visit("", &mut |_, p| weights.extend(p.values()));
+    let text = format!(
+        "{:?} {:?} {:?} {} {:?} {:?}",
+        tuner.best(),
+        tuner.metrics(),
+        tuner.events(),
+        tuner.tokens(),
+        tuner.live_steps(),
+        tuner.expansions(),
+    );
+    (weights, text)
+}
+
+#[test]
+fn every_method_resumes_to_the_same_bits() {
+    let mass = |variant| {
+        Method::Mass(MassSetting {
+            variant,
+            p: 0.5,
+            live_percent: Some(90),
+            experts: 3,
+            experts_max: 5,
+            loose: true,
+        })
+    };
+    let methods = [
+        Method::Dense,
+        Method::Static { experts: 3, k: 2 },
+        Method::DynMoe {
+            experts: 3,
+            experts_max: 5,
+        },
+        mass(Variant::Paper),
+        mass(Variant::Reference),
+        mass(Variant::Ours),
+    ];
+    let task = Task::Stsb;
+    let data = data(task);
+    for method in methods {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        let config = config(method, task, 9);
+        let mut whole = FineTuner::open(config.clone(), &data, &one, false).unwrap();
+        assert!(whole.run(&one, &mut |_, _| true).unwrap());
+        // In the middle of an epoch, at its end, and after the pool has grown.
+        let per_epoch = whole.steps() / config.epochs;
+        for stop in [5, per_epoch, 2 * per_epoch + 3] {
+            let mut part = FineTuner::open(config.clone(), &data, &two, true).unwrap();
+            assert!(!part.run(&two, &mut |step, _| step < stop).unwrap());
+        }
+        let mut rest = FineTuner::open(config.clone(), &data, &two, true).unwrap();
+        assert_eq!(rest.step(), 2 * per_epoch + 3);
+        assert!(rest.run(&two, &mut |_, _| true).unwrap());
+        let (whole, rest) = (left(&whole), left(&rest));
+        assert_eq!(whole.1, rest.1, "{:?}", config.method);
+        assert!(whole.0 == rest.0, "weights of {:?}", config.method);
+    }
+}
+
+#[test]
+fn a_run_stops_after_epochs_without_gain_and_stays_stopped() {
+    let task = Task::Cola;
+    let data = data(task);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(Method::Dense, task, 1);
+    // Nothing is learnt, so that no epoch gains anything over the first.
+    config.learning_rate = 0.0;
+    config.checkpoint_every = 1;
+    let mut tuner = FineTuner::open(config.clone(), &data, dir.path(), false).unwrap();
+    assert!(tuner.run(dir.path(), &mut |_, _| true).unwrap());
+    assert_eq!(tuner.step(), tuner.steps() / config.epochs * 2);
+    assert_eq!(tuner.best().unwrap().epoch, 1);
+    let step = tuner.step();
+    let mut again = FineTuner::open(config.clone(), &data, dir.path(), true).unwrap();
+    assert!(again.run(dir.path(), &mut |_, _| true).unwrap());
+    assert_eq!(again.step(), step);
+    // A checkpoint of other settings is refused.
+    config.seed += 1;
+    assert!(FineTuner::open(config, &data, dir.path(), true).is_err());
+}
+
+#[test]
+fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() {
+    let data = data(Task::Rte);
+    let (rest, probe) = &data.held_out;
+    assert_eq!(rest.len() + probe.len(), data.train.len());
+    assert_eq!(probe.len(), data.train.len().div_ceil(20));
+}
