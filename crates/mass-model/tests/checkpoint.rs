@@ -113,14 +113,39 @@ fn a_model_is_loaded_for_inference_from_its_directory_alone() {
 
 #[test]
 fn sizes_known_from_a_configuration_are_those_of_the_model() {
-    for (gated, shared_hidden, experts) in [(false, None, 1), (true, None, 3), (true, Some(9), 2)] {
-        let mut config = config(experts);
-        config.block.moe.gated = gated;
-        config.block.moe.shared_hidden = shared_hidden;
+    let gmoe = json!({ "gate": "cosine", "projection": 3, "temperature": 0.5 });
+    let any = json!({ "router": "top_any", "experts": 2 });
+    let kinds = [
+        (json!({}), 0),
+        (json!({ "gated": true }), 0),
+        (json!({ "gated": true, "shared_hidden": 9 }), 0),
+        // In each layer a temperature.
+        (json!({ "gate": gmoe }), 2),
+        (
+            json!({ "gate": { "gate": "cosine" }, "router": any, "experts": 2 }),
+            0,
+        ),
+    ];
+    for (kind, unknown) in kinds {
+        let mut json = serde_json::to_value(config(3)).unwrap();
+        let moe = json["block"]["moe"].as_object_mut().unwrap();
+        moe.extend(kind.as_object().unwrap().clone());
+        let config = serde_json::from_value(json).unwrap();
         let model = LanguageModel::new(&config, &mut seeded_rng(0)).unwrap();
         let least = LanguageModel::values_at_least(&config).unwrap();
         // All but the final norm.
-        assert_eq!(least + 2 * 6, model.num_values() as u64);
+        assert_eq!(least + 2 * 6 + unknown, model.num_values() as u64, "{kind}");
+
+        // Every kind of layer comes back as it was.
+        let parts = (
+            model,
+            AdamW::new(AdamWConfig::default()).unwrap(),
+            Ema::new(0.5).unwrap(),
+        );
+        let files = checkpoint::encode(&snapshot(&parts)).unwrap();
+        let read: Read = checkpoint::decode(&files).unwrap();
+        assert_eq!(values(&read.model), values(&parts.0), "{kind}");
+        assert_eq!(logits(&read.model), logits(&parts.0), "{kind}");
     }
 }
 

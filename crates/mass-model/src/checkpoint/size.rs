@@ -17,20 +17,22 @@ impl MoeConfig {
                 .checked_add(hidden.checked_mul(matrices - 1)?)?
                 .checked_add(dim)
         };
-        let (row, projection) = match self.gate {
+        let (gate, projection) = match self.gate {
             GateConfig::Cosine {
                 projection: Some(width),
                 ..
-            } => (width as u64, (width as u64).checked_mul(dim)?),
+            } => (
+                width as u64,
+                (width as u64).checked_mul(dim.checked_add(1)?)?,
+            ),
             _ => (dim, 0),
         };
-        let expert = network(self.hidden)?.checked_add(row)?;
+        let expert = network(self.hidden)?.checked_add(gate)?;
         let experts = (self.experts as u64).checked_mul(expert)?;
         let shared = self.shared_hidden.map_or(Some(0), network)?;
-        experts
-            .checked_add(shared)?
-            .checked_add(projection)?
-            .checked_add(per_expert(&self.router))
+        let outside = shared.checked_add(projection)?;
+        let inside = experts.checked_add(per_expert(&self.router))?;
+        inside.checked_add(outside)
     }
 }
 
