@@ -16,7 +16,7 @@ use crate::pretrained::Source;
 #[derive(Clone, Debug)]
 pub(crate) enum Mlp {
     Dense(FeedForward),
-    Mixture(MoeLayer),
+    Mixture(Box<MoeLayer>),
 }
 
 impl Mlp {
@@ -48,7 +48,8 @@ impl Mlp {
             return Err(ModelError::shape("feed-forward network", &[0, 0], shape));
         };
         let config = MoeConfig::new(dim, hidden, experts, network.activation(), router);
-        *self = Self::Mixture(MoeLayer::from_dense(network, &config, rng)?);
+        let layer = MoeLayer::from_dense(network, &config, rng)?;
+        *self = Self::Mixture(Box::new(layer));
         Ok(())
     }
 
