@@ -1,8 +1,10 @@
-//! What the encoders share: a feed-forward sublayer that may be a mixture.
+//! What the encoders share: a feed-forward sublayer that may be a mixture, and what fixes a classifier.
+
+use std::collections::BTreeMap;
 
 use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
-use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
@@ -11,6 +13,35 @@ use crate::nn::{FeedForward, MoeConfig, MoeLayer};
 use crate::ops::Rows;
 use crate::param::{Param, Parameters, join};
 use crate::pretrained::Source;
+
+/// Everything that fixes a classifier but for its values: the encoder, the number of outputs, and which feed-forward
+/// networks are mixtures. Checkpoints hold it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClassifierConfig<C> {
+    /// The encoder.
+    pub encoder: C,
+    /// Number of labels or classes.
+    pub outputs: usize,
+    /// The mixtures, by their layer, with the experts they started with.
+    pub mixtures: BTreeMap<usize, MoeConfig>,
+}
+
+impl<C> ClassifierConfig<C> {
+    /// Values of a transformer of this many layers at the least; `None` if there is no such number.
+    pub(crate) fn layers_at_least(&self, layers: usize, dim: usize, hidden: usize) -> Option<u64> {
+        let (dim, hidden) = (dim as u64, hidden as u64);
+        let attention = dim.checked_mul(dim)?.checked_mul(4)?;
+        let network = dim.checked_mul(hidden)?.checked_mul(2)?;
+        let dense = layers.saturating_sub(self.mixtures.len()) as u64;
+        let mut values = attention
+            .checked_mul(layers as u64)?
+            .checked_add(network.checked_mul(dense)?)?;
+        for mixture in self.mixtures.values() {
+            values = values.checked_add(mixture.values_at_least()?)?;
+        }
+        values.checked_add(dim.checked_mul(self.outputs as u64)?)
+    }
+}
 
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
@@ -35,20 +66,14 @@ impl Mlp {
     /// Makes the dense network a mixture whose experts are copies of it.
     pub(crate) fn convert(
         &mut self,
-        experts: usize,
-        router: RouterConfig,
+        config: &MoeConfig,
         rng: &mut ChaCha8Rng,
     ) -> Result<(), ModelError> {
         let Self::Dense(network) = self else {
             let what = "the layer is a mixture already";
             return Err(ModelError::Config(what.into()));
         };
-        let &[hidden, dim] = network.fc1().0.shape() else {
-            let shape = network.fc1().0.shape();
-            return Err(ModelError::shape("feed-forward network", &[0, 0], shape));
-        };
-        let config = MoeConfig::new(dim, hidden, experts, network.activation(), router);
-        let layer = MoeLayer::from_dense(network, &config, rng)?;
+        let layer = MoeLayer::from_dense(network, config, rng)?;
         *self = Self::Mixture(Box::new(layer));
         Ok(())
     }

@@ -39,7 +39,9 @@ mod config;
 mod layer;
 mod load;
 mod loss;
+mod parameters;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use dfdx::prelude::{
@@ -48,6 +50,7 @@ use dfdx::prelude::{
 use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
+pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
@@ -56,9 +59,9 @@ use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
 use crate::lm::{LayerTrace, Masked, TrainPass};
-use crate::nn::{LayerNorm, Linear, MoeLayer};
+use crate::nn::{LayerNorm, Linear, MoeConfig};
 use crate::ops::{self, Rows, Sequences, read};
-use crate::param::{Param, Parameters, join};
+use crate::param::Param;
 use crate::pretrained::{Drawn, Kind, Source, Stored, Weights, read_config};
 use layer::BertLayer;
 
@@ -72,7 +75,7 @@ pub struct BertClassifier {
     layers: Vec<BertLayer>,
     pooler: Linear,
     head: Linear,
-    config: BertConfig,
+    config: ClassifierConfig<BertConfig>,
 }
 
 /// The hidden states of a batch, and what was done on the way to them.
@@ -147,18 +150,22 @@ impl BertClassifier {
                 .collect::<Result<_, _>>()?,
             pooler: source.linear("pooler", d, d, true)?,
             head: source.linear("head", d, labels, true)?,
-            config: config.clone(),
+            config: ClassifierConfig {
+                encoder: config.clone(),
+                outputs: labels,
+                mixtures: BTreeMap::new(),
+            },
         })
     }
 
     /// The configuration that the model was made with.
     pub fn config(&self) -> &BertConfig {
-        &self.config
+        &self.config.encoder
     }
 
     /// Number of outputs.
     pub fn labels(&self) -> usize {
-        self.head.weight.shape()[0]
+        self.config.outputs
     }
 
     /// Makes the feed-forward network of a layer, counted from zero, a mixture whose experts are copies of it, with a gate
@@ -174,12 +181,34 @@ impl BertClassifier {
         router: RouterConfig,
         rng: &mut ChaCha8Rng,
     ) -> Result<(), ModelError> {
+        let BertConfig {
+            hidden_size,
+            intermediate_size,
+            hidden_act,
+            ..
+        } = self.config.encoder;
+        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
+        self.convert_to(layer, &config, rng)
+    }
+
+    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
+    ///
+    /// # Errors
+    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
+    pub fn convert_to(
+        &mut self,
+        layer: usize,
+        mixture: &MoeConfig,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(), ModelError> {
         let layers = self.layers.len();
         let Some(found) = self.layers.get_mut(layer) else {
             let what = format!("there is no layer {layer}, there are {layers}");
             return Err(ModelError::Config(what));
         };
-        found.mlp.convert(experts, router, rng)
+        found.mlp.convert(mixture, rng)?;
+        self.config.mixtures.insert(layer, mixture.clone());
+        Ok(())
     }
 
     fn encode<T: Tape<f32, Cpu>>(
@@ -191,15 +220,16 @@ impl BertClassifier {
         observe: &mut dyn FnMut(&Rows<NoneTape>),
     ) -> Result<Encoded<T>, ModelError> {
         check_masked(masked, self.mixtures())?;
-        let longest = self.config.max_position_embeddings;
-        let (sequences, positions) = batch.sequences(longest, self.config.type_vocab_size)?;
+        let longest = self.config.encoder.max_position_embeddings;
+        let (sequences, positions) =
+            batch.sequences(longest, self.config.encoder.type_vocab_size)?;
         let tables: [(&Param, &[u32]); 3] = [
             (&self.words, &batch.ids),
             (&self.types, &batch.types),
             (&self.positions, &positions),
         ];
         let mut x = self.norm.try_forward(ops::embedding(&tables, tape)?)?;
-        let rate = self.config.hidden_dropout_prob;
+        let rate = self.config.encoder.hidden_dropout_prob;
         x = ops::dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
         let mut traces = Vec::new();
         for layer in &self.layers {
@@ -233,7 +263,7 @@ impl BertClassifier {
         } = encoded;
         let first = &sequences.offsets()[..sequences.len()];
         let pooled = self.pool(states, first)?;
-        let rate = self.config.head_dropout();
+        let rate = self.config.encoder.head_dropout();
         let pooled = ops::dropout(pooled, keys.and_then(|k| k.next(rate)))?;
         Ok((self.head.try_forward(pooled)?, traces))
     }
@@ -326,62 +356,5 @@ impl BertClassifier {
     ) -> Result<Vec<f32>, ModelError> {
         let (logits, _) = self.forward(batch, masked, None, NoneTape)?;
         Ok(loss::loss(logits, targets)?.1)
-    }
-}
-
-impl Parameters for BertClassifier {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        f(join(prefix, "embeddings.words"), &self.words);
-        f(join(prefix, "embeddings.positions"), &self.positions);
-        f(join(prefix, "embeddings.types"), &self.types);
-        self.norm.visit(&join(prefix, "embeddings.norm"), f);
-        for (l, layer) in self.layers.iter().enumerate() {
-            layer.visit(&join(prefix, &format!("layers.{l}")), f);
-        }
-        self.pooler.visit(&join(prefix, "pooler"), f);
-        self.head.visit(&join(prefix, "head"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        f(join(prefix, "embeddings.words"), &mut self.words);
-        f(join(prefix, "embeddings.positions"), &mut self.positions);
-        f(join(prefix, "embeddings.types"), &mut self.types);
-        self.norm.visit_mut(&join(prefix, "embeddings.norm"), f);
-        for (l, layer) in self.layers.iter_mut().enumerate() {
-            layer.visit_mut(&join(prefix, &format!("layers.{l}")), f);
-        }
-        self.pooler.visit_mut(&join(prefix, "pooler"), f);
-        self.head.visit_mut(&join(prefix, "head"), f);
-    }
-}
-
-impl BertClassifier {
-    fn layers_with_mixture(&self) -> impl Iterator<Item = (usize, &MoeLayer)> {
-        let layers = self.layers.iter().enumerate();
-        layers.filter_map(|(l, layer)| Some((l, layer.mlp.mixture()?)))
-    }
-}
-
-/// Mixture layers are counted among themselves, bottom first.
-impl Mixtures for BertClassifier {
-    fn mixtures(&self) -> usize {
-        self.layers_with_mixture().count()
-    }
-
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        let found = self.layers_with_mixture().nth(layer);
-        found.expect("a mixture layer of the model").1
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        let layers = self.layers.iter_mut();
-        let mut mixtures = layers.filter_map(|l| l.mlp.mixture_mut());
-        mixtures.nth(layer).expect("a mixture layer of the model")
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        let found = self.layers_with_mixture().nth(layer);
-        let (index, _) = found.expect("a mixture layer of the model");
-        format!("layers.{index}.moe")
     }
 }

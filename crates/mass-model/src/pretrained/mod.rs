@@ -22,7 +22,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 pub use config::read_config;
-pub(crate) use source::{Drawn, Kind, Part, Source, Stored};
+pub(crate) use source::{Blank, Drawn, Kind, Part, Source, Stored};
 pub use weights::Weights;
 
 use crate::checkpoint::CheckpointError;

@@ -79,6 +79,15 @@ impl Source for Drawn<'_> {
     }
 }
 
+/// Everything zero: a model whose values are read later.
+pub(crate) struct Blank;
+
+impl Source for Blank {
+    fn param(&mut self, _name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
+        Param::zeros(shape, kind.decays())
+    }
+}
+
 /// A tensor of the file that is a parameter of the model, or one of several that are one together.
 pub(crate) struct Part {
     pub(crate) name: String,

@@ -54,19 +54,22 @@ mod pass;
 mod patches;
 mod trainable;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
+pub use crate::encoder::ClassifierConfig;
 pub use config::VitConfig;
 pub use trainable::Trainable;
 
+use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
-use crate::nn::{LayerNorm, Linear, MoeLayer};
+use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
 use crate::param::{Param, Parameters, join};
-use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
+use crate::pretrained::{Blank, Drawn, Kind, Source, Stored, Weights};
 use block::VitBlock;
 
 /// What a model is given: images, or what a frozen trunk made of them.
@@ -99,7 +102,7 @@ pub struct VitClassifier {
     blocks: Vec<VitBlock>,
     norm: LayerNorm,
     head: Linear,
-    config: VitConfig,
+    config: ClassifierConfig<VitConfig>,
 }
 
 impl VitClassifier {
@@ -159,18 +162,22 @@ impl VitClassifier {
                 .collect::<Result<_, _>>()?,
             norm: source.norm("norm", d, config.layer_norm_eps)?,
             head: source.linear("head", d, classes, true)?,
-            config: config.clone(),
+            config: ClassifierConfig {
+                encoder: config.clone(),
+                outputs: classes,
+                mixtures: BTreeMap::new(),
+            },
         })
     }
 
     /// The configuration that the model was made with.
     pub fn config(&self) -> &VitConfig {
-        &self.config
+        &self.config.encoder
     }
 
     /// Number of classes.
     pub fn classes(&self) -> usize {
-        self.head.weight.shape()[0]
+        self.config.outputs
     }
 
     /// Makes the feed-forward network of a block, counted from zero, a mixture whose experts are copies of it, with a gate
@@ -186,12 +193,34 @@ impl VitClassifier {
         router: RouterConfig,
         rng: &mut ChaCha8Rng,
     ) -> Result<(), ModelError> {
+        let VitConfig {
+            hidden_size,
+            intermediate_size,
+            hidden_act,
+            ..
+        } = self.config.encoder;
+        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
+        self.convert_to(block, &config, rng)
+    }
+
+    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
+    ///
+    /// # Errors
+    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
+    pub fn convert_to(
+        &mut self,
+        block: usize,
+        mixture: &MoeConfig,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(), ModelError> {
         let blocks = self.blocks.len();
         let Some(found) = self.blocks.get_mut(block) else {
             let what = format!("there is no block {block}, there are {blocks}");
             return Err(ModelError::Config(what));
         };
-        found.mlp.convert(experts, router, rng)
+        found.mlp.convert(mixture, rng)?;
+        self.config.mixtures.insert(block, mixture.clone());
+        Ok(())
     }
 
     /// The parameters above the first `blocks` blocks: what is trained on [`ImageBatch::Features`].
@@ -257,5 +286,35 @@ impl Mixtures for VitClassifier {
         let found = self.blocks_with_mixture().nth(layer);
         let (index, _) = found.expect("a mixture layer of the model");
         format!("blocks.{index}.moe")
+    }
+}
+
+impl Checkpointed for VitClassifier {
+    const KIND: &'static str = "vision transformer";
+    type Config = ClassifierConfig<VitConfig>;
+
+    fn checkpoint_config(&self) -> &Self::Config {
+        &self.config
+    }
+
+    fn from_checkpoint_config(config: &Self::Config) -> Result<Self, ModelError> {
+        let mut model = Self::build(&config.encoder, config.outputs, &mut Blank)?;
+        for (&block, mixture) in &config.mixtures {
+            model.convert_to(block, mixture, &mut crate::seeded_rng(0))?;
+        }
+        Ok(model)
+    }
+
+    fn values_at_least(config: &Self::Config) -> Option<u64> {
+        let c = &config.encoder;
+        let (d, hidden) = (c.hidden_size, c.intermediate_size);
+        let layers = config.layers_at_least(c.num_hidden_layers, d, hidden)?;
+        let (side, grid) = (
+            c.patch_size as u64,
+            c.image_size.checked_div(c.patch_size)? as u64,
+        );
+        let pixels = side.checked_mul(side)?.checked_mul(c.num_channels as u64)?;
+        let rows = grid.checked_mul(grid)?.checked_add(pixels)?;
+        layers.checked_add(rows.checked_mul(d as u64)?)
     }
 }

@@ -30,13 +30,13 @@ impl VitClassifier {
         keys: Option<&mut DropoutKeys>,
         tape: T,
     ) -> Result<(Rows<T>, usize), ModelError> {
-        let side = self.config.patch_size;
-        let rows = patch_rows(pixels, self.config.num_channels, size, side)?;
+        let side = self.config.encoder.patch_size;
+        let rows = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
         let grid = (size.0 / side, size.1 / side);
         let embedded = self.patch.try_forward(rows.put_tape(tape))?;
-        let interpolation = Interpolation::new(self.config.grid(), grid);
+        let interpolation = Interpolation::new(self.config.encoder.grid(), grid);
         let x = assemble(embedded, &self.class, &self.positions, interpolation)?;
-        let rate = self.config.hidden_dropout_prob;
+        let rate = self.config.encoder.hidden_dropout_prob;
         let x = ops::dropout(x, keys.and_then(|k| k.next(rate)))?;
         Ok((x, 1 + grid.0 * grid.1))
     }
@@ -60,7 +60,7 @@ impl VitClassifier {
             } => (rows, tokens, blocks),
         };
         self.check_frozen(blocks)?;
-        let d = self.config.hidden_size;
+        let d = self.config.encoder.hidden_size;
         let image = tokens.checked_mul(d).filter(|&n| n > 0);
         if rows.is_empty() || !image.is_some_and(|n| rows.len().is_multiple_of(n)) {
             return Err(ModelError::shape(
@@ -184,7 +184,7 @@ impl VitClassifier {
 
     /// Number of tokens of an image of this size, with the class token.
     pub fn tokens(&self, size: (usize, usize)) -> usize {
-        let side = self.config.patch_size;
+        let side = self.config.encoder.patch_size;
         1 + (size.0 / side) * (size.1 / side)
     }
 
