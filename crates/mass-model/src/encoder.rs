@@ -46,7 +46,7 @@ impl<C> ClassifierConfig<C> {
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
 pub(crate) enum Mlp {
-    Dense(FeedForward),
+    Dense(Box<FeedForward>),
     Mixture(Box<MoeLayer>),
 }
 
@@ -60,7 +60,8 @@ impl Mlp {
     ) -> Result<Self, ModelError> {
         let fc1 = source.linear(&format!("{name}.ffn.fc1"), dim, hidden, true)?;
         let fc2 = source.linear(&format!("{name}.ffn.fc2"), hidden, dim, true)?;
-        Ok(Self::Dense(FeedForward::from_linear(fc1, fc2, activation)?))
+        let network = FeedForward::from_linear(fc1, fc2, activation)?;
+        Ok(Self::Dense(Box::new(network)))
     }
 
     /// Makes the dense network a mixture whose experts are copies of it.

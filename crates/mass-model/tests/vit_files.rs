@@ -11,6 +11,9 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
+/// Layer scale, names in the file, configuration.
+type Case<'a> = (Option<f32>, &'a dyn Fn(&str) -> Vec<String>, Value);
+
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
 fn config(layer_scale: Option<f32>, qkv_bias: bool) -> VitConfig {
@@ -140,7 +143,7 @@ fn every_layout_gives_the_same_model() {
             .collect()
     };
     for bias in [true, false] {
-        let cases: [(Option<f32>, &dyn Fn(&str) -> Vec<String>, Value); 6] = [
+        let cases: [Case<'_>; 6] = [
             (None, &vit_names, hf_config("vit", bias)),
             (None, &unprefixed, hf_config("vit", bias)),
             (Some(1.0), &dinov2_names, hf_config("dinov2", bias)),
