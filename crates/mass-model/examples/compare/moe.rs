@@ -57,7 +57,8 @@ pub(crate) fn ceiling(rows: usize, dim: usize, hidden: usize, experts: usize) ->
         vec![0.5f32; rows * hidden],
     );
     let flops = (2 * rows * dim * hidden * experts) as f64;
-    let rate = |len: usize, product: &(dyn Fn(&mut [f32]) + Sync)| {
+    type Product<'a> = &'a (dyn Fn(&mut [f32]) + Sync);
+    let rate = |len: usize, product: Product<'_>| {
         let mut out = vec![vec![0.0f32; len]; experts];
         let times = (0..9).map(|_| {
             let start = Instant::now();
@@ -73,7 +74,7 @@ pub(crate) fn ceiling(rows: usize, dim: usize, hidden: usize, experts: usize) ->
         Mat::new(&b, hidden, dim),
         Mat::new(&c, rows, hidden),
     );
-    let products: [(usize, &(dyn Fn(&mut [f32]) + Sync)); 3] = [
+    let products: [(usize, Product<'_>); 3] = [
         (rows * hidden, &|out| {
             let out = MatMut::new(out, rows, hidden);
             gemm(out, x, w.t(), 1.0, Store::Replace);

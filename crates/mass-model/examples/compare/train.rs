@@ -25,9 +25,11 @@ fn tokens(n: usize, vocab: usize) -> Vec<u32> {
 /// Vocabulary, width, heads, sequence, batch, experts, hidden width, experts a token.
 const TRANSFORMER: [usize; 8] = [64, 128, 4, 64, 32, 12, 256, 2];
 
-/// The one-layer transformer with a batch: inputs, targets, length of a sequence.
-pub(crate) fn transformer_parts()
--> Result<(LanguageModel, Vec<u32>, Vec<u32>, usize), Box<dyn Error>> {
+/// Model, inputs, targets, length of a sequence.
+type Transformer = (LanguageModel, Vec<u32>, Vec<u32>, usize);
+
+/// The one-layer transformer with a batch.
+pub(crate) fn transformer_parts() -> Result<Transformer, Box<dyn Error>> {
     let [vocab, dim, heads, seq, batch, experts, hidden, k] = TRANSFORMER;
     let router = RouterConfig::TopK {
         k,

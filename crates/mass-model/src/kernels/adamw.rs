@@ -16,6 +16,10 @@ pub struct AdamWStep {
     pub beta1: f32,
     /// Decay of the second moment.
     pub beta2: f32,
+    /// 1 - beta1, not rounded twice.
+    pub take1: f32,
+    /// 1 - beta2, not rounded twice.
+    pub take2: f32,
     /// Added to the denominator.
     pub eps: f32,
     /// Decoupled weight decay.
@@ -34,6 +38,8 @@ pub fn update(theta: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: 
         lr,
         beta1,
         beta2,
+        take1,
+        take2,
         eps,
         weight_decay,
         bias1,
@@ -56,8 +62,8 @@ pub fn update(theta: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: 
                         theta.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut())
                     {
                         let g = g * gradient_scale;
-                        *m = beta1 * *m + (1.0 - beta1) * g;
-                        *v = beta2 * *v + (1.0 - beta2) * g * g;
+                        *m = beta1 * *m + take1 * g;
+                        *v = beta2 * *v + take2 * g * g;
                         *theta = *theta * keep - rate * *m / ((*v).sqrt() / root + eps);
                     }
                 },

@@ -217,9 +217,9 @@ pub fn forward(
                         let by_pre = &mut by_pre[j * rows..][..rows];
                         let by_factor = &mut by_factor[j * rows..][..rows];
                         let factor = &factor[j * rows..][..rows];
+                        by_factor.copy_from_slice(h);
                         for r in 0..rows {
                             let u = factor[r] + b3[j];
-                            by_factor[r] = h[r];
                             by_pre[r] *= u;
                             h[r] *= u;
                         }

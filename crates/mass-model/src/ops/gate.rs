@@ -72,7 +72,7 @@ pub(super) struct Gated {
 enum Kind {
     Linear,
     Cosine {
-        forward: CosineForward,
+        forward: Box<CosineForward>,
         projection: Option<[(Arc<Vec<f32>>, ParamHandle); 2]>,
         log_scale: Option<(f32, ParamHandle)>,
     },
@@ -162,7 +162,7 @@ impl Gate {
                     }
                 }
                 Kind::Cosine {
-                    forward,
+                    forward: Box::new(forward),
                     projection: held,
                     log_scale: scale,
                 }

@@ -211,6 +211,8 @@ impl AdamW {
                 lr: (lr * lr_scale) as f32,
                 beta1: beta1 as f32,
                 beta2: beta2 as f32,
+                take1: (1.0 - beta1) as f32,
+                take2: (1.0 - beta2) as f32,
                 eps: eps as f32,
                 weight_decay: decay as f32,
                 bias1: (1.0 - beta1.powi(t)) as f32,
