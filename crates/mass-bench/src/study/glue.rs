@@ -11,7 +11,6 @@ mod plan;
 mod score;
 #[cfg(test)]
 mod tests;
-mod tuned;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;

@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use super::data::{Examples, Labelled, TaskData};
 use super::method::{Method, Pretrained};
 use super::score::{self, DevScore};
-use super::tuned::Tuned;
 use crate::BenchError;
 use crate::dynmoe::{DynMoe, DynMoeConfig};
 use crate::glue::batch::epoch_batches;
@@ -82,7 +81,7 @@ struct Saved {
 pub(super) struct FineTuner<'a> {
     config: FineTuneConfig,
     data: &'a TaskData,
-    model: Tuned,
+    model: BertClassifier,
     optimizer: AdamW,
     /// The network that every expert starts from.
     template: Option<MoeExpert>,
@@ -107,7 +106,8 @@ impl<'a> FineTuner<'a> {
             path: dir.to_owned(),
             problem,
         };
-        let read = checkpoint::load::<Tuned, Saved>(dir).map_err(|e| input(e.to_string()))?;
+        let read =
+            checkpoint::load::<BertClassifier, Saved>(dir).map_err(|e| input(e.to_string()))?;
         if read.state.config != tuner.config {
             return Err(input(
                 "the checkpoint is of a run with other settings; drop --resume or use another --out".into(),
@@ -247,19 +247,12 @@ impl<'a> FineTuner<'a> {
         let mut keys = DropoutKeys::new(self.config.seed, step);
         let mut pass = self
             .model
-            .bert
             .train_pass(&batch, labels.targets(), Some(&mut keys))
             .map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.data.held_out.1;
-            let answer = |model: &Tuned, request| {
-                answer(
-                    &model.bert,
-                    request,
-                    (&batch, &labels),
-                    probe,
-                    self.config.batch,
-                )
+            let answer = |model: &BertClassifier, request| {
+                answer(model, request, (&batch, &labels), probe, self.config.batch)
             };
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let events = grower
@@ -311,7 +304,7 @@ impl<'a> FineTuner<'a> {
 
     /// Scores the development sets after `epoch` epochs, and decides whether to go on.
     fn end_epoch(&mut self, epoch: u64) -> Result<(), BenchError> {
-        let score = score::evaluate(&self.model.bert, self.data)?;
+        let score = score::evaluate(&self.model, self.data)?;
         let mut extra = serde_json::Map::new();
         extra.insert("epoch".into(), json!(epoch));
         for (name, value) in &score.metrics {
@@ -360,7 +353,7 @@ impl<'a> FineTuner<'a> {
     }
 
     #[cfg(test)]
-    pub(super) fn model(&self) -> &Tuned {
+    pub(super) fn model(&self) -> &BertClassifier {
         &self.model
     }
 

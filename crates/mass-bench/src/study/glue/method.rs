@@ -12,7 +12,6 @@ use mass_routing::{Combine, RouterConfig};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::tuned::Tuned;
 use crate::cli::Variant;
 use crate::glue::task::Task;
 use crate::variants;
@@ -133,23 +132,28 @@ impl Pretrained {
         outputs: usize,
         authors_layer: usize,
         rng: &mut ChaCha8Rng,
-    ) -> Result<Tuned, ModelError> {
-        let bert = match self {
+    ) -> Result<BertClassifier, ModelError> {
+        let mut model = match self {
             Self::Drawn(config) => BertClassifier::new(config, outputs, rng)?,
             Self::Directory(dir) => BertClassifier::load(dir, outputs, rng)?,
         };
-        let layer = at_depth(authors_layer, bert.config().num_hidden_layers);
-        let mut model = Tuned::new(bert);
         if let Some((experts, router)) = method.mixture() {
-            let adapt = |rules: &mut MoeConfig| {
-                if matches!(method, Method::DynMoe { .. }) {
-                    rules.gate = GateConfig::Cosine {
-                        projection: None,
-                        temperature: None,
-                    };
-                }
-            };
-            model.convert(layer, experts, router, adapt, rng)?;
+            let bert = model.config();
+            let layer = at_depth(authors_layer, bert.num_hidden_layers);
+            let mut rules = MoeConfig::new(
+                bert.hidden_size,
+                bert.intermediate_size,
+                experts,
+                bert.hidden_act,
+                router,
+            );
+            if matches!(method, Method::DynMoe { .. }) {
+                rules.gate = GateConfig::Cosine {
+                    projection: None,
+                    temperature: None,
+                };
+            }
+            model.convert_to(layer, &rules, rng)?;
         }
         Ok(model)
     }

@@ -70,7 +70,7 @@ impl Plan {
         let pool = |experts, k| Method::Static { experts, k };
         let small = Self {
             pretrained: Pretrained::Drawn(tiny()),
-            tasks: vec![(Task::Cola, 3), (Task::Rte, 2)],
+            tasks: vec![(Task::Cola, 2), (Task::Rte, 2)],
             seeds: 1,
             methods: vec![
                 Method::Dense,
@@ -94,7 +94,7 @@ impl Plan {
             },
             Preset::Full => Self {
                 pretrained: directory(args, SMALL_MODEL)?,
-                tasks: vec![(Task::Cola, 3), (Task::Mrpc, 3), (Task::Rte, 3)],
+                tasks: vec![(Task::Cola, 3), (Task::Mrpc, 2), (Task::Rte, 2)],
                 seeds: 3,
                 methods: [Method::Dense, pool(8, 1), pool(8, 2), pool(8, 8), dynmoe]
                     .into_iter()
