@@ -237,15 +237,16 @@ proptest! {
     fn an_epoch_holds_every_example_once(
         lengths in proptest::collection::vec(1..128usize, 1..700),
         batch in 1..9usize,
+        together in 1..60usize,
         seed: u64,
     ) {
-        let batches = batch::epoch_batches(&lengths, batch, seed, 3);
+        let batches = batch::epoch_batches(&lengths, batch, together, seed, 3);
         prop_assert_eq!(batches.len(), lengths.len().div_ceil(batch));
         prop_assert!(batches.iter().all(|b| (1..=batch).contains(&b.len())));
         let mut all = batches.concat();
         all.sort_unstable();
         prop_assert!(all.into_iter().eq(0..lengths.len()));
-        prop_assert_eq!(&batches, &batch::epoch_batches(&lengths, batch, seed, 3));
+        prop_assert_eq!(&batches, &batch::epoch_batches(&lengths, batch, together, seed, 3));
         let mut all = batch::scoring_batches(&lengths, batch).concat();
         all.sort_unstable();
         prop_assert!(all.into_iter().eq(0..lengths.len()));
@@ -262,7 +263,7 @@ fn batches_are_of_similar_length_and_change_with_seed_and_epoch() {
         };
         batches.iter().map(of).sum::<usize>() as f64 / batches.len() as f64
     };
-    let batches = batch::epoch_batches(&lengths, 32, 5, 0);
+    let batches = batch::epoch_batches(&lengths, 32, 50, 5, 0);
     let unsorted: Vec<Vec<usize>> = (0..3200)
         .collect::<Vec<_>>()
         .chunks(32)
@@ -270,7 +271,7 @@ fn batches_are_of_similar_length_and_change_with_seed_and_epoch() {
         .collect();
     assert!(spread(&batches) < spread(&unsorted) / 10.0);
     for (seed, epoch) in [(5, 1), (6, 0)] {
-        assert_ne!(batches, batch::epoch_batches(&lengths, 32, seed, epoch));
+        assert_ne!(batches, batch::epoch_batches(&lengths, 32, 50, seed, epoch));
     }
     // Batches do not come in order of length.
     let firsts: Vec<usize> = batches.iter().map(|b| lengths[b[0]]).collect();

@@ -4,35 +4,38 @@ use ndarray_rand::rand::seq::SliceRandom;
 
 use crate::rng::{Purpose, stream};
 
-/// Batches that are sorted together: enough for little spread of length within a batch, few enough that the make-up of a
-/// batch stays a matter of chance.
-pub const SORTED_TOGETHER: usize = 50;
-
 /// The batches of one epoch: every example once, in `batch` at a time (the last of the longest group may be fewer).
 ///
-/// Examples are shuffled, taken [`SORTED_TOGETHER`] batches at a time, sorted by length within, cut into batches, and the
-/// batches are shuffled. The same (lengths, batch, seed, epoch) gives the same batches on every machine, so that a run that
+/// Examples are shuffled, taken `sorted_together` batches at a time, sorted by length within, cut into batches, and the
+/// batches are shuffled. With 50 there is little spread of length within a batch, which is what padded batches want; with 1
+/// the make-up of a batch is a matter of chance alone, which costs nothing where sequences are laid end to end. The same (lengths, batch, seed, epoch) gives the same batches on every machine, so that a run that
 /// resumes needs no sampler state.
 ///
 /// # Panics
-/// If `batch` is zero.
+/// If `batch` or `sorted_together` is zero.
 ///
 /// ```
 /// use mass_bench::glue::batch::epoch_batches;
 /// let lengths = [5, 9, 5, 9, 5, 9, 5];
-/// let batches = epoch_batches(&lengths, 2, 7, 0);
-/// assert_eq!(batches, epoch_batches(&lengths, 2, 7, 0));
-/// assert_ne!(batches, epoch_batches(&lengths, 2, 7, 1));
+/// let batches = epoch_batches(&lengths, 2, 50, 7, 0);
+/// assert_eq!(batches, epoch_batches(&lengths, 2, 50, 7, 0));
+/// assert_ne!(batches, epoch_batches(&lengths, 2, 50, 7, 1));
 /// assert_eq!(batches.len(), 4);
 /// ```
 #[must_use]
-pub fn epoch_batches(lengths: &[usize], batch: usize, seed: u64, epoch: u64) -> Vec<Vec<usize>> {
-    assert!(batch > 0, "a batch of no examples");
+pub fn epoch_batches(
+    lengths: &[usize],
+    batch: usize,
+    sorted_together: usize,
+    seed: u64,
+    epoch: u64,
+) -> Vec<Vec<usize>> {
+    assert!(batch > 0 && sorted_together > 0, "a batch of no examples");
     let mut rng = stream(seed, Purpose::Batches, epoch);
     let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
     order.shuffle(&mut rng);
     let mut batches = Vec::with_capacity(lengths.len().div_ceil(batch));
-    for group in order.chunks_mut(batch * SORTED_TOGETHER) {
+    for group in order.chunks_mut(batch * sorted_together) {
         // Stable: equal lengths stay in the order that chance gave them.
         group.sort_by_key(|&i| lengths[i as usize]);
         batches.extend(

@@ -16,7 +16,7 @@
 //! let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 32)?;
 //! let encoded = tokenizer.encode_all(&data.train)?;
 //! let lengths: Vec<usize> = encoded.iter().map(|e| e.ids.len()).collect();
-//! let batches = epoch_batches(&lengths, 8, 0, 0);
+//! let batches = epoch_batches(&lengths, 8, 50, 0, 0);
 //! assert_eq!(batches.concat().len(), data.train.len());
 //! # Ok::<(), mass_bench::glue::GlueError>(())
 //! ```

@@ -39,6 +39,9 @@ pub(super) struct FineTuneConfig {
     /// Epochs without gain after which a run stops.
     pub(super) patience: u64,
     pub(super) batch: usize,
+    /// Batches that are sorted by length together. One: sequences lie end to end, without padding, so that batches of mixed
+    /// lengths cost nothing, and batches of like lengths would be a worse sample.
+    pub(super) sorted_together: usize,
     pub(super) learning_rate: f64,
     pub(super) adamw: AdamWConfig,
     pub(super) log_every: u64,
@@ -207,7 +210,13 @@ impl<'a> FineTuner<'a> {
             let (epoch, within) = (self.step / per_epoch, self.step % per_epoch);
             if order.0 != epoch {
                 let lengths = self.train().lengths();
-                let batches = epoch_batches(lengths, self.config.batch, self.config.seed, epoch);
+                let FineTuneConfig {
+                    batch,
+                    sorted_together,
+                    seed,
+                    ..
+                } = self.config;
+                let batches = epoch_batches(lengths, batch, sorted_together, seed, epoch);
                 order = (epoch, batches);
             }
             let loss = self.advance(&order.1[within as usize])?;

@@ -202,6 +202,7 @@ impl Plan {
             epochs: planned.epochs,
             patience: self.patience,
             batch: self.batch,
+            sorted_together: 1,
             learning_rate: self.learning_rate,
             adamw: AdamWConfig::default().decaying_everything(),
             log_every: self.log_every,

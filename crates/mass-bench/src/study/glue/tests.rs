@@ -38,6 +38,7 @@ fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
         epochs: 3,
         patience,
         batch: 8,
+        sorted_together: 1,
         learning_rate: 1e-3,
         adamw: AdamWConfig::default().decaying_everything(),
         log_every: 7,
