@@ -2,6 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`dg`] | image sets of several domains: files, augmentation, splits, features of a frozen trunk |
 //! | [`dynmoe`] | DynMoE's changes to a pool while it trains |
 //! | [`glue`] | the nine GLUE tasks: files, metrics, tokenisation, batches |
 //! | [`ginc`] | the GINC generator (a mixture of hidden Markov models), its Bayes filter and its loss floors |
@@ -24,6 +25,7 @@ pub mod batch;
 pub mod bench;
 pub mod cli;
 pub mod data_check;
+pub mod dg;
 pub mod dynmoe;
 mod error;
 pub mod ginc;

@@ -1,0 +1,129 @@
+//! Large arrays on disk, beside what they were made from.
+//!
+//! A file is a magic number, the length of a JSON header, the header, the payload and a CRC-32 of header and payload.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::path::Path;
+
+use crc32fast::Hasher;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+const MAGIC: &[u8; 8] = b"MASSARR1";
+/// A header is short; a longer one is damage.
+const LONGEST_HEADER: u32 = 64 << 20;
+
+/// Writes a file under a temporary name, syncs it and renames it, so that nobody ever sees a part of it.
+pub(super) fn write(
+    path: &Path,
+    header: &impl Serialize,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = dir.join(format!(".{name}.{}.part", std::process::id()));
+    let written = (|| {
+        let header = serde_json::to_vec(header)?;
+        let length = u32::try_from(header.len()).map_err(io::Error::other)?;
+        let mut file = Summing::new(BufWriter::with_capacity(1 << 20, File::create(&temporary)?));
+        file.write_all(MAGIC)?;
+        file.write_all(&length.to_le_bytes())?;
+        file.write_all(&header)?;
+        fill(&mut file)?;
+        let (mut inner, sum) = (file.inner, file.sum.finalize());
+        inner.write_all(&sum.to_le_bytes())?;
+        let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        // The first error is the one to report; a part that stays is in nobody's way.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// Reads a file back: its header goes to `payload`, which says how many bytes follow, then `take` gets them.
+///
+/// `Ok(None)` if there is no file.
+///
+/// # Errors
+/// Why it cannot be used, in words.
+pub(super) fn read<H: DeserializeOwned, T>(
+    path: &Path,
+    payload: impl FnOnce(&H) -> Result<u64, String>,
+    take: impl FnOnce(&mut dyn Read) -> io::Result<T>,
+) -> Result<Option<(H, T)>, String> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.to_string()),
+    };
+    let size = file.metadata().map_err(|e| e.to_string())?.len();
+    let mut file = Summing::new(BufReader::with_capacity(1 << 20, file));
+    let mut start = [0; 12];
+    file.read_exact(&mut start)
+        .map_err(|_| "shorter than its beginning")?;
+    let (magic, length) = start.split_at(8);
+    if magic != MAGIC {
+        return Err("not a file of this kind".into());
+    }
+    let length = u32::from_le_bytes([length[0], length[1], length[2], length[3]]);
+    if length > LONGEST_HEADER || u64::from(length) > size {
+        return Err("a damaged header".into());
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact(&mut header).map_err(|e| e.to_string())?;
+    let header: H = serde_json::from_slice(&header).map_err(|e| format!("its header: {e}"))?;
+    let expected = (start.len() as u64 + u64::from(length))
+        .checked_add(payload(&header)?)
+        .and_then(|n| n.checked_add(4));
+    if expected != Some(size) {
+        return Err(format!("it has {size} bytes, not {expected:?}"));
+    }
+    let taken = take(&mut file).map_err(|e| e.to_string())?;
+    let (mut inner, sum) = (file.inner, file.sum.finalize());
+    let mut stored = [0; 4];
+    inner.read_exact(&mut stored).map_err(|e| e.to_string())?;
+    if u32::from_le_bytes(stored) != sum {
+        return Err("its checksum is wrong".into());
+    }
+    Ok(Some((header, taken)))
+}
+
+/// A reader or writer that sums what passes.
+struct Summing<T> {
+    inner: T,
+    sum: Hasher,
+}
+
+impl<T> Summing<T> {
+    fn new(inner: T) -> Self {
+        Self {
+            inner,
+            sum: Hasher::new(),
+        }
+    }
+}
+
+impl<W: Write> Write for Summing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.sum.update(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl<R: Read> Read for Summing<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(bytes)?;
+        self.sum.update(&bytes[..n]);
+        Ok(n)
+    }
+}

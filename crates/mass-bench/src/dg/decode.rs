@@ -1,0 +1,96 @@
+//! One image file as pixels.
+//!
+//! The format is recognised by the first bytes, not by the name: a PNG called `.jpg` is read as what it is. Grey images have their
+//! value in all three channels, CMYK is converted, transparency is dropped, and an orientation in the metadata is not applied: as
+//! torchvision's `Image.open(path).convert("RGB")`.
+//!
+//! Decoders of JPEG fill in what is missing at the end of a file and report nothing; so whether a JPEG has its end is checked here.
+//! Damage within the compressed data of a JPEG that leaves a decodable stream cannot be told from a picture.
+
+use std::fs;
+use std::io::Cursor;
+use std::path::Path;
+
+use image::imageops::{self, FilterType};
+use image::{ImageFormat, ImageReader, Limits, RgbImage};
+
+use super::DgError;
+
+/// Images wider or higher than this are refused, before their pixels take any memory.
+pub const LARGEST_SIDE: u32 = 20_000;
+
+/// A file as `size` x `size` pixels, red, green, blue, row by row; `3 * size * size` values.
+///
+/// Other proportions are not kept, as in DomainBed's `Resize((224, 224))`. The filter is a triangle as wide as the
+/// reduction (bilinear with antialiasing).
+///
+/// # Errors
+/// [`DgError::Io`] for a file that cannot be read, [`DgError::Image`] for one that is no whole image.
+pub fn read_square(path: &Path, size: usize) -> Result<Vec<u8>, DgError> {
+    let bytes = fs::read(path).map_err(DgError::io(path))?;
+    let refuse = |problem: String| DgError::Image {
+        path: path.to_owned(),
+        problem,
+    };
+    let side = u32::try_from(size).ok().filter(|&s| s > 0);
+    let side = side.ok_or_else(|| refuse(format!("cannot be resized to {size} pixels")))?;
+    let image = rgb(&bytes).map_err(refuse)?;
+    if image.dimensions() == (side, side) {
+        return Ok(image.into_raw());
+    }
+    Ok(imageops::resize(&image, side, side, FilterType::Triangle).into_raw())
+}
+
+/// The pixels of an image in any of the known formats; what is wrong with the bytes otherwise.
+///
+/// # Errors
+/// What is wrong, in words: no known format, a side of zero or larger than [`LARGEST_SIDE`], a truncated or damaged file.
+pub fn rgb(bytes: &[u8]) -> Result<RgbImage, String> {
+    if bytes.is_empty() {
+        return Err("the file is empty".into());
+    }
+    let mut reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|e| e.to_string())?;
+    let Some(format) = reader.format() else {
+        return Err("neither JPEG, PNG, BMP nor WebP by its first bytes".into());
+    };
+    if format == ImageFormat::Jpeg {
+        whole_jpeg(bytes)?;
+    }
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(LARGEST_SIDE);
+    limits.max_image_height = Some(LARGEST_SIDE);
+    reader.limits(limits);
+    let image = reader.decode().map_err(|e| e.to_string())?.to_rgb8();
+    if image.width() == 0 || image.height() == 0 {
+        return Err("an image without pixels".into());
+    }
+    Ok(image)
+}
+
+/// Whether a JPEG goes on to its end-of-image marker.
+///
+/// Segments are followed by their lengths, so that a thumbnail's end in the metadata is not taken for the picture's.
+fn whole_jpeg(bytes: &[u8]) -> Result<(), String> {
+    let cut = || Err("a truncated JPEG: it has no end-of-image marker".to_owned());
+    let mut at = 2;
+    loop {
+        // In a segment's place a marker must come; within compressed data anything else may.
+        let Some(found) = bytes[at.min(bytes.len())..].iter().position(|&b| b == 0xff) else {
+            return cut();
+        };
+        at += found + 1;
+        match bytes.get(at) {
+            None => return cut(),
+            // Stuffing after a data byte of 0xff, fill bytes, and markers that stand alone.
+            Some(0x00 | 0x01 | 0xd0..=0xd8) => at += 1,
+            Some(0xff) => {}
+            Some(0xd9) => return Ok(()),
+            Some(_) => match bytes.get(at + 1..at + 3) {
+                Some(length) => at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]])),
+                None => return cut(),
+            },
+        }
+    }
+}

@@ -1,0 +1,69 @@
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::BenchError;
+
+/// What is wrong with a set of images.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DgError {
+    /// A file or directory that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory that is not laid out as `<domain>/<class>/<image>`.
+    #[error("{}: {problem}", path.display())]
+    Layout {
+        /// Which one.
+        path: PathBuf,
+        /// What is missing or too many.
+        problem: String,
+    },
+    /// A file that is no whole image.
+    #[error("{}: {problem}", path.display())]
+    Image {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A split that cannot be made of these images.
+    #[error("{0}")]
+    Split(String),
+}
+
+impl DgError {
+    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(super) fn layout(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Layout {
+            path: path.to_owned(),
+            problem: problem.into(),
+        }
+    }
+}
+
+/// All of these are bad input.
+impl From<DgError> for BenchError {
+    fn from(error: DgError) -> Self {
+        match error {
+            DgError::Io { path, source } => Self::Input {
+                path,
+                problem: source.to_string(),
+            },
+            DgError::Layout { path, problem } | DgError::Image { path, problem } => {
+                Self::Input { path, problem }
+            }
+            DgError::Split(problem) => Self::Usage(problem),
+        }
+    }
+}

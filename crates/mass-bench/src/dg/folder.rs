@@ -1,0 +1,173 @@
+//! Which images there are.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use super::DgError;
+
+/// Endings of the files that are taken for images; what they are is read from their content.
+pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "bmp", "webp"];
+
+/// A file that should be an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Index of its domain.
+    pub domain: usize,
+    /// Index of its class.
+    pub class: u32,
+}
+
+/// The files of a directory `<domain>/<class>/<image>`, every list in the order of names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFolder {
+    /// Its root.
+    pub root: PathBuf,
+    /// Names of the domains.
+    pub domains: Vec<String>,
+    /// Names of the classes, the same in every domain.
+    pub classes: Vec<String>,
+    /// The images, domain by domain and within it class by class.
+    pub files: Vec<ImageFile>,
+    /// What is no image by its name, or in a place where none belongs.
+    pub passed_over: Vec<PathBuf>,
+    /// Of names, lengths and times of change of the files: another listing has another.
+    pub digest: u64,
+}
+
+impl ImageFolder {
+    /// Lists a directory.
+    ///
+    /// # Errors
+    /// [`DgError::Io`] for what cannot be listed; [`DgError::Layout`] if there are fewer than two domains, a class is missing in
+    /// one of them or has no image there, or a name is not Unicode.
+    pub fn open(root: &Path) -> Result<Self, DgError> {
+        let mut passed_over = Vec::new();
+        let mut digest = Fnv::default();
+        let domains = directories(root, &mut passed_over)?;
+        if domains.len() < 2 {
+            let found = domains.len();
+            return Err(DgError::layout(
+                root,
+                format!(
+                    "{found} domain(s); at least two are needed, laid out as <domain>/<class>/<image>"
+                ),
+            ));
+        }
+        let mut by_domain = Vec::new();
+        let mut classes = BTreeSet::new();
+        for domain in &domains {
+            let found = directories(&root.join(domain), &mut passed_over)?;
+            classes.extend(found.iter().cloned());
+            by_domain.push(found);
+        }
+        let classes: Vec<String> = classes.into_iter().collect();
+        if classes.is_empty() {
+            return Err(DgError::layout(root, "its domains have no classes"));
+        }
+        let mut files = Vec::new();
+        for (d, (domain, found)) in domains.iter().zip(&by_domain).enumerate() {
+            for (class, name) in classes.iter().enumerate() {
+                let dir = root.join(domain).join(name);
+                if !found.contains(name) {
+                    let problem = format!("domain {domain} has no class {name}, which another has");
+                    return Err(DgError::layout(&dir, problem));
+                }
+                let before = files.len();
+                for path in images(&dir, &mut passed_over)? {
+                    let metadata = fs::metadata(&path).map_err(DgError::io(&path))?;
+                    let modified = metadata.modified().ok();
+                    let since = modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+                    let relative = path.strip_prefix(root).unwrap_or(&path);
+                    digest.eat(relative.as_os_str().as_encoded_bytes());
+                    digest.eat(&[0]);
+                    digest.eat(&metadata.len().to_le_bytes());
+                    digest.eat(&since.map_or(0, |t| t.as_nanos()).to_le_bytes());
+                    files.push(ImageFile {
+                        path,
+                        domain: d,
+                        class: class as u32,
+                    });
+                }
+                if files.len() == before {
+                    let endings = EXTENSIONS.join(", ");
+                    return Err(DgError::layout(&dir, format!("no image ({endings})")));
+                }
+            }
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            domains,
+            classes,
+            files,
+            passed_over,
+            digest: digest.0,
+        })
+    }
+}
+
+/// Entries of a directory in the order of their names.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, DgError> {
+    let mut paths = fs::read_dir(dir)
+        .and_then(|entries| {
+            entries
+                .map(|e| Ok(e?.path()))
+                .collect::<Result<Vec<_>, _>>()
+        })
+        .map_err(DgError::io(dir))?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Names of the directories in a directory, but for hidden ones.
+fn directories(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<String>, DgError> {
+    let mut names = Vec::new();
+    for path in entries(dir)? {
+        let name = path.file_name().unwrap_or_default();
+        let Some(name) = name.to_str() else {
+            return Err(DgError::layout(&path, "its name is not Unicode"));
+        };
+        if path.is_dir() && !name.starts_with('.') {
+            names.push(name.to_owned());
+        } else {
+            passed_over.push(path);
+        }
+    }
+    Ok(names)
+}
+
+/// Images, by their names, in a directory, but for hidden ones.
+fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, DgError> {
+    let is_image = |path: &Path| {
+        let hidden = path
+            .file_name()
+            .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+        let ending = path.extension().and_then(|e| e.to_str());
+        let ending = ending.unwrap_or_default().to_ascii_lowercase();
+        !hidden && EXTENSIONS.contains(&ending.as_str()) && !path.is_dir()
+    };
+    let (images, others) = entries(dir)?.into_iter().partition(|path| is_image(path));
+    let others: Vec<PathBuf> = others;
+    passed_over.extend(others);
+    Ok(images)
+}
+
+/// The 64-bit FNV-1a hash, which is the same on every platform and in every version.
+pub(super) struct Fnv(pub(super) u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    pub(super) fn eat(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! A whole set of images at one size.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::folder::ImageFolder;
+use super::{DgError, cache, decode};
+
+/// What to do with files that are no whole images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BadImages {
+    /// End with the first of them, in the order of names.
+    #[default]
+    Refuse,
+    /// Go on without them; [`DomainImages::left_out`] lists them.
+    LeaveOut,
+}
+
+/// An image that is not part of the set, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// Where the pixels of a set came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// They were generated.
+    Generated,
+    /// Every file was decoded.
+    Decoded,
+    /// The file of an earlier reading.
+    Cache,
+    /// Every file was decoded, since the file of an earlier reading was damaged as told here. It is replaced.
+    Repaired(String),
+}
+
+/// Images of several domains, `size` x `size` pixels each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainImages {
+    /// Names of the domains.
+    pub domains: Vec<String>,
+    /// Names of the classes.
+    pub classes: Vec<String>,
+    /// Side of an image in pixels.
+    pub size: usize,
+    /// Files that are no whole images, if they may be left out.
+    pub left_out: Vec<LeftOut>,
+    /// Number of files that are no images by their names.
+    pub passed_over: usize,
+    /// Where the pixels came from.
+    pub source: Source,
+    /// Tells sets apart: other files, another size or other files left out have another.
+    pub digest: u64,
+    pub(super) domain: Vec<usize>,
+    pub(super) class: Vec<u32>,
+    pub(super) pixels: Vec<u8>,
+}
+
+/// What the file of decoded pixels begins with.
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    size: usize,
+    digest: u64,
+    files: usize,
+    left_out: Vec<(usize, String)>,
+}
+
+impl Header {
+    fn bytes(&self) -> Option<u64> {
+        let kept = self.files.checked_sub(self.left_out.len())?;
+        let bytes = self.size.checked_mul(self.size)?.checked_mul(3)?;
+        bytes.checked_mul(kept)?.try_into().ok()
+    }
+}
+
+impl DomainImages {
+    /// Reads a set laid out as `<domain>/<class>/<image>`, on all threads.
+    ///
+    /// With `cache` the decoded pixels are kept there, in a file named after the set, the size and a digest of the listing
+    /// (names, lengths and times of change), and read back from it next time, checked against a CRC-32.
+    ///
+    /// # Errors
+    /// As [`ImageFolder::open`]; [`DgError::Image`] and [`DgError::Io`] naming the first file that is no whole image, unless
+    /// those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Io`] for a cache that cannot
+    /// be written.
+    pub fn read(
+        root: &Path,
+        size: usize,
+        bad: BadImages,
+        cache: Option<&Path>,
+    ) -> Result<Self, DgError> {
+        let folder = ImageFolder::open(root)?;
+        let name = root.file_name().unwrap_or_default().to_string_lossy();
+        let stored = cache.map(|dir| dir.join(format!("{name}-{size}-{:016x}.rgb", folder.digest)));
+        let mut source = Source::Decoded;
+        if let Some(path) = &stored {
+            match Self::stored(path, size, &folder) {
+                Ok(Some((header, pixels))) => {
+                    return Self::assemble(&folder, header, pixels, bad, Source::Cache);
+                }
+                Ok(None) => {}
+                Err(problem) => {
+                    source = Source::Repaired(format!("{}: {problem}", path.display()));
+                }
+            }
+        }
+        let (header, pixels) = Self::decode(&folder, size, bad)?;
+        if let Some(path) = &stored {
+            let fill = |file: &mut dyn std::io::Write| file.write_all(&pixels);
+            cache::write(path, &header, fill).map_err(DgError::io(path))?;
+        }
+        Self::assemble(&folder, header, pixels, bad, source)
+    }
+
+    fn stored(
+        path: &Path,
+        size: usize,
+        folder: &ImageFolder,
+    ) -> Result<Option<(Header, Vec<u8>)>, String> {
+        let files = folder.files.len();
+        let fits = |h: &Header| {
+            let order = h.left_out.windows(2).all(|w| w[0].0 < w[1].0);
+            let inside = h.left_out.last().is_none_or(|l| l.0 < files);
+            let same = (h.size, h.digest, h.files) == (size, folder.digest, files);
+            let bytes = h.bytes().filter(|_| same && order && inside);
+            bytes.ok_or_else(|| "it is of other images".to_owned())
+        };
+        // How many bytes there are is known once the header has been read.
+        let bytes = std::cell::Cell::new(0);
+        cache::read(
+            path,
+            |h: &Header| fits(h).inspect(|&n| bytes.set(n)),
+            |file| {
+                let mut pixels = Vec::with_capacity(bytes.get() as usize);
+                file.take(bytes.get()).read_to_end(&mut pixels)?;
+                Ok(pixels)
+            },
+        )
+    }
+
+    fn decode(
+        folder: &ImageFolder,
+        size: usize,
+        bad: BadImages,
+    ) -> Result<(Header, Vec<u8>), DgError> {
+        let decoded: Vec<_> = folder
+            .files
+            .par_iter()
+            .map(|file| decode::read_square(&file.path, size))
+            .collect();
+        let mut pixels = Vec::with_capacity(decoded.len() * size * size * 3);
+        let mut left_out = Vec::new();
+        for (index, image) in decoded.into_iter().enumerate() {
+            match (image, bad) {
+                (Ok(image), _) => pixels.extend(image),
+                (Err(e), BadImages::Refuse) => return Err(e),
+                (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
+                (Err(DgError::Io { source, .. }), _) => left_out.push((index, source.to_string())),
+                (Err(e), _) => return Err(e),
+            }
+        }
+        let header = Header {
+            size,
+            digest: folder.digest,
+            files: folder.files.len(),
+            left_out,
+        };
+        Ok((header, pixels))
+    }
+
+    fn assemble(
+        folder: &ImageFolder,
+        header: Header,
+        pixels: Vec<u8>,
+        bad: BadImages,
+        source: Source,
+    ) -> Result<Self, DgError> {
+        let mut digest = super::folder::Fnv(folder.digest);
+        digest.eat(&(header.size as u64).to_le_bytes());
+        let mut left_out = Vec::new();
+        let mut kept: Vec<_> = folder.files.iter().map(Some).collect();
+        for (index, problem) in header.left_out {
+            let path = folder.files[index].path.clone();
+            if bad == BadImages::Refuse {
+                return Err(DgError::Image { path, problem });
+            }
+            digest.eat(&(index as u64).to_le_bytes());
+            left_out.push(LeftOut { path, problem });
+            kept[index] = None;
+        }
+        let kept: Vec<_> = kept.into_iter().flatten().collect();
+        for (d, domain) in folder.domains.iter().enumerate() {
+            for (c, class) in folder.classes.iter().enumerate() {
+                if !kept.iter().any(|f| f.domain == d && f.class as usize == c) {
+                    let problem = "none of its files is a whole image";
+                    let dir = folder.root.join(domain).join(class);
+                    return Err(DgError::layout(&dir, problem));
+                }
+            }
+        }
+        Ok(Self {
+            domains: folder.domains.clone(),
+            classes: folder.classes.clone(),
+            size: header.size,
+            left_out,
+            passed_over: folder.passed_over.len(),
+            source,
+            digest: digest.0,
+            domain: kept.iter().map(|f| f.domain).collect(),
+            class: kept.iter().map(|f| f.class).collect(),
+            pixels,
+        })
+    }
+
+    /// Number of images.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.class.len()
+    }
+
+    /// Whether there is none; a set that was read has at least one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.class.is_empty()
+    }
+
+    /// Index of the class of an image.
+    #[must_use]
+    pub fn class(&self, image: usize) -> u32 {
+        self.class[image]
+    }
+
+    /// Index of the domain of an image.
+    #[must_use]
+    pub fn domain(&self, image: usize) -> usize {
+        self.domain[image]
+    }
+
+    /// Pixels of an image, `[size, size, 3]`, red, green, blue.
+    #[must_use]
+    pub fn pixels(&self, image: usize) -> &[u8] {
+        let bytes = self.size * self.size * 3;
+        &self.pixels[image * bytes..][..bytes]
+    }
+
+    /// The images of a domain, in order.
+    #[must_use]
+    pub fn of_domain(&self, domain: usize) -> Vec<usize> {
+        (0..self.len())
+            .filter(|&i| self.domain[i] == domain)
+            .collect()
+    }
+}
