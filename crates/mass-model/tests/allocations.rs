@@ -1,0 +1,199 @@
+//! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool. Alone in its
+//! file: the allocator counts for the whole process.
+
+use std::alloc::System;
+
+use mass_model::kernels::attention::{self, AttentionShape};
+use mass_model::kernels::gemm::Store;
+use mass_model::kernels::moe_ffn::{self, ExpertGradients, ExpertWeights, FfnShape, Grouped};
+use mass_model::kernels::{adamw, cross_entropy, dropout, layer_norm, linear};
+use mass_model::{Activation, DropoutKeys};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// Bytes that the third run asks for.
+fn steady(mut run: impl FnMut()) -> usize {
+    run();
+    run();
+    let region = Region::new(ALLOCATOR);
+    run();
+    region.change().bytes_allocated
+}
+
+#[test]
+fn kernels_allocate_nothing_of_the_size_of_their_data() {
+    // One thread: with more, a thread may do its first work (and get its packing buffers) at any time.
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .unwrap();
+    pool.install(run_kernels);
+}
+
+fn run_kernels() {
+    let (n, d, hidden, experts) = (1024, 64, 128, 4);
+    let x = vec![0.1f32; n * d];
+    let mut reports = Vec::new();
+
+    let (w, b) = (vec![0.1; hidden * d], vec![0.1; hidden]);
+    let (mut y, mut dx) = (vec![0.0; n * hidden], vec![0.0; n * d]);
+    let (mut dw, mut db) = (vec![0.0; hidden * d], vec![0.0; hidden]);
+    reports.push((
+        "linear",
+        steady(|| {
+            linear::forward(&x, &w, Some(&b), &mut y, d, hidden);
+            linear::backward_input(&y, &w, &mut dx, d, hidden);
+            linear::backward_weight(&x, &y, &mut dw, Some(&mut db), (d, hidden), Store::Replace);
+        }),
+    ));
+
+    let (gamma, mut out, mut stats) = (vec![1.0; d], vec![0.0; n * d], vec![0.0; 2 * n]);
+    let (mut dgamma, mut dbeta) = (vec![0.0; d], vec![0.0; d]);
+    reports.push((
+        "layer norm",
+        steady(|| {
+            layer_norm::forward(&x, &gamma, &gamma, 1e-5, &mut out, &mut stats);
+            layer_norm::backward(&x, &gamma, &stats, &x, &mut dx, &mut dgamma, &mut dbeta);
+        }),
+    ));
+
+    let offsets: Vec<usize> = (0..=16).map(|i| i * n / 16).collect();
+    let shape = AttentionShape {
+        offsets: &offsets,
+        keys: None,
+        heads: 4,
+        dim: d,
+        causal: true,
+        dropout: DropoutKeys::new(0, 0).next(0.1),
+    };
+    let (qkv, mut dqkv) = (vec![0.1; n * 3 * d], vec![0.0; n * 3 * d]);
+    let mut probs = vec![0.0; shape.probabilities()];
+    reports.push((
+        "attention",
+        steady(|| {
+            attention::forward(&qkv, &mut probs, &mut out, shape);
+            attention::backward(&qkv, &probs, &x, &mut dqkv, shape);
+        }),
+    ));
+
+    // Token t is assigned to expert t mod 4: grouped order is by expert, then by token.
+    let tokens: Vec<u32> = (0..experts)
+        .flat_map(|e| (0..n as u32).filter(move |t| *t as usize % experts == e))
+        .collect();
+    let mut place = vec![0u32; n];
+    tokens
+        .iter()
+        .enumerate()
+        .for_each(|(a, &t)| place[t as usize] = a as u32);
+    let expert_offsets: Vec<u32> = (0..=experts).map(|e| (e * n / experts) as u32).collect();
+    let token_offsets: Vec<u32> = (0..=n as u32).collect();
+    let weights = vec![1.0; n];
+    let plan = Grouped {
+        expert_offsets: &expert_offsets,
+        tokens: &tokens,
+        weights: &weights,
+        token_offsets: &token_offsets,
+        token_assignments: &place,
+    };
+    let ffn = FfnShape {
+        dim: d,
+        hidden,
+        activation: Activation::Silu,
+        gated: true,
+    };
+    let (w2, b2) = (vec![0.1; d * hidden], vec![0.1; d]);
+    let expert = ExpertWeights {
+        w1: &w,
+        b1: &b,
+        w2: &w2,
+        b2: &b2,
+        up: Some((&w, &b)),
+    };
+    let pool = vec![expert; experts];
+    let (mut h, mut slope) = (vec![0.0; n * hidden], vec![0.0; n * ffn.slopes()]);
+    let mut grads: Vec<[Vec<f32>; 6]> = (0..experts)
+        .map(|_| {
+            [
+                w.clone(),
+                b.clone(),
+                w2.clone(),
+                b2.clone(),
+                w.clone(),
+                b.clone(),
+            ]
+        })
+        .collect();
+    let mut d_weights = vec![0.0; n];
+    let lists = 64 * experts * size_of::<ExpertGradients<'_>>();
+    reports.push((
+        "expert network",
+        steady(|| {
+            moe_ffn::forward(&x, &pool, plan, ffn, &mut h, Some(&mut slope), &mut out);
+            let mut gradients: Vec<ExpertGradients<'_>> = grads
+                .iter_mut()
+                .map(|[w1, b1, w2, b2, w3, b3]| ExpertGradients {
+                    w1,
+                    b1,
+                    w2,
+                    b2,
+                    up: Some((w3, b3)),
+                    store: Store::Replace,
+                })
+                .collect();
+            moe_ffn::backward(
+                &x,
+                &pool,
+                plan,
+                ffn,
+                (&h, &mut slope),
+                &x,
+                &mut dx,
+                &mut gradients,
+                &mut d_weights,
+            );
+        }),
+    ));
+
+    let targets = vec![3u32; n];
+    let (mut logits, mut nll) = (x.clone(), vec![0.0; n]);
+    reports.push((
+        "cross-entropy",
+        steady(|| {
+            cross_entropy::forward(&mut logits, &targets, &mut nll, d);
+            cross_entropy::backward(&logits, &targets, 1.0, &mut dx, d);
+        }),
+    ));
+    let mask = DropoutKeys::new(0, 1).next(0.1);
+    reports.push(("dropout", steady(|| dropout::add_masked(mask, &x, &mut dx))));
+    let step = adamw::AdamWStep {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        take1: 0.1,
+        take2: 1e-3,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        bias1: 0.1,
+        bias2: 1e-3,
+        gradient_scale: 1.0,
+    };
+    let (mut m, mut v) = (vec![0.0; n * d], vec![0.0; n * d]);
+    reports.push((
+        "AdamW",
+        steady(|| adamw::update(&mut dx, &x, &mut m, &mut v, step)),
+    ));
+
+    // The matrix product packs its operands into buffers of its own, call by call; everything else is nothing at all. Without
+    // the pool the expert network would ask for some 2 MiB more, the others for what they are given.
+    for (name, bytes) in reports {
+        let packing = match name {
+            "linear" => 128 << 10,
+            "attention" => 640 << 10,
+            "expert network" => (1600 << 10) + lists,
+            _ => 0,
+        };
+        assert!(bytes <= packing, "{name} allocates {bytes} bytes");
+    }
+}
