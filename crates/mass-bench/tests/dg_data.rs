@@ -303,7 +303,10 @@ fn pixels_are_kept_until_the_files_change_and_checked_when_read() {
 
     // Another size and another listing have files of their own.
     let other = DomainImages::read(&root, 5, BadImages::Refuse, Some(&cache)).unwrap();
-    assert_eq!((&other.source, other.pixels(0).len()), (&Source::Decoded, 75));
+    assert_eq!(
+        (&other.source, other.pixels(0).len()),
+        (&Source::Decoded, 75)
+    );
     let bytes = encoded(&DynamicImage::ImageRgb8(gradient()), ImageFormat::Png);
     fs::write(root.join("day/cat/c.png"), bytes).unwrap();
     let grown = again();

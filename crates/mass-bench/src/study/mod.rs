@@ -5,6 +5,7 @@
 //! done and looks at [`RunContext::check_interrupt`] between steps. Adding one means a file here and a
 //! line in [`STUDIES`].
 
+pub mod dg;
 pub mod glue;
 pub mod synthetic;
 
@@ -44,6 +45,13 @@ pub const STUDIES: &[Study] = &[
         methods: glue::METHODS,
         tasks: glue::TASKS,
         run: glue::run,
+    },
+    Study {
+        name: "dg",
+        about: "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
+        methods: dg::METHODS,
+        tasks: dg::TASKS,
+        run: dg::run,
     },
 ];
 

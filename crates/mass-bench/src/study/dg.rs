@@ -1,0 +1,284 @@
+//! The domain-generalisation study: MASS in two blocks of a pretrained vision transformer, beside the dense model (ERM), GMoE and
+//! DynMoE, on image sets in DomainBed's layout.
+//!
+//! One domain is left out; a model is trained on the others together, a fifth of each held out. Of the models scored on the way the
+//! first that does best on what is held out is the run's, and its accuracy on the domain that was left out is the run's figure:
+//! nothing is chosen by the target. Where the first blocks are frozen, what they make of every image is computed once and kept.
+
+mod data;
+mod layerwise;
+mod method;
+mod plan;
+mod score;
+#[cfg(test)]
+mod tests;
+mod trainer;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use crate::BenchError;
+use crate::cli::{ReproduceArgs, RunContext};
+use crate::dg::features::Features;
+use crate::dg::images::Source;
+use crate::dg::reported;
+use crate::report::{Results, Run, peak_rss_mib};
+use crate::sweep::checkpoint_dir;
+use data::Set;
+use plan::{Plan, Planned};
+use trainer::Trainer;
+
+/// What `--methods` may name.
+pub const METHODS: &[&str] = &["mass", "erm", "gmoe", "dynmoe"];
+
+/// What `--task` may name: a set, or a set and the domain that is left out.
+pub const TASKS: &[&str] = &[
+    "pacs",
+    "pacs/art_painting",
+    "pacs/cartoon",
+    "pacs/photo",
+    "pacs/sketch",
+    "vlcs",
+    "vlcs/Caltech101",
+    "vlcs/LabelMe",
+    "vlcs/SUN09",
+    "vlcs/VOC2007",
+    "office_home",
+    "office_home/Art",
+    "office_home/Clipart",
+    "office_home/Product",
+    "office_home/Real World",
+    "terra_incognita",
+    "terra_incognita/location_100",
+    "terra_incognita/location_38",
+    "terra_incognita/location_43",
+    "terra_incognita/location_46",
+    "sample",
+    "sample/bright",
+    "sample/dark",
+    "sample/noisy",
+    "sample/striped",
+];
+
+/// Features that would take more than this are computed with each batch instead of being kept.
+const MOST_FEATURES: u64 = 4 << 30;
+
+/// Makes the runs, one after another, each on all threads.
+///
+/// # Errors
+/// [`BenchError`]: images or a model that are missing or damaged, whatever the first failing run ends with, or that it was
+/// interrupted.
+pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    let plan = Plan::of(args)?;
+    let mut runs = plan.runs(args)?;
+    if runs.is_empty() {
+        return Err(BenchError::Usage(
+            "these choices of --methods, --variant, --task and --shard leave no run".into(),
+        ));
+    }
+    let mut settings = serde_json::to_value(&plan)
+        .map_err(|e| BenchError::failed("describing the settings", e))?;
+    // More seeds, targets or sets of the same plan only add runs.
+    for only_adds in ["seeds", "targets", "sets"] {
+        settings.as_object_mut().map(|s| s.remove(only_adds));
+    }
+    let mut store = ctx.open_store(args, &settings)?;
+    runs.retain(|planned| store.finished(&planned.run.key()).is_none());
+
+    let mut current: Option<Set> = None;
+    for index in 0..runs.len() {
+        let planned = &runs[index];
+        // Sets come one after another, and only one is in memory.
+        if current.as_ref().is_none_or(|set| set.name != planned.set) {
+            drop(current.take());
+            current = Some(read(&plan, args, &planned.set, ctx)?);
+        }
+        let Some(set) = current.as_ref() else {
+            continue;
+        };
+        if index == 0 || runs[index - 1].set != planned.set {
+            let of_set = runs.iter().filter(|r| r.set == planned.set).count() as u64;
+            ctx.progress.start("steps", of_set * plan.steps());
+        }
+        let before = runs[..index]
+            .iter()
+            .filter(|r| r.set == planned.set)
+            .count();
+        let done = before as u64 * plan.steps();
+        let folder = checkpoint_dir(&store, &planned.run);
+        let mut trainer = Trainer::open(plan.config(planned, set), set, &folder, args.resume)?;
+        let key = planned.run.key().to_string();
+        let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
+        let complete = trainer.run(&folder, &mut |step, loss| {
+            progress.tick(done + step, || format!("{key}: loss {loss:.3}"));
+            !flag.load(Ordering::SeqCst)
+        })?;
+        if !complete {
+            return Err(interrupted(args));
+        }
+        let run = finished(planned, &trainer, set);
+        for line in trainer.metrics() {
+            store.metric(line)?;
+        }
+        for event in trainer.events() {
+            store.event(&key, event)?;
+        }
+        ctx.progress.note(&describe(&run));
+        store.push(run)?;
+        // Of a finished run nothing goes on: its checkpoint would only fill the disk.
+        if folder.is_dir() {
+            std::fs::remove_dir_all(&folder)
+                .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
+        }
+    }
+    let results = store.into_results();
+    for line in beside_the_paper(&results) {
+        ctx.progress.note(&line);
+    }
+    Ok(results)
+}
+
+fn interrupted(args: &ReproduceArgs) -> BenchError {
+    BenchError::Interrupted {
+        out: args.out.clone(),
+    }
+}
+
+/// A set, and what the frozen blocks make of it.
+fn read(
+    plan: &Plan,
+    args: &ReproduceArgs,
+    name: &str,
+    ctx: &mut RunContext,
+) -> Result<Set, BenchError> {
+    let cache = args.out.join("cache");
+    let mut set = plan.read(args, name, &cache)?;
+    let images = &set.images;
+    let from = match &images.source {
+        Source::Generated => "generated".to_owned(),
+        Source::Decoded => "decoded".to_owned(),
+        Source::Cache => "from the cache".to_owned(),
+        Source::Repaired(why) => format!("decoded again: {why}"),
+    };
+    ctx.progress.note(&format!(
+        "{name}: {} images of {} classes in {} domains, {from}; {} other files passed over",
+        images.len(),
+        images.classes.len(),
+        images.domains.len(),
+        images.passed_over
+    ));
+    if set.frozen == 0 || set.augment.is_some() {
+        return Ok(set);
+    }
+    let bytes = Features::bytes(&set.base, images);
+    if bytes > MOST_FEATURES {
+        ctx.progress.note(&format!(
+            "{name}: the features of the frozen blocks would take {} MiB; they are computed with each batch",
+            bytes >> 20
+        ));
+        return Ok(set);
+    }
+    let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
+    progress.start("images", images.len() as u64);
+    let mut done = 0;
+    // Generated images are quicker through the blocks than through a disk.
+    let dir = (name != plan::SAMPLE).then_some(cache.as_path());
+    let features = Features::compute(&set.base, images, set.frozen, dir, &mut |more| {
+        done += more;
+        progress.tick(done, || format!("{name}: features"));
+        !flag.load(Ordering::SeqCst)
+    })?;
+    let Some(features) = features else {
+        return Err(interrupted(args));
+    };
+    if features.from_cache {
+        progress.note(&format!("{name}: features from the cache"));
+    }
+    set.features = Some(features);
+    Ok(set)
+}
+
+/// The row of a finished run.
+fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
+    let best = trainer.best();
+    let target = best.map(|b| b.target);
+    let (steps, wall_s) = (trainer.step(), trainer.wall_s());
+    let tokens = trainer.images() * set.tokens() as u64;
+    let mut metrics = BTreeMap::new();
+    let mut put = |name: &str, value: Option<f64>| {
+        if let Some(value) = value {
+            metrics.insert(name.to_owned(), value);
+        }
+    };
+    put("selected_step", best.map(|b| b.step as f64));
+    put("source_validation", best.map(|b| b.sources.accuracy));
+    put("experts_mean", best.and_then(|b| b.experts));
+    let last = trainer.last();
+    put("last_accuracy", last.map(|l| l.target.accuracy));
+    put("last_source_validation", last.map(|l| l.sources.accuracy));
+    put("waiting_for_data", trainer.waiting());
+    Run {
+        // Of two layers the mean; the exact figure is among the metrics.
+        experts: best.and_then(|b| b.experts).map(|e| e.round() as usize),
+        active_per_token: target.and_then(|t| t.mean_k),
+        test_loss: target.map(|t| t.loss),
+        accuracy: target.map(|t| t.accuracy),
+        metric: target.map(|t| t.accuracy),
+        metrics,
+        steps: Some(steps),
+        tokens: Some(tokens),
+        detection_live_steps: trainer.live_steps(),
+        wall_s: Some(wall_s),
+        tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
+        peak_rss_mib: peak_rss_mib(),
+        expansions: trainer.expansions(),
+        ..planned.run.clone()
+    }
+}
+
+/// The line that stays when a run is done.
+fn describe(run: &Run) -> String {
+    let figure = |name: &str| run.metrics.get(name).copied().unwrap_or(f64::NAN);
+    format!(
+        "{}: accuracy {:.4} at step {} (sources {:.4}; at the last step {:.4} and {:.4}), {:.1} s, {:.1} % of training waited for data",
+        run.key(),
+        run.accuracy.unwrap_or(f64::NAN),
+        figure("selected_step"),
+        figure("source_validation"),
+        figure("last_accuracy"),
+        figure("last_source_validation"),
+        run.wall_s.unwrap_or(0.0),
+        100.0 * figure("waiting_for_data"),
+    )
+}
+
+/// For each method and set the mean over the targets that were run, beside what the paper reports over all of them.
+fn beside_the_paper(results: &Results) -> Vec<String> {
+    let mut groups: Vec<(String, Vec<&Run>)> = Vec::new();
+    for run in &results.runs {
+        let set = run.task.as_deref().and_then(|t| t.split('/').next());
+        let parts = [Some(run.method.as_str()), run.variant.as_deref(), set];
+        let parts: Vec<&str> = parts.into_iter().flatten().collect();
+        let mut name = parts.join(" ");
+        if let Some(experts) = run.experts_init {
+            name.push_str(&format!(" K {experts}"));
+        }
+        match groups.iter_mut().find(|g| g.0 == name) {
+            Some(group) => group.1.push(run),
+            None => groups.push((name, vec![run])),
+        }
+    }
+    let line = |(name, runs): &(String, Vec<&Run>)| {
+        let set = runs[0].task.as_deref()?.split('/').next()?;
+        let paper = reported::accuracy(&runs[0].method, runs[0].experts_init, set)?;
+        let mut targets: Vec<_> = runs.iter().map(|r| &r.task).collect();
+        targets.dedup();
+        let sum: f64 = runs.iter().filter_map(|r| r.accuracy).sum();
+        Some(format!(
+            "{name}: accuracy {:.3} over {} target domain(s), the paper reports {paper:.3} over all, with its own model and images",
+            sum / runs.len() as f64,
+            targets.len()
+        ))
+    };
+    groups.iter().filter_map(line).collect()
+}

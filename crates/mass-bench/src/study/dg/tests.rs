@@ -1,0 +1,45 @@
+use mass_cpd::AnyDetectorParams;
+use mass_expand::AlignmentThreshold;
+
+use super::method::{MassSetting, mixture_blocks};
+use crate::cli::Variant;
+
+fn setting(variant: Variant) -> MassSetting {
+    MassSetting {
+        variant,
+        p: 0.3,
+        live_percent: Some(60),
+        experts: 6,
+        experts_max: 8,
+        loose: false,
+    }
+}
+
+#[test]
+fn mixtures_are_where_gmoe_has_them_and_scale_with_the_depth() {
+    assert_eq!(mixture_blocks(12), [8, 10]);
+    assert_eq!(mixture_blocks(24), [16, 20]);
+    assert_eq!(mixture_blocks(3), [2]);
+}
+
+#[test]
+fn rules_are_those_of_vision_and_short_runs_shorten_them() {
+    for variant in [Variant::Paper, Variant::Reference] {
+        for (steps, warmup, window) in [(5000, 250, 450), (2000, 100, 200), (200, 20, 40)] {
+            let rules = setting(variant).growth(2, steps, 0.002, 0).controller;
+            let Some(AnyDetectorParams::WindowedZ(z)) = rules.watch.expert else {
+                panic!("{:?}", rules.watch.expert);
+            };
+            assert_eq!((z.warmup, z.window), (warmup, window), "{steps}");
+            assert_eq!(rules.phase.live_until, steps * 60 / 100);
+            assert_eq!(rules.alignment, AlignmentThreshold::Absolute(0.002));
+            assert_eq!((rules.k_max, rules.experts), (8, vec![6, 6]));
+        }
+    }
+    for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
+        for steps in [80, 200, 5000] {
+            let rules = setting(variant).growth(2, steps, 0.002, 0);
+            rules.controller.check().unwrap();
+        }
+    }
+}

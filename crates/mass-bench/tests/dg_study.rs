@@ -1,0 +1,251 @@
+//! The domain-generalisation study, run through the built binary.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn bench() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
+    command
+        .args(["reproduce", "dg"])
+        .env_remove("MASS_DATA_DIR")
+        .env_remove("MASS_MODELS_DIR");
+    command
+}
+
+fn smoke(out: &Path, more: &[&str]) -> Output {
+    let mut command = bench();
+    command
+        .args(["--preset", "smoke", "--out"])
+        .arg(out)
+        .args(more);
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{more:?}: {error}");
+    output
+}
+
+fn lines(out: &Path, name: &str) -> Vec<Value> {
+    let text = fs::read_to_string(out.join(name)).unwrap();
+    let lines = text.lines();
+    lines.map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// The runs without what a clock or the system wrote.
+fn figures(out: &Path) -> Vec<Value> {
+    let results = fs::read(out.join("results.json")).unwrap();
+    let results: Value = serde_json::from_slice(&results).unwrap();
+    let mut runs = results["runs"].as_array().unwrap().clone();
+    for run in &mut runs {
+        for name in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
+            run.as_object_mut().unwrap().remove(name);
+        }
+        let metrics = run["metrics"].as_object_mut().unwrap();
+        let waiting = metrics.remove("waiting_for_data").unwrap();
+        assert!(
+            (0.0..=1.0).contains(&waiting.as_f64().unwrap()),
+            "{waiting}"
+        );
+    }
+    runs
+}
+
+#[test]
+fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    smoke(&one, &["--threads", "1"]);
+    smoke(&two, &["--threads", "3"]);
+    assert_eq!(figures(&one), figures(&two));
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        assert!(!lines(&one, name).is_empty(), "{name}");
+        assert_eq!(lines(&one, name), lines(&two, name), "{name}");
+    }
+    assert!(one.join("report.html").is_file());
+
+    let (mut grown, mut live) = (0, 0);
+    for run in figures(&one) {
+        assert_eq!(run["task"], "sample/bright");
+        assert_eq!(
+            (&run["metric_name"], &run["metric"]),
+            (&"accuracy".into(), &run["accuracy"])
+        );
+        // Four classes: chance is a quarter.
+        let figure = |name: &str| run["metrics"][name].as_f64().unwrap();
+        assert!(figure("source_validation") > 0.35, "{run}");
+        assert!(
+            figure("source_validation") >= figure("last_source_validation"),
+            "{run}"
+        );
+        let dense = run["method"] == "erm";
+        assert_eq!(run["experts"].is_null(), dense, "{run}");
+        assert_eq!(run["active_per_token"].is_null(), dense, "{run}");
+        assert_eq!(
+            run["detection_live_steps"].is_null(),
+            run["method"] != "mass"
+        );
+        if run["method"] == "gmoe" {
+            assert_eq!(run["active_per_token"], 1.0);
+        }
+        grown += run["expansions"].as_array().unwrap().len();
+        live += run["detection_live_steps"].as_u64().unwrap_or(0);
+    }
+    assert!(
+        grown >= 3 && live > 0,
+        "{grown} splits in {live} live steps"
+    );
+    let events = lines(&one, "events.jsonl");
+    let of = |method: &str| {
+        let mine = |e: &&Value| e["run"].as_str().unwrap().starts_with(method);
+        let mine = events.iter().filter(mine);
+        mine.map(|e| e["kind"].as_str().unwrap())
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        of("mass/paper").contains(&"flag"),
+        "no detector raised an alarm"
+    );
+    assert!(
+        of("mass/ours").contains(&"check"),
+        "no newcomer was checked on the probe"
+    );
+    assert!(!of("dynmoe").is_empty(), "DynMoE's pool never changed");
+    // Every scoring is logged, and the selected one is the first of the best.
+    let metrics = lines(&one, "metrics.jsonl");
+    let scored: Vec<(u64, f64)> = metrics
+        .iter()
+        .filter(|l| l["run"] == "erm/sample/bright/seed0")
+        .filter_map(|l| Some((l["step"].as_u64()?, l["source_validation"].as_f64()?)))
+        .collect();
+    let best = scored.iter().map(|s| s.1).fold(0.0, f64::max);
+    let first = scored.iter().find(|s| s.1 == best).unwrap().0;
+    assert!(scored.len() > 3, "{scored:?}");
+    assert_eq!(figures(&one)[0]["metrics"]["selected_step"], first as f64);
+}
+
+#[test]
+fn a_killed_study_resumes_within_a_run_to_the_same_results() {
+    let dir = tempfile::tempdir().unwrap();
+    for methods in ["gmoe,dynmoe", "mass"] {
+        let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+        let choice = ["--methods", methods, "--seeds", "2", "--threads", "1"];
+        smoke(&whole, &choice);
+        let mut child = bench()
+            .args(["--preset", "smoke", "--out"])
+            .arg(&cut)
+            .args(choice)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Killed as soon as a run has left a checkpoint.
+        let begun = std::time::Instant::now();
+        let checkpointed = || {
+            let mut runs = fs::read_dir(cut.join("checkpoints"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            runs.any(|run| mass_model::checkpoint::exists(&run.path()))
+        };
+        while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
+            if checkpointed() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        smoke(&cut, &[&choice[..], &["--resume"]].concat());
+        assert_eq!(figures(&cut), figures(&whole), "{methods}");
+        assert_eq!(lines(&cut, "metrics.jsonl"), lines(&whole, "metrics.jsonl"));
+        assert_eq!(lines(&cut, "events.jsonl"), lines(&whole, "events.jsonl"));
+        fs::remove_dir_all(&whole).unwrap();
+        fs::remove_dir_all(&cut).unwrap();
+    }
+}
+
+#[test]
+fn a_target_can_be_chosen() {
+    let dir = tempfile::tempdir().unwrap();
+    smoke(
+        dir.path(),
+        &["--task", "sample/striped", "--methods", "erm"],
+    );
+    let runs = figures(dir.path());
+    assert_eq!(
+        (runs.len(), &runs[0]["task"]),
+        (1, &"sample/striped".into())
+    );
+}
+
+#[test]
+fn unusable_images_and_models_exit_2_and_name_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let refused = |arguments: &[&str], part: &str| {
+        let mut command = bench();
+        command.arg("--out").arg(at.join("out")).args(arguments);
+        let output = command.output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(
+            error.contains(part),
+            "{arguments:?}: no `{part}` in {error}"
+        );
+    };
+    refused(&[], "--models");
+    refused(&["--preset", "smoke", "--task", "pacs"], "sample");
+    let models = ["--models", at.to_str().unwrap()];
+    refused(&models, "vit-s14");
+    let model = at.join("vit-s14");
+    fs::create_dir(&model).unwrap();
+    fs::write(model.join("config.json"), "{}").unwrap();
+    fs::write(model.join("model.safetensors"), "").unwrap();
+    refused(&models, "--data");
+    let both = [&models[..], &["--data", at.to_str().unwrap()]].concat();
+    refused(&both, "pacs");
+    for domain in ["here", "there"] {
+        let class = at.join("pacs").join(domain).join("dog");
+        fs::create_dir_all(&class).unwrap();
+        image::RgbImage::new(4, 4)
+            .save(class.join("a.png"))
+            .unwrap();
+    }
+    let target = [&both[..], &["--task", "pacs/sketch"]].concat();
+    refused(&target, "here, there");
+    let bad = at.join("pacs/there/dog/b.jpg");
+    fs::write(&bad, [0xff, 0xd8, 0xff, 0xdb, 0x00]).unwrap();
+    refused(&both, "pacs/there/dog/b.jpg");
+    fs::remove_file(&bad).unwrap();
+    refused(&both, "vit-s14");
+    fs::remove_dir_all(at.join("pacs/there/dog")).unwrap();
+    refused(&both, "pacs/there/dog");
+}
+
+/// Every image of PACS, or of whatever set of that name is there, is read and belongs to a class that all domains have.
+#[cfg(feature = "real-data")]
+#[test]
+fn golden_every_image_of_pacs_is_read() {
+    use mass_bench::dg::folder::ImageFolder;
+    use mass_bench::dg::images::{BadImages, DomainImages};
+    let data = std::env::var_os("MASS_DATA_DIR").expect("$MASS_DATA_DIR");
+    let root = Path::new(&data).join("pacs");
+    let listed = ImageFolder::open(&root).unwrap();
+    let images = DomainImages::read(&root, 14, BadImages::Refuse, None).unwrap();
+    assert_eq!(images.len(), listed.files.len());
+    for domain in 0..images.domains.len() {
+        for class in 0..images.classes.len() {
+            let members = images.of_domain(domain);
+            assert!(members.iter().any(|&i| images.class(i) as usize == class));
+        }
+    }
+    // Decoding gave pictures, not fields of one colour.
+    let varied = (0..images.len()).filter(|&i| {
+        let pixels = images.pixels(i);
+        pixels.iter().max() > pixels.iter().min()
+    });
+    assert!(varied.count() * 100 > images.len() * 99);
+}
