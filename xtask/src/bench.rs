@@ -13,20 +13,34 @@ use crate::{
 
 /// The benches of a crate.
 struct Bench {
-    /// Name on the command line, which is the crate's without `mass-`.
+    /// Name on the command line: a crate's without `mass-`, or a task of mass-model's example `compare`.
     name: &'static str,
     about: &'static str,
     /// Arguments of cargo, one command after another.
     cargo: &'static [&'static [&'static str]],
+    /// Whether the name is the program's argument.
+    task: bool,
     /// Packages that the rivals need, and the script that times them (none where a cargo command above runs it).
     peers: Option<(&'static [&'static str], Option<&'static str>)>,
 }
+
+/// The program that takes turns with PyTorch.
+const MODEL_COMPARE: &[&str] = &[
+    "run",
+    "--release",
+    "-p",
+    "mass-model",
+    "--example",
+    "compare",
+];
+const TORCH: (&[&str], Option<&str>) = (&["torch", "numpy"], None);
 
 const BENCHES: [Bench; 8] = [
     Bench {
         name: "cpd",
         about: "detector updates, banks, offline segmentation; rivals: river, ruptures",
         cargo: &[&["bench", "-p", "mass-cpd", "--features", "offline"]],
+        task: false,
         peers: Some((
             &["river", "ruptures", "numpy"],
             Some("crates/mass-cpd/benches/peers.py"),
@@ -43,87 +57,49 @@ const BENCHES: [Bench; 8] = [
             "--example",
             "compare",
         ]],
-        peers: Some((&["torch", "numpy"], None)),
+        task: false,
+        peers: Some(TORCH),
     },
     Bench {
         name: "expand",
         about: "alignment and decomposition against memory bandwidth; the controller's cost per step",
         cargo: &[&["bench", "-p", "mass-expand"]],
+        task: false,
         peers: None,
     },
     Bench {
         name: "moe",
         about: "the mixture layer, forward and backward, against the matrix products it is made of; rival: PyTorch, interleaved",
-        cargo: &[&[
-            "run",
-            "--release",
-            "-p",
-            "mass-model",
-            "--example",
-            "compare",
-            "--",
-            "moe",
-        ]],
-        peers: Some((&["torch", "numpy"], None)),
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
     },
     Bench {
         name: "step",
         about: "a training step of a one-layer transformer; rival: PyTorch, interleaved",
-        cargo: &[&[
-            "run",
-            "--release",
-            "-p",
-            "mass-model",
-            "--example",
-            "compare",
-            "--",
-            "step",
-        ]],
-        peers: Some((&["torch", "numpy"], None)),
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
     },
     Bench {
         name: "bert",
         about: "a training step of a 6-layer BERT; rival: PyTorch, interleaved",
-        cargo: &[&[
-            "run",
-            "--release",
-            "-p",
-            "mass-model",
-            "--example",
-            "compare",
-            "--",
-            "bert",
-        ]],
-        peers: Some((&["torch", "numpy"], None)),
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
     },
     Bench {
         name: "memory",
         about: "peak memory of both steps; rival: PyTorch",
-        cargo: &[&[
-            "run",
-            "--release",
-            "-p",
-            "mass-model",
-            "--example",
-            "compare",
-            "--",
-            "memory",
-        ]],
-        peers: Some((&["torch", "numpy"], None)),
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
     },
     Bench {
         name: "overhead",
         about: "what watching the experts costs a training step",
-        cargo: &[&[
-            "run",
-            "--release",
-            "-p",
-            "mass-model",
-            "--example",
-            "compare",
-            "--",
-            "overhead",
-        ]],
+        cargo: &[MODEL_COMPARE],
+        task: true,
         peers: None,
     },
 ];
@@ -189,6 +165,9 @@ fn own(bench: &Bench, python: Option<&Path>) -> ExitCode {
     for arguments in bench.cargo {
         let mut command = cargo();
         command.args(*arguments).current_dir(root());
+        if bench.task {
+            command.args(["--", bench.name]);
+        }
         if let Some(python) = python {
             command.env("MASS_PEER_PYTHON", python);
         }

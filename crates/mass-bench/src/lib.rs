@@ -32,6 +32,7 @@ pub mod ginc;
 pub mod glue;
 pub mod report;
 pub mod rng;
+mod run_checkpoint;
 pub mod study;
 pub mod sweep;
 pub mod text;

@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Answer, Event, EventKind, ExpertId, Request};
-use mass_model::checkpoint::{self, Snapshot};
+use mass_expand::{Answer, Event, Request};
 use mass_model::growth::{Grower, GrowerConfig, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
@@ -12,8 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::BenchError;
 use crate::batch::TokenBatch;
-use crate::report::{Expansion, MetricLine};
+use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
+use crate::run_checkpoint;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,16 +76,8 @@ impl Trainer {
     /// [`BenchError::Input`] if the checkpoint is of another run or damaged; [`BenchError::Failed`] if the sizes are not
     /// those of a model.
     pub fn open(config: TrainerConfig, dir: &Path, resume: bool) -> Result<Self, BenchError> {
-        if resume && checkpoint::exists(dir) {
-            let input = |problem: String| BenchError::Input {
-                path: dir.to_owned(),
-                problem,
-            };
-            let read =
-                checkpoint::load::<LanguageModel, Saved>(dir).map_err(|e| input(e.to_string()))?;
-            if read.state.config != config {
-                return Err(input("the checkpoint is of a run with other settings; drop --resume or use another --out".into()));
-            }
+        let same = |saved: &Saved| saved.config == config;
+        if let Some(read) = run_checkpoint::read(dir, resume, same)? {
             return Ok(Self {
                 config,
                 model: read.model,
@@ -139,7 +131,13 @@ impl Trainer {
             if last || !go_on || self.step - saved_at >= self.config.checkpoint_every {
                 self.progress.wall_s += started.elapsed().as_secs_f64();
                 started = Instant::now();
-                self.save(dir)?;
+                run_checkpoint::write(
+                    dir,
+                    self.step,
+                    &self.model,
+                    &self.optimizer,
+                    &self.progress,
+                )?;
                 saved_at = self.step;
             }
             if !go_on {
@@ -147,19 +145,6 @@ impl Trainer {
             }
         }
         Ok(self.step == steps)
-    }
-
-    fn save(&self, dir: &Path) -> Result<(), BenchError> {
-        let snapshot = Snapshot {
-            step: self.step,
-            model: &self.model,
-            optimizer: &self.optimizer,
-            ema: None,
-            state: &self.progress,
-        };
-        checkpoint::save(dir, &snapshot)
-            .map(|_| ())
-            .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }
 
     fn advance(&mut self, feed: &mut Feed<'_>) -> Result<f64, BenchError> {
@@ -253,42 +238,9 @@ impl Trainer {
             .map(|g| g.controller().live_steps())
     }
 
-    /// The splits among the events, each with the p-value of the alarm that set it off: the smallest among the detectors
-    /// of its source, its layer and the loss that raised one in that step.
+    /// The splits, each with the alarm that set it off.
     pub fn expansions(&self) -> Vec<Expansion> {
-        let events = &self.progress.events;
-        let alarm = |at: &Event, split: ExpertId| {
-            let of = |event: &Event| match event.kind {
-                EventKind::Flag {
-                    expert, p_value, ..
-                } if event.step == at.step
-                    && (event.layer.is_none() || event.layer == at.layer)
-                    && expert.is_none_or(|e| e == split) =>
-                {
-                    p_value
-                }
-                _ => None,
-            };
-            events.iter().filter_map(of).reduce(f64::min)
-        };
-        let split = |event: &Event| match event.kind {
-            EventKind::Split {
-                source,
-                new,
-                p_value,
-                cosine,
-                ..
-            } => Some(Expansion {
-                step: event.step,
-                layer: event.layer.unwrap_or(0),
-                source: source.0 as usize,
-                new: new.0 as usize,
-                p_value: alarm(event, source).or(p_value),
-                cosine,
-            }),
-            _ => None,
-        };
-        events.iter().filter_map(split).collect()
+        expansions(&self.progress.events)
     }
 }
 

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use mass_expand::{Answer, Request};
-use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, Mixtures};
 use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
@@ -23,6 +22,7 @@ use crate::dg::prefetch::{Prefetched, prefetch};
 use crate::dg::split::Split;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
+use crate::run_checkpoint;
 use crate::trainer::mean;
 
 /// Batches made ahead.
@@ -108,23 +108,11 @@ impl<'a> Trainer<'a> {
         resume: bool,
     ) -> Result<Self, BenchError> {
         let mut trainer = Self::new(config, set)?;
-        if !resume || !checkpoint::exists(dir) {
-            return Ok(trainer);
+        let same = |saved: &Saved| saved.config == trainer.config;
+        if let Some(read) = run_checkpoint::read(dir, resume, same)? {
+            (trainer.model, trainer.optimizer) = (read.model, read.optimizer);
+            (trainer.step, trainer.saved) = (read.step, read.state);
         }
-        let input = |problem: String| BenchError::Input {
-            path: dir.to_owned(),
-            problem,
-        };
-        let read =
-            checkpoint::load::<VitClassifier, Saved>(dir).map_err(|e| input(e.to_string()))?;
-        if read.state.config != trainer.config {
-            return Err(input(
-                "the checkpoint is of a run with other settings; drop --resume or use another --out"
-                    .into(),
-            ));
-        }
-        (trainer.model, trainer.optimizer) = (read.model, read.optimizer);
-        (trainer.step, trainer.saved) = (read.step, read.state);
         Ok(trainer)
     }
 
@@ -223,7 +211,8 @@ impl<'a> Trainer<'a> {
             self.saved.wall_s += started.elapsed().as_secs_f64();
             started = Instant::now();
             if !go_on || self.step - saved_at >= self.config.checkpoint_every {
-                self.save(dir)?;
+                let (model, optimizer) = (&self.model, &self.optimizer);
+                run_checkpoint::write(dir, self.step, model, optimizer, &self.saved)?;
                 saved_at = self.step;
             }
             if !go_on {
@@ -231,20 +220,6 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(self.step == self.config.steps)
-    }
-
-    fn save(&self, dir: &Path) -> Result<(), BenchError> {
-        let snapshot = Snapshot {
-            step: self.step,
-            model: &self.model,
-            optimizer: &self.optimizer,
-            ema: None,
-            state: &self.saved,
-        };
-        let saved = checkpoint::save(dir, &snapshot);
-        saved
-            .map(|_| ())
-            .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }
 
     fn advance(&mut self, input: &Input) -> Result<f64, BenchError> {

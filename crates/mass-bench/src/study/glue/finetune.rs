@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use mass_expand::{Answer, Request};
 use mass_model::bert::{BertClassifier, TextBatch};
-use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, Mixtures};
 use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
@@ -22,6 +21,7 @@ use crate::dynmoe::{DynMoe, DynMoeConfig};
 use crate::glue::batch::epoch_batches;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
+use crate::run_checkpoint;
 use crate::trainer::mean;
 
 /// Everything that fixes a run but for its data.
@@ -102,22 +102,11 @@ impl<'a> FineTuner<'a> {
         resume: bool,
     ) -> Result<Self, BenchError> {
         let mut tuner = Self::new(config, data)?;
-        if !resume || !checkpoint::exists(dir) {
-            return Ok(tuner);
+        let same = |saved: &Saved| saved.config == tuner.config;
+        if let Some(read) = run_checkpoint::read(dir, resume, same)? {
+            (tuner.model, tuner.optimizer) = (read.model, read.optimizer);
+            (tuner.step, tuner.saved) = (read.step, read.state);
         }
-        let input = |problem: String| BenchError::Input {
-            path: dir.to_owned(),
-            problem,
-        };
-        let read =
-            checkpoint::load::<BertClassifier, Saved>(dir).map_err(|e| input(e.to_string()))?;
-        if read.state.config != tuner.config {
-            return Err(input(
-                "the checkpoint is of a run with other settings; drop --resume or use another --out".into(),
-            ));
-        }
-        (tuner.model, tuner.optimizer) = (read.model, read.optimizer);
-        (tuner.step, tuner.saved) = (read.step, read.state);
         Ok(tuner)
     }
 
@@ -227,25 +216,12 @@ impl<'a> FineTuner<'a> {
             self.saved.wall_s += started.elapsed().as_secs_f64();
             started = Instant::now();
             if !go_on || self.step - saved_at >= self.config.checkpoint_every {
-                self.save(dir)?;
+                let (model, optimizer) = (&self.model, &self.optimizer);
+                run_checkpoint::write(dir, self.step, model, optimizer, &self.saved)?;
                 saved_at = self.step;
             }
         }
         Ok(self.step == self.steps() || self.saved.stopped)
-    }
-
-    fn save(&self, dir: &Path) -> Result<(), BenchError> {
-        let snapshot = Snapshot {
-            step: self.step,
-            model: &self.model,
-            optimizer: &self.optimizer,
-            ema: None,
-            state: &self.saved,
-        };
-        let saved = checkpoint::save(dir, &snapshot);
-        saved
-            .map(|_| ())
-            .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }
 
     fn advance(&mut self, which: &[usize]) -> Result<f64, BenchError> {
