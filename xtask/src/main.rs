@@ -18,6 +18,7 @@ Usage: cargo xtask <command> [arguments]
   train --text FILE   train a byte-level language model with MASS layers on your text
   bench [NAME]        time a crate (cpd, routing, expand, model), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
+  data fetch MODEL    download a model from the Hugging Face Hub
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.

@@ -15,6 +15,7 @@
 //! | [`variants`] | the variants of the method, as the experiments set them |
 //! | [`train`] | a byte-level language model on one's own text |
 //! | [`mod@bench`] | short timings of what this crate does itself |
+//! | `hub` | models from the Hugging Face Hub (feature `hub`) |
 //! | [`data_check`] | which data sets and models are there, and where to get the rest |
 //! | [`cli`] | the arguments of the `mass-bench` binary, checked, and its progress display |
 //!
@@ -30,6 +31,8 @@ pub mod dynmoe;
 mod error;
 pub mod ginc;
 pub mod glue;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod report;
 pub mod rng;
 mod run_checkpoint;

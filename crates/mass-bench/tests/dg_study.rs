@@ -52,6 +52,38 @@ fn figures(out: &Path) -> Vec<Value> {
     runs
 }
 
+/// What a run says about its patches: 4 classes in 4 domains, at least 4 images of 16 patches each, in one layer.
+fn routed_patches(dir: &Path) {
+    let text = fs::read(dir.join("patches.json")).unwrap();
+    let layers: Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(layers.as_array().unwrap().len(), 1);
+    let layer = &layers[0];
+    let experts = layer["experts"].as_array().unwrap().len();
+    let total = |name: &str| {
+        let rows = layer[name].as_object().unwrap();
+        assert_eq!(rows.len(), 4, "{name}");
+        let counts = rows.values().map(|row| row.as_array().unwrap());
+        counts
+            .map(|row| {
+                assert_eq!(row.len(), experts);
+                row.iter().map(|c| c.as_f64().unwrap()).sum::<f64>()
+            })
+            .sum::<f64>()
+    };
+    let by_class = total("assignments_by_class");
+    assert!(by_class >= 16.0 * 4.0 * 16.0, "{by_class}");
+    assert_eq!(by_class, total("assignments_by_domain"));
+    for name in ["nmi_class", "nmi_domain"] {
+        // Not defined where one expert takes everything.
+        let value = layer[name].as_f64();
+        assert!(value.is_none_or(|v| (0.0..=1.0).contains(&v)), "{name}");
+    }
+    let name = format!("{}.png", layer["layer"].as_str().unwrap());
+    let picture = image::open(dir.join(name)).unwrap();
+    // Two pictures for each of four classes, one row for each of four domains.
+    assert!(picture.width() >= 8 * 16 && picture.height() >= 4 * 16);
+}
+
 #[test]
 fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
@@ -96,6 +128,12 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
         grown >= 3 && live > 0,
         "{grown} splits in {live} live steps"
     );
+    let patches = fs::read_dir(one.join("patches")).unwrap();
+    let patches: Vec<_> = patches.map(|e| e.unwrap().path()).collect();
+    assert_eq!(patches.len(), 5, "every method but ERM: {patches:?}");
+    for dir in patches {
+        routed_patches(&dir);
+    }
     let events = lines(&one, "events.jsonl");
     let of = |method: &str| {
         let mine = |e: &&Value| e["run"].as_str().unwrap().starts_with(method);

@@ -212,44 +212,129 @@ fn thresholds_of_top_any_get_the_straight_through_gradient() {
 #[test]
 fn routing_losses_reach_the_gate() {
     let x = rows(64, 6, 1.0);
-    let gate_gradient = |losses: Vec<RoutingLoss>| {
-        let config = MoeConfig {
-            losses,
-            ..MoeConfig::new(6, 8, 4, Activation::Relu, all_of(1))
-        };
-        let layer = MoeLayer::new(&config, &mut seeded_rng(3)).unwrap();
-        let (_, mut gradients) = probe(layer.try_forward(x.clone().leaky_traced()).unwrap());
-        layer.experts()[0]
-            .gate
-            .gradient(&mut gradients)
-            .unwrap()
-            .clone()
+    let noisy = RouterConfig::Noisy {
+        std: 0.3,
+        seed: 5,
+        inner: Box::new(RouterConfig::TopK {
+            k: 1,
+            combine: Combine::Raw,
+        }),
     };
-    let none = gate_gradient(vec![]);
-    for loss in [
-        RoutingLoss::Balance {
-            weight: 1.0,
-            count: BalanceCount::First,
-        },
-        RoutingLoss::Entropy { weight: 1.0 },
-        RoutingLoss::Importance { weight: 1.0 },
-        RoutingLoss::RouterZ { weight: 1.0 },
+    let config = |router: &RouterConfig, losses| MoeConfig {
+        losses,
+        ..MoeConfig::new(6, 8, 4, Activation::Relu, router.clone())
+    };
+    let gate_gradients = |router: &RouterConfig, losses: Vec<RoutingLoss>| {
+        let layer = MoeLayer::new(&config(router, losses), &mut seeded_rng(3)).unwrap();
+        let (_, mut gradients) = probe(layer.try_forward(x.clone().leaky_traced()).unwrap());
+        let rows = layer.experts().iter().map(|e| &e.gate);
+        rows.flat_map(|row| row.gradient(&mut gradients).unwrap().clone())
+            .collect::<Vec<_>>()
+    };
+    for (loss, router) in [
+        (
+            RoutingLoss::Balance {
+                weight: 1.0,
+                count: BalanceCount::First,
+            },
+            all_of(1),
+        ),
+        (RoutingLoss::Entropy { weight: 1.0 }, all_of(1)),
+        (RoutingLoss::Importance { weight: 1.0 }, all_of(1)),
+        (RoutingLoss::RouterZ { weight: 1.0 }, all_of(1)),
+        (RoutingLoss::Load { weight: 1.0 }, noisy.clone()),
     ] {
-        let with = gate_gradient(vec![loss]);
+        let without = gate_gradients(&router, vec![]);
+        let with = gate_gradients(&router, vec![loss]);
         assert!(
-            with.iter().zip(&none).any(|(a, b)| (a - b).abs() > 1e-6),
+            with.iter().zip(&without).any(|(a, b)| (a - b).abs() > 1e-6),
             "{loss:?}"
         );
         assert!(with.iter().all(|x| x.is_finite()));
     }
-    let nan = MoeConfig {
-        losses: vec![RoutingLoss::Entropy { weight: f32::NAN }],
-        ..MoeConfig::new(6, 8, 4, Activation::Relu, all_of(1))
+    for (router, loss) in [
+        (all_of(1), RoutingLoss::Entropy { weight: f32::NAN }),
+        (all_of(1), RoutingLoss::Load { weight: 1.0 }),
+    ] {
+        assert!(matches!(
+            MoeLayer::new(&config(&router, vec![loss]), &mut seeded_rng(0)),
+            Err(ModelError::Config(_))
+        ));
+    }
+}
+
+#[test]
+fn the_load_losss_gradient_agrees_with_central_differences_of_the_loss() {
+    use mass_routing::Router;
+    let (n, d, experts, std) = (40, 6, 4, 0.4);
+    let router = RouterConfig::Noisy {
+        std,
+        seed: 5,
+        inner: Box::new(RouterConfig::TopK {
+            k: 2,
+            combine: Combine::Raw,
+        }),
     };
-    assert!(matches!(
-        MoeLayer::new(&nan, &mut seeded_rng(0)),
-        Err(ModelError::Config(_))
-    ));
+    let make = |losses| MoeConfig {
+        losses,
+        ..MoeConfig::new(d, 8, experts, Activation::Relu, router.clone())
+    };
+    let x = rows(n, d, 1.0);
+    let gradients = |losses: Vec<RoutingLoss>| {
+        let layer = MoeLayer::new(&make(losses), &mut seeded_rng(3)).unwrap();
+        let (_, mut g) = probe(layer.try_forward(x.clone().leaky_traced()).unwrap());
+        let rows = layer.experts().iter().map(|e| &e.gate);
+        rows.flat_map(|row| row.gradient(&mut g).unwrap().clone())
+            .collect::<Vec<_>>()
+    };
+    let with = gradients(vec![RoutingLoss::Load { weight: 1.0 }]);
+    let without = gradients(vec![]);
+
+    // The loss itself, as a function of the gate's rows under the same noise.
+    let layer = MoeLayer::new(&make(vec![]), &mut seeded_rng(3)).unwrap();
+    let w: Vec<f32> = layer
+        .experts()
+        .iter()
+        .flat_map(|e| e.gate.values().to_vec())
+        .collect();
+    let input = ndarray::Array2::from_shape_vec((n, d), x.as_vec()).unwrap();
+    let loss = |w: &[f32]| {
+        let rows = ndarray::ArrayView2::from_shape((experts, d), w).unwrap();
+        let logits = input.dot(&rows.t());
+        let mut router = router.build().unwrap();
+        let mut plan = mass_routing::RoutingPlan::default();
+        router.route(logits.view(), None, &mut plan).unwrap();
+        let mass_routing::AnyRouter::Noisy(noisy) = &router else {
+            unreachable!("it was configured so");
+        };
+        let mut unused = ndarray::Array2::zeros((n, experts));
+        let mut also = unused.clone();
+        mass_routing::losses::load(
+            logits.view(),
+            noisy.noisy_logits(),
+            None,
+            2,
+            f64::from(std),
+            0.0,
+            &mut unused.view_mut(),
+            &mut also.view_mut(),
+        )
+        .unwrap()
+    };
+    for i in 0..w.len() {
+        let h = 1e-3;
+        let at = |delta: f32| {
+            let mut moved = w.clone();
+            moved[i] += delta;
+            loss(&moved)
+        };
+        let numeric = (at(h) - at(-h)) / (2.0 * f64::from(h));
+        let analytic = f64::from(with[i] - without[i]);
+        assert!(
+            (numeric - analytic).abs() < 1e-3 * (1.0 + numeric.abs()),
+            "{i}: {numeric} against {analytic}"
+        );
+    }
 }
 
 #[test]

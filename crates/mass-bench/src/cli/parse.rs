@@ -1,7 +1,14 @@
-use std::{ffi::OsString, io::Write, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
+#[cfg(feature = "hub")]
+use super::reproduce::not_a_file;
 use super::{Progress, ReproduceArgs, ReproduceCommand, RunContext, TrainCommand};
 use crate::{
     BenchError, bench, data_check,
@@ -54,6 +61,14 @@ pub enum DataCommand {
         #[arg(long, value_name = "DIR")]
         models: Option<PathBuf>,
     },
+    /// Download a model from the Hugging Face Hub (`cargo xtask data fetch`, or a build with the feature `hub`)
+    Fetch {
+        /// minilm-l6, bert-large-cased, vit-s14, deit-small-patch16-224, or a repository, owner/name
+        model: String,
+        /// Where models are kept; it gets a directory of the model's name [default: $MASS_MODELS_DIR]
+        #[arg(long, value_name = "DIR")]
+        models: Option<PathBuf>,
+    },
 }
 
 /// The binary: parses, runs, prints, and returns the exit code.
@@ -84,7 +99,7 @@ fn fail(error: &BenchError) -> ExitCode {
 /// clap's message without usage and hints over several lines.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "no command given; there are: reproduce, train, bench, data check (see --help)"
+        return "no command given; there are: reproduce, train, bench, data check, data fetch (see --help)"
             .into();
     }
     let text = error.render().to_string();
@@ -97,7 +112,7 @@ fn one_line(error: &clap::Error) -> String {
         .collect();
     let joined = parts.join(" ").replace(" tip: ", "; ");
     if matches!(error.kind(), ErrorKind::InvalidSubcommand) {
-        format!("{joined}; there are: reproduce, train, bench, data check")
+        format!("{joined}; there are: reproduce, train, bench, data check, data fetch")
     } else {
         format!("{joined} (see --help)")
     }
@@ -134,7 +149,28 @@ fn run(command: &Command) -> Result<(), BenchError> {
             print(&report.to_string())?;
             report.verdict()
         }
+        Command::Data(DataCommand::Fetch { model, models }) => fetch(model, models.as_deref()),
     }
+}
+
+#[cfg(feature = "hub")]
+fn fetch(model: &str, models: Option<&Path>) -> Result<(), BenchError> {
+    let variable = std::env::var_os("MASS_MODELS_DIR").filter(|value| !value.is_empty());
+    let Some(models) = models.map(Path::to_owned).or(variable.map(PathBuf::from)) else {
+        return Err(BenchError::Usage(
+            "where to? give --models DIR (or $MASS_MODELS_DIR)".into(),
+        ));
+    };
+    not_a_file("--models", &models)?;
+    let fetched = crate::hub::fetch(model, &models, None)?;
+    print(&format!("{}: {}\n", fetched.dir.display(), fetched.summary))
+}
+
+#[cfg(not(feature = "hub"))]
+fn fetch(model: &str, _: Option<&Path>) -> Result<(), BenchError> {
+    Err(BenchError::Usage(format!(
+        "this build cannot download; use `cargo xtask data fetch {model}`, or build mass-bench with --features hub"
+    )))
 }
 
 fn reproduce(

@@ -7,6 +7,9 @@
 mod datasets;
 mod models;
 
+#[cfg(feature = "hub")]
+pub(crate) use models::inspect as model;
+
 use std::{
     fmt, fs,
     path::{Path, PathBuf},

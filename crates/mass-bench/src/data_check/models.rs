@@ -43,7 +43,7 @@ pub(super) fn group(models: Option<&Path>) -> Group {
     Group {
         title: "Models (studies glue, dg)",
         layout: "MODELS/<name>/{config.json,model.safetensors}, and tokenizer.json or vocab.txt for text",
-        source: "https://huggingface.co: nreimers/MiniLM-L6-H384-uncased or google-bert/bert-large-cased; facebook/dinov2-small or facebook/deit-small-patch16-224",
+        source: "`cargo xtask data fetch NAME --models MODELS` with minilm-l6 or bert-large-cased, vit-s14 or deit-small-patch16-224, or any owner/name of https://huggingface.co",
         items,
     }
 }
@@ -53,10 +53,22 @@ fn folders(models: &Path) -> Vec<PathBuf> {
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.is_dir())
+        .filter(|path| {
+            // A download under way is no model yet.
+            let hidden = path
+                .file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with('.'));
+            path.is_dir() && !hidden
+        })
         .collect();
     folders.sort();
     folders
+}
+
+/// A few words on the model in a folder, or what is wrong with it.
+#[cfg(feature = "hub")]
+pub(crate) fn inspect(dir: &Path) -> Result<String, String> {
+    model(dir, &mut Vec::new())
 }
 
 /// Checks one folder and notes its model type.

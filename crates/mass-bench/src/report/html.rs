@@ -52,16 +52,26 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
             "Development loss",
             "Training loss (mean of neighbouring lines)",
         ],
+        "dg" => [
+            "Loss on the target domain (where it was scored)",
+            "Training loss (mean of neighbouring lines)",
+        ],
         _ => [
             "Test loss, nats a token",
             "Training loss, nats a token (mean of neighbouring lines)",
         ],
     };
-    let plots: [Plot<'_>; 5] = [
+    let plots: [Plot<'_>; 7] = [
         (test, |m| m.test_loss, &levels),
+        ("The task's metric", |m| of(m, "metric"), &[]),
         (
-            "The task's metric",
-            |m| m.extra.get("metric").and_then(serde_json::Value::as_f64),
+            "Accuracy on what the source domains hold out",
+            |m| of(m, "source_validation"),
+            &[],
+        ),
+        (
+            "Accuracy on the target domain (where it was scored)",
+            |m| of(m, "target_accuracy"),
             &[],
         ),
         (training, |m| m.train_loss, &levels),
@@ -111,6 +121,11 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
     html.push_str(&html_table(&header.map(str::to_owned), &rows));
     html.push_str("</body></html>\n");
     html
+}
+
+/// A figure that one study alone has.
+fn of(line: &MetricLine, name: &str) -> Option<f64> {
+    line.extra.get(name).and_then(serde_json::Value::as_f64)
 }
 
 fn html_table(header: &[String], rows: &[Vec<String>]) -> String {

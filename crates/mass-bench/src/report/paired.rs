@@ -112,9 +112,10 @@ impl Group<'_> {
     }
 }
 
-/// Every way to run MASS against the dense model, DynMoE and the best static pool, over the tasks and seeds that both have.
+/// Every way to run MASS against the dense model (ERM), DynMoE, and the best static and the best GMoE pool, over the tasks and
+/// seeds that both have.
 ///
-/// The best static pool is the one whose metric is best on average over the pairs, found after the fact on the same
+/// The best pool is the one whose metric is best on average over the pairs, found after the fact on the same
 /// scores: it is favoured. Runs without a metric take no part.
 #[must_use]
 pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
@@ -135,7 +136,7 @@ pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
     }
     let mut found = Vec::new();
     for group in groups.iter().filter(|g| g.key.method == METHOD) {
-        for method in ["dense", "static", "dynmoe"] {
+        for method in ["dense", "erm", "static", "gmoe", "dynmoe"] {
             // Most pairs first, then the least advantage over it: the strongest opponent.
             let tests = groups
                 .iter()
@@ -146,21 +147,14 @@ pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
             });
             if let Some((other, paired)) = best {
                 found.push(Comparison {
-                    method: name(&group.key),
-                    against: name(&other.key),
+                    method: group.key.without_seed(),
+                    against: other.key.without_seed(),
                     paired,
                 });
             }
         }
     }
     found
-}
-
-/// The key's text without its seed.
-fn name(key: &RunKey) -> String {
-    let text = key.to_string();
-    text.strip_suffix("/seed0")
-        .map_or(text.clone(), str::to_owned)
 }
 
 #[cfg(test)]

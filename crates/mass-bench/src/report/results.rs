@@ -185,6 +185,15 @@ impl fmt::Display for RunKey {
     }
 }
 
+impl RunKey {
+    /// The key's text without its seed.
+    pub(super) fn without_seed(&self) -> String {
+        let text = self.to_string();
+        let seed = format!("/seed{}", self.seed);
+        text.strip_suffix(&seed).map_or(text.clone(), str::to_owned)
+    }
+}
+
 impl Run {
     /// A run of a method with a seed and no figure yet.
     #[must_use]

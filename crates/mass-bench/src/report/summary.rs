@@ -67,7 +67,7 @@ summary! {
 }
 
 /// Mean and sample standard deviation; `None` for what too few values cannot give.
-fn mean_std(values: impl Iterator<Item = f64>) -> (Option<f64>, Option<f64>) {
+pub(super) fn mean_std(values: impl Iterator<Item = f64>) -> (Option<f64>, Option<f64>) {
     let values: Vec<f64> = values.collect();
     let n = values.len() as f64;
     if values.is_empty() {

@@ -8,6 +8,7 @@
 mod data;
 mod layerwise;
 mod method;
+mod patches;
 mod plan;
 mod score;
 #[cfg(test)]
@@ -21,7 +22,6 @@ use crate::BenchError;
 use crate::cli::{ReproduceArgs, RunContext};
 use crate::dg::features::Features;
 use crate::dg::images::Source;
-use crate::dg::reported;
 use crate::report::{Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use data::Set;
@@ -116,7 +116,20 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
         if !complete {
             return Err(interrupted(args));
         }
-        let run = finished(planned, &trainer, set);
+        let mut run = finished(planned, &trainer, set);
+        let layers = trainer.patches()?;
+        for (name, which) in [("nmi_class", 0), ("nmi_domain", 1)] {
+            let of = layers.iter().filter_map(|l| l.information()[which]);
+            let values: Vec<f64> = of.collect();
+            if !values.is_empty() {
+                let mean = values.iter().sum::<f64>() / values.len() as f64;
+                run.metrics.insert(name.into(), mean);
+            }
+        }
+        if !layers.is_empty() {
+            let name = folder.file_name().unwrap_or_default();
+            patches::write(&layers, set, &store.dir().join("patches").join(name))?;
+        }
         for line in trainer.metrics() {
             store.metric(line)?;
         }
@@ -131,11 +144,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
                 .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
         }
     }
-    let results = store.into_results();
-    for line in beside_the_paper(&results) {
-        ctx.progress.note(&line);
-    }
-    Ok(results)
+    Ok(store.into_results())
 }
 
 fn interrupted(args: &ReproduceArgs) -> BenchError {
@@ -250,35 +259,4 @@ fn describe(run: &Run) -> String {
         run.wall_s.unwrap_or(0.0),
         100.0 * figure("waiting_for_data"),
     )
-}
-
-/// For each method and set the mean over the targets that were run, beside what the paper reports over all of them.
-fn beside_the_paper(results: &Results) -> Vec<String> {
-    let mut groups: Vec<(String, Vec<&Run>)> = Vec::new();
-    for run in &results.runs {
-        let set = run.task.as_deref().and_then(|t| t.split('/').next());
-        let parts = [Some(run.method.as_str()), run.variant.as_deref(), set];
-        let parts: Vec<&str> = parts.into_iter().flatten().collect();
-        let mut name = parts.join(" ");
-        if let Some(experts) = run.experts_init {
-            name.push_str(&format!(" K {experts}"));
-        }
-        match groups.iter_mut().find(|g| g.0 == name) {
-            Some(group) => group.1.push(run),
-            None => groups.push((name, vec![run])),
-        }
-    }
-    let line = |(name, runs): &(String, Vec<&Run>)| {
-        let set = runs[0].task.as_deref()?.split('/').next()?;
-        let paper = reported::accuracy(&runs[0].method, runs[0].experts_init, set)?;
-        let mut targets: Vec<_> = runs.iter().map(|r| &r.task).collect();
-        targets.dedup();
-        let sum: f64 = runs.iter().filter_map(|r| r.accuracy).sum();
-        Some(format!(
-            "{name}: accuracy {:.3} over {} target domain(s), the paper reports {paper:.3} over all, with its own model and images",
-            sum / runs.len() as f64,
-            targets.len()
-        ))
-    };
-    groups.iter().filter_map(line).collect()
 }

@@ -270,6 +270,13 @@ impl MoeLayer {
         if let Some(loss) = config.losses.iter().find(|l| !l.weight().is_finite()) {
             return Err(ModelError::Config(format!("routing loss {loss:?}")));
         }
+        let router = config.router.build()?;
+        if let Some(loss) = config.losses.iter().find(|l| !l.fits(&router)) {
+            return Err(ModelError::Config(format!(
+                "routing loss {loss:?} needs noisy top-k routing, not {:?}",
+                config.router
+            )));
+        }
         let any = matches!(config.router, RouterConfig::TopAny { .. });
         for (e, expert) in experts.iter_mut().enumerate() {
             expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
@@ -284,7 +291,7 @@ impl MoeLayer {
             shared: None,
             ids: (0..count).map(ExpertId).collect(),
             next_id: count,
-            router: Mutex::new(config.router.build()?),
+            router: Mutex::new(router),
             config: config.clone(),
         })
     }

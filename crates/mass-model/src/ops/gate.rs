@@ -2,9 +2,9 @@ use std::sync::Arc;
 
 use dfdx::tensor::CpuError;
 use mass_routing::losses::{
-    BalanceCount, gshard_balance, importance, router_z, routing_entropy, softmax_backward,
+    BalanceCount, gshard_balance, importance, load, router_z, routing_entropy, softmax_backward,
 };
-use mass_routing::{AnyRouter, CosineForward, CosineGate, RoutingError, RoutingPlan};
+use mass_routing::{AnyRouter, CosineForward, CosineGate, Noisy, RoutingError, RoutingPlan};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, ShapeError};
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +50,12 @@ pub enum RoutingLoss {
     },
     /// [`importance`] of the routing probabilities.
     Importance {
+        /// Factor.
+        weight: f32,
+    },
+    /// [`load`] of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
+    /// takes.
+    Load {
         /// Factor.
         weight: f32,
     },
@@ -219,7 +225,7 @@ impl Gated {
         router.backward(plan, d_weights, &mut view)?;
         let logits = ArrayView2::from_shape((n, experts), &self.logits).map_err(internal)?;
         for loss in losses {
-            loss.add_gradient(plan, logits, &mut view)?;
+            loss.add_gradient(router, plan, logits, &mut view)?;
         }
         if let AnyRouter::TopAny(router) = router {
             let mut d = vec![0.0; experts];
@@ -285,12 +291,19 @@ impl RoutingLoss {
             Self::Balance { weight, .. }
             | Self::Entropy { weight }
             | Self::Importance { weight }
+            | Self::Load { weight }
             | Self::RouterZ { weight } => weight,
         }
     }
 
+    /// Whether the router has what the loss is made of.
+    pub(crate) fn fits(&self, router: &AnyRouter) -> bool {
+        !matches!(self, Self::Load { .. }) || noisy_top_k(router).is_some()
+    }
+
     fn add_gradient(
         self,
+        router: &AnyRouter,
         plan: &RoutingPlan,
         logits: ArrayView2<'_, f32>,
         d_logits: &mut ArrayViewMut2<'_, f32>,
@@ -306,7 +319,31 @@ impl RoutingLoss {
                 softmax_backward(r, d_r.view(), d_logits)?;
                 loss
             }
+            Self::Load { weight } => {
+                // Layers are not made otherwise.
+                let Some((noisy, k)) = noisy_top_k(router) else {
+                    return Ok(());
+                };
+                let (noised, std) = (noisy.noisy_logits(), f64::from(noisy.std()));
+                let mut d_noisy = Array2::zeros(noised.dim());
+                let mut into = d_noisy.view_mut();
+                let loss = load(logits, noised, None, k, std, weight, d_logits, &mut into)?;
+                // The noise is added, so that both have the same gradient.
+                *d_logits += &d_noisy;
+                loss
+            }
         };
         Ok(())
+    }
+}
+
+/// A router that takes the k best of logits with noise on them.
+fn noisy_top_k(router: &AnyRouter) -> Option<(&Noisy, usize)> {
+    let AnyRouter::Noisy(noisy) = router else {
+        return None;
+    };
+    match noisy.inner() {
+        AnyRouter::TopK(top_k) if noisy.std() > 0.0 => Some((noisy, top_k.k())),
+        _ => None,
     }
 }

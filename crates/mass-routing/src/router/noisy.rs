@@ -58,6 +58,11 @@ impl Noisy {
         &self.inner
     }
 
+    /// Standard deviation of the noise.
+    pub fn std(&self) -> f32 {
+        self.std
+    }
+
     /// The logits of the last `route` with their noise (without it in evaluation), which some losses compare with.
     pub fn noisy_logits(&self) -> ArrayView2<'_, f32> {
         self.buffer.view()

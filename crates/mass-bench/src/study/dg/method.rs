@@ -24,7 +24,9 @@ const AUTHORS_DEPTH: usize = 12;
 pub(super) enum Method {
     /// Not at all: empirical risk minimisation.
     Erm,
-    /// By GMoE's pools: one expert a token behind a cosine gate.
+    /// By GMoE's pools: one expert a token behind a cosine gate with noise, and 0.01 times the mean of importance and load
+    /// loss: the importance of the probabilities under noise, the load of the logits. Tutel, which GMoE uses, takes
+    /// probabilities without noise for both, and compares them with noisy logits.
     Gmoe { experts: usize },
     /// By DynMoE's pools.
     #[serde(rename = "dynmoe")]
@@ -143,7 +145,10 @@ impl Method {
                         projection: Some(256),
                         temperature: Some(0.5),
                     },
-                    losses: vec![RoutingLoss::Importance { weight: 0.01 }],
+                    losses: vec![
+                        RoutingLoss::Importance { weight: 0.005 },
+                        RoutingLoss::Load { weight: 0.005 },
+                    ],
                     ..moe(experts, noisy)
                 })
             }

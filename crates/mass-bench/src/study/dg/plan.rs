@@ -453,7 +453,8 @@ fn directory(args: &ReproduceArgs, name: &str) -> Result<Model, BenchError> {
         return Err(BenchError::Input {
             path: dir,
             problem: format!(
-                "no model there; preset {preset} needs config.json and model.safetensors, as https://huggingface.co has them"
+                "no model there; preset {preset} needs config.json and model.safetensors, as https://huggingface.co has them; \
+                 `cargo xtask data fetch {name}` gets them"
             ),
         });
     }

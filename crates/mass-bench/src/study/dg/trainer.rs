@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::data::{Input, Set};
 use super::layerwise::LayerwiseDynMoe;
 use super::method::Method;
+use super::patches::{self, PatchRouting};
 use super::score::{Score, evaluate};
 use crate::BenchError;
 use crate::dg::prefetch::{Prefetched, prefetch};
@@ -321,6 +322,13 @@ impl<'a> Trainer<'a> {
             ..MetricLine::default()
         });
         Ok(())
+    }
+
+    /// How the model at the end routes patches of images that it was not trained on.
+    pub(super) fn patches(&self) -> Result<Vec<PatchRouting>, BenchError> {
+        let split = &self.split;
+        let of: Vec<usize> = [&split.held_out[..], &split.test].concat();
+        patches::route(&self.model, self.set, &of)
     }
 
     fn experts_by_layer(&self) -> Vec<usize> {

@@ -285,7 +285,7 @@ fn directory(args: &ReproduceArgs, name: &str) -> Result<Pretrained, BenchError>
             path: dir,
             problem: format!(
                 "no model there; preset {preset} needs config.json, model.safetensors, and tokenizer.json or vocab.txt, as \
-                 https://huggingface.co has them"
+                 https://huggingface.co has them; `cargo xtask data fetch {name}` gets them"
             ),
         });
     }

@@ -1,0 +1,142 @@
+//! Models from the Hugging Face Hub, for machines with a network.
+//!
+//! Behind the cargo feature `hub`; `cargo xtask data fetch` turns it on. The files go to `MODELS/<name>/`, where studies look for
+//! them, once all of them are there and fit each other: a download that broke off leaves nothing there, and the same command
+//! goes on from where it ended.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+
+use crate::{BenchError, data_check};
+
+/// Models that studies know by a name of their own, and their repositories.
+pub const KNOWN: [(&str, &str); 4] = [
+    ("minilm-l6", "sentence-transformers/all-MiniLM-L6-v2"),
+    ("bert-large-cased", "google-bert/bert-large-cased"),
+    ("vit-s14", "facebook/dinov2-small"),
+    ("deit-small-patch16-224", "facebook/deit-small-patch16-224"),
+];
+
+/// Files without which no model is read.
+const NEEDED: [&str; 2] = ["config.json", "model.safetensors"];
+/// Files that are taken where there are some.
+const ALSO: [&str; 4] = [
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+];
+
+/// Folder within the models' for what is not complete yet.
+const PARTIAL: &str = ".hub";
+
+/// How often a transfer that breaks off is taken up again.
+const RETRIES: usize = 3;
+
+/// A model that was downloaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// The directory it is in.
+    pub dir: PathBuf,
+    /// A few words on it, as `data check` has them.
+    pub summary: String,
+}
+
+/// Downloads a model, by one of the names in [`KNOWN`] or its repository (`owner/name`), to a directory of its name in `models`.
+///
+/// `endpoint` replaces <https://huggingface.co>, as $HF_ENDPOINT does; a token is taken from where Hugging Face's own tools keep
+/// it ($HF_HOME).
+///
+/// # Errors
+/// [`BenchError::Usage`] for a name that is none; [`BenchError::Input`] if the directory is there already, cannot be written, or
+/// the repository lacks a file or holds one that is damaged; [`BenchError::Failed`] if the server is out of reach or refuses.
+pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetched, BenchError> {
+    let known = KNOWN.iter().find(|(name, _)| *name == model);
+    let repository = known.map_or(model, |(_, repository)| repository);
+    let name = known.map_or_else(|| model.rsplit('/').next().unwrap_or(model), |k| k.0);
+    check_name(repository)?;
+    let dir = models.join(name);
+    if dir.exists() {
+        return Err(input(&dir, "is there already; remove it to get it again"));
+    }
+    let partial = models.join(PARTIAL).join(name);
+    fs::create_dir_all(&partial).map_err(|e| input(&partial, e))?;
+    // The cache asserts that its own paths are of one kind.
+    let partial = partial.canonicalize().map_err(|e| input(&partial, e))?;
+
+    let failed = |doing: &str| {
+        let doing = format!("{doing} {repository}");
+        move |e: ApiError| BenchError::failed(doing, e)
+    };
+    let mut builder = ApiBuilder::from_env()
+        .with_cache_dir(partial.clone())
+        .with_retries(RETRIES)
+        .with_progress(false);
+    if let Some(endpoint) = endpoint {
+        builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
+    }
+    let api = builder.build().map_err(failed("asking for"))?;
+    let api = api.model(repository.to_owned());
+    let listed = api.info().map_err(failed("asking for"))?;
+    let there = |name: &&str| listed.siblings.iter().any(|s| s.rfilename == *name);
+    if let Some(missing) = NEEDED.iter().find(|name| !there(name)) {
+        let problem = format!("the repository {repository} has no {missing}");
+        return Err(input(&dir, problem));
+    }
+    let mut files = Vec::new();
+    for file in NEEDED.iter().chain(&ALSO).filter(|name| there(name)) {
+        let path = api
+            .get(file)
+            .map_err(failed(&format!("getting {file} of")))?;
+        files.push((*file, path.canonicalize().map_err(|e| input(&path, e))?));
+    }
+
+    // Put together beside its place, looked at, and renamed: whatever is in its place is whole.
+    let whole = partial.join("whole");
+    if whole.exists() {
+        fs::remove_dir_all(&whole).map_err(|e| input(&whole, e))?;
+    }
+    fs::create_dir_all(&whole).map_err(|e| input(&whole, e))?;
+    for (file, from) in files {
+        let to = whole.join(file);
+        fs::rename(&from, &to).map_err(|e| input(&to, e))?;
+    }
+    let checked = data_check::model(&whole);
+    if checked.is_ok() {
+        fs::rename(&whole, &dir).map_err(|e| input(&dir, e))?;
+    }
+    // What is left: pointers to files that are no longer there, or a damaged model, which must not be taken up again.
+    fs::remove_dir_all(&partial).map_err(|e| input(&partial, e))?;
+    // Stays if another model is on its way.
+    fs::remove_dir(models.join(PARTIAL)).ok();
+    match checked {
+        Ok(summary) => Ok(Fetched { dir, summary }),
+        Err(problem) => Err(input(&dir, format!("{repository}: {problem}"))),
+    }
+}
+
+fn input(path: &Path, problem: impl ToString) -> BenchError {
+    BenchError::Input {
+        path: path.to_owned(),
+        problem: problem.to_string(),
+    }
+}
+
+/// A repository's name becomes part of an address and of a path.
+fn check_name(repository: &str) -> Result<(), BenchError> {
+    let part = |p: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        !p.is_empty() && !p.starts_with('.') && p.chars().all(allowed)
+    };
+    let parts: Vec<&str> = repository.split('/').collect();
+    if parts.len() == 2 && parts.into_iter().all(part) {
+        return Ok(());
+    }
+    let known: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
+    Err(BenchError::Usage(format!(
+        "`{repository}` is no model; give owner/name as on https://huggingface.co, or one of {}",
+        known.join(", ")
+    )))
+}

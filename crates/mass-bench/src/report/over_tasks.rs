@@ -1,0 +1,151 @@
+//! Means over tasks, or over the domains of a set of images.
+
+use super::summary::mean_std;
+use super::{Run, RunKey, Summary, reported};
+use crate::dg::reported::accuracy;
+
+/// The metric of one method and setting, averaged over tasks seed by seed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OverTasks {
+    /// Which runs, without task and seed.
+    pub method: String,
+    /// The tasks, in order of first appearance.
+    pub tasks: Vec<String>,
+    /// Seeds that have all of them.
+    pub seeds: usize,
+    /// Mean over tasks and seeds.
+    pub mean: f64,
+    /// Sample standard deviation over seeds of the mean over tasks; `None` for one seed.
+    pub std: Option<f64>,
+    /// What the paper reports, a mean over the same tasks or over all domains of the set.
+    pub reported: Option<f64>,
+}
+
+/// The means of every method that was run on more than one task; in the study dg, of every set of images apart.
+///
+/// A seed counts if it has a metric for every task that any method was run on.
+#[must_use]
+pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
+    let set_of = |task: &str| match task.split_once('/') {
+        Some((set, _)) if study == "dg" => set.to_owned(),
+        _ => String::new(),
+    };
+    let mut groups: Vec<(RunKey, String, Vec<&Run>)> = Vec::new();
+    let mut tasks: Vec<(String, String)> = Vec::new();
+    for run in runs {
+        let Some(task) = &run.task else { continue };
+        let set = set_of(task);
+        if !tasks.contains(&(set.clone(), task.clone())) {
+            tasks.push((set.clone(), task.clone()));
+        }
+        let key = RunKey {
+            seed: 0,
+            task: None,
+            ..run.key()
+        };
+        match groups.iter_mut().find(|g| g.0 == key && g.1 == set) {
+            Some(group) => group.2.push(run),
+            None => groups.push((key, set, vec![run])),
+        }
+    }
+    let mut found = Vec::new();
+    for (key, set, runs) in groups {
+        let of_set = tasks.iter().filter(|(s, _)| *s == set);
+        let tasks: Vec<String> = of_set.map(|(_, task)| task.clone()).collect();
+        let metric = |task: &String, seed| {
+            let run = runs
+                .iter()
+                .find(|r| r.task.as_ref() == Some(task) && r.seed == seed);
+            run.and_then(|r| r.metric)
+        };
+        let mut seeds: Vec<u64> = runs.iter().map(|r| r.seed).collect();
+        seeds.sort_unstable();
+        seeds.dedup();
+        let of_seed = |seed| -> Option<f64> {
+            let values: Option<Vec<f64>> = tasks.iter().map(|task| metric(task, seed)).collect();
+            values.map(|v| v.iter().sum::<f64>() / tasks.len() as f64)
+        };
+        let means: Vec<f64> = seeds.into_iter().filter_map(of_seed).collect();
+        let (mean, std) = mean_std(means.iter().copied());
+        let (Some(mean), true) = (mean, tasks.len() > 1) else {
+            continue;
+        };
+        found.push(OverTasks {
+            method: key.without_seed(),
+            seeds: means.len(),
+            mean,
+            std,
+            reported: paper(study, runs[0], &set, &tasks),
+            tasks,
+        });
+    }
+    found
+}
+
+fn paper(study: &str, run: &Run, set: &str, tasks: &[String]) -> Option<f64> {
+    if study == "dg" {
+        return accuracy(&run.method, run.experts_init, set);
+    }
+    let figure = |task: &String| {
+        let row = Summary {
+            method: run.method.clone(),
+            k: run.k,
+            task: Some(task.clone()),
+            ..Summary::default()
+        };
+        reported(study, &row).map(|r| r.figure)
+    };
+    let figures: Option<Vec<f64>> = tasks.iter().map(figure).collect();
+    figures.map(|f| f.iter().sum::<f64>() / tasks.len() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(method: &str, task: &str, seed: u64, metric: f64) -> Run {
+        Run {
+            task: Some(task.to_owned()),
+            metric: Some(metric),
+            k: (method == "static").then_some(2),
+            ..Run::new(method, seed)
+        }
+    }
+
+    #[test]
+    fn seeds_with_every_task_are_averaged_beside_the_papers_mean() {
+        let runs = [
+            run("static", "CoLA", 0, 0.2),
+            run("static", "RTE", 0, 0.6),
+            run("static", "CoLA", 1, 0.4),
+            run("static", "RTE", 1, 0.6),
+            // A third seed without its second task.
+            run("static", "CoLA", 2, 0.9),
+            // One task only: no seed of it counts.
+            run("dense", "CoLA", 0, 0.3),
+        ];
+        let found = over_tasks("glue", &runs);
+        assert_eq!(found.len(), 1);
+        assert_eq!(
+            (found[0].seeds, &found[0].tasks[..]),
+            (2, &["CoLA".into(), "RTE".into()][..])
+        );
+        assert!((found[0].mean - 0.45).abs() < 1e-12);
+        assert!((found[0].std.unwrap() - 0.1 / 2f64.sqrt()).abs() < 1e-12);
+        assert!((found[0].reported.unwrap() - (0.6471 + 0.7232) / 2.0).abs() < 1e-12);
+        assert!(over_tasks("glue", &runs[..1]).is_empty());
+    }
+
+    #[test]
+    fn domains_are_averaged_set_by_set() {
+        let runs = [
+            run("erm", "pacs/photo", 0, 0.8),
+            run("erm", "pacs/sketch", 0, 0.4),
+            run("erm", "vlcs/SUN09", 0, 0.1),
+        ];
+        let found = over_tasks("dg", &runs);
+        assert_eq!(found.len(), 1);
+        assert!((found[0].mean - 0.6).abs() < 1e-12);
+        assert_eq!((found[0].std, found[0].reported), (None, Some(0.862)));
+    }
+}
