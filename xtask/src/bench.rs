@@ -35,7 +35,7 @@ const MODEL_COMPARE: &[&str] = &[
 ];
 const TORCH: (&[&str], Option<&str>) = (&["torch", "numpy"], None);
 
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 10] = [
     Bench {
         name: "cpd",
         about: "detector updates, banks, offline segmentation; rivals: river, ruptures",
@@ -84,6 +84,20 @@ const BENCHES: [Bench; 8] = [
     Bench {
         name: "bert",
         about: "a training step of a 6-layer BERT; rival: PyTorch, interleaved",
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
+    },
+    Bench {
+        name: "vit",
+        about: "a training step of the last blocks of a ViT-S; rival: PyTorch, interleaved",
+        cargo: &[MODEL_COMPARE],
+        task: true,
+        peers: Some(TORCH),
+    },
+    Bench {
+        name: "trunk",
+        about: "the first blocks of a ViT-S, forward only; rival: PyTorch, interleaved",
         cargo: &[MODEL_COMPARE],
         task: true,
         peers: Some(TORCH),

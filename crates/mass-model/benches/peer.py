@@ -166,6 +166,46 @@ def bert(vocab, d, heads, layers, hidden, batch, seq):
     return train(model, lambda: F.cross_entropy(model(ids), labels)), lambda: 0.0
 
 
+class VitBlock(nn.Module):
+    """A pre-norm block with layer scale."""
+
+    def __init__(self, d, heads, hidden):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(d, eps=1e-6), Attention(d, heads, False)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(d, eps=1e-6), nn.Linear(d, hidden), nn.Linear(hidden, d)
+        self.scale1, self.scale2 = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        x = x + self.scale1 * self.attention(self.norm1(x))
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def vit_blocks(d, heads, hidden, blocks, batch, tokens):
+    d, heads, hidden, blocks, batch, tokens = map(int, (d, heads, hidden, blocks, batch, tokens))
+    layers = nn.Sequential(*(VitBlock(d, heads, hidden) for _ in range(blocks)))
+    return d, layers, torch.randn(batch, tokens, d)
+
+
+def vit(*sizes):
+    d, blocks, x = vit_blocks(*sizes)
+    model = nn.ModuleList([blocks, nn.LayerNorm(d, eps=1e-6), nn.Linear(d, 7)])
+    labels = torch.randint(7, (len(x),))
+    return train(model, lambda: F.cross_entropy(model[2](model[1](blocks(x))[:, 0]), labels)), lambda: 0.0
+
+
+def trunk(*sizes):
+    """The blocks and the patches before them."""
+    d, blocks, x = vit_blocks(*sizes)
+    patches, pixels = nn.Conv2d(3, d, 14, 14), torch.randn(len(x), 3, 98, 98)
+    first = torch.randn(len(x), 1, d)
+
+    @torch.no_grad()
+    def step():
+        blocks(torch.cat([first, patches(pixels).flatten(2).transpose(1, 2)], 1))
+
+    return step, lambda: 0.0
+
+
 def main():
     torch.set_num_threads(int(sys.argv[1]))
     torch.manual_seed(0)
@@ -181,7 +221,7 @@ def main():
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
         else:
             run = active = None
-            run, active = {"moe": moe, "step": step, "bert": bert}[name](*sizes)
+            run, active = {"moe": moe, "step": step, "bert": bert, "vit": vit, "trunk": trunk}[name](*sizes)
             print("ready", flush=True)
 
 

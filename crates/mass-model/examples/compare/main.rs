@@ -4,8 +4,9 @@
 //! MASS_PEER_PYTHON=venv/bin/python cargo run --release -p mass-model --example compare -- moe
 //! ```
 //!
-//! Tasks: `moe [NUMBER]` (all three shapes, or one of them), `step` (a one-layer transformer), `bert` (six layers), `memory`
-//! (peak resident size of both steps, each in a process of its own), `overhead` (what watching the experts costs a step).
+//! Tasks: `moe [NUMBER]` (all three shapes, or one of them), `step` (a one-layer transformer), `bert` (six layers), `vit` (the
+//! last four blocks of a ViT-S), `trunk` (its first eight, forward only), `memory` (peak resident size of both steps, each in a
+//! process of its own), `overhead` (what watching the experts costs a step).
 //! Without `MASS_PEER_PYTHON` only this crate is measured. Times are medians with quartiles in brackets; a ratio is taken turn
 //! by turn.
 
@@ -37,11 +38,21 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         "step" => train::run("one-layer transformer", peer()?, train::transformer()?),
         "bert" => train::run("6-layer BERT, 32 x 64 tokens", peer()?, train::bert()?),
+        "vit" => train::run(
+            "last 4 blocks of ViT-S, 48 x 50 tokens",
+            peer()?,
+            train::vit()?,
+        ),
+        "trunk" => train::run(
+            "forward, first 8 blocks of ViT-S, 32 x 50 tokens",
+            peer()?,
+            train::trunk()?,
+        ),
         "memory" => memory::run(threads),
         "own-memory" => memory::own(&arguments.next().unwrap_or_default()),
         "overhead" => overhead::run(),
         other => Err(format!(
-            "unknown task {other:?}; there are: moe, step, bert, memory, overhead"
+            "unknown task {other:?}; there are: moe, step, bert, vit, trunk, memory, overhead"
         )
         .into()),
     }

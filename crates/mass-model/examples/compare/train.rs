@@ -7,6 +7,7 @@ use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
+use mass_model::vit::{ImageBatch, VitClassifier, VitConfig};
 use mass_model::{Activation, DropoutKeys, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
@@ -102,6 +103,70 @@ pub(crate) fn bert() -> Result<(String, impl FnMut()), Box<dyn Error>> {
             .expect("finite gradients");
     };
     Ok((task, step))
+}
+
+/// Blocks of the vision transformer, and how many of them are frozen.
+const BLOCKS: [usize; 2] = [12, 8];
+
+/// A ViT-S/14 for images of 98 pixels with drawn weights, and features of `batch` images: 50 tokens each.
+fn vit_parts(batch: usize) -> Result<(VitClassifier, Vec<f32>), Box<dyn Error>> {
+    let config = VitConfig {
+        image_size: 98,
+        patch_size: 14,
+        num_hidden_layers: BLOCKS[0],
+        layer_scale: Some(1.0),
+        ..VitConfig::deit_small()
+    };
+    let model = VitClassifier::new(&config, 7, &mut seeded_rng(0))?;
+    let pixels: Vec<f32> = Cpu::default()
+        .sample_normal_like(&(batch, 3 * 98 * 98))
+        .as_vec();
+    Ok((model, pixels))
+}
+
+/// What the other side needs to build the same: task, width, heads, hidden width, blocks, batch, tokens.
+fn vit_task(name: &str, model: &VitClassifier, blocks: usize, batch: usize) -> String {
+    let c = model.config();
+    let (d, heads, hidden) = (c.hidden_size, c.num_attention_heads, c.intermediate_size);
+    let tokens = model.tokens((98, 98));
+    format!("{name} {d} {heads} {hidden} {blocks} {batch} {tokens}")
+}
+
+/// A training step of the last four blocks of a ViT-S, norm and head, from features of the frozen ones, on request.
+pub(crate) fn vit() -> Result<(String, impl FnMut()), Box<dyn Error>> {
+    let batch = 48;
+    let (mut model, pixels) = vit_parts(batch)?;
+    let rows = model.features(&pixels, (98, 98), BLOCKS[1])?;
+    let classes = tokens(batch, 7);
+    let mut optimizer = AdamW::new(AdamWConfig::default())?;
+    let task = vit_task("vit", &model, BLOCKS[0] - BLOCKS[1], batch);
+    let step = move || {
+        let features = ImageBatch::Features {
+            rows: &rows,
+            tokens: model.tokens((98, 98)),
+            blocks: BLOCKS[1],
+        };
+        let mut pass = model
+            .train_pass(features, &classes, None)
+            .expect("valid input");
+        let mut trainable = model.trainable(BLOCKS[1]).expect("there are more blocks");
+        optimizer
+            .step(&mut trainable, &mut pass.gradients, 3e-5)
+            .expect("finite gradients");
+    };
+    Ok((task, step))
+}
+
+/// The frozen blocks on 32 images, on request.
+pub(crate) fn trunk() -> Result<(String, impl FnMut()), Box<dyn Error>> {
+    let batch = 32;
+    let (model, pixels) = vit_parts(batch)?;
+    let task = vit_task("trunk", &model, BLOCKS[1], batch);
+    let forward = move || {
+        let rows = model.features(&pixels, (98, 98), BLOCKS[1]);
+        assert!(rows.expect("valid input").len() == batch * 50 * 384);
+    };
+    Ok((task, forward))
 }
 
 pub(crate) fn run(
