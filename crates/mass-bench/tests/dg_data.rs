@@ -427,3 +427,67 @@ fn batches_come_in_order_and_an_early_end_stops_their_maker() {
     });
     assert!(waited > std::time::Duration::ZERO);
 }
+
+#[test]
+fn features_are_kept_until_trunk_or_images_change_and_checked_when_read() {
+    use mass_bench::dg::features::Features;
+    use mass_model::Parameters;
+    use mass_model::vit::{VitClassifier, VitConfig};
+    let dir = tempfile::tempdir().unwrap();
+    let config = VitConfig {
+        hidden_size: 16,
+        num_hidden_layers: 3,
+        num_attention_heads: 2,
+        intermediate_size: 32,
+        image_size: 8,
+        patch_size: 4,
+        initializer_range: 0.2,
+        ..VitConfig::default()
+    };
+    let mut rng = stream(1, Purpose::Weights, 0);
+    let mut model = VitClassifier::new(&config, 4, &mut rng).unwrap();
+    let images = sample::images(8, 3);
+    let features = |model: &VitClassifier, images: &DomainImages| {
+        let computed = Features::compute(model, images, 2, Some(dir.path()), &mut |_| true);
+        computed.unwrap().unwrap()
+    };
+    let first = features(&model, &images);
+    assert!(!first.from_cache);
+    assert_eq!((first.tokens, first.dim, first.blocks), (5, 16, 2));
+    // As the model makes them of the images alone.
+    let pixels = mass_bench::dg::features::pixels(&images, &[7, 2]);
+    let direct = model.features(&pixels, (8, 8), 2).unwrap();
+    let kept = first.rows(&[7, 2]);
+    assert!(kept.iter().zip(&direct).all(|(a, b)| (a - b).abs() < 1e-5));
+    let second = features(&model, &images);
+    assert!(second.from_cache && second.rows(&[7, 2]) == kept);
+
+    let file = fs::read_dir(dir.path()).unwrap().next().unwrap();
+    let file = file.unwrap().path();
+    let whole = fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 4;
+    for damaged in [flipped, whole[..whole.len() / 2].to_vec(), Vec::new()] {
+        fs::write(&file, damaged).unwrap();
+        let again = features(&model, &images);
+        assert!(!again.from_cache && again.rows(&[7, 2]) == kept);
+        assert!(features(&model, &images).from_cache);
+    }
+    // Told to stop, nothing is kept; other images and another trunk have features of their own, a later block's change has not.
+    assert!(!features(&model, &sample::images(8, 2)).from_cache);
+    let change = |model: &mut VitClassifier, block: &str| {
+        model.visit_mut("", &mut |name, p| {
+            if name.starts_with(block) {
+                p.values_mut().iter_mut().for_each(|x| *x += 0.01);
+            }
+        });
+    };
+    change(&mut model, "blocks.2.");
+    assert!(features(&model, &images).from_cache);
+    change(&mut model, "blocks.1.");
+    assert!(!features(&model, &images).from_cache);
+    fs::remove_dir_all(dir.path()).unwrap();
+    let stopped = Features::compute(&model, &images, 2, Some(dir.path()), &mut |_| false);
+    assert!(stopped.unwrap().is_none() && !dir.path().exists());
+}

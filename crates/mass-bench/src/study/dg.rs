@@ -82,6 +82,9 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for only_adds in ["seeds", "targets", "sets"] {
         settings.as_object_mut().map(|s| s.remove(only_adds));
     }
+    if let Some(dir) = plan.directory() {
+        settings["model"] = super::model_settings(dir);
+    }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
 

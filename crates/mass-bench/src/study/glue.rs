@@ -58,6 +58,9 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for only_adds in ["seeds", "tasks"] {
         settings.as_object_mut().map(|s| s.remove(only_adds));
     }
+    if let Pretrained::Directory(dir) = &plan.pretrained {
+        settings["pretrained"] = super::model_settings(dir);
+    }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
 

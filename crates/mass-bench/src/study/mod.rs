@@ -9,6 +9,10 @@ pub mod dg;
 pub mod glue;
 pub mod synthetic;
 
+use std::path::Path;
+
+use serde_json::{Value, json};
+
 use crate::{
     BenchError,
     cli::{ReproduceArgs, RunContext},
@@ -78,4 +82,13 @@ pub fn unknown_study(name: &str) -> BenchError {
         "unknown study `{name}`; there are: {}",
         names.join(", ")
     ))
+}
+
+/// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.
+fn model_settings(dir: &Path) -> Value {
+    let weights = std::fs::metadata(dir.join("model.safetensors"));
+    json!({
+        "directory": dir.file_name().unwrap_or_default().to_string_lossy(),
+        "bytes": weights.map(|m| m.len()).ok(),
+    })
 }

@@ -235,6 +235,14 @@ impl Plan {
         Ok(())
     }
 
+    /// Where the model's files are, if it has any.
+    pub(super) fn directory(&self) -> Option<&Path> {
+        match &self.model {
+            Model::Drawn(_) => None,
+            Model::Directory(dir) => Some(dir),
+        }
+    }
+
     /// Every run, in the order in which results list them. Sets are listed, not read.
     pub(super) fn runs(&self, args: &ReproduceArgs) -> Result<Vec<Planned>, BenchError> {
         let only = args.task.as_deref().and_then(|task| parts(task).1);
