@@ -7,6 +7,7 @@
 
 pub mod dg;
 pub mod glue;
+mod mass;
 pub mod synthetic;
 
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! The methods that are compared, and the model each begins with.
 
-use mass_cpd::{AnyDetectorParams, Reference};
-use mass_expand::{AlignmentThreshold, StopRule, Trigger};
+use mass_cpd::AnyDetectorParams;
+use mass_expand::{AlignmentThreshold, StopRule};
 use mass_model::ModelError;
 use mass_model::growth::GrowerConfig;
 use mass_model::nn::{GateConfig, MoeConfig};
@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::Variant;
+use crate::study::mass::MassSetting;
 use crate::variants;
 
 /// The blocks that GMoE replaces, of the 12 of DeiT-S, counted from zero as in its released code.
@@ -35,89 +36,36 @@ pub(super) enum Method {
     Mass(MassSetting),
 }
 
-/// One way to run MASS.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct MassSetting {
-    pub(super) variant: Variant,
-    pub(super) p: f32,
-    /// Part of the run in which splits may happen, in percent; `None` for the variant's own.
-    pub(super) live_percent: Option<u64>,
-    pub(super) experts: usize,
-    pub(super) experts_max: usize,
-    /// Thresholds that a run too short to learn anything still passes: a check that splits are wired up.
-    pub(super) loose: bool,
-}
-
-impl MassSetting {
-    pub(super) fn name(&self) -> String {
-        match self.live_percent {
-            Some(percent) => format!("p {}, live {percent} %", self.p),
-            None => format!("p {}, own timing", self.p),
-        }
+/// MASS's rules for a run of so many steps in `layers` mixtures, with the paper's settings for vision:
+/// `T_warm = max(100, 5 %)`, `w = max(200, 9 %)`, threshold `delta`.
+///
+/// Warm-up and window of a run of a few hundred steps would outlast it: there they are at most a tenth and a fifth of it.
+pub(super) fn growth(
+    setting: &MassSetting,
+    layers: usize,
+    steps: u64,
+    delta: f64,
+    seed: u64,
+) -> GrowerConfig {
+    let mut config = setting.rules(layers, steps, seed);
+    let controller = &mut config.controller;
+    controller.alignment = AlignmentThreshold::Absolute(delta);
+    if let StopRule::Patience {
+        checks_after_expansions,
+        ..
+    } = &mut controller.stop
+    {
+        *checks_after_expansions = 0;
     }
-
-    /// The rules for a run of so many steps in `layers` mixtures, with the paper's settings for vision: `T_warm = max(100, 5 %)`,
-    /// `w = max(200, 9 %)`, threshold `delta`.
-    ///
-    /// Warm-up and window of a run of a few hundred steps would outlast it: there they are at most a tenth and a fifth of it.
-    pub(super) fn growth(&self, layers: usize, steps: u64, delta: f64, seed: u64) -> GrowerConfig {
-        let mut config =
-            variants::growth(self.variant, layers, self.experts, self.experts_max, steps);
-        let controller = &mut config.controller;
-        controller.seed = seed;
-        controller.alignment = AlignmentThreshold::Absolute(delta);
-        if let StopRule::Patience {
-            checks_after_expansions,
-            ..
-        } = &mut controller.stop
-        {
-            *checks_after_expansions = 0;
-        }
-        if let Some(AnyDetectorParams::WindowedZ(z)) = &mut controller.watch.expert {
-            let part = |percent: u64, at_least: u64, share: u64| {
-                let wanted = (steps * percent / 100).max(at_least);
-                wanted.min(steps / share).max(10) as usize
-            };
-            (z.warmup, z.window) = (part(5, 100, 10), part(9, 200, 5));
-        }
-        if let Some(percent) = self.live_percent {
-            variants::live_for(&mut config, steps, percent);
-        }
-        let watch = &mut config.controller.watch;
-        for detector in [&mut watch.expert, &mut watch.layer, &mut watch.loss] {
-            if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
-                cusum.horizon = config.controller.phase.live_until;
-                // Estimated on fewer than 64 steps a level is no longer what it says.
-                if let Reference::Lagged { window, gap } = &mut cusum.reference {
-                    *window = (*window).min((steps / 10) as usize).max(64);
-                    *gap = (*gap).min(*window / 8);
-                    cusum.warmup = cusum.warmup.min(*window);
-                }
-            }
-        }
-        if self.loose {
-            self.loosen(&mut config, steps);
-        }
-        config
+    if let Some(AnyDetectorParams::WindowedZ(z)) = &mut controller.watch.expert {
+        let part = |percent: u64, at_least: u64, share: u64| {
+            let wanted = (steps * percent / 100).max(at_least);
+            wanted.min(steps / share).max(10) as usize
+        };
+        (z.warmup, z.window) = (part(5, 100, 10), part(9, 200, 5));
     }
-
-    fn loosen(&self, config: &mut GrowerConfig, steps: u64) {
-        let controller = &mut config.controller;
-        controller.alignment = AlignmentThreshold::Absolute(1.0);
-        if let Some(AnyDetectorParams::WindowedZ(z)) = &mut controller.watch.expert {
-            (z.alpha, z.warmup, z.window) = (0.5, 10, 10);
-        }
-        if self.variant == Variant::Ours {
-            let every = (steps / 5).max(1);
-            controller.trigger = Trigger::Schedule {
-                first: every,
-                every,
-            };
-            if let StopRule::HeldOut { wait, .. } = &mut controller.stop {
-                *wait = 3;
-            }
-        }
-    }
+    setting.fit(&mut config, steps);
+    config
 }
 
 impl Method {

@@ -9,7 +9,7 @@ use mass_model::vit::{VitClassifier, VitConfig};
 use serde::Serialize;
 
 use super::data::Set;
-use super::method::{MassSetting, Method};
+use super::method::Method;
 use super::trainer::TrainerConfig;
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
@@ -20,6 +20,7 @@ use crate::dg::reported::SETS;
 use crate::dg::sample;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
+use crate::study::mass::MassSetting;
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "vit-s14";

@@ -1,8 +1,9 @@
 use mass_cpd::AnyDetectorParams;
 use mass_expand::AlignmentThreshold;
 
-use super::method::{MassSetting, mixture_blocks};
+use super::method::{growth, mixture_blocks};
 use crate::cli::Variant;
+use crate::study::mass::MassSetting;
 
 fn setting(variant: Variant) -> MassSetting {
     MassSetting {
@@ -26,7 +27,7 @@ fn mixtures_are_where_gmoe_has_them_and_scale_with_the_depth() {
 fn rules_are_those_of_vision_and_short_runs_shorten_them() {
     for variant in [Variant::Paper, Variant::Reference] {
         for (steps, warmup, window) in [(5000, 250, 450), (2000, 100, 200), (200, 20, 40)] {
-            let rules = setting(variant).growth(2, steps, 0.002, 0).controller;
+            let rules = growth(&setting(variant), 2, steps, 0.002, 0).controller;
             let Some(AnyDetectorParams::WindowedZ(z)) = rules.watch.expert else {
                 panic!("{:?}", rules.watch.expert);
             };
@@ -38,7 +39,7 @@ fn rules_are_those_of_vision_and_short_runs_shorten_them() {
     }
     for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
         for steps in [80, 200, 5000] {
-            let rules = setting(variant).growth(2, steps, 0.002, 0);
+            let rules = growth(&setting(variant), 2, steps, 0.002, 0);
             rules.controller.check().unwrap();
         }
     }

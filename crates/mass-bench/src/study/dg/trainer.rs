@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::data::{Input, Set};
 use super::layerwise::LayerwiseDynMoe;
-use super::method::Method;
+use super::method::{Method, growth};
 use super::patches::{self, PatchRouting};
 use super::score::{Score, evaluate};
 use crate::BenchError;
@@ -133,7 +133,7 @@ impl<'a> Trainer<'a> {
         let (mut grower, mut dynmoe) = (None, None);
         match &config.method {
             Method::Mass(m) => {
-                let rules = m.growth(layers, config.steps, set.delta, config.seed);
+                let rules = growth(m, layers, config.steps, set.delta, config.seed);
                 grower = Some(Grower::new(rules).map_err(made)?);
             }
             Method::DynMoe { experts_max, .. } => {

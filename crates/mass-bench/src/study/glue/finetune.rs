@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::data::{Examples, Labelled, TaskData};
-use super::method::{Method, Pretrained};
+use super::method::{Method, Pretrained, growth};
 use super::score::{self, DevScore};
 use crate::BenchError;
 use crate::dynmoe::{DynMoe, DynMoeConfig};
@@ -138,7 +138,7 @@ impl<'a> FineTuner<'a> {
         let (mut grower, mut dynmoe) = (None, None);
         match &config.method {
             Method::Mass(m) => {
-                grower = Some(Grower::new(m.growth(steps, config.seed)).map_err(made)?);
+                grower = Some(Grower::new(growth(m, steps, config.seed)).map_err(made)?);
             }
             Method::DynMoe { experts_max, .. } => {
                 let rules = DynMoeConfig::language(steps_per_epoch, *experts_max);

@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use mass_cpd::{AnyDetectorParams, Reference};
-use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::ModelError;
 use mass_model::bert::{BertClassifier, BertConfig};
 use mass_model::growth::GrowerConfig;
@@ -14,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Variant;
 use crate::glue::task::Task;
+use crate::study::mass::MassSetting;
 use crate::variants;
 
 /// How the feed-forward network of one layer is replaced.
@@ -31,63 +30,11 @@ pub(super) enum Method {
     Mass(MassSetting),
 }
 
-/// One way to run MASS.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct MassSetting {
-    pub(super) variant: Variant,
-    pub(super) p: f32,
-    /// Part of the run in which splits may happen, in percent; `None` for the variant's own.
-    pub(super) live_percent: Option<u64>,
-    pub(super) experts: usize,
-    pub(super) experts_max: usize,
-    /// Thresholds that a run too short to learn anything still passes: a check that splits are wired up.
-    pub(super) loose: bool,
-}
-
-impl MassSetting {
-    pub(super) fn name(&self) -> String {
-        match self.live_percent {
-            Some(percent) => format!("p {}, live {percent} %", self.p),
-            None => format!("p {}, own timing", self.p),
-        }
-    }
-
-    /// The rules for a run of so many steps.
-    ///
-    /// A lagged reference of 128 steps would outlast the phase of the smallest tasks, so it is at most a tenth of the run,
-    /// but never under 64 steps: estimated on fewer, a level is no longer what it says.
-    pub(super) fn growth(&self, steps: u64, seed: u64) -> GrowerConfig {
-        let mut config = variants::growth(self.variant, 1, self.experts, self.experts_max, steps);
-        config.controller.seed = seed;
-        if let Some(percent) = self.live_percent {
-            variants::live_for(&mut config, steps, percent);
-        }
-        let watch = &mut config.controller.watch;
-        for detector in [&mut watch.expert, &mut watch.layer, &mut watch.loss] {
-            if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
-                cusum.horizon = config.controller.phase.live_until;
-                if let Reference::Lagged { window, gap } = &mut cusum.reference {
-                    *window = (*window).min((steps / 10) as usize).max(64);
-                    *gap = (*gap).min(*window / 8);
-                    cusum.warmup = cusum.warmup.min(*window);
-                }
-            }
-        }
-        if self.loose {
-            config.controller.alignment = AlignmentThreshold::Absolute(1.0);
-            if let Some(AnyDetectorParams::WindowedZ(z)) = &mut config.controller.watch.expert {
-                (z.alpha, z.warmup, z.window) = (0.5, 10, 10);
-            }
-            if self.variant == Variant::Ours {
-                let (first, every) = (steps / 5, (steps / 5).max(1));
-                config.controller.trigger = Trigger::Schedule { first, every };
-                if let StopRule::HeldOut { wait, .. } = &mut config.controller.stop {
-                    *wait = 3;
-                }
-            }
-        }
-        config
-    }
+/// MASS's rules for a run of so many steps.
+pub(super) fn growth(setting: &MassSetting, steps: u64, seed: u64) -> GrowerConfig {
+    let mut config = setting.rules(1, steps, seed);
+    setting.fit(&mut config, steps);
+    config
 }
 
 impl Method {

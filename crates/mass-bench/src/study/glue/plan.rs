@@ -8,12 +8,13 @@ use mass_model::optim::AdamWConfig;
 use serde::Serialize;
 
 use super::finetune::FineTuneConfig;
-use super::method::{MassSetting, Method, Pretrained, authors_layer};
+use super::method::{Method, Pretrained, authors_layer};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::report::Run;
+use crate::study::mass::MassSetting;
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "minilm-l6";

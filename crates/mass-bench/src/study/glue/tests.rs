@@ -6,11 +6,12 @@ use mass_model::optim::AdamWConfig;
 
 use super::data::TaskData;
 use super::finetune::{FineTuneConfig, FineTuner};
-use super::method::{MassSetting, Method, Pretrained};
+use super::method::{Method, Pretrained};
 use crate::cli::Variant;
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
+use crate::study::mass::MassSetting;
 
 fn data(task: Task) -> TaskData {
     let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 16).unwrap();

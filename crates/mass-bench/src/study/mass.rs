@@ -1,0 +1,82 @@
+//! How the studies that fine-tune a pretrained model set MASS.
+
+use mass_cpd::{AnyDetectorParams, Reference};
+use mass_expand::{AlignmentThreshold, StopRule, Trigger};
+use mass_model::growth::GrowerConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::Variant;
+use crate::variants;
+
+/// One way to run MASS.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct MassSetting {
+    pub(super) variant: Variant,
+    pub(super) p: f32,
+    /// Part of the run in which splits may happen, in percent; `None` for the variant's own.
+    pub(super) live_percent: Option<u64>,
+    pub(super) experts: usize,
+    pub(super) experts_max: usize,
+    /// Thresholds that a run too short to learn anything still passes: a check that splits are wired up.
+    pub(super) loose: bool,
+}
+
+impl MassSetting {
+    /// What tells its runs apart.
+    pub(super) fn name(&self) -> String {
+        match self.live_percent {
+            Some(percent) => format!("p {}, live {percent} %", self.p),
+            None => format!("p {}, own timing", self.p),
+        }
+    }
+
+    /// The variant's rules for `layers` mixtures in a run of so many steps, before [`fit`](Self::fit).
+    pub(super) fn rules(&self, layers: usize, steps: u64, seed: u64) -> GrowerConfig {
+        let (experts, most) = (self.experts, self.experts_max);
+        let mut config = variants::growth(self.variant, layers, experts, most, steps);
+        config.controller.seed = seed;
+        config
+    }
+
+    /// Fits rules to the length of the run.
+    ///
+    /// A lagged reference of 128 steps would outlast the phase of the shortest runs, so it is at most a tenth of the run,
+    /// but never under 64 steps: estimated on fewer, a level is no longer what it says.
+    pub(super) fn fit(&self, config: &mut GrowerConfig, steps: u64) {
+        if let Some(percent) = self.live_percent {
+            variants::live_for(config, steps, percent);
+        }
+        let watch = &mut config.controller.watch;
+        for detector in [&mut watch.expert, &mut watch.layer, &mut watch.loss] {
+            if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
+                cusum.horizon = config.controller.phase.live_until;
+                if let Reference::Lagged { window, gap } = &mut cusum.reference {
+                    *window = (*window).min((steps / 10) as usize).max(64);
+                    *gap = (*gap).min(*window / 8);
+                    cusum.warmup = cusum.warmup.min(*window);
+                }
+            }
+        }
+        if self.loose {
+            self.loosen(config, steps);
+        }
+    }
+
+    fn loosen(&self, config: &mut GrowerConfig, steps: u64) {
+        let controller = &mut config.controller;
+        controller.alignment = AlignmentThreshold::Absolute(1.0);
+        if let Some(AnyDetectorParams::WindowedZ(z)) = &mut controller.watch.expert {
+            (z.alpha, z.warmup, z.window) = (0.5, 10, 10);
+        }
+        if self.variant == Variant::Ours {
+            let every = (steps / 5).max(1);
+            controller.trigger = Trigger::Schedule {
+                first: every,
+                every,
+            };
+            if let StopRule::HeldOut { wait, .. } = &mut controller.stop {
+                *wait = 3;
+            }
+        }
+    }
+}
