@@ -61,10 +61,9 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     if dir.exists() {
         return Err(input(&dir, "is there already; remove it to get it again"));
     }
+    // The cache wants paths of one kind. It makes its folders itself, with the first file.
     let partial = models.join(PARTIAL).join(name);
-    fs::create_dir_all(&partial).map_err(|e| input(&partial, e))?;
-    // The cache asserts that its own paths are of one kind.
-    let partial = partial.canonicalize().map_err(|e| input(&partial, e))?;
+    let partial = std::path::absolute(&partial).map_err(|e| input(&partial, e))?;
 
     let failed = |doing: &str| {
         let doing = format!("{doing} {repository}");
