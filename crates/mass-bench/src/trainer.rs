@@ -251,13 +251,31 @@ fn answer(
     batch: &TokenBatch,
     probe: &TokenBatch,
 ) -> Result<Answer, mass_model::ModelError> {
-    let both = |batch: &TokenBatch, layer, expert| -> Result<_, mass_model::ModelError> {
+    let both = |batch: &TokenBatch, masked| -> Result<_, mass_model::ModelError> {
         let score = |masked| model.score(&batch.inputs, &batch.targets, batch.length, masked);
-        Ok((score(Some(Masked { layer, expert }))?.0, score(None)?.0))
+        Ok((score(Some(masked))?.0, score(None)?.0))
     };
+    answer_with(
+        request,
+        |masked| both(batch, masked),
+        |masked| {
+            let (masked, full) = both(probe, masked)?;
+            let by_sequence = |nll: &[f32]| nll.chunks(probe.length).map(mean).collect::<Vec<_>>();
+            Ok((by_sequence(&masked), by_sequence(&full)))
+        },
+    )
+}
+
+/// Answers a question of the expansion engine from losses with the expert masked and without: of the rows of the step's batch,
+/// or of the units of the probe.
+pub(crate) fn answer_with(
+    request: Request,
+    of_batch: impl FnOnce(Masked) -> Result<(Vec<f32>, Vec<f32>), mass_model::ModelError>,
+    of_probe: impl FnOnce(Masked) -> Result<(Vec<f64>, Vec<f64>), mass_model::ModelError>,
+) -> Result<Answer, mass_model::ModelError> {
     match request {
         Request::MaskedLoss { layer, expert } => {
-            let (masked, full) = both(batch, layer, expert)?;
+            let (masked, full) = of_batch(Masked { layer, expert })?;
             Ok(Answer::MaskedLoss {
                 layer,
                 expert,
@@ -266,14 +284,8 @@ fn answer(
             })
         }
         Request::ProbeLoss { layer, expert } => {
-            let (masked, full) = both(probe, layer, expert)?;
-            let by_sequence = |nll: &[f32]| nll.chunks(probe.length).map(mean).collect::<Vec<_>>();
-            Ok(Answer::probe(
-                layer,
-                expert,
-                &by_sequence(&masked),
-                &by_sequence(&full),
-            )?)
+            let (masked, full) = of_probe(Masked { layer, expert })?;
+            Ok(Answer::probe(layer, expert, &masked, &full)?)
         }
         Request::Alignment { .. } => unreachable!("the grower answers this from the gradients"),
     }

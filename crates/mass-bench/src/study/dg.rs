@@ -133,19 +133,9 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
             let name = folder.file_name().unwrap_or_default();
             patches::write(&layers, set, &store.dir().join("patches").join(name))?;
         }
-        for line in trainer.metrics() {
-            store.metric(line)?;
-        }
-        for event in trainer.events() {
-            store.event(&key, event)?;
-        }
         ctx.progress.note(&describe(&run));
-        store.push(run)?;
-        // Of a finished run nothing goes on: its checkpoint would only fill the disk.
-        if folder.is_dir() {
-            std::fs::remove_dir_all(&folder)
-                .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
-        }
+        let lines = (trainer.metrics(), trainer.events());
+        super::keep(&mut store, run, lines, &folder)?;
     }
     Ok(store.into_results())
 }

@@ -89,19 +89,9 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
         // A run that stopped early counts in full.
         done += steps;
         let run = finished(planned, &tuner);
-        for line in tuner.metrics() {
-            store.metric(line)?;
-        }
-        for event in tuner.events() {
-            store.event(&key, event)?;
-        }
         ctx.progress.note(&describe(&run));
-        store.push(run)?;
-        // Of a finished run nothing goes on: its checkpoint would only fill the disk.
-        if folder.is_dir() {
-            std::fs::remove_dir_all(&folder)
-                .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
-        }
+        let lines = (tuner.metrics(), tuner.events());
+        super::keep(&mut store, run, lines, &folder)?;
     }
     Ok(store.into_results())
 }

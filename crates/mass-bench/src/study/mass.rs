@@ -5,7 +5,8 @@ use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::growth::GrowerConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::Variant;
+use crate::cli::{ReproduceArgs, Variant};
+use crate::report::Run;
 use crate::variants;
 
 /// One way to run MASS.
@@ -22,8 +23,15 @@ pub(super) struct MassSetting {
 }
 
 impl MassSetting {
-    /// What tells its runs apart.
-    pub(super) fn name(&self) -> String {
+    /// Writes into a run what tells it apart.
+    pub(super) fn describe(&self, run: &mut Run) {
+        run.method = "mass".into();
+        run.variant = Some(self.variant.to_string());
+        run.setting = Some(self.name());
+        run.experts_init = Some(self.experts);
+    }
+
+    fn name(&self) -> String {
         match self.live_percent {
             Some(percent) => format!("p {}, live {percent} %", self.p),
             None => format!("p {}, own timing", self.p),
@@ -79,4 +87,14 @@ impl MassSetting {
             }
         }
     }
+}
+
+/// Whether a run is among those that `--methods` and `--variant` ask for; a variant is MASS's alone.
+pub(super) fn wanted(run: &Run, args: &ReproduceArgs) -> bool {
+    let by_name = args
+        .methods
+        .as_ref()
+        .is_none_or(|m| m.contains(&run.method));
+    let asked = args.variant.map(|v| v.to_string());
+    by_name && (asked.is_none() || run.variant.is_none() || run.variant == asked)
 }

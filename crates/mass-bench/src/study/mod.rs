@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::{
     BenchError,
     cli::{ReproduceArgs, RunContext},
-    report::Results,
+    report::{MetricLine, ResultStore, Results, Run},
 };
 
 /// A study that can be run.
@@ -83,6 +83,28 @@ pub fn unknown_study(name: &str) -> BenchError {
         "unknown study `{name}`; there are: {}",
         names.join(", ")
     ))
+}
+
+/// Writes what a finished run leaves, and removes its checkpoint: nothing goes on from it, it would only fill the disk.
+fn keep(
+    store: &mut ResultStore,
+    run: Run,
+    (metrics, events): (&[MetricLine], &[Value]),
+    checkpoint: &Path,
+) -> Result<(), BenchError> {
+    let key = run.key().to_string();
+    for line in metrics {
+        store.metric(line)?;
+    }
+    for event in events {
+        store.event(&key, event)?;
+    }
+    store.push(run)?;
+    if checkpoint.is_dir() {
+        std::fs::remove_dir_all(checkpoint)
+            .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
+    }
+    Ok(())
 }
 
 /// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.

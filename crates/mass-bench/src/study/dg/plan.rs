@@ -20,7 +20,7 @@ use crate::dg::reported::SETS;
 use crate::dg::sample;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
-use crate::study::mass::MassSetting;
+use crate::study::mass::{MassSetting, wanted};
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "vit-s14";
@@ -266,7 +266,7 @@ impl Plan {
                 )));
             }
             for target in targets {
-                for method in self.methods.iter().filter(|m| wanted(m, args)) {
+                for method in self.methods.iter().filter(|m| wanted(&named(m, 0), args)) {
                     for seed in 0..args.seeds.unwrap_or(self.seeds) as u64 {
                         let mut run = named(method, seed);
                         run.task = Some(format!("{set}/{}", domains[target]));
@@ -393,16 +393,6 @@ fn tiny() -> VitConfig {
     }
 }
 
-fn wanted(method: &Method, args: &ReproduceArgs) -> bool {
-    let name = named(method, 0).method;
-    let by_name = args.methods.as_ref().is_none_or(|m| m.contains(&name));
-    let by_variant = match method {
-        Method::Mass(m) => args.variant.is_none_or(|v| v == m.variant),
-        _ => true,
-    };
-    by_name && by_variant
-}
-
 /// A run of a method with what tells it apart.
 fn named(method: &Method, seed: u64) -> Run {
     let mut run = Run::new("erm", seed);
@@ -416,12 +406,7 @@ fn named(method: &Method, seed: u64) -> Run {
             run.method = "dynmoe".into();
             run.experts_init = Some(*experts);
         }
-        Method::Mass(m) => {
-            run.method = "mass".into();
-            run.variant = Some(m.variant.to_string());
-            run.setting = Some(m.name());
-            run.experts_init = Some(m.experts);
-        }
+        Method::Mass(m) => m.describe(&mut run),
     }
     run
 }

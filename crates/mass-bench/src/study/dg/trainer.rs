@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use mass_expand::{Answer, Request};
 use mass_model::growth::{Grower, Mixtures};
-use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
 use mass_model::vit::VitClassifier;
@@ -24,7 +23,7 @@ use crate::dg::split::Split;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
 use crate::run_checkpoint;
-use crate::trainer::mean;
+use crate::trainer::answer_with;
 
 /// Batches made ahead.
 const AHEAD: usize = 2;
@@ -400,32 +399,24 @@ fn answer(
     input: &Input,
     probe: &[usize],
 ) -> Result<Answer, ModelError> {
-    let both = |input: &Input, layer, expert| -> Result<_, ModelError> {
+    let both = |input: &Input, masked| -> Result<_, ModelError> {
         let losses = |masked| model.losses(set.batch(input), &input.classes, masked);
-        Ok((losses(Some(Masked { layer, expert }))?, losses(None)?))
+        Ok((losses(Some(masked))?, losses(None)?))
     };
-    match request {
-        Request::MaskedLoss { layer, expert } => {
-            let (masked, full) = both(input, layer, expert)?;
-            Ok(Answer::MaskedLoss {
-                layer,
-                expert,
-                masked: mean(&masked),
-                full: mean(&full),
-            })
-        }
-        Request::ProbeLoss { layer, expert } => {
+    answer_with(
+        request,
+        |masked| both(input, masked),
+        |mask| {
             let (mut masked, mut full) = (Vec::new(), Vec::new());
             for part in probe.chunks(input.classes.len().max(1)) {
                 let input = set
                     .plain(part)
                     .map_err(|e| ModelError::Config(e.to_string()))?;
-                let (m, f) = both(&input, layer, expert)?;
+                let (m, f) = both(&input, mask)?;
                 masked.extend(m.into_iter().map(f64::from));
                 full.extend(f.into_iter().map(f64::from));
             }
-            Ok(Answer::probe(layer, expert, &masked, &full)?)
-        }
-        Request::Alignment { .. } => unreachable!("the grower answers this from the gradients"),
-    }
+            Ok((masked, full))
+        },
+    )
 }

@@ -6,7 +6,6 @@ use std::time::Instant;
 use mass_expand::{Answer, Request};
 use mass_model::bert::{BertClassifier, TextBatch};
 use mass_model::growth::{Grower, Mixtures};
-use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{DropoutKeys, ModelError};
@@ -22,7 +21,7 @@ use crate::glue::batch::epoch_batches;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
 use crate::run_checkpoint;
-use crate::trainer::mean;
+use crate::trainer::answer_with;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -390,31 +389,23 @@ fn answer(
     probe: &Examples,
     size: usize,
 ) -> Result<Answer, ModelError> {
-    let both = |batch: &TextBatch, labels: &Labelled, layer, expert| -> Result<_, ModelError> {
+    let both = |batch: &TextBatch, labels: &Labelled, masked| -> Result<_, ModelError> {
         let losses = |masked| model.losses(batch, labels.targets(), masked);
-        Ok((losses(Some(Masked { layer, expert }))?, losses(None)?))
+        Ok((losses(Some(masked))?, losses(None)?))
     };
-    match request {
-        Request::MaskedLoss { layer, expert } => {
-            let (masked, full) = both(batch, labels, layer, expert)?;
-            Ok(Answer::MaskedLoss {
-                layer,
-                expert,
-                masked: mean(&masked),
-                full: mean(&full),
-            })
-        }
-        Request::ProbeLoss { layer, expert } => {
+    answer_with(
+        request,
+        |masked| both(batch, labels, masked),
+        |mask| {
             let (mut masked, mut full) = (Vec::new(), Vec::new());
             let all: Vec<usize> = (0..probe.len()).collect();
             for which in all.chunks(size) {
                 let (batch, labels) = probe.batch(which);
-                let (m, f) = both(&batch, &labels, layer, expert)?;
+                let (m, f) = both(&batch, &labels, mask)?;
                 masked.extend(m.into_iter().map(f64::from));
                 full.extend(f.into_iter().map(f64::from));
             }
-            Ok(Answer::probe(layer, expert, &masked, &full)?)
-        }
-        Request::Alignment { .. } => unreachable!("the grower answers this from the gradients"),
-    }
+            Ok((masked, full))
+        },
+    )
 }

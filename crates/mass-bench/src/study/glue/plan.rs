@@ -14,7 +14,7 @@ use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::report::Run;
-use crate::study::mass::MassSetting;
+use crate::study::mass::{MassSetting, wanted};
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "minilm-l6";
@@ -171,7 +171,7 @@ impl Plan {
     pub(super) fn runs(&self, args: &ReproduceArgs) -> Vec<Planned> {
         let mut runs = Vec::new();
         for &(task, epochs) in &self.tasks {
-            for method in self.methods.iter().filter(|m| wanted(m, args)) {
+            for method in self.methods.iter().filter(|m| wanted(&named(m, 0), args)) {
                 for seed in 0..args.seeds.unwrap_or(self.seeds) as u64 {
                     let mut run = named(method, seed);
                     run.task = Some(task.to_string());
@@ -238,16 +238,6 @@ fn paper_epochs(task: Task) -> u64 {
     }
 }
 
-fn wanted(method: &Method, args: &ReproduceArgs) -> bool {
-    let name = named(method, 0).method;
-    let by_name = args.methods.as_ref().is_none_or(|m| m.contains(&name));
-    let by_variant = match method {
-        Method::Mass(m) => args.variant.is_none_or(|v| v == m.variant),
-        _ => true,
-    };
-    by_name && by_variant
-}
-
 /// A run of a method with what tells it apart.
 fn named(method: &Method, seed: u64) -> Run {
     let mut run = Run::new("dense", seed);
@@ -261,12 +251,7 @@ fn named(method: &Method, seed: u64) -> Run {
             run.method = "dynmoe".into();
             run.experts_init = Some(*experts);
         }
-        Method::Mass(m) => {
-            run.method = "mass".into();
-            run.variant = Some(m.variant.to_string());
-            run.setting = Some(m.name());
-            run.experts_init = Some(m.experts);
-        }
+        Method::Mass(m) => m.describe(&mut run),
     }
     run
 }
