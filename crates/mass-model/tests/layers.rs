@@ -264,8 +264,8 @@ fn routing_losses_reach_the_gate() {
 }
 
 #[test]
-fn the_load_losss_gradient_agrees_with_central_differences_of_the_loss() {
-    use mass_routing::Router;
+fn gradients_of_losses_behind_noise_agree_with_central_differences() {
+    use mass_routing::{Router, losses};
     let (n, d, experts, std) = (40, 6, 4, 0.4);
     let router = RouterConfig::Noisy {
         std,
@@ -287,10 +287,7 @@ fn the_load_losss_gradient_agrees_with_central_differences_of_the_loss() {
         rows.flat_map(|row| row.gradient(&mut g).unwrap().clone())
             .collect::<Vec<_>>()
     };
-    let with = gradients(vec![RoutingLoss::Load { weight: 1.0 }]);
-    let without = gradients(vec![]);
-
-    // The loss itself, as a function of the gate's rows under the same noise.
+    // The losses themselves, as functions of the gate's rows under the same noise.
     let layer = MoeLayer::new(&make(vec![]), &mut seeded_rng(3)).unwrap();
     let w: Vec<f32> = layer
         .experts()
@@ -298,18 +295,21 @@ fn the_load_losss_gradient_agrees_with_central_differences_of_the_loss() {
         .flat_map(|e| e.gate.values().to_vec())
         .collect();
     let input = ndarray::Array2::from_shape_vec((n, d), x.as_vec()).unwrap();
-    let loss = |w: &[f32]| {
+    let logits_of = |w: &[f32]| {
         let rows = ndarray::ArrayView2::from_shape((experts, d), w).unwrap();
-        let logits = input.dot(&rows.t());
+        input.dot(&rows.t())
+    };
+    let zeros = || ndarray::Array2::<f32>::zeros((n, experts));
+    let load = |w: &[f32]| {
+        let logits = logits_of(w);
         let mut router = router.build().unwrap();
         let mut plan = mass_routing::RoutingPlan::default();
         router.route(logits.view(), None, &mut plan).unwrap();
         let mass_routing::AnyRouter::Noisy(noisy) = &router else {
             unreachable!("it was configured so");
         };
-        let mut unused = ndarray::Array2::zeros((n, experts));
-        let mut also = unused.clone();
-        mass_routing::losses::load(
+        let (mut unused, mut also) = (zeros(), zeros());
+        losses::load(
             logits.view(),
             noisy.noisy_logits(),
             None,
@@ -321,19 +321,38 @@ fn the_load_losss_gradient_agrees_with_central_differences_of_the_loss() {
         )
         .unwrap()
     };
-    for i in 0..w.len() {
-        let h = 1e-3;
-        let at = |delta: f32| {
-            let mut moved = w.clone();
-            moved[i] += delta;
-            loss(&moved)
-        };
-        let numeric = (at(h) - at(-h)) / (2.0 * f64::from(h));
-        let analytic = f64::from(with[i] - without[i]);
-        assert!(
-            (numeric - analytic).abs() < 1e-3 * (1.0 + numeric.abs()),
-            "{i}: {numeric} against {analytic}"
-        );
+    let importance = |w: &[f32]| {
+        let mut r = logits_of(w).mapv(f32::exp);
+        for mut row in r.outer_iter_mut() {
+            let sum = row.sum();
+            row /= sum;
+        }
+        losses::importance(r.view(), None, 0.0, &mut zeros().view_mut()).unwrap()
+    };
+    let weight = 1.0;
+    let without = gradients(vec![]);
+    for (setting, loss) in [
+        (
+            RoutingLoss::Load { weight },
+            &load as &dyn Fn(&[f32]) -> f64,
+        ),
+        (RoutingLoss::Importance { weight }, &importance),
+    ] {
+        let with = gradients(vec![setting]);
+        for i in 0..w.len() {
+            let h = 1e-3;
+            let at = |delta: f32| {
+                let mut moved = w.clone();
+                moved[i] += delta;
+                loss(&moved)
+            };
+            let numeric = (at(h) - at(-h)) / (2.0 * f64::from(h));
+            let analytic = f64::from(with[i] - without[i]);
+            assert!(
+                (numeric - analytic).abs() < 1e-3 * (1.0 + numeric.abs()),
+                "{setting:?}, {i}: {numeric} against {analytic}"
+            );
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Means over tasks, or over the domains of a set of images.
 
+use std::collections::BTreeSet;
+
 use super::summary::mean_std;
 use super::{Run, RunKey, Summary, reported};
 use crate::dg::reported::accuracy;
@@ -31,41 +33,22 @@ pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
         _ => String::new(),
     };
     let mut groups: Vec<(RunKey, String, Vec<&Run>)> = Vec::new();
-    let mut tasks: Vec<(String, String)> = Vec::new();
     for run in runs {
         let Some(task) = &run.task else { continue };
         let set = set_of(task);
-        if !tasks.contains(&(set.clone(), task.clone())) {
-            tasks.push((set.clone(), task.clone()));
-        }
-        let key = RunKey {
-            seed: 0,
-            task: None,
-            ..run.key()
-        };
+        let key = run.key().over_tasks();
         match groups.iter_mut().find(|g| g.0 == key && g.1 == set) {
             Some(group) => group.2.push(run),
             None => groups.push((key, set, vec![run])),
         }
     }
+    let all_tasks = tasks_of(runs);
     let mut found = Vec::new();
     for (key, set, runs) in groups {
-        let of_set = tasks.iter().filter(|(s, _)| *s == set);
-        let tasks: Vec<String> = of_set.map(|(_, task)| task.clone()).collect();
-        let metric = |task: &String, seed| {
-            let run = runs
-                .iter()
-                .find(|r| r.task.as_ref() == Some(task) && r.seed == seed);
-            run.and_then(|r| r.metric)
-        };
-        let mut seeds: Vec<u64> = runs.iter().map(|r| r.seed).collect();
-        seeds.sort_unstable();
-        seeds.dedup();
-        let of_seed = |seed| -> Option<f64> {
-            let values: Option<Vec<f64>> = tasks.iter().map(|task| metric(task, seed)).collect();
-            values.map(|v| v.iter().sum::<f64>() / tasks.len() as f64)
-        };
-        let means: Vec<f64> = seeds.into_iter().filter_map(of_seed).collect();
+        let mut tasks = all_tasks.clone();
+        tasks.retain(|task| set_of(task) == set);
+        let of_seed = |seed| mean_of_seed(&runs, &tasks, seed);
+        let means: Vec<f64> = seeds(&runs).into_iter().filter_map(of_seed).collect();
         let (mean, std) = mean_std(means.iter().copied());
         let (Some(mean), true) = (mean, tasks.len() > 1) else {
             continue;
@@ -80,6 +63,33 @@ pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
         });
     }
     found
+}
+
+/// The tasks of some runs, in order of first appearance.
+pub(super) fn tasks_of(runs: &[Run]) -> Vec<String> {
+    let mut tasks: Vec<String> = Vec::new();
+    for task in runs.iter().filter_map(|r| r.task.as_ref()) {
+        if !tasks.contains(task) {
+            tasks.push(task.clone());
+        }
+    }
+    tasks
+}
+
+/// The seeds of some runs, in order.
+pub(super) fn seeds(runs: &[&Run]) -> Vec<u64> {
+    let seeds: BTreeSet<u64> = runs.iter().map(|r| r.seed).collect();
+    seeds.into_iter().collect()
+}
+
+/// The mean of a seed's metric over `tasks`; `None` without a metric for each.
+pub(super) fn mean_of_seed(runs: &[&Run], tasks: &[String], seed: u64) -> Option<f64> {
+    let metric = |task: &String| {
+        let of_task = |r: &&&Run| r.task.as_ref() == Some(task) && r.seed == seed;
+        runs.iter().find(of_task)?.metric
+    };
+    let values: Option<Vec<f64>> = tasks.iter().map(metric).collect();
+    values.map(|v| v.iter().sum::<f64>() / tasks.len() as f64)
 }
 
 fn paper(study: &str, run: &Run, set: &str, tasks: &[String]) -> Option<f64> {

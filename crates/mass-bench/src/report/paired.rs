@@ -3,29 +3,33 @@
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{Binomial, ContinuousCDF, DiscreteCDF, StudentsT};
 
+use super::over_tasks::{mean_of_seed, seeds, tasks_of};
 use super::{Run, RunKey};
 
 /// The method that others are compared with.
 const METHOD: &str = "mass";
 
-/// One way to run MASS against another method, by the task's metric, run by run with the same task and seed.
+/// One way to run MASS against another method, by the task's metric.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
     /// Which runs, without task and seed.
     pub method: String,
     /// Against which.
     pub against: String,
-    /// What is told from the pairs.
+    /// Run by run with the same task and seed.
     #[serde(flatten)]
     pub paired: Paired,
+    /// Seed by seed, means over all tasks (domains, in the study dg); `None` for one task, or if no seed has them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by_seed: Option<Paired>,
 }
 
 /// What is told from paired differences.
 ///
 /// # Formula
 /// `t = d̄ / (s / √n)` with the mean d̄ and sample standard deviation s of n differences, two-sided in Student's t of n - 1
-/// degrees of freedom; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its training data
-/// and are not independent: both tests are then too bold.
+/// degrees of freedom; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its data: where pairs are
+/// of tasks and seeds, they are not independent, and both tests are too bold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Paired {
     /// Pairs.
@@ -110,6 +114,15 @@ impl Group<'_> {
         };
         self.runs.iter().filter_map(of).collect()
     }
+
+    /// Means over `tasks` of this group and of another for each seed for which both have them all.
+    fn pairs_by_seed(&self, other: &Self, tasks: &[String]) -> Vec<(f64, f64)> {
+        let of = |seed| {
+            let mean = |group: &Self| mean_of_seed(&group.runs, tasks, seed);
+            Some((mean(self)?, mean(other)?))
+        };
+        seeds(&self.runs).into_iter().filter_map(of).collect()
+    }
 }
 
 /// Every way to run MASS against the dense model (ERM), DynMoE, and the best static and the best GMoE pool, over the tasks and
@@ -121,11 +134,7 @@ impl Group<'_> {
 pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
     let mut groups: Vec<Group<'_>> = Vec::new();
     for run in runs.iter().filter(|r| r.metric.is_some()) {
-        let key = RunKey {
-            seed: 0,
-            task: None,
-            ..run.key()
-        };
+        let key = run.key().over_tasks();
         match groups.iter_mut().find(|g| g.key == key) {
             Some(group) => group.runs.push(run),
             None => groups.push(Group {
@@ -134,6 +143,7 @@ pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
             }),
         }
     }
+    let tasks = tasks_of(runs);
     let mut found = Vec::new();
     for group in groups.iter().filter(|g| g.key.method == METHOD) {
         for method in ["dense", "erm", "static", "gmoe", "dynmoe"] {
@@ -150,11 +160,18 @@ pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
                     method: group.key.without_seed(),
                     against: other.key.without_seed(),
                     paired,
+                    by_seed: paired_by_seed(group, other, &tasks),
                 });
             }
         }
     }
     found
+}
+
+fn paired_by_seed(group: &Group<'_>, other: &Group<'_>, tasks: &[String]) -> Option<Paired> {
+    (tasks.len() > 1)
+        .then(|| group.pairs_by_seed(other, tasks))
+        .and_then(|pairs| paired(&pairs))
 }
 
 #[cfg(test)]
@@ -201,6 +218,23 @@ mod tests {
         assert_eq!((found[0].paired.n, found[0].paired.wins), (4, 4));
         assert!((found[0].paired.mean_difference - 0.055).abs() < 1e-12);
         assert_eq!((found[1].paired.wins, found[1].paired.losses), (0, 4));
+        // Of means over both tasks there are two.
+        let by_seed = found[0].by_seed.as_ref().unwrap();
+        assert_eq!((by_seed.n, by_seed.wins), (2, 2));
+        assert!((by_seed.mean_difference - 0.055).abs() < 1e-12);
+        // A seed without one of the tasks has no mean.
+        runs.retain(|r| !(r.method == "dynmoe" && r.seed == 1 && r.task.as_deref() == Some("RTE")));
+        let found = comparisons(&runs);
+        assert_eq!(
+            (found[1].paired.n, found[1].by_seed.as_ref().unwrap().n),
+            (3, 1)
+        );
+        // Nor do runs of one task.
+        let one: Vec<Run> = runs
+            .into_iter()
+            .filter(|r| r.task.as_deref() == Some("RTE"))
+            .collect();
+        assert!(comparisons(&one).iter().all(|c| c.by_seed.is_none()));
         assert!(comparisons(&[Run::new("mass", 0)]).is_empty());
     }
 }

@@ -186,6 +186,15 @@ impl fmt::Display for RunKey {
 }
 
 impl RunKey {
+    /// The key that runs of one method and setting have in common.
+    pub(super) fn over_tasks(self) -> Self {
+        Self {
+            seed: 0,
+            task: None,
+            ..self
+        }
+    }
+
     /// The key's text without its seed.
     pub(super) fn without_seed(&self) -> String {
         let text = self.to_string();

@@ -13,7 +13,7 @@ use crate::error::ModelError;
 use crate::kernels::gemm::Store;
 use crate::kernels::linear;
 use crate::kernels::scratch::Scratch;
-use crate::kernels::vector::add_assign;
+use crate::kernels::vector::{add_assign, softmax_in_place};
 use crate::param::{CpuGradients, Param, ParamHandle};
 
 /// What a mixture layer's logits are made of, beside the gate row of each expert.
@@ -48,7 +48,7 @@ pub enum RoutingLoss {
         /// Factor.
         weight: f32,
     },
-    /// [`importance`] of the routing probabilities.
+    /// [`importance`] of the softmax of the logits, without a router's noise.
     Importance {
         /// Factor.
         weight: f32,
@@ -313,10 +313,15 @@ impl RoutingLoss {
             Self::Entropy { weight } => routing_entropy(plan, weight, d_logits)?,
             Self::RouterZ { weight } => router_z(logits, None, weight, d_logits)?,
             Self::Importance { weight } => {
-                let r = plan.probabilities();
+                let mut r = logits.to_owned();
+                for mut row in r.outer_iter_mut() {
+                    if let Some(row) = row.as_slice_mut() {
+                        softmax_in_place(row);
+                    }
+                }
                 let mut d_r = Array2::zeros(r.dim());
-                let loss = importance(r, None, weight, &mut d_r.view_mut())?;
-                softmax_backward(r, d_r.view(), d_logits)?;
+                let loss = importance(r.view(), None, weight, &mut d_r.view_mut())?;
+                softmax_backward(r.view(), d_r.view(), d_logits)?;
                 loss
             }
             Self::Load { weight } => {

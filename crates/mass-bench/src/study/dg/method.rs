@@ -26,8 +26,7 @@ pub(super) enum Method {
     /// Not at all: empirical risk minimisation.
     Erm,
     /// By GMoE's pools: one expert a token behind a cosine gate with noise, and 0.01 times the mean of importance and load
-    /// loss: the importance of the probabilities under noise, the load of the logits. Tutel, which GMoE uses, takes
-    /// probabilities without noise for both, and compares them with noisy logits.
+    /// loss. The load loss compares logits with noisy logits; Tutel, which GMoE uses, compares probabilities with noisy logits.
     Gmoe { experts: usize },
     /// By DynMoE's pools.
     #[serde(rename = "dynmoe")]
