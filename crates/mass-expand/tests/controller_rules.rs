@@ -592,3 +592,17 @@ fn a_zero_gradient_does_not_pass_the_alignment_test_and_is_not_asked_about() {
         "zero weights have no direction either"
     );
 }
+
+/// All margins beyond f32's precision: the cross-entropy of a small batch is exactly zero. That ends no run.
+#[test]
+fn a_loss_of_zero_has_no_logarithm_and_is_no_rise() {
+    let mut controller = ControllerParams::ours(1, 3, 6, 10_000).check().unwrap();
+    for (step, loss) in [1.0, 0.0, 0.5, 0.0].into_iter().enumerate() {
+        let experts = observation(controller.active(0));
+        begin_with(&mut controller, step as u64, loss, &[experts]).unwrap();
+        assert!(controller.finish_step().unwrap().is_empty());
+    }
+    assert!(controller.drain_events().is_empty());
+    let experts = observation(controller.active(0));
+    assert!(begin_with(&mut controller, 4, -0.1, &[experts]).is_err());
+}

@@ -6,11 +6,13 @@
 //!             optimizer.step(model, gradients, lr)
 //! ```
 
+mod shift;
+
 use dfdx::prelude::NoneTape;
 use mass_expand::{
     Action, Answer, BisectParams, Controller, ControllerParams, Event, ExpandError, ExpertId,
-    ExpertObservation, LayerObservation, Reduction, Request, SplitOperator, StepObservation,
-    absorb_mass, alignment, bisect, divide_gradient, preserve_mass, redundancy_gradient,
+    ExpertObservation, LayerObservation, Reduction, RemovalReason, Request, SplitOperator,
+    StepObservation, alignment, bisect, divide_gradient, preserve_mass, redundancy_gradient,
 };
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,7 @@ use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::{MoeExpert, Rows};
 use crate::optim::AdamW;
 use crate::param::{CpuGradients, Param, Parameters};
+pub use shift::GateShift;
 
 /// A model with mixture layers.
 pub trait Mixtures: Parameters {
@@ -65,6 +68,9 @@ pub struct GrowerConfig {
 pub struct Grower {
     config: GrowerConfig,
     controller: Controller,
+    /// What splits did to gates, by layer, the latest last; of pairs of which both are there.
+    #[serde(default)]
+    shifts: Vec<(usize, GateShift)>,
 }
 
 impl Grower {
@@ -74,7 +80,11 @@ impl Grower {
     /// [`ModelError::Expand`] for parameters that no controller can have.
     pub fn new(config: GrowerConfig) -> Result<Self, ModelError> {
         let controller = config.controller.check()?;
-        Ok(Self { config, controller })
+        Ok(Self {
+            config,
+            controller,
+            shifts: Vec::new(),
+        })
     }
 
     /// The controller: live steps, active experts, whether a layer has stopped.
@@ -154,21 +164,29 @@ impl Grower {
                     let name = model.mixture_name(layer);
                     let trace = &pass.layers[layer];
                     let moe = model.mixture_mut(layer);
-                    let made = split_expert(moe, source, operator, trace, &mut pass.gradients)?;
-                    if made != newcomer {
+                    let shift = split_expert(moe, source, operator, trace, &mut pass.gradients)?;
+                    if shift.newcomer != newcomer {
                         return Err(ModelError::Config(format!(
                             "the controller names its newcomer {}, the layer {}",
-                            newcomer.0, made.0
+                            newcomer.0, shift.newcomer.0
                         )));
                     }
+                    self.shifts.push((layer, shift));
                     let prefix = |id: ExpertId| format!("{name}.experts.{}", id.0);
                     optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
                 }
-                Action::Remove { layer, expert } => {
+                Action::Remove {
+                    layer,
+                    expert,
+                    reason,
+                } => {
                     let name = model.mixture_name(layer);
-                    let pairs = self.controller.pairs(layer);
-                    let heir = pairs.iter().find(|p| p.1 == expert).map(|p| p.0);
-                    remove_expert(model.mixture_mut(layer), expert, heir)?;
+                    let of = |(l, s): &(usize, GateShift)| *l == layer && s.other(expert).is_some();
+                    // The tokens of an unused expert went to others long ago.
+                    let latest = self.shifts.iter().rfind(|s| of(s));
+                    let latest = latest.filter(|_| reason != RemovalReason::Unused);
+                    remove_expert(model.mixture_mut(layer), expert, latest.map(|s| &s.1))?;
+                    self.shifts.retain(|s| !of(s));
                     optimizer.forget(&format!("{name}.experts.{}", expert.0));
                 }
                 _ => {}
@@ -271,7 +289,7 @@ fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, Model
     Ok(crate::optim::sum_of_squares(param.gradient(gradients)?))
 }
 
-/// Splits an expert in two and returns the newcomer's id, which stands last in the layer.
+/// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
 /// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
 /// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
@@ -285,9 +303,10 @@ pub fn split_expert(
     operator: SplitOperator,
     trace: &LayerTrace,
     gradients: &mut CpuGradients,
-) -> Result<ExpertId, ModelError> {
+) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
     let mut newcomer = layer.experts()[index].clone();
+    let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
     match operator {
@@ -350,28 +369,37 @@ pub fn split_expert(
             )));
         }
     }
-    Ok(layer.push(newcomer))
+    let halves = [&*old, &newcomer];
+    let (rows, offsets) = shift::between(&row, offset, halves);
+    Ok(GateShift {
+        source,
+        newcomer: layer.push(newcomer),
+        rows,
+        offsets,
+    })
 }
 
-/// Takes an expert out of a layer; `heir`, if it is still there, gets back the routing mass it had shared.
+/// Takes an expert out of a layer. What the split by which it came about did to the gate of its other half, `shift`, is undone.
 ///
 /// # Errors
-/// [`ModelError::NoSuchExpert`] if it is not in the pool, [`ModelError::Config`] if it is the last one.
+/// [`ModelError::NoSuchExpert`] if it is not in the pool, [`ModelError::Config`] if it is the last one, or the shift is that of
+/// another expert or of a gate of another width.
 pub fn remove_expert(
     layer: &mut MoeLayer,
     expert: ExpertId,
-    heir: Option<ExpertId>,
+    shift: Option<&GateShift>,
 ) -> Result<(), ModelError> {
-    let removed = layer.remove(expert)?;
-    if let Some(heir) = heir
-        && removed.logit_offset != 0.0
-        && layer.index_of(heir).is_ok()
-    {
-        absorb_mass(
-            &mut layer.expert_mut(heir)?.logit_offset,
-            removed.logit_offset,
-        )?;
+    if let Some(shift) = shift {
+        let Some(other) = shift.other(expert) else {
+            let what = format!("the split of another expert than {expert}");
+            return Err(ModelError::Config(what));
+        };
+        if layer.ids().len() > 1 && layer.index_of(other).is_ok() {
+            layer.index_of(expert)?;
+            shift.undo(layer, other)?;
+        }
     }
+    layer.remove(expert)?;
     Ok(())
 }
 

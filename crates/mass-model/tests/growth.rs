@@ -4,8 +4,11 @@ use dfdx::prelude::*;
 use mass_expand::{
     Answer, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator, Trigger,
 };
+use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures, observe, split_expert};
+use mass_model::growth::{
+    GradientNorm, Grower, GrowerConfig, Mixtures, observe, remove_expert, split_expert,
+};
 use mass_model::lm::LanguageModel;
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_routing::{Combine, RouterConfig};
@@ -44,7 +47,7 @@ fn a_duplication_that_preserves_mass_leaves_the_output_as_it_was() {
             &mut pass.gradients,
         )
         .unwrap();
-        assert_eq!(new, ExpertId(expected));
+        assert_eq!(new.newcomer, ExpertId(expected));
         let after = model
             .forward(&tokens, SEQ, None, NoneTape)
             .unwrap()
@@ -132,6 +135,128 @@ fn bisecting_divides_the_tokens_of_the_source() {
         plan.load(3)
     );
     assert!(plan.load(busiest) < before);
+}
+
+#[test]
+fn removing_a_newcomer_undoes_what_its_split_did_to_the_gate() {
+    for operator in [
+        SplitOperator::Bisect,
+        clone_operator(None, true),
+        clone_operator(None, false),
+    ] {
+        let mut model = model(RouterConfig::TopP {
+            p: 1.0,
+            combine: Combine::Raw,
+        });
+        let (tokens, targets) = batch(0);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let trace = &pass.layers[0];
+        let moe = model.mixture_mut(0);
+        let gates = |moe: &mass_model::nn::MoeLayer| -> Vec<f32> {
+            let experts = moe.experts().iter();
+            experts
+                .flat_map(|e| [e.gate.values(), &[e.logit_offset]].concat())
+                .collect()
+        };
+        let before = gates(moe);
+        let first = split_expert(moe, ExpertId(1), operator, trace, &mut pass.gradients).unwrap();
+        // What a half learns stays, and so does a later split of it.
+        moe.expert_mut(ExpertId(1)).unwrap().gate.values_mut()[3] += 0.25;
+        let after_one = gates(moe);
+        let second = split_expert(moe, ExpertId(1), operator, trace, &mut pass.gradients).unwrap();
+        let other = remove_expert(moe, ExpertId(0), Some(&second)).unwrap_err();
+        assert!(matches!(other, ModelError::Config(_)), "{other}");
+        remove_expert(moe, second.newcomer, Some(&second)).unwrap();
+        close(&gates(moe), &after_one);
+        remove_expert(moe, first.newcomer, Some(&first)).unwrap();
+        let mut learnt = before.clone();
+        learnt[13 + 3] += 0.25;
+        close(&gates(moe), &learnt);
+
+        // The source may be the one that goes.
+        let again = split_expert(moe, ExpertId(1), operator, trace, &mut pass.gradients).unwrap();
+        remove_expert(moe, ExpertId(1), Some(&again)).unwrap();
+        let left = moe.index_of(again.newcomer).unwrap();
+        let newcomer = &moe.experts()[left];
+        close(newcomer.gate.values(), &learnt[13..25]);
+        assert!((newcomer.logit_offset - learnt[25]).abs() < 1e-5);
+    }
+}
+
+fn close(found: &[f32], wanted: &[f32]) {
+    assert_eq!(found.len(), wanted.len());
+    for (a, b) in found.iter().zip(wanted) {
+        assert!((a - b).abs() < 1e-5, "{a} for {b}");
+    }
+}
+
+/// A newcomer that a probe finds worthless is taken back, and the gate is as if it had never been.
+#[test]
+fn a_failed_newcomer_leaves_the_gate_as_it_was() {
+    let mut model = model(RouterConfig::TopP {
+        p: 0.6,
+        combine: Combine::Renormalised,
+    });
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let mut params = ControllerParams::paper(2, 3, 6, 40);
+    params.trigger = Trigger::Schedule { first: 1, every: 9 };
+    params.choice = mass_expand::Choice::MostLoaded;
+    params.operator = SplitOperator::Bisect;
+    params.stop = mass_expand::StopRule::HeldOut {
+        margin: 0.0,
+        z: 0.0,
+        wait: 2,
+        patience: 1,
+        remove: true,
+    };
+    (params.phase.live_from, params.phase.live_until) = (0, 30);
+    let mut grower = Grower::new(GrowerConfig {
+        controller: params,
+        gradient_norm: GradientNorm::Fc1,
+        redundancy_weight: 0.0,
+        redundancy_reduction: mass_expand::Reduction::Mean,
+    })
+    .unwrap();
+    let gates = |model: &LanguageModel| -> Vec<f32> {
+        let experts = model.mixture(0).experts().iter();
+        experts
+            .flat_map(|e| [e.gate.values(), &[e.logit_offset]].concat())
+            .collect()
+    };
+    let before = gates(&model);
+    let mut kinds = Vec::new();
+    for step in 0..5 {
+        let (tokens, targets) = batch(step);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let events = grower
+            .step(
+                step,
+                &mut model,
+                &mut optimizer,
+                &mut pass,
+                |_, request| match request {
+                    mass_expand::Request::ProbeLoss { layer, expert } => Ok(Answer::ProbeLoss {
+                        layer,
+                        expert,
+                        difference: -0.1,
+                        standard_error: 0.01,
+                    }),
+                    other => panic!("{other:?}"),
+                },
+            )
+            .unwrap();
+        kinds.extend(events.into_iter().map(|e| e.kind));
+        if step == 1 {
+            assert_ne!(gates(&model)[..before.len()], before[..]);
+            // A grower that was saved in between knows what to undo.
+            let text = serde_json::to_string(&grower).unwrap();
+            grower = serde_json::from_str(&text).unwrap();
+        }
+    }
+    let of = |f: fn(&EventKind) -> bool| kinds.iter().filter(|k| f(k)).count();
+    assert_eq!(of(|k| matches!(k, EventKind::Split { .. })), 2);
+    assert_eq!(of(|k| matches!(k, EventKind::Remove { .. })), 2);
+    close(&gates(&model), &before);
 }
 
 /// A stopped layer's gradient norms are not computed; a controller that is told them all decides the same.

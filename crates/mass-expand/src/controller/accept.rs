@@ -21,14 +21,7 @@ impl Controller {
             });
         }
         check_finite("loss", observation.loss)?;
-        let log_loss = [
-            Some(&self.params.watch),
-            self.params.phase.continual.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .any(|watch| watch.loss.as_ref().is_some_and(validate::logarithmic));
-        if log_loss && observation.loss <= 0.0 {
+        if self.takes_logarithm_of_loss() && observation.loss < 0.0 {
             let count = self.loss_detector.as_ref().map_or(0, Detector::count) + 1;
             return Err(CpdError::NonPositive {
                 count,
@@ -82,6 +75,16 @@ impl Controller {
             }
         }
         Ok(())
+    }
+}
+
+impl Controller {
+    /// Whether a detector of the loss, now or in the continual phase, works on its logarithm.
+    pub(super) fn takes_logarithm_of_loss(&self) -> bool {
+        let continual = self.params.phase.continual.as_ref();
+        let watches = [Some(&self.params.watch), continual].into_iter().flatten();
+        let mut detectors = watches.filter_map(|watch| watch.loss.as_ref());
+        detectors.any(validate::logarithmic)
     }
 }
 

@@ -230,7 +230,11 @@ impl Controller {
                 experts,
             },
         );
-        actions.push(Action::Remove { layer, expert });
+        actions.push(Action::Remove {
+            layer,
+            expert,
+            reason,
+        });
     }
 
     fn stop(&mut self, step: u64, layer: usize, reason: StopReason, actions: &mut Vec<Action>) {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::event::RemovalReason;
 use super::params::{Moments, SplitOperator};
 use crate::{ExpandError, ExpertId};
 
@@ -216,12 +217,15 @@ pub enum Action {
         /// What the newcomer's optimizer moments start from.
         moments: Moments,
     },
-    /// Take `expert` out of the pool.
+    /// Take `expert` out of the pool. Where it came about by a split that changed the gate, its other half should get the gate
+    /// back that it had, unless the expert had no tokens.
     Remove {
         /// Layer of the expert.
         layer: usize,
         /// The expert.
         expert: ExpertId,
+        /// Why.
+        reason: RemovalReason,
     },
     /// Nothing will be split any more in this layer, or in any (`None`).
     Stop {

@@ -59,8 +59,11 @@ impl Controller {
         let any_open = self.layers.iter().any(|layer| layer.stopped.is_none());
         let mut live = in_phase && any_open && !detects;
         let mut loss_step = None;
+        // A loss of exactly zero, all margins beyond the precision of its numbers, has no logarithm and is no rise.
+        let without_logarithm = observation.loss == 0.0 && self.takes_logarithm_of_loss();
         if !self.ended
             && any_open
+            && !without_logarithm
             && let Some(detector) = &mut self.loss_detector
         {
             let outcome = detector.update(observation.loss)?;

@@ -193,7 +193,7 @@ impl Pools {
                     self.active[layer].insert(newcomer);
                     assert!(self.active[layer].len() <= k_max, "more than k_max experts");
                 }
-                Action::Remove { layer, expert } => {
+                Action::Remove { layer, expert, .. } => {
                     assert!(
                         self.active[layer].remove(&expert),
                         "a removed expert is removed"
