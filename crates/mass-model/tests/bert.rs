@@ -378,3 +378,52 @@ fn a_wrong_configuration_is_refused() {
     assert_eq!(serde_json::from_str::<BertConfig>(&text).unwrap(), large);
     assert!(text.contains(r#""hidden_act":"gelu""#));
 }
+
+/// PyTorch's `padding_idx`: the row has no gradient, even where the token stands among the real ones.
+#[test]
+fn the_padding_tokens_embedding_is_not_trained() {
+    let model = model(3);
+    let words = |model: &BertClassifier| {
+        let mut row = Vec::new();
+        model.visit("", &mut |name, p| {
+            if name == "embeddings.words" {
+                row = p.values().to_vec();
+            }
+        });
+        row
+    };
+    assert!(words(&model)[..12].iter().all(|&x| x == 0.0));
+    assert!(words(&model)[12..24].iter().any(|&x| x != 0.0));
+    let mut batch = batch();
+    batch.ids[2] = 0;
+    let all = gradients(&model, &batch, Targets::Classes(&[2, 0, 1]), None);
+    let (_, table) = all.iter().find(|(n, _)| n == "embeddings.words").unwrap();
+    assert!(table[..12].iter().all(|&x| x == 0.0));
+    let row = |id: u32| &table[id as usize * 12..][..12];
+    assert!(row(batch.ids[1]).iter().any(|&x| x != 0.0));
+}
+
+/// Padding before the tokens or between them: positions count from the start of the row, and the head reads its first token.
+#[test]
+fn padding_that_is_not_at_the_end_keeps_its_positions() {
+    let model = model(3);
+    let mask = [false, true, true, true, false, true];
+    let padded = TextBatch::padded(vec![3, 5, 6, 2, 9, 7], vec![0; 6], &mask, 6).unwrap();
+    let states = model.hidden_states(&padded).unwrap();
+    // What stands where nothing may look changes its own row alone.
+    let mut other = padded.clone();
+    (other.ids[0], other.ids[4]) = (8, 4);
+    let changed = model.hidden_states(&other).unwrap();
+    for (a, b) in states.iter().zip(&changed) {
+        for row in [1, 2, 3, 5] {
+            assert_close("a real token", &b[row * 12..][..12], &a[row * 12..][..12]);
+        }
+    }
+    let (logits, _) = model.logits(&padded, None).unwrap();
+    let (moved, _) = model.logits(&other, None).unwrap();
+    assert_ne!(logits, moved, "the head reads the first row, marked or not");
+    // Without it the real tokens would stand elsewhere.
+    let packed = TextBatch::packed(vec![5, 6, 2, 7], vec![0; 4], vec![0, 4]);
+    let close = model.hidden_states(&packed).unwrap();
+    assert_ne!(close[0][..12], states[0][12..24]);
+}

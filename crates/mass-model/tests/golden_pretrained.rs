@@ -251,7 +251,7 @@ fn golden_vit_s14() {
         size,
     };
     let last = model.encoded(batch).unwrap();
-    let (d, tokens) = (model.config().hidden_size, model.tokens(size));
+    let (d, tokens) = (model.config().hidden_size, model.tokens(size).unwrap());
     let (mut class, mut mean) = (Vec::new(), Vec::new());
     for image in last.chunks_exact(tokens * d) {
         class.extend_from_slice(&image[..d]);

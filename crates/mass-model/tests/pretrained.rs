@@ -223,9 +223,29 @@ fn pooler_and_head_are_drawn_where_there_are_none() {
         e.to_string().contains("tensor classifier.weight is [3, 8]"),
         "{e}"
     );
+    // A head without a pooler read something else.
+    let mut tokens = bare.clone();
+    for (name, tensor) in tensors_of(&original()) {
+        if name.starts_with("classifier.") {
+            tokens.insert(name, tensor);
+        }
+    }
+    assert!(refused(&tokens, &config_json()).contains("pooler.dense.weight is missing"));
+    // Nor is a head of other layers passed over.
+    let mut deeper = bare.clone();
+    deeper.insert(
+        "classifier.dense.bias".into(),
+        (Dtype::F32, vec![8], vec![0; 32]),
+    );
+    let e = refused(&deeper, &config_json());
+    assert!(
+        e.contains("missing") || e.contains("classifier.dense.bias has no place"),
+        "{e}"
+    );
     // Half a head is no head.
     bare.insert("classifier.bias".into(), (Dtype::F32, vec![3], vec![0; 12]));
-    assert!(refused(&bare, &config_json()).contains("classifier.weight is missing"));
+    let e = refused(&bare, &config_json());
+    assert!(e.contains("is missing"), "{e}");
 }
 
 #[test]
@@ -302,11 +322,36 @@ fn fields_that_cannot_be_meant_are_named() {
         ("model_type", json!("roberta")),
         ("position_embedding_type", json!("relative_key")),
         ("is_decoder", json!(true)),
+        ("problem_type", json!("multi_label_classification")),
+        ("problem_type", json!("regression")), // of three outputs
         ("num_attention_heads", json!(3)),
     ] {
-        assert!(of(field, value).contains(field));
+        let message = of(field, value);
+        assert!(message.contains(field), "{message}");
+        assert!(message.contains("config.json"), "{message}");
     }
+    // Two that are wrong in the same way, among many that nobody reads.
+    let mut config = config_json();
+    for i in 0..2000 {
+        config[format!("a{i}")] = json!(null);
+    }
+    (config["hidden_size"], config["vocab_size"]) = (json!("8"), json!("8"));
+    let message = refused(&good, &config);
+    assert!(
+        ["hidden_size", "vocab_size"]
+            .iter()
+            .any(|f| message.contains(f)),
+        "{message}"
+    );
     let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("config.json"),
+        r#"{"model_type": "roberta"}"#,
+    )
+    .unwrap();
+    let e = BertConfig::read(dir.path()).unwrap_err();
+    assert!(e.to_string().contains("model_type"), "{e}");
+    std::fs::remove_file(dir.path().join("config.json")).unwrap();
     assert!(matches!(
         read_config::<BertConfig>(dir.path()),
         Err(PretrainedError::Io { .. })
@@ -363,6 +408,29 @@ fn damaged_files_are_refused_without_large_allocations() {
         .concat();
         let e = open(&bytes).unwrap_err();
         assert!(matches!(e, PretrainedError::Damaged { .. }), "{text}: {e}");
+    }
+    // A name that is there twice, and what is wrong with a tensor is said by its name.
+    let info = |shape: Value, offsets: Value| json!({ "dtype": "F32", "shape": shape, "data_offsets": offsets });
+    let (six, eight) = (
+        info(json!([2, 3]), json!([0, 24])),
+        info(json!([8]), json!([0, 24])),
+    );
+    let strange = json!({ "dtype": "F7", "shape": [2], "data_offsets": [0, 8] });
+    for (text, wanted) in [
+        (
+            format!(r#"{{"bias": {six}, "bias": {six}}}"#),
+            "bias is there twice",
+        ),
+        (
+            format!(r#"{{"bias": {eight}}}"#),
+            "tensor bias is F32 of shape [8]",
+        ),
+        (format!(r#"{{"bias": {strange}}}"#), "tensor bias: "),
+    ] {
+        let len = (text.len() as u64).to_le_bytes();
+        let e = open(&[&len[..], text.as_bytes(), &[0; 24]].concat()).unwrap_err();
+        assert!(matches!(e, PretrainedError::Damaged { .. }), "{e}");
+        assert!(e.to_string().contains(wanted), "{e}");
     }
     std::fs::remove_file(&path).unwrap();
     let absent = load(dir.path()).unwrap_err();

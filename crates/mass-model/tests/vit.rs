@@ -5,7 +5,7 @@ use std::path::Path;
 use mass_model::growth::Mixtures;
 use mass_model::lm::Masked;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::vit::{ImageBatch, VitClassifier, VitConfig};
+use mass_model::vit::{ImageBatch, Resampling, VitClassifier, VitConfig};
 use mass_model::{DropoutKeys, ModelError, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
@@ -146,7 +146,12 @@ fn later_blocks_on_features_are_the_whole_model() {
     let whole = gradients(&model, images(&pixels), None);
     let logits = model.logits(images(&pixels), None).unwrap().0;
     let states = model.hidden_states(images(&pixels)).unwrap();
-    assert_eq!(model.tokens(SIZE), TOKENS);
+    assert_eq!(model.tokens(SIZE).unwrap(), TOKENS);
+    assert!(matches!(
+        model.tokens((5, SIZE.1)),
+        Err(ModelError::Config(_))
+    ));
+    assert!(model.tokens((usize::MAX, usize::MAX)).is_err());
     for blocks in 0..=2 {
         let rows = model.features(&pixels, SIZE, blocks).unwrap();
         assert_eq!(rows, states[blocks]);
@@ -367,7 +372,11 @@ fn configurations_of_three_libraries_are_read() {
     assert_eq!((dino.layer_norm_eps, dino.layer_scale), (1e-6, Some(0.5)));
     let timm = json!({ "architecture": "deit_small_patch16_224", "embed_dim": 384, "depth": 12,
         "num_heads": 6 });
-    assert_eq!(read(&timm).unwrap(), VitConfig::deit_small());
+    let small = VitConfig {
+        position_resampling: Resampling::BicubicAntialias,
+        ..VitConfig::deit_small()
+    };
+    assert_eq!(read(&timm).unwrap(), small);
 
     let refused = |config: Value| read(&config).unwrap_err().to_string();
     let with = |mut base: Value, field: &str, value: Value| {

@@ -3,9 +3,10 @@
 mod hf_names;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use hf_names::{timm_names, vit_names};
-use mass_model::vit::{VitClassifier, VitConfig};
+use mass_model::vit::{Resampling, VitClassifier, VitConfig};
 use mass_model::{ModelError, Parameters, seeded_rng};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -61,13 +62,6 @@ fn dinov2_names(name: &str) -> Vec<String> {
     names.collect()
 }
 
-fn timm_with_scales(name: &str) -> Vec<String> {
-    match name.split_once(".scale") {
-        Some((block, scale)) => vec![format!("{block}.ls{scale}.gamma")],
-        None => timm_names(name),
-    }
-}
-
 fn tensors_of(model: &VitClassifier, names: &dyn Fn(&str) -> Vec<String>) -> Tensors {
     let mut tensors = Tensors::new();
     model.visit("", &mut |name, p| {
@@ -91,9 +85,8 @@ fn tensors_of(model: &VitClassifier, names: &dyn Fn(&str) -> Vec<String>) -> Ten
     tensors
 }
 
-fn load(tensors: &Tensors, config: &Value) -> Result<VitClassifier, ModelError> {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+fn write(dir: &Path, tensors: &Tensors, config: &Value) {
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let views = tensors.iter().map(|(name, (shape, bytes))| {
         (
             name,
@@ -101,8 +94,17 @@ fn load(tensors: &Tensors, config: &Value) -> Result<VitClassifier, ModelError> 
         )
     });
     let bytes = safetensors::serialize(views, None).unwrap();
-    std::fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
+}
+
+fn load(tensors: &Tensors, config: &Value) -> Result<VitClassifier, ModelError> {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), tensors, config);
     VitClassifier::load(dir.path(), 3, &mut seeded_rng(8))
+}
+
+fn refused(tensors: &Tensors, config: &Value) -> String {
+    load(tensors, config).unwrap_err().to_string()
 }
 
 fn values_of(model: &VitClassifier) -> Vec<(String, Vec<f32>)> {
@@ -148,8 +150,8 @@ fn every_layout_gives_the_same_model() {
             (None, &unprefixed, hf_config("vit", bias)),
             (Some(1.0), &dinov2_names, hf_config("dinov2", bias)),
             (Some(1.0), &prefixed, hf_config("dinov2", bias)),
-            (None, &timm_with_scales, timm_config(None, bias)),
-            (Some(0.5), &timm_with_scales, timm_config(Some(0.5), bias)),
+            (None, &timm_names, timm_config(None, bias)),
+            (Some(0.5), &timm_names, timm_config(Some(0.5), bias)),
         ];
         for (scale, names, json) in cases {
             let wanted = original(&config(scale, bias));
@@ -167,7 +169,15 @@ fn every_layout_gives_the_same_model() {
             }
             let model = load(&tensors, &json).unwrap_or_else(|e| panic!("{json}: {e}"));
             assert_eq!(values_of(&model), values_of(&wanted), "{json}");
-            assert_eq!(model.config(), &config(scale, bias));
+            let position_resampling = match json.get("architecture") {
+                Some(_) => Resampling::BicubicAntialias,
+                None => Resampling::Bicubic,
+            };
+            let wanted = VitConfig {
+                position_resampling,
+                ..config(scale, bias)
+            };
+            assert_eq!(model.config(), &wanted);
         }
     }
 }
@@ -208,4 +218,201 @@ fn tensors_that_do_not_fit_are_named() {
     let mut bare = good.clone();
     bare.retain(|n, _| !n.starts_with("classifier"));
     assert_eq!(load(&bare, &hf_config("vit", true)).unwrap().classes(), 3);
+}
+
+#[test]
+fn configurations_of_other_models_are_refused_by_field() {
+    let vit = tensors_of(&original(&config(None, true)), &vit_names);
+    let dino = tensors_of(&original(&config(Some(1.0), true)), &dinov2_names);
+    let timm = tensors_of(&original(&config(None, true)), &timm_names);
+    let with = |mut config: Value, field: &str, value: Value| {
+        config[field] = value;
+        config
+    };
+    for (field, value) in [
+        ("problem_type", json!("multi_label_classification")),
+        ("problem_type", json!("regression")),
+        ("model_type", json!("swin")),
+        ("layer_norm_eps", json!(null)),
+        ("hidden_size", json!(null)),
+        ("intermediate_size", json!(null)),
+        ("hidden_act", json!("quick_gelu")),
+    ] {
+        let e = refused(&vit, &with(hf_config("vit", true), field, value));
+        assert!(e.contains(field) && e.contains("config.json"), "{e}");
+    }
+    for (field, value) in [
+        ("use_swiglu_ffn", json!(true)),
+        ("drop_path_rate", json!(0.1)),
+        ("hidden_dropout_prob", json!(0.1)),
+        ("layerscale_value", json!(null)),
+        ("mlp_ratio", json!(-1)),
+    ] {
+        let e = refused(&dino, &with(hf_config("dinov2", true), field, value));
+        assert!(e.contains(field) && e.contains("config.json"), "{e}");
+    }
+    for (field, value) in [
+        ("act_layer", json!("quick_gelu")),
+        ("norm_layer", json!("rmsnorm")),
+        ("drop_path_rate", json!(0.1)),
+        ("reg_tokens", json!(4)),
+        ("class_token", json!(false)),
+        ("global_pool", json!("avg")),
+        ("no_embed_class", json!(true)),
+        ("representation_size", json!(8)),
+        ("qkv_bias", json!(null)),
+        ("embed_dim", json!("8")),
+    ] {
+        let e = refused(&timm, &with(timm_config(None, true), field, value));
+        assert!(
+            e.contains(field) && e.contains("config.json"),
+            "{field}: {e}"
+        );
+    }
+    // Said in full and of no effect.
+    for (field, value) in [
+        ("problem_type", json!("single_label_classification")),
+        ("act_layer", json!("gelu")),
+        ("drop_path_rate", json!(0)),
+        ("norm_layer", json!(null)),
+        ("pool", json!("whatever another library keeps there")),
+    ] {
+        let config = with(timm_config(None, true), field, value);
+        load(&timm, &config).unwrap_or_else(|e| panic!("{config}: {e}"));
+    }
+    // No layer scale, in two ways.
+    for none in [json!(null), json!(0)] {
+        load(&timm, &with(timm_config(None, true), "init_values", none)).unwrap();
+    }
+    let e = refused(
+        &timm,
+        &json!({ "embed_dim": 8, "depth": 2, "num_heads": 2 }),
+    );
+    assert!(e.contains("model_type"), "{e}");
+}
+
+#[test]
+fn timms_architectures_say_their_sizes() {
+    let read = |config: Value| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        VitConfig::read(dir.path())
+    };
+    let base = VitConfig {
+        layer_norm_eps: 1e-6,
+        position_resampling: Resampling::BicubicAntialias,
+        ..VitConfig::default()
+    };
+    // As timm itself writes it.
+    let hub = json!({ "architecture": "deit_small_patch16_224", "num_classes": 1000, "num_features": 384,
+        "global_pool": "token", "pretrained_cfg": { "tag": "fb_in1k", "pool_size": null } });
+    let small = VitConfig {
+        hidden_size: 384,
+        num_attention_heads: 6,
+        intermediate_size: 1536,
+        ..base.clone()
+    };
+    assert_eq!(read(hub.clone()).unwrap(), small);
+    let mut tuned = hub;
+    tuned["model_args"] = json!({ "img_size": 96, "act_layer": "gelu_tanh" });
+    let wanted = VitConfig {
+        image_size: 96,
+        hidden_act: mass_model::Activation::GeluTanh,
+        ..small
+    };
+    assert_eq!(read(tuned.clone()).unwrap(), wanted);
+    tuned["model_args"] = json!({ "img_size": 96, "swiglu": true });
+    let e = read(tuned).unwrap_err().to_string();
+    assert!(e.contains("model_args.swiglu"), "{e}");
+    let dino = read(json!({ "architecture": "vit_base_patch14_dinov2" })).unwrap();
+    let wanted = VitConfig {
+        image_size: 518,
+        patch_size: 14,
+        layer_scale: Some(1e-5),
+        ..base
+    };
+    assert_eq!(dino, wanted);
+    for other in [
+        "deit3_small_patch16_224",
+        "vit_small_patch16_224_clip",
+        "resnet50",
+        "deit_large_patch16_224",
+    ] {
+        let e = read(json!({ "architecture": other }))
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("embed_dim"), "{other}: {e}");
+    }
+}
+
+#[test]
+fn unread_tensors_make_another_model() {
+    let vit = tensors_of(&original(&config(None, true)), &vit_names);
+    let timm = tensors_of(&original(&config(None, true)), &timm_names);
+    let one = || (vec![8], vec![0; 32]);
+    let with = |tensors: &Tensors, name: &str| {
+        let mut tensors = tensors.clone();
+        tensors.insert(name.into(), one());
+        tensors
+    };
+    for name in [
+        "vit.pooler.dense.bias",
+        "decoder.0.bias",
+        "vit.embeddings.mask_token",
+    ] {
+        load(&with(&vit, name), &hf_config("vit", true)).unwrap();
+    }
+    load(&with(&timm, "mask_token"), &timm_config(None, true)).unwrap();
+    for name in [
+        "classifier.dense.bias",
+        "adapter.bias",
+        "vit.encoder.layer.2.layernorm_before.bias",
+    ] {
+        let e = refused(&with(&vit, name), &hf_config("vit", true));
+        assert!(e.contains(name) && e.contains("has no place"), "{e}");
+    }
+    for name in [
+        "pre_logits.fc.bias",
+        "attn_pool.q.bias",
+        "dist_token",
+        "head.fc.bias",
+    ] {
+        let e = refused(&with(&timm, name), &timm_config(None, true));
+        assert!(e.contains(name) && e.contains("has no place"), "{e}");
+    }
+}
+
+#[test]
+fn a_head_of_other_classes_is_replaced_only_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    for (names, config) in [
+        (
+            &vit_names as &dyn Fn(&str) -> Vec<String>,
+            hf_config("vit", true),
+        ),
+        (&timm_names, timm_config(None, true)),
+    ] {
+        let wanted = original(&self::config(None, true));
+        write(dir.path(), &tensors_of(&wanted, names), &config);
+        let e = VitClassifier::load(dir.path(), 7, &mut seeded_rng(1)).unwrap_err();
+        assert!(e.to_string().contains("is [3, 8]"), "{e}");
+        let new = |seed| {
+            let rng = &mut seeded_rng(seed);
+            VitClassifier::load_with_new_head(dir.path(), 7, rng).unwrap()
+        };
+        let (one, mut two) = (new(1), new(2));
+        assert_eq!(one.classes(), 7);
+        let heads = |m: &VitClassifier| {
+            let mut values = values_of(m);
+            values.retain(|(name, _)| name.starts_with("head."));
+            values
+        };
+        assert_eq!(values_of(&one).len(), values_of(&wanted).len());
+        for ((name, a), (_, b)) in values_of(&one).iter().zip(&values_of(&wanted)) {
+            assert!(a == b || name.starts_with("head."), "{name}");
+        }
+        assert_ne!(heads(&one), heads(&two));
+        two.draw_head(&mut seeded_rng(1)).unwrap();
+        assert_eq!(heads(&one), heads(&two));
+    }
 }

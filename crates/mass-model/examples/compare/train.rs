@@ -125,11 +125,18 @@ fn vit_parts(batch: usize) -> Result<(VitClassifier, Vec<f32>), Box<dyn Error>> 
 }
 
 /// What the other side needs to build the same: task, width, heads, hidden width, blocks, batch, tokens.
-fn vit_task(name: &str, model: &VitClassifier, blocks: usize, batch: usize) -> String {
+fn vit_task(
+    name: &str,
+    model: &VitClassifier,
+    blocks: usize,
+    batch: usize,
+) -> Result<String, Box<dyn Error>> {
     let c = model.config();
     let (d, heads, hidden) = (c.hidden_size, c.num_attention_heads, c.intermediate_size);
-    let tokens = model.tokens((98, 98));
-    format!("{name} {d} {heads} {hidden} {blocks} {batch} {tokens}")
+    let tokens = model.tokens((98, 98))?;
+    Ok(format!(
+        "{name} {d} {heads} {hidden} {blocks} {batch} {tokens}"
+    ))
 }
 
 /// A training step of the last four blocks of a ViT-S, norm and head, from features of the frozen ones, on request.
@@ -137,13 +144,13 @@ pub(crate) fn vit() -> Result<(String, impl FnMut()), Box<dyn Error>> {
     let batch = 48;
     let (mut model, pixels) = vit_parts(batch)?;
     let rows = model.features(&pixels, (98, 98), BLOCKS[1])?;
-    let classes = tokens(batch, 7);
+    let (classes, per_image) = (tokens(batch, 7), model.tokens((98, 98))?);
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
-    let task = vit_task("vit", &model, BLOCKS[0] - BLOCKS[1], batch);
+    let task = vit_task("vit", &model, BLOCKS[0] - BLOCKS[1], batch)?;
     let step = move || {
         let features = ImageBatch::Features {
             rows: &rows,
-            tokens: model.tokens((98, 98)),
+            tokens: per_image,
             blocks: BLOCKS[1],
         };
         let mut pass = model
@@ -161,7 +168,7 @@ pub(crate) fn vit() -> Result<(String, impl FnMut()), Box<dyn Error>> {
 pub(crate) fn trunk() -> Result<(String, impl FnMut()), Box<dyn Error>> {
     let batch = 32;
     let (model, pixels) = vit_parts(batch)?;
-    let task = vit_task("trunk", &model, BLOCKS[1], batch);
+    let task = vit_task("trunk", &model, BLOCKS[1], batch)?;
     let forward = move || {
         let rows = model.features(&pixels, (98, 98), BLOCKS[1]);
         assert!(rows.expect("valid input").len() == batch * 50 * 384);

@@ -39,7 +39,9 @@ impl TextBatch {
 
     /// A batch `[batch, seq]` with padding, of which the rows are kept but not attended to.
     ///
-    /// The results at real tokens are those of the packed batch; padding costs time.
+    /// With all padding at the end of a row, the results at real tokens are those of the packed batch; padding costs time.
+    /// Positions count from the start of a row, marked or not, and the head reads the row's first token, as in transformers: padding
+    /// before the tokens or between them moves their positions.
     ///
     /// # Errors
     /// [`ModelError::Shape`] if `seq` does not divide the number of ids, or there are other numbers of types or marks.

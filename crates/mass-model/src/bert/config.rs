@@ -1,12 +1,16 @@
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::pretrained::activation;
+use crate::pretrained::{
+    PretrainedError, activation, checked, config_file, field_error, read_config,
+};
 
 /// Sizes and rates of a BERT encoder: the `config.json` of Hugging Face, with its defaults (`bert-base-uncased`).
 ///
-/// Fields of `config.json` that are not here are passed over, but for those that would make another model.
+/// Fields that are not here are passed over; [`read`](Self::read) refuses those that would make another model.
 ///
 /// ```
 /// use mass_model::bert::BertConfig;
@@ -44,7 +48,7 @@ pub struct BertConfig {
     pub layer_norm_eps: f32,
     /// Standard deviation of drawn matrices.
     pub initializer_range: f32,
-    /// The token that fills up padded batches.
+    /// The token that fills up padded batches. Its embedding has no gradient, and is zero in a model that is drawn.
     pub pad_token_id: u32,
     /// Rate of dropout before the classifier; that of the hidden states without.
     pub classifier_dropout: Option<f32>,
@@ -82,6 +86,24 @@ impl BertConfig {
             intermediate_size: 4096,
             ..Self::default()
         }
+    }
+
+    /// Reads `config.json` of a folder in Hugging Face's layout.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] if it cannot be read; [`ModelError::Checkpoint`] naming file and field for a value that is missing or of
+    /// the wrong kind, for another kind of model (`model_type`, relative positions, a decoder, cross-attention, several labels at
+    /// once), and for sizes and rates that no model can have.
+    pub fn read(dir: &Path) -> Result<Self, ModelError> {
+        Self::read_for(dir, None)
+    }
+
+    /// As [`read`](Self::read), for a head with so many outputs.
+    pub(super) fn read_for(dir: &Path, labels: Option<usize>) -> Result<Self, ModelError> {
+        read_config::<Others>(dir)?.check(dir, labels)?;
+        let config: Self = read_config(dir)?;
+        checked(dir, config.check())?;
+        Ok(config)
     }
 
     /// Rate of dropout before the classifier.
@@ -149,34 +171,42 @@ impl BertConfig {
 
 /// Fields of `config.json` that make another model than this one.
 #[derive(Debug, Deserialize)]
-pub(super) struct Unsupported {
+struct Others {
     model_type: Option<String>,
     position_embedding_type: Option<String>,
     is_decoder: Option<bool>,
     add_cross_attention: Option<bool>,
+    problem_type: Option<String>,
 }
 
-impl Unsupported {
-    pub(super) fn check(&self) -> Result<(), ModelError> {
-        let other = |what: &str| Err(ModelError::Config(format!("{what} is not supported")));
-        match self {
-            Self {
-                model_type: Some(t),
-                ..
-            } if t != "bert" => other(&format!("model_type {t:?}")),
-            Self {
-                position_embedding_type: Some(t),
-                ..
-            } if t != "absolute" => other(&format!("position_embedding_type {t:?}")),
-            Self {
-                is_decoder: Some(true),
-                ..
-            } => other("is_decoder true"),
-            Self {
-                add_cross_attention: Some(true),
-                ..
-            } => other("add_cross_attention true"),
-            _ => Ok(()),
+impl Others {
+    fn check(&self, dir: &Path, labels: Option<usize>) -> Result<(), PretrainedError> {
+        let path = config_file(dir);
+        let refuse = |field, why: String| Err(field_error(&path, field, &why));
+        let other = |field, value: &str| refuse(field, format!("{value:?} is not supported"));
+        match self.model_type.as_deref() {
+            None | Some("bert") => {}
+            Some(t) => return other("model_type", t),
+        }
+        match self.position_embedding_type.as_deref() {
+            None | Some("absolute") => {}
+            Some(t) => return other("position_embedding_type", t),
+        }
+        for (field, flag) in [
+            ("is_decoder", self.is_decoder),
+            ("add_cross_attention", self.add_cross_attention),
+        ] {
+            if flag == Some(true) {
+                return refuse(field, "true is not supported".into());
+            }
+        }
+        match (self.problem_type.as_deref(), labels) {
+            (Some("regression"), Some(n)) if n != 1 => refuse(
+                "problem_type",
+                format!("regression has one output, not {n}"),
+            ),
+            (None | Some("single_label_classification" | "regression"), _) => Ok(()),
+            (Some(t), _) => other("problem_type", t),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The names that BERT's parameters have in files.
 
-use crate::pretrained::Part;
+use crate::pretrained::{Part, Weights};
 
 /// The tensors of the file that make up a parameter, without the prefix `bert.`.
 pub(super) fn parts(name: &str, shape: &[usize]) -> Vec<Part> {
@@ -52,15 +52,17 @@ pub(super) fn spellings(name: &str) -> Vec<String> {
     names
 }
 
-/// What a file need not have: a pretrained encoder comes without a head, and may come without a pooler.
-pub(super) fn optional(name: &str) -> bool {
-    name.starts_with("pooler.") || name.starts_with("head.")
+/// What a file need not have: a pretrained encoder comes without a head, and may come without a pooler. A head without a pooler
+/// read something else, such as every token.
+pub(super) fn optional(weights: &Weights) -> impl Fn(&str) -> bool {
+    let head = weights.names().any(|name| name.starts_with("classifier."));
+    move |name| name.starts_with("head.") || (name.starts_with("pooler.") && !head)
 }
 
-/// Whether a tensor is part of the encoder, so that a model which does not read it is another model.
+/// Whether a tensor that is not read makes another model. The heads of pretraining and of answering questions do not, nor the
+/// positions 0, 1, 2, ... that old versions of the library stored.
 pub(super) fn belongs(tensor: &str) -> bool {
     let name = tensor.strip_prefix("bert.").unwrap_or(tensor);
-    let encoder = ["embeddings.", "encoder.", "pooler."];
-    // The positions 0, 1, 2, ... that old versions of the library stored.
-    encoder.iter().any(|start| name.starts_with(start)) && name != "embeddings.position_ids"
+    let heads = ["cls.", "qa_outputs."];
+    !heads.iter().any(|start| name.starts_with(start)) && name != "embeddings.position_ids"
 }

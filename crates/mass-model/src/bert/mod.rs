@@ -42,6 +42,7 @@ mod loss;
 mod parameters;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use dfdx::prelude::{
@@ -62,7 +63,7 @@ use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::nn::{LayerNorm, Linear, MoeConfig};
 use crate::ops::{self, Rows, Sequences, read};
 use crate::param::Param;
-use crate::pretrained::{Drawn, Kind, Source, Stored, Weights, read_config};
+use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
 use layer::BertLayer;
 
 /// A BERT encoder with a pooler and a linear head on the first token.
@@ -86,7 +87,8 @@ struct Encoded<T: Tape<f32, Cpu>> {
 }
 
 impl BertClassifier {
-    /// A model with freshly drawn weights: matrices from N(0, `initializer_range`²), biases zero, norms one.
+    /// A model with freshly drawn weights: matrices from N(0, `initializer_range`²), biases zero, norms one, the embedding of
+    /// the padding token zero.
     ///
     /// # Errors
     /// [`ModelError::Config`] for sizes and rates that no model can have.
@@ -96,32 +98,29 @@ impl BertClassifier {
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
         let std = config.initializer_range;
-        Self::build(config, labels, &mut Drawn { std, rng })
+        let mut model = Self::build(config, labels, &mut Drawn { std, rng })?;
+        let padding = model.padding();
+        model.words.values_mut()[padding].fill(0.0);
+        Ok(model)
     }
 
     /// Reads `config.json` and the weights of a folder in Hugging Face's layout; see [`pretrained`](crate::pretrained).
     ///
-    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. Pooler and
-    /// head are drawn as by [`new`](Self::new) if the file has none. Pretraining heads are passed over.
+    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. The head is
+    /// drawn as by [`new`](Self::new) if the file has none, and then the pooler too. Heads of pretraining and of question
+    /// answering are passed over.
     ///
     /// # Errors
     /// [`ModelError::Io`] naming the file; [`ModelError::Checkpoint`] naming file and field or tensor, if a field has a
-    /// wrong value, a tensor is missing, of another shape or type, not finite, or has no place in the model;
-    /// [`ModelError::Config`] for sizes and rates that no model can have.
+    /// wrong value or makes another model (see [`BertConfig::read`]), or if a tensor is missing, of another shape or type, not
+    /// finite, or has no place in the model; [`ModelError::Config`] if there is no label.
     pub fn load(dir: &Path, labels: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
-        read_config::<config::Unsupported>(dir)?.check()?;
-        let config: BertConfig = read_config(dir)?;
-        config.check()?;
+        let config = BertConfig::read_for(dir, Some(labels))?;
         let weights = Weights::open(dir)?;
+        let optional = load::optional(&weights);
         let std = config.initializer_range;
         let drawn = Drawn { std, rng };
-        let mut source = Stored::new(
-            &weights,
-            &load::parts,
-            &load::spellings,
-            &load::optional,
-            drawn,
-        );
+        let mut source = Stored::new(&weights, &load::parts, &load::spellings, &optional, drawn);
         let model = Self::build(&config, labels, &mut source)?;
         source.nothing_left(load::belongs)?;
         Ok(model)
@@ -156,6 +155,17 @@ impl BertClassifier {
                 mixtures: BTreeMap::new(),
             },
         })
+    }
+
+    /// Where the padding token's embedding is in the table of words.
+    fn padding(&self) -> Range<usize> {
+        let BertConfig {
+            pad_token_id,
+            hidden_size,
+            ..
+        } = self.config.encoder;
+        let start = pad_token_id as usize * hidden_size;
+        start..start + hidden_size
     }
 
     /// The configuration that the model was made with.
@@ -299,7 +309,8 @@ impl BertClassifier {
         Ok(read(&self.pool(encoded.states, first)?).to_vec())
     }
 
-    /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped.
+    /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's
+    /// embedding has gradient zero wherever it stands, as PyTorch's `padding_idx` has it.
     ///
     /// In `token_losses` each row has the loss of its sequence.
     ///
@@ -317,13 +328,18 @@ impl BertClassifier {
         if !value.is_finite() {
             return Err(ModelError::NonFinite("the training loss".into()));
         }
+        let mut gradients = loss.try_backward()?;
+        let words = self.words.handle();
+        let mut gradient = words.take(&mut gradients)?;
+        gradient[self.padding()].fill(0.0);
+        words.put(&mut gradients, gradient)?;
         let spans = batch.offsets.windows(2).zip(losses);
         Ok(TrainPass {
             loss: value,
             token_losses: spans
                 .flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]))
                 .collect(),
-            gradients: loss.try_backward()?,
+            gradients,
             layers,
         })
     }

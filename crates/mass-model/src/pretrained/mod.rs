@@ -22,6 +22,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 pub use config::read_config;
+pub(crate) use config::{config_file, field_error, from_fields, present};
 pub(crate) use source::{Blank, Drawn, Kind, Part, Source, Stored};
 pub use weights::Weights;
 
@@ -151,4 +152,12 @@ fn damaged(path: &Path, why: impl std::fmt::Display) -> PretrainedError {
         path: path.to_owned(),
         why: why.to_string(),
     }
+}
+
+/// A configuration that was read and that no model can have: which file it is in.
+pub(crate) fn checked(dir: &Path, check: Result<(), ModelError>) -> Result<(), ModelError> {
+    check.map_err(|e| match e {
+        ModelError::Config(why) => damaged(&config_file(dir), why).into(),
+        other => other,
+    })
 }

@@ -149,6 +149,16 @@ impl<'a> Stored<'a> {
 }
 
 impl Stored<'_> {
+    /// A parameter that is drawn whatever the file has.
+    pub(crate) fn draw(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        kind: Kind,
+    ) -> Result<Param, ModelError> {
+        self.drawn.param(name, shape, kind)
+    }
+
     /// The name of a part in the file, as it is spelt there.
     fn find(&self, name: &str) -> Option<String> {
         let mut names = (self.spellings)(name).into_iter();

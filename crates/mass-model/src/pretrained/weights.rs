@@ -1,11 +1,14 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::config::read_json;
@@ -34,6 +37,70 @@ pub struct Weights {
     dir: PathBuf,
     files: Vec<PathBuf>,
     entries: BTreeMap<String, Entry>,
+}
+
+/// The tensors of a header in the order of their bytes. A name that stands there twice is refused, and errors name the tensor.
+struct Header(Vec<(String, TensorInfo)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("tensors by name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let (mut tensors, mut names) = (Vec::new(), BTreeSet::new());
+                while let Some(name) = map.next_key::<String>()? {
+                    let about = |e| A::Error::custom(format!("tensor {name}: {e}"));
+                    if !names.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("{name} is there twice")));
+                    }
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    let info: TensorInfo = map.next_value().map_err(about)?;
+                    let (start, end) = info.data_offsets;
+                    if end < start {
+                        let why =
+                            format!("tensor {name} ends at {end}, before it begins at {start}");
+                        return Err(A::Error::custom(why));
+                    }
+                    tensors.push((name, info));
+                }
+                tensors.sort_by_key(|(_, info)| info.data_offsets);
+                Ok(Header(tensors))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// The header, and that each tensor has as many bytes as its shape says.
+fn header_of(json: &[u8]) -> Result<Metadata, String> {
+    let Header(tensors) = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    for (name, info) in &tensors {
+        let bits = info
+            .shape
+            .iter()
+            .try_fold(info.dtype.bitsize(), |n, &s| n.checked_mul(s));
+        let (start, end) = info.data_offsets;
+        if bits != (end - start).checked_mul(8) {
+            return Err(format!(
+                "tensor {name} is {} of shape {:?}, which are not the {} bytes it has",
+                info.dtype,
+                info.shape,
+                end - start
+            ));
+        }
+    }
+    Metadata::new(None, tensors).map_err(|e| e.to_string())
 }
 
 impl Weights {
@@ -102,7 +169,7 @@ impl Weights {
             .take(header)
             .read_to_end(&mut json)
             .map_err(io(&path))?;
-        let metadata: Metadata = serde_json::from_slice(&json).map_err(|e| damaged(&path, e))?;
+        let metadata = header_of(&json).map_err(|e| damaged(&path, e))?;
         let (first, data) = (8 + header, len - 8 - header);
         if (metadata.data_len() as u64) < data {
             let why = format!(

@@ -41,8 +41,28 @@ pub struct VitConfig {
     /// What the factors on the sublayers' outputs start at (layer scale; Touvron and others, arXiv 2103.17239); a model
     /// without has none.
     pub layer_scale: Option<f32>,
+    /// How position embeddings are fitted to images of another size.
+    pub position_resampling: Resampling,
     /// Standard deviation of drawn matrices.
     pub initializer_range: f32,
+}
+
+/// How a grid of position embeddings is brought to another grid: PyTorch's `interpolate(mode="bicubic",
+/// align_corners=False)`.
+///
+/// Of `n` old places and `m` new ones along an axis, new place i is at `(i + 1/2) n / m - 1/2`, and old places weigh in by Keys'
+/// cubic kernel `w_a` of their distance, `w_a(x) = (a + 2) |x|³ - (a + 3) x² + 1` for `|x| <= 1` and
+/// `a (|x|³ - 5 x² + 8 |x| - 4)` for `1 < |x| < 2`. The same grid is left as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resampling {
+    /// `antialias=False`, of Hugging Face's ViT and DINOv2: a = -3/4 and four neighbours, the outermost place repeated past the
+    /// border.
+    #[default]
+    Bicubic,
+    /// `antialias=True`, of timm: a = -1/2, the kernel as much wider as the new grid is coarser, and weights scaled to sum to one
+    /// at the border.
+    BicubicAntialias,
 }
 
 impl Default for VitConfig {
@@ -61,6 +81,7 @@ impl Default for VitConfig {
             num_channels: 3,
             qkv_bias: true,
             layer_scale: None,
+            position_resampling: Resampling::Bicubic,
             initializer_range: 0.02,
         }
     }
@@ -78,25 +99,27 @@ impl VitConfig {
         }
     }
 
-    /// Reads `config.json` of a folder: Hugging Face's for `vit` and `dinov2`, or one with timm's argument names
-    /// (`embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `img_size`, `patch_size`, `in_chans`, `qkv_bias`, `init_values`).
+    /// Reads `config.json` of a folder: Hugging Face's for `vit` and `dinov2`, or timm's.
+    ///
+    /// Of timm's, the arguments `embed_dim`, `depth`, `num_heads`, `mlp_ratio`, `img_size`, `patch_size`, `in_chans`, `qkv_bias`,
+    /// `init_values`, `act_layer` (and `layer_norm_eps`) are read, beside `architecture` or under `model_args`; what they leave open
+    /// an architecture of the form `vit_small_patch16_224`, `deit_tiny_patch16_224` or `vit_base_patch14_dinov2` says.
     ///
     /// # Errors
-    /// [`ModelError::Io`] if it cannot be read, [`ModelError::Checkpoint`] naming the field that is missing or has a wrong
-    /// value, [`ModelError::Config`] for another kind of model, or sizes and rates that no model can have.
+    /// [`ModelError::Io`] if it cannot be read; [`ModelError::Checkpoint`] naming the field that is missing or has a wrong
+    /// value, or that makes another model (SwiGLU networks, stochastic depth, register tokens, other pooling than by class token,
+    /// other problems than one label of several), or sizes and rates that no model can have.
     pub fn read(dir: &Path) -> Result<Self, ModelError> {
         Ok(Self::read_with_layout(dir)?.0)
     }
 
     pub(super) fn read_with_layout(dir: &Path) -> Result<(Self, Layout), ModelError> {
-        let (config, layout) = files::read(dir)?;
-        config.check()?;
-        Ok((config, layout))
+        files::read(dir)
     }
 
-    /// Patches along a side of an image of `image_size`.
+    /// Patches along a side of an image of `image_size`; zero for patches of no size, which [`check`](Self::check) refuses.
     pub fn grid(&self) -> usize {
-        self.image_size / self.patch_size
+        self.image_size.checked_div(self.patch_size).unwrap_or(0)
     }
 
     /// Refuses values that no model can have.

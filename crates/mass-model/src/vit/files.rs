@@ -1,13 +1,17 @@
 //! The configurations of files, and the names that the parameters have in them.
 
+mod timm;
+
 use std::path::Path;
 
 use serde::Deserialize;
 
-use super::VitConfig;
+use super::{Resampling, VitConfig};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::pretrained::{Part, activation, read_config};
+use crate::pretrained::{
+    Part, PretrainedError, activation, checked, config_file, field_error, present, read_config,
+};
 
 /// Whose names a file's tensors have, and whose fields its configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,34 +25,37 @@ pub(super) enum Layout {
 }
 
 pub(super) fn read(dir: &Path) -> Result<(VitConfig, Layout), ModelError> {
+    let path = &config_file(dir);
     let kind: Kind = read_config(dir)?;
     let layout = match (kind.model_type.as_deref(), kind.architecture) {
         (Some("vit"), _) => Layout::Vit,
         (Some("dinov2"), _) => Layout::Dinov2,
-        (Some(other), _) => return Err(unsupported(format!("model_type {other:?}"))),
+        (Some(other), _) => {
+            return Err(unsupported(path, "model_type", format!("{other:?}")).into());
+        }
         (None, Some(_)) => Layout::Timm,
         (None, None) => {
-            let what = "config.json has neither model_type nor architecture";
-            return Err(ModelError::Config(what.into()));
+            let why = "neither it nor architecture is there";
+            return Err(field_error(path, "model_type", why).into());
         }
     };
     let config = match layout {
-        Layout::Timm => read_config::<Timm>(dir)?.convert()?,
-        _ => read_config::<HuggingFace>(dir)?.convert(layout)?,
+        Layout::Timm => timm::read(dir)?,
+        _ => read_config::<HuggingFace>(dir)?.convert(path, layout)?,
     };
+    checked(dir, config.check())?;
     Ok((config, layout))
 }
 
-fn unsupported(what: impl std::fmt::Display) -> ModelError {
-    ModelError::Config(format!("{what} is not supported"))
+fn unsupported(path: &Path, field: &str, value: impl std::fmt::Display) -> PretrainedError {
+    field_error(path, field, &format!("{value} is not supported"))
 }
 
-fn hidden_width(dim: usize, ratio: f64) -> Result<usize, ModelError> {
+fn hidden_width(path: &Path, dim: usize, ratio: f64) -> Result<usize, PretrainedError> {
     let width = dim as f64 * ratio;
     if !(1.0..=f64::from(u32::MAX)).contains(&width) {
-        return Err(ModelError::Config(format!(
-            "mlp_ratio {ratio} of width {dim}"
-        )));
+        let why = format!("{ratio} of width {dim}");
+        return Err(field_error(path, "mlp_ratio", &why));
     }
     Ok(width as usize)
 }
@@ -71,15 +78,21 @@ struct HuggingFace {
     hidden_dropout_prob: f32,
     attention_probs_dropout_prob: f32,
     initializer_range: f32,
+    #[serde(deserialize_with = "present")]
     layer_norm_eps: Option<f32>,
     image_size: usize,
+    #[serde(deserialize_with = "present")]
     patch_size: Option<usize>,
     num_channels: usize,
     qkv_bias: bool,
+    problem_type: Option<String>,
     /// `ViTConfig` alone.
+    #[serde(deserialize_with = "present")]
     intermediate_size: Option<usize>,
     /// `Dinov2Config` alone, and what follows.
+    #[serde(deserialize_with = "present")]
     mlp_ratio: Option<f64>,
+    #[serde(deserialize_with = "present")]
     layerscale_value: Option<f32>,
     drop_path_rate: f32,
     use_swiglu_ffn: bool,
@@ -101,6 +114,7 @@ impl Default for HuggingFace {
             patch_size: None,
             num_channels: base.num_channels,
             qkv_bias: base.qkv_bias,
+            problem_type: None,
             intermediate_size: None,
             mlp_ratio: None,
             layerscale_value: None,
@@ -111,19 +125,25 @@ impl Default for HuggingFace {
 }
 
 impl HuggingFace {
-    fn convert(self, layout: Layout) -> Result<VitConfig, ModelError> {
+    fn convert(self, path: &Path, layout: Layout) -> Result<VitConfig, PretrainedError> {
         let dino = layout == Layout::Dinov2;
+        match self.problem_type.as_deref() {
+            None | Some("single_label_classification") => {}
+            Some(other) => return Err(unsupported(path, "problem_type", format!("{other:?}"))),
+        }
         if dino && self.use_swiglu_ffn {
-            return Err(unsupported("use_swiglu_ffn"));
+            return Err(unsupported(path, "use_swiglu_ffn", true));
         }
         if dino && self.drop_path_rate != 0.0 {
-            return Err(unsupported(format!(
-                "drop_path_rate {}",
-                self.drop_path_rate
-            )));
+            return Err(unsupported(path, "drop_path_rate", self.drop_path_rate));
+        }
+        // Its feed-forward networks have no dropout, ViT's have.
+        if dino && self.hidden_dropout_prob != 0.0 {
+            let rate = self.hidden_dropout_prob;
+            return Err(unsupported(path, "hidden_dropout_prob", rate));
         }
         let intermediate_size = if dino {
-            hidden_width(self.hidden_size, self.mlp_ratio.unwrap_or(4.0))?
+            hidden_width(path, self.hidden_size, self.mlp_ratio.unwrap_or(4.0))?
         } else {
             self.intermediate_size.unwrap_or(3072)
         };
@@ -143,49 +163,8 @@ impl HuggingFace {
             num_channels: self.num_channels,
             qkv_bias: self.qkv_bias,
             layer_scale: dino.then(|| self.layerscale_value.unwrap_or(1.0)),
+            position_resampling: Resampling::Bicubic,
             initializer_range: self.initializer_range,
-        })
-    }
-}
-
-/// Arguments of timm's `VisionTransformer`.
-#[derive(Deserialize)]
-struct Timm {
-    embed_dim: usize,
-    depth: usize,
-    num_heads: usize,
-    mlp_ratio: Option<f64>,
-    img_size: Option<usize>,
-    patch_size: Option<usize>,
-    in_chans: Option<usize>,
-    qkv_bias: Option<bool>,
-    init_values: Option<f32>,
-    layer_norm_eps: Option<f32>,
-    class_token: Option<bool>,
-    global_pool: Option<String>,
-}
-
-impl Timm {
-    fn convert(self) -> Result<VitConfig, ModelError> {
-        if self.class_token == Some(false) {
-            return Err(unsupported("a model without class_token"));
-        }
-        if let Some(pool) = self.global_pool.filter(|p| p != "token") {
-            return Err(unsupported(format!("global_pool {pool:?}")));
-        }
-        let base = VitConfig::default();
-        Ok(VitConfig {
-            hidden_size: self.embed_dim,
-            num_hidden_layers: self.depth,
-            num_attention_heads: self.num_heads,
-            intermediate_size: hidden_width(self.embed_dim, self.mlp_ratio.unwrap_or(4.0))?,
-            layer_norm_eps: self.layer_norm_eps.unwrap_or(1e-6),
-            image_size: self.img_size.unwrap_or(base.image_size),
-            patch_size: self.patch_size.unwrap_or(base.patch_size),
-            num_channels: self.in_chans.unwrap_or(base.num_channels),
-            qkv_bias: self.qkv_bias.unwrap_or(true),
-            layer_scale: self.init_values,
-            ..base
         })
     }
 }
@@ -277,24 +256,24 @@ pub(super) fn optional(name: &str) -> bool {
     name.starts_with("head.")
 }
 
-/// Whether a tensor is part of the encoder, so that a model which does not read it is another model.
-pub(super) fn belongs(tensor: &str) -> bool {
+/// Whether a tensor is one of a classifier's two.
+pub(super) fn is_head(layout: Layout, tensor: &str) -> bool {
+    let head = match layout {
+        Layout::Timm => "head",
+        _ => "classifier",
+    };
+    tensor
+        .strip_prefix(head)
+        .is_some_and(|rest| [".weight", ".bias"].contains(&rest))
+}
+
+/// Whether a tensor that is not read makes another model. Poolers do not, nor mask tokens and decoders, which only masked-image
+/// pretraining uses.
+pub(super) fn belongs(layout: Layout, tensor: &str) -> bool {
     let name = without_prefix(tensor);
-    let encoder = [
-        "embeddings.",
-        "encoder.",
-        "layernorm.",
-        "blocks.",
-        "patch_embed.",
-        "cls_token",
-        "pos_embed",
-        "dist_token",
-        "reg_token",
-        "norm.",
-        "norm_pre.",
-        "fc_norm.",
-        "head_dist.",
-    ];
-    // Only masked-image pretraining uses the mask token.
-    encoder.iter().any(|start| name.starts_with(start)) && name != "embeddings.mask_token"
+    let (starts, mask) = match layout {
+        Layout::Timm => (&["decoder."][..], "mask_token"),
+        _ => (&["pooler.", "decoder."][..], "embeddings.mask_token"),
+    };
+    !starts.iter().any(|start| name.starts_with(start)) && name != mask
 }

@@ -10,7 +10,7 @@
 //!
 //! Images are `[batch, channels, height, width]`, normalised as the model was pretrained with; any height and width that
 //! the patch divides will do. Position embeddings are fitted to other sizes than the configuration's by bicubic
-//! interpolation, as PyTorch's `interpolate(mode="bicubic", align_corners=False)` does.
+//! interpolation ([`Resampling`]), as PyTorch's `interpolate(mode="bicubic", align_corners=False)` does.
 //!
 //! # A frozen trunk
 //! [`features`](VitClassifier::features) computes what leaves the first blocks, once; training passes then start from
@@ -38,7 +38,7 @@
 //! // Two images of 8 x 12 pixels. The first two blocks stay as they are.
 //! let pixels: Vec<f32> = (0..2 * 3 * 8 * 12).map(|i| (i as f32 * 0.1).sin()).collect();
 //! let rows = model.features(&pixels, (8, 12), 2)?;
-//! let batch = ImageBatch::Features { rows: &rows, tokens: model.tokens((8, 12)), blocks: 2 };
+//! let batch = ImageBatch::Features { rows: &rows, tokens: model.tokens((8, 12))?, blocks: 2 };
 //! let mut pass = model.train_pass(batch, &[3, 1], None)?;
 //! let mut optimizer = AdamW::new(AdamWConfig::default())?;
 //! optimizer.step(&mut model.trainable(2)?, &mut pass.gradients, 1e-3)?;
@@ -61,7 +61,7 @@ use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
-pub use config::VitConfig;
+pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
 use crate::checkpoint::Checkpointed;
@@ -105,6 +105,27 @@ pub struct VitClassifier {
     config: ClassifierConfig<VitConfig>,
 }
 
+/// Where the head of a model that is read comes from.
+#[derive(Clone, Copy, PartialEq)]
+enum Head {
+    /// The file, or drawn if it has none.
+    OfFile,
+    New,
+}
+
+/// Reads everything but the head, which is drawn.
+struct NewHead<'s, 'a>(&'s mut Stored<'a>);
+
+impl Source for NewHead<'_, '_> {
+    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
+        if files::optional(name) {
+            self.0.draw(name, shape, kind)
+        } else {
+            self.0.param(name, shape, kind)
+        }
+    }
+}
+
 impl VitClassifier {
     /// A model with freshly drawn weights: matrices, class token and positions from N(0, `initializer_range`²), biases zero,
     /// norms one, layer scales as configured.
@@ -123,22 +144,59 @@ impl VitClassifier {
     /// Reads `config.json` and the weights of a folder; see [`VitConfig::read`] and [`pretrained`](crate::pretrained).
     ///
     /// Names may begin with `vit.` or `dinov2.`, or not. The head is drawn as by [`new`](Self::new) if the file has none.
-    /// Poolers and mask tokens are passed over.
+    /// Poolers, and the mask tokens and decoders of masked-image pretraining, are passed over.
     ///
     /// # Errors
     /// [`ModelError::Io`] naming the file; [`ModelError::Checkpoint`] naming file and field or tensor, if a field has a
-    /// wrong value, a tensor is missing, of another shape or type, not finite, or has no place in the model;
-    /// [`ModelError::Config`] for another kind of model, or sizes and rates that no model can have.
+    /// wrong value or makes another model (see [`VitConfig::read`]), or if a tensor is missing, of another shape or type, not
+    /// finite, or has no place in the model; [`ModelError::Config`] if there is no class.
     pub fn load(dir: &Path, classes: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
+        Self::load_with(dir, classes, Head::OfFile, rng)
+    }
+
+    /// As [`load`](Self::load), with a head that is drawn whatever the file has: a classifier of ImageNet becomes one of other
+    /// classes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with_new_head(
+        dir: &Path,
+        classes: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        Self::load_with(dir, classes, Head::New, rng)
+    }
+
+    fn load_with(
+        dir: &Path,
+        classes: usize,
+        head: Head,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
         let (config, layout) = VitConfig::read_with_layout(dir)?;
         let weights = Weights::open(dir)?;
         let std = config.initializer_range;
         let parts = |name: &str, shape: &[usize]| files::parts(&config, layout, name, shape);
         let drawn = Drawn { std, rng };
         let mut source = Stored::new(&weights, &parts, &files::spellings, &files::optional, drawn);
-        let model = Self::build(&config, classes, &mut source)?;
-        source.nothing_left(files::belongs)?;
+        let model = match head {
+            Head::OfFile => Self::build(&config, classes, &mut source)?,
+            Head::New => Self::build(&config, classes, &mut NewHead(&mut source))?,
+        };
+        source.nothing_left(|tensor| {
+            files::belongs(layout, tensor) && !(head == Head::New && files::is_head(layout, tensor))
+        })?;
         Ok(model)
+    }
+
+    /// Replaces the head by a freshly drawn one for as many classes.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn draw_head(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
+        let (std, d) = (self.config().initializer_range, self.config().hidden_size);
+        self.head = Drawn { std, rng }.linear("head", d, self.classes(), true)?;
+        Ok(())
     }
 
     fn build(

@@ -5,7 +5,7 @@ use dfdx::prelude::{
     TensorFromVec,
 };
 
-use super::patches::{Interpolation, assemble, patch_rows};
+use super::patches::{Interpolation, assemble, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
 use crate::encoder::check_masked;
 use crate::error::ModelError;
@@ -34,9 +34,10 @@ impl VitClassifier {
         let rows = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
         let grid = (size.0 / side, size.1 / side);
         let embedded = self.patch.try_forward(rows.put_tape(tape))?;
-        let interpolation = Interpolation::new(self.config.encoder.grid(), grid);
+        let config = &self.config.encoder;
+        let interpolation = Interpolation::new(config.grid(), grid, config.position_resampling);
         let x = assemble(embedded, &self.class, &self.positions, interpolation)?;
-        let rate = self.config.encoder.hidden_dropout_prob;
+        let rate = config.hidden_dropout_prob;
         let x = ops::dropout(x, keys.and_then(|k| k.next(rate)))?;
         Ok((x, 1 + grid.0 * grid.1))
     }
@@ -182,10 +183,14 @@ impl VitClassifier {
         Ok(read(&encoded.states).to_vec())
     }
 
-    /// Number of tokens of an image of this size, with the class token.
-    pub fn tokens(&self, size: (usize, usize)) -> usize {
-        let side = self.config.encoder.patch_size;
-        1 + (size.0 / side) * (size.1 / side)
+    /// Number of tokens of an image of this height and width, with the class token.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if the patch does not divide them, or there is no patch.
+    pub fn tokens(&self, size: (usize, usize)) -> Result<usize, ModelError> {
+        let (rows, cols) = patch_grid(size, self.config.encoder.patch_size)?;
+        let patches = rows.checked_mul(cols).and_then(|n| n.checked_add(1));
+        patches.ok_or_else(|| ModelError::Config(format!("images of {} x {}", size.0, size.1)))
     }
 
     /// Mean cross-entropy over the images of a batch, nats, and its gradients; without `dropout` nothing is dropped.

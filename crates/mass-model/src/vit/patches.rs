@@ -2,10 +2,25 @@
 
 use dfdx::prelude::{Cpu, HasShape, NoneTape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
 
+use super::Resampling;
 use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::ops::{Rows, expect_width, read, take_gradient};
 use crate::param::Param;
+
+/// Rows and columns of the patches of an image.
+pub(super) fn patch_grid(
+    (height, width): (usize, usize),
+    side: usize,
+) -> Result<(usize, usize), ModelError> {
+    let whole = height.is_multiple_of(side) && width.is_multiple_of(side);
+    if height == 0 || width == 0 || !whole {
+        return Err(ModelError::Config(format!(
+            "images of {height} x {width} are not made of patches of {side} x {side}"
+        )));
+    }
+    Ok((height / side, width / side))
+}
 
 /// Images of one size, `[batch, channels, height, width]`, as the rows of their patches: `[batch * patches, channels *
 /// side * side]`, each in the order of a convolution's weight.
@@ -15,18 +30,11 @@ pub(super) fn patch_rows(
     (height, width): (usize, usize),
     side: usize,
 ) -> Result<Rows<NoneTape>, ModelError> {
+    patch_grid((height, width), side)?;
     let image = channels
         .checked_mul(height)
-        .and_then(|n| n.checked_mul(width));
-    let whole = height.is_multiple_of(side) && width.is_multiple_of(side);
-    let image = match image {
-        Some(n) if n > 0 && whole => n,
-        _ => {
-            return Err(ModelError::Config(format!(
-                "images of {height} x {width} are not made of patches of {side} x {side}"
-            )));
-        }
-    };
+        .and_then(|n| n.checked_mul(width))
+        .ok_or_else(|| ModelError::Config(format!("images of {height} x {width}")))?;
     if pixels.is_empty() || !pixels.len().is_multiple_of(image) {
         let what = "pixels of the images";
         return Err(ModelError::shape(
@@ -55,12 +63,7 @@ pub(super) fn patch_rows(
     Ok(Cpu::default().try_tensor_from_vec(rows, shape)?)
 }
 
-/// Bicubic interpolation of a square grid of vectors to another grid, as weights of the old ones.
-///
-/// Output i along an axis of `n` old and `m` new places is at `(i + 1/2) n / m - 1/2` and weighs its four neighbours by
-/// Keys' cubic convolution with a = -3/4; past the border the outermost place counts again. That is PyTorch's
-/// `interpolate(mode="bicubic", align_corners=False, antialias=False)`, by which DINOv2 and ViT in Hugging Face's
-/// transformers fit position embeddings to an image.
+/// Interpolation of a square grid of vectors to another grid, as weights of the old ones; see [`Resampling`].
 #[derive(Clone, Debug)]
 pub(super) struct Interpolation {
     /// For each output place the old ones, row-major, and their weights.
@@ -69,11 +72,15 @@ pub(super) struct Interpolation {
 
 impl Interpolation {
     /// From `old` x `old` places to `rows` x `cols`.
-    pub(super) fn new(old: usize, (rows, cols): (usize, usize)) -> Self {
+    pub(super) fn new(old: usize, (rows, cols): (usize, usize), how: Resampling) -> Self {
         if (rows, cols) == (old, old) {
             let taps = (0..old * old).map(|i| vec![(i, 1.0)]).collect();
             return Self { taps };
         }
+        let axis = match how {
+            Resampling::Bicubic => plain_axis,
+            Resampling::BicubicAntialias => antialiased_axis,
+        };
         let (vertical, horizontal) = (axis(old, rows), axis(old, cols));
         let taps = vertical.iter().flat_map(|v| {
             horizontal.iter().map(move |h| {
@@ -89,23 +96,46 @@ impl Interpolation {
     }
 }
 
+/// Keys' cubic kernel.
+fn keys(a: f32, x: f32) -> f32 {
+    let x = x.abs();
+    if x <= 1.0 {
+        ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    } else {
+        0.0
+    }
+}
+
 /// The four neighbours of each new place along an axis, with their weights.
-fn axis(old: usize, new: usize) -> Vec<[(usize, f32); 4]> {
-    const A: f32 = -0.75;
-    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
-    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
+fn plain_axis(old: usize, new: usize) -> Vec<Vec<(usize, f32)>> {
     let scale = old as f32 / new as f32;
-    (0..new)
-        .map(|i| {
-            let source = scale * (i as f32 + 0.5) - 0.5;
-            let (first, t) = (source.floor(), source - source.floor());
-            let weights = [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)];
-            std::array::from_fn(|k| {
-                let place = first as i64 + k as i64 - 1;
-                (place.clamp(0, old as i64 - 1) as usize, weights[k])
-            })
-        })
-        .collect()
+    let place = |i| {
+        let source = scale * (i as f32 + 0.5) - 0.5;
+        let (first, t) = (source.floor() as i64, source - source.floor());
+        let near = |k: i64| {
+            let at = (first + k).clamp(0, old as i64 - 1);
+            (at as usize, keys(-0.75, k as f32 - t))
+        };
+        (-1..=2).map(near).collect()
+    };
+    (0..new).map(place).collect()
+}
+
+/// The places within the kernel's reach of each new place along an axis, with their weights.
+fn antialiased_axis(old: usize, new: usize) -> Vec<Vec<(usize, f32)>> {
+    let scale = old as f32 / new as f32;
+    let wider = scale.max(1.0);
+    let place = |i| {
+        let (center, reach) = (scale * (i as f32 + 0.5), 2.0 * wider);
+        let first = (center - reach + 0.5).max(0.0) as usize;
+        let end = ((center + reach + 0.5) as usize).min(old);
+        let weight = |x: usize| keys(-0.5, (x as f32 + 0.5 - center) / wider);
+        let total: f32 = (first..end).map(weight).sum();
+        (first..end).map(|x| (x, weight(x) / total)).collect()
+    };
+    (0..new).map(place).collect()
 }
 
 /// Tokens `[batch * (1 + patches), d]`: the class token, then the embedded patches, plus the position of each.
@@ -190,22 +220,86 @@ mod tests {
 
     #[test]
     fn interpolation_keeps_constants_and_its_own_grid() {
-        let same = Interpolation::new(3, (3, 3));
-        assert!(same.taps.iter().enumerate().all(|(i, t)| *t == [(i, 1.0)]));
-        for size in [(2, 5), (7, 1), (6, 6)] {
-            let other = Interpolation::new(3, size);
-            assert_eq!(other.taps.len(), size.0 * size.1);
-            for taps in &other.taps {
-                let sum: f32 = taps.iter().map(|t| t.1).sum();
-                assert!((sum - 1.0).abs() < 1e-6);
-                assert!(taps.iter().all(|t| t.0 < 9));
+        for how in [Resampling::Bicubic, Resampling::BicubicAntialias] {
+            let same = Interpolation::new(3, (3, 3), how);
+            assert!(same.taps.iter().enumerate().all(|(i, t)| *t == [(i, 1.0)]));
+            for size in [(2, 5), (7, 1), (6, 6)] {
+                let other = Interpolation::new(3, size, how);
+                assert_eq!(other.taps.len(), size.0 * size.1);
+                for taps in &other.taps {
+                    let sum: f32 = taps.iter().map(|t| t.1).sum();
+                    assert!((sum - 1.0).abs() < 1e-6);
+                    assert!(taps.iter().all(|t| t.0 < 9));
+                }
             }
         }
         // By hand: from two places to four, the first new one is at -1/4: t = 3/4 past the border's repetition. The
         // weights of the four neighbours are those of Keys' kernel with a = -3/4 at distances 7/4, 3/4, 1/4, 5/4.
-        let first = axis(2, 4)[0];
+        let first = &plain_axis(2, 4)[0];
         let weights = [-0.035_156_25, 0.261_718_75, 0.878_906_25, -0.105_468_75];
-        assert_eq!(first.map(|t| t.0), [0, 0, 0, 1]);
-        assert_eq!(first.map(|t| t.1), weights);
+        assert!(first.iter().map(|t| t.0).eq([0, 0, 0, 1]));
+        assert!(first.iter().map(|t| t.1).eq(weights));
+    }
+
+    #[test]
+    fn interpolation_agrees_with_pytorch() {
+        // torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False, antialias=...), PyTorch 2.15.
+        let x: [f32; 16] = [
+            3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, -6.0, 5.0, 3.0, -5.0, 8.0, 9.0, 7.0, -9.0, 3.0,
+        ];
+        type Case<'a> = (Resampling, (usize, usize), &'a [f32]);
+        let cases: [Case<'_>; 6] = [
+            (
+                Resampling::Bicubic,
+                (2, 3),
+                &[
+                    -0.988896, 5.418945, -2.756329, 7.645148, -3.293945, 4.526009,
+                ],
+            ),
+            (
+                Resampling::Bicubic,
+                (3, 6),
+                &[
+                    1.777103, 0.799877, 0.984275, 3.696162, 2.102323, -0.602041, -1.792318,
+                    3.457031, 6.062716, -0.23329, -0.988281, 0.996961, 8.797259, 8.854638,
+                    3.772879, -7.538761, -3.687393, 5.046415,
+                ],
+            ),
+            (
+                Resampling::Bicubic,
+                (1, 4),
+                &[-1.125, 6.5625, -1.3125, 0.8125],
+            ),
+            (
+                Resampling::BicubicAntialias,
+                (2, 3),
+                &[0.513115, 3.422218, -0.547346, 6.397091, -0.688171, 0.976286],
+            ),
+            (
+                Resampling::BicubicAntialias,
+                (3, 6),
+                &[
+                    0.361075, 0.969579, 2.20826, 3.98485, 1.150761, -1.888595, -0.858835, 3.148749,
+                    5.648065, -0.569621, -0.630071, 1.084808, 8.775321, 8.039845, 3.649, -7.529085,
+                    -2.12034, 5.921384,
+                ],
+            ),
+            (
+                Resampling::BicubicAntialias,
+                (1, 4),
+                &[2.580831, 4.709584, -1.930138, 1.430139],
+            ),
+        ];
+        for (how, size, wanted) in cases {
+            let taps = Interpolation::new(4, size, how).taps;
+            assert_eq!(taps.len(), wanted.len());
+            for (taps, wanted) in taps.iter().zip(wanted) {
+                let y: f32 = taps.iter().map(|&(i, w)| w * x[i]).sum();
+                assert!(
+                    (y - wanted).abs() < 1e-5,
+                    "{how:?}, {size:?}: {y} for {wanted}"
+                );
+            }
+        }
     }
 }

@@ -74,6 +74,9 @@ pub(crate) fn vit_names(name: &str) -> Vec<String> {
 }
 
 pub(crate) fn timm_names(name: &str) -> Vec<String> {
+    if let Some((block, scale)) = name.split_once(".scale") {
+        return vec![format!("{block}.ls{scale}.gamma")];
+    }
     let renamed = match name {
         "embeddings.class" => "cls_token".to_owned(),
         "embeddings.positions" => "pos_embed".to_owned(),
