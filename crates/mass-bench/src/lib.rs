@@ -29,6 +29,7 @@ pub mod data_check;
 pub mod dg;
 pub mod dynmoe;
 mod error;
+mod fnv;
 pub mod ginc;
 pub mod glue;
 #[cfg(feature = "hub")]

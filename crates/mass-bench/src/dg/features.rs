@@ -9,10 +9,10 @@ use mass_model::vit::VitClassifier;
 use serde::{Deserialize, Serialize};
 
 use super::augment::normalise;
-use super::folder::Fnv;
 use super::images::DomainImages;
 use super::{DgError, cache};
 use crate::BenchError;
+use crate::fnv::Fnv;
 
 /// Images that pass the trunk at a time.
 const BATCH: usize = 32;
@@ -43,15 +43,15 @@ struct Header {
 }
 
 impl Header {
-    fn of(model: &VitClassifier, images: &DomainImages, blocks: usize) -> Self {
-        Self {
+    fn of(model: &VitClassifier, images: &DomainImages, blocks: usize) -> Result<Self, BenchError> {
+        Ok(Self {
             images: images.len(),
-            tokens: model.tokens((images.size, images.size)),
+            tokens: tokens(model, images)?,
             dim: model.config().hidden_size,
             blocks,
             set: images.digest,
             trunk: trunk_digest(model, blocks),
-        }
+        })
     }
 
     fn values(&self) -> Option<usize> {
@@ -60,12 +60,20 @@ impl Header {
     }
 }
 
+/// Tokens of one image of a set.
+fn tokens(model: &VitClassifier, images: &DomainImages) -> Result<usize, BenchError> {
+    let tokens = model.tokens((images.size, images.size));
+    tokens.map_err(|e| BenchError::failed("cutting images into patches", e))
+}
+
 impl Features {
     /// Bytes that the features of a set take, in memory and on disk.
-    #[must_use]
-    pub fn bytes(model: &VitClassifier, images: &DomainImages) -> u64 {
-        let tokens = model.tokens((images.size, images.size)) as u64;
-        tokens * model.config().hidden_size as u64 * images.len() as u64 * 4
+    ///
+    /// # Errors
+    /// [`BenchError::Failed`] for images that are not made of the model's patches.
+    pub fn bytes(model: &VitClassifier, images: &DomainImages) -> Result<u64, BenchError> {
+        let tokens = tokens(model, images)? as u64;
+        Ok(tokens * model.config().hidden_size as u64 * images.len() as u64 * 4)
     }
 
     /// The features of every image after the first `blocks` blocks, from `dir` if they are there, else computed on all threads
@@ -82,7 +90,7 @@ impl Features {
         dir: Option<&Path>,
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Option<Self>, BenchError> {
-        let header = Header::of(model, images, blocks);
+        let header = Header::of(model, images, blocks)?;
         let Some(values) = header.values() else {
             return Err(BenchError::Usage(
                 "features of so many images do not fit".into(),

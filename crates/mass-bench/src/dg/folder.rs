@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use super::DgError;
+use crate::fnv::Fnv;
 
 /// Endings of the files that are taken for images; what they are is read from their content.
 pub const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "bmp", "webp"];
@@ -153,21 +154,4 @@ fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, Dg
     let others: Vec<PathBuf> = others;
     passed_over.extend(others);
     Ok(images)
-}
-
-/// The 64-bit FNV-1a hash, which is the same on every platform and in every version.
-pub(super) struct Fnv(pub(super) u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    pub(super) fn eat(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
 }

@@ -182,7 +182,7 @@ impl DomainImages {
         bad: BadImages,
         source: Source,
     ) -> Result<Self, DgError> {
-        let mut digest = super::folder::Fnv(folder.digest);
+        let mut digest = crate::fnv::Fnv(folder.digest);
         digest.eat(&(header.size as u64).to_le_bytes());
         let mut left_out = Vec::new();
         let mut kept: Vec<_> = folder.files.iter().map(Some).collect();

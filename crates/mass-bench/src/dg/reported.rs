@@ -3,6 +3,9 @@
 /// The sets, the columns of [`ROWS`], by the names of their directories.
 pub const SETS: [&str; 4] = ["pacs", "vlcs", "office_home", "terra_incognita"];
 
+/// Domains of each of them.
+pub const DOMAINS: usize = 4;
+
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Row {

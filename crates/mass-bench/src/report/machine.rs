@@ -36,7 +36,15 @@ fn cpu_model(info: &str) -> Option<String> {
         .filter(|model| !model.is_empty())
 }
 
-/// The most memory this process has held, MiB (VmHWM); `None` where the system does not say.
+/// Begins a new count for [`peak_rss_mib`], so that it is of what comes from now on. Where the system does not offer that, the
+/// count goes on.
+pub fn reset_peak_rss() {
+    // Linux: "5" resets VmHWM to what is held now.
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The most memory this process has held since it began or [`reset_peak_rss`] was called, MiB (VmHWM); `None` where the system
+/// does not say.
 #[must_use]
 pub fn peak_rss_mib() -> Option<f64> {
     high_water_mark(&fs::read_to_string("/proc/self/status").ok()?)

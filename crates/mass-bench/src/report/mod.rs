@@ -38,7 +38,7 @@ use std::path::PathBuf;
 pub use expansions::expansions;
 pub use html::report_html;
 pub use lines::{EventLine, MetricLine};
-pub use machine::{Machine, peak_rss_mib};
+pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
 pub use over_tasks::{OverTasks, over_tasks};
 pub use paired::{Comparison, Paired, comparisons, paired};
 pub use paper::{Reported, reported};

@@ -22,7 +22,7 @@ use crate::BenchError;
 use crate::cli::{ReproduceArgs, RunContext};
 use crate::dg::features::Features;
 use crate::dg::images::Source;
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{Results, Run, peak_rss_mib, reset_peak_rss};
 use crate::sweep::checkpoint_dir;
 use data::Set;
 use plan::{Plan, Planned};
@@ -85,8 +85,29 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     if let Some(dir) = plan.directory() {
         settings["model"] = super::model_settings(dir);
     }
+    let cache = args.out.join("cache");
+    let decode_all = |runs: &[Planned]| {
+        let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();
+        sets.dedup();
+        // Before the first run: a damaged file of the last set should not show after hours.
+        sets.iter()
+            .try_for_each(|set| plan.decode(args, set, &cache))
+    };
+    if !args.resume {
+        // And before anything of an earlier run is replaced.
+        decode_all(&runs)?;
+    }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
+    if args.resume {
+        decode_all(&runs)?;
+    } else {
+        let patches = store.dir().join("patches");
+        if patches.is_dir() {
+            std::fs::remove_dir_all(&patches)
+                .map_err(|e| BenchError::failed("removing pictures of earlier runs", e))?;
+        }
+    }
 
     let mut current: Option<Set> = None;
     for index in 0..runs.len() {
@@ -108,6 +129,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
             .filter(|r| r.set == planned.set)
             .count();
         let done = before as u64 * plan.steps();
+        reset_peak_rss();
         let folder = checkpoint_dir(&store, &planned.run);
         let mut trainer = Trainer::open(plan.config(planned, set), set, &folder, args.resume)?;
         let key = planned.run.key().to_string();
@@ -172,7 +194,7 @@ fn read(
     if set.frozen == 0 || set.augment.is_some() {
         return Ok(set);
     }
-    let bytes = Features::bytes(&set.base, images);
+    let bytes = Features::bytes(&set.base, images)?;
     if bytes > MOST_FEATURES {
         ctx.progress.note(&format!(
             "{name}: the features of the frozen blocks would take {} MiB; they are computed with each batch",
@@ -205,7 +227,7 @@ fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
     let best = trainer.best();
     let target = best.map(|b| b.target);
     let (steps, wall_s) = (trainer.step(), trainer.wall_s());
-    let tokens = trainer.images() * set.tokens() as u64;
+    let tokens = trainer.images() * set.tokens as u64;
     let mut metrics = BTreeMap::new();
     let mut put = |name: &str, value: Option<f64>| {
         if let Some(value) = value {

@@ -22,7 +22,7 @@ use crate::glue::data::Dataset;
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{Results, Run, peak_rss_mib, reset_peak_rss};
 use crate::sweep::checkpoint_dir;
 use data::TaskData;
 use finetune::FineTuner;
@@ -58,9 +58,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for only_adds in ["seeds", "tasks"] {
         settings.as_object_mut().map(|s| s.remove(only_adds));
     }
-    if let Pretrained::Directory(dir) = &plan.pretrained {
-        settings["pretrained"] = super::model_settings(dir);
-    }
+    settings["pretrained"] = plan.pretrained.settings();
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
 
@@ -68,13 +66,15 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for planned in &runs {
         tuners.push((planned, &tasks[planned.task.name()]));
     }
-    let total = |(planned, data): &(&Planned, &TaskData)| plan.config(planned).steps(data);
+    let total = |(planned, data): &(&Planned, &TaskData)| plan.config(planned, data).steps(data);
     ctx.progress.start("steps", tuners.iter().map(total).sum());
     let flag = ctx.interrupt_flag();
     let mut done = 0;
     for (planned, data) in tuners {
+        reset_peak_rss();
         let folder = checkpoint_dir(&store, &planned.run);
-        let mut tuner = FineTuner::open(plan.config(planned), data, &folder, args.resume)?;
+        let config = plan.config(planned, data);
+        let mut tuner = FineTuner::open(config, &plan.pretrained, data, &folder, args.resume)?;
         let (steps, key) = (tuner.steps(), planned.run.key().to_string());
         let progress = &mut ctx.progress;
         let complete = tuner.run(&folder, &mut |step, loss| {

@@ -93,6 +93,8 @@ fn keep(
     checkpoint: &Path,
 ) -> Result<(), BenchError> {
     let key = run.key().to_string();
+    // Lines that it left before a crash, if it did.
+    store.rewind(&run.key(), 0)?;
     for line in metrics {
         store.metric(line)?;
     }

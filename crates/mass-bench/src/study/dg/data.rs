@@ -18,6 +18,8 @@ pub(super) struct Set {
     /// Of every image; `None` where the trunk is computed with each batch, or nothing is frozen.
     pub(super) features: Option<Features>,
     pub(super) augment: Option<Augment>,
+    /// Tokens of an image, with the class token.
+    pub(super) tokens: usize,
     /// Threshold of the alignment test that the paper gives for this set.
     pub(super) delta: f64,
 }
@@ -87,13 +89,8 @@ impl Set {
         }
         ImageBatch::Features {
             rows: &input.values,
-            tokens: self.tokens(),
+            tokens: self.tokens,
             blocks: self.frozen,
         }
-    }
-
-    /// Tokens of an image, with the class token.
-    pub(super) fn tokens(&self) -> usize {
-        self.base.tokens(self.pixels())
     }
 }

@@ -66,7 +66,7 @@ pub(super) fn route(
         }
     }
     let failed = |e| BenchError::failed("routing patches", e);
-    let tokens = set.tokens();
+    let tokens = set.tokens;
     let (classes, domains) = (set.images.classes.len(), set.images.domains.len());
     let ids = |layer| model.mixture(layer).ids().iter().map(|id| id.0).collect();
     // Class tokens get a label of their own, the last, which is left out afterwards.

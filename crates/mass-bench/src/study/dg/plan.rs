@@ -288,6 +288,34 @@ impl Plan {
             .collect())
     }
 
+    /// Decodes a set into the cache, from which it is read when its runs begin.
+    pub(super) fn decode(
+        &self,
+        args: &ReproduceArgs,
+        name: &str,
+        cache: &Path,
+    ) -> Result<(), BenchError> {
+        if name != SAMPLE {
+            self.images(args, name, cache)?;
+        }
+        Ok(())
+    }
+
+    fn images(
+        &self,
+        args: &ReproduceArgs,
+        name: &str,
+        cache: &Path,
+    ) -> Result<DomainImages, BenchError> {
+        let dir = set_dir(args, name)?;
+        Ok(DomainImages::read(
+            &dir,
+            self.size,
+            BadImages::Refuse,
+            Some(cache),
+        )?)
+    }
+
     /// A set with the model for its classes, without features yet.
     pub(super) fn read(
         &self,
@@ -298,14 +326,13 @@ impl Plan {
         let images = if name == SAMPLE {
             sample::images(self.size, 24)
         } else {
-            let dir = set_dir(args, name)?;
-            DomainImages::read(&dir, self.size, BadImages::Refuse, Some(cache))?
+            self.images(args, name, cache)?
         };
         let mut rng = stream(0, Purpose::Weights, 0);
         let classes = images.classes.len();
         let base = match &self.model {
             Model::Drawn(config) => VitClassifier::new(config, classes, &mut rng),
-            Model::Directory(dir) => VitClassifier::load(dir, classes, &mut rng),
+            Model::Directory(dir) => VitClassifier::load_with_new_head(dir, classes, &mut rng),
         };
         let base = base.map_err(|e| self.model.problem(e))?;
         let (patch, size) = (base.config().patch_size, self.size);
@@ -317,8 +344,11 @@ impl Plan {
                 self.frozen
             )));
         }
+        let tokens = base.tokens((size, size));
+        let tokens = tokens.map_err(|e| BenchError::failed("cutting images into patches", e))?;
         Ok(Set {
             name: name.to_owned(),
+            tokens,
             images,
             base,
             frozen: self.frozen,
@@ -421,7 +451,13 @@ fn set_dir(args: &ReproduceArgs, name: &str) -> Result<PathBuf, BenchError> {
         )));
     };
     let dir = data.join(name);
+    // DomainBed's downloader writes PACS and VLCS in capitals.
+    let dir = match dir.is_dir() {
+        true => dir,
+        false => data.join(name.to_uppercase()),
+    };
     if !dir.is_dir() {
+        let dir = data.join(name);
         return Err(BenchError::Input {
             path: dir,
             problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \

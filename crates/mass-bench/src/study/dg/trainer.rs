@@ -119,6 +119,8 @@ impl<'a> Trainer<'a> {
     fn new(config: TrainerConfig, set: &'a Set) -> Result<Self, BenchError> {
         let made = |e: ModelError| BenchError::failed(format!("setting up {}", config.run), e);
         let mut model = set.base.clone();
+        let rng = &mut stream(config.seed, Purpose::Weights, 0);
+        model.draw_head(rng).map_err(made)?;
         let mut rng = stream(config.seed, Purpose::Weights, 1);
         config
             .method

@@ -2,6 +2,7 @@
 
 use mass_model::bert::{Targets, TextBatch};
 
+use crate::fnv::Fnv;
 use crate::glue::GlueError;
 use crate::glue::data::{Dataset, Example};
 use crate::glue::task::{Target, Task};
@@ -61,6 +62,20 @@ impl Examples {
         (batch, Labelled::of(which.iter().map(|&i| self.targets[i])))
     }
 
+    fn digest(&self, digest: &mut Fnv) {
+        digest.eat(&self.len().to_le_bytes());
+        for (encoded, target) in self.encoded.iter().zip(&self.targets) {
+            digest.eat(&encoded.ids.len().to_le_bytes());
+            for id in encoded.ids.iter().chain(&encoded.types) {
+                digest.eat(&id.to_le_bytes());
+            }
+            match target {
+                Target::Class(class) => digest.eat(&class.to_le_bytes()),
+                Target::Value(value) => digest.eat(&value.to_le_bytes()),
+            }
+        }
+    }
+
     /// All but a probe, and the probe: every twentieth example, at most 256.
     pub(super) fn hold_out(&self) -> (Self, Self) {
         let held = |i: usize| i.is_multiple_of(PROBE_EVERY) && i / PROBE_EVERY < PROBE_MOST;
@@ -116,19 +131,27 @@ pub(super) struct TaskData {
     pub(super) held_out: (Examples, Examples),
     /// By file; the first one's score counts.
     pub(super) dev: Vec<(String, Examples)>,
+    /// Of all tokens and labels: other data have another.
+    pub(super) digest: u64,
 }
 
 impl TaskData {
     pub(super) fn new(tokenizer: &TextTokenizer, data: &Dataset) -> Result<Self, GlueError> {
         let train = Examples::new(tokenizer, &data.train)?;
         let dev = data.dev.iter();
+        let dev = dev
+            .map(|(name, examples)| Ok((name.clone(), Examples::new(tokenizer, examples)?)))
+            .collect::<Result<Vec<_>, GlueError>>()?;
+        let mut digest = Fnv::default();
+        train.digest(&mut digest);
+        dev.iter()
+            .for_each(|(_, examples)| examples.digest(&mut digest));
         Ok(Self {
             task: data.task,
             held_out: train.hold_out(),
             train,
-            dev: dev
-                .map(|(name, examples)| Ok((name.clone(), Examples::new(tokenizer, examples)?)))
-                .collect::<Result<_, GlueError>>()?,
+            dev,
+            digest: digest.0,
         })
     }
 

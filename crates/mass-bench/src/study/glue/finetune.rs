@@ -30,7 +30,10 @@ pub(super) struct FineTuneConfig {
     pub(super) run: String,
     pub(super) seed: u64,
     pub(super) method: Method,
-    pub(super) pretrained: Pretrained,
+    /// The model, but not where it lies; see [`model_settings`](crate::study::model_settings).
+    pub(super) model: Value,
+    /// Of tokens and labels: a checkpoint of other data is refused.
+    pub(super) data: u64,
     /// The layer that the paper replaces, of the 24 of BERT-large; ours is the same part of the depth.
     pub(super) authors_layer: usize,
     pub(super) outputs: usize,
@@ -96,11 +99,12 @@ impl<'a> FineTuner<'a> {
     /// A run at its beginning, or where its checkpoint in `dir` left it if `resume` is set and there is one.
     pub(super) fn open(
         config: FineTuneConfig,
+        pretrained: &Pretrained,
         data: &'a TaskData,
         dir: &Path,
         resume: bool,
     ) -> Result<Self, BenchError> {
-        let mut tuner = Self::new(config, data)?;
+        let mut tuner = Self::new(config, pretrained, data)?;
         let same = |saved: &Saved| saved.config == tuner.config;
         if let Some(read) = run_checkpoint::read(dir, resume, same)? {
             (tuner.model, tuner.optimizer) = (read.model, read.optimizer);
@@ -109,7 +113,11 @@ impl<'a> FineTuner<'a> {
         Ok(tuner)
     }
 
-    fn new(config: FineTuneConfig, data: &'a TaskData) -> Result<Self, BenchError> {
+    fn new(
+        config: FineTuneConfig,
+        pretrained: &Pretrained,
+        data: &'a TaskData,
+    ) -> Result<Self, BenchError> {
         let made = |e: ModelError| match e {
             // A model's files are input: which one, and what is wrong with it.
             ModelError::Io { path, source } => BenchError::Input {
@@ -123,8 +131,7 @@ impl<'a> FineTuner<'a> {
             other => BenchError::failed(format!("setting up {}", config.run), other),
         };
         let mut rng = stream(config.seed, Purpose::Weights, 0);
-        let model = config
-            .pretrained
+        let model = pretrained
             .build(
                 &config.method,
                 config.outputs,

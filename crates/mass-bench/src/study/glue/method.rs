@@ -9,10 +9,12 @@ use mass_model::nn::{GateConfig, MoeConfig};
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::cli::Variant;
 use crate::glue::task::Task;
 use crate::study::mass::MassSetting;
+use crate::study::model_settings;
 use crate::variants;
 
 /// How the feed-forward network of one layer is replaced.
@@ -71,6 +73,14 @@ pub(super) enum Pretrained {
 }
 
 impl Pretrained {
+    /// As settings keep it.
+    pub(super) fn settings(&self) -> Value {
+        match self {
+            Self::Drawn(config) => json!({ "drawn": config }),
+            Self::Directory(dir) => model_settings(dir),
+        }
+    }
+
     /// The model that a method begins with: a classifier head of `outputs`, and in one layer a mixture whose experts are
     /// copies of its feed-forward network, with gate rows drawn at random.
     pub(super) fn build(

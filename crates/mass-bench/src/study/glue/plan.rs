@@ -7,6 +7,7 @@ use mass_model::bert::BertConfig;
 use mass_model::optim::AdamWConfig;
 use serde::Serialize;
 
+use super::data::TaskData;
 use super::finetune::FineTuneConfig;
 use super::method::{Method, Pretrained, authors_layer};
 use crate::BenchError;
@@ -192,12 +193,13 @@ impl Plan {
     }
 
     /// Everything that fixes a run.
-    pub(super) fn config(&self, planned: &Planned) -> FineTuneConfig {
+    pub(super) fn config(&self, planned: &Planned, data: &TaskData) -> FineTuneConfig {
         FineTuneConfig {
             run: planned.run.key().to_string(),
             seed: planned.run.seed,
             method: planned.method.clone(),
-            pretrained: self.pretrained.clone(),
+            model: self.pretrained.settings(),
+            data: data.digest,
             outputs: planned.task.outputs(),
             authors_layer: authors_layer(planned.task),
             epochs: planned.epochs,

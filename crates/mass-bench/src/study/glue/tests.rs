@@ -18,8 +18,8 @@ fn data(task: Task) -> TaskData {
     TaskData::new(&tokenizer, &sample::dataset(task)).unwrap()
 }
 
-fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
-    let bert = BertConfig {
+fn pretrained() -> Pretrained {
+    Pretrained::Drawn(BertConfig {
         vocab_size: sample::vocabulary().len(),
         hidden_size: 16,
         num_hidden_layers: 2,
@@ -28,12 +28,16 @@ fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
         max_position_embeddings: 16,
         initializer_range: 0.2,
         ..BertConfig::default()
-    };
+    })
+}
+
+fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
     FineTuneConfig {
         run: "a run".into(),
         seed: 4,
         method,
-        pretrained: Pretrained::Drawn(bert),
+        model: pretrained().settings(),
+        data: 7,
         authors_layer: 10,
         outputs: task.outputs(),
         epochs: 3,
@@ -94,15 +98,16 @@ fn every_method_resumes_to_the_same_bits() {
         let dir = tempfile::tempdir().unwrap();
         let (one, two) = (dir.path().join("one"), dir.path().join("two"));
         let config = config(method, task, 9);
-        let mut whole = FineTuner::open(config.clone(), &data, &one, false).unwrap();
+        let mut whole = FineTuner::open(config.clone(), &pretrained(), &data, &one, false).unwrap();
         assert!(whole.run(&one, &mut |_, _| true).unwrap());
         // In the middle of an epoch, at its end, and after the pool has grown.
         let per_epoch = whole.steps() / config.epochs;
         for stop in [5, per_epoch, 2 * per_epoch + 3] {
-            let mut part = FineTuner::open(config.clone(), &data, &two, true).unwrap();
+            let mut part =
+                FineTuner::open(config.clone(), &pretrained(), &data, &two, true).unwrap();
             assert!(!part.run(&two, &mut |step, _| step < stop).unwrap());
         }
-        let mut rest = FineTuner::open(config.clone(), &data, &two, true).unwrap();
+        let mut rest = FineTuner::open(config.clone(), &pretrained(), &data, &two, true).unwrap();
         assert_eq!(rest.step(), 2 * per_epoch + 3);
         assert!(rest.run(&two, &mut |_, _| true).unwrap());
         let (whole, rest) = (left(&whole), left(&rest));
@@ -120,17 +125,25 @@ fn a_run_stops_after_epochs_without_gain_and_stays_stopped() {
     // Nothing is learnt, so that no epoch gains anything over the first.
     config.learning_rate = 0.0;
     config.checkpoint_every = 1;
-    let mut tuner = FineTuner::open(config.clone(), &data, dir.path(), false).unwrap();
+    let mut tuner =
+        FineTuner::open(config.clone(), &pretrained(), &data, dir.path(), false).unwrap();
     assert!(tuner.run(dir.path(), &mut |_, _| true).unwrap());
     assert_eq!(tuner.step(), tuner.steps() / config.epochs * 2);
     assert_eq!(tuner.best().unwrap().epoch, 1);
     let step = tuner.step();
-    let mut again = FineTuner::open(config.clone(), &data, dir.path(), true).unwrap();
+    let mut again =
+        FineTuner::open(config.clone(), &pretrained(), &data, dir.path(), true).unwrap();
     assert!(again.run(dir.path(), &mut |_, _| true).unwrap());
     assert_eq!(again.step(), step);
-    // A checkpoint of other settings is refused.
-    config.seed += 1;
-    assert!(FineTuner::open(config, &data, dir.path(), true).is_err());
+    // A checkpoint of other settings or other data is refused.
+    for change in [
+        |c: &mut FineTuneConfig| c.seed += 1,
+        |c: &mut FineTuneConfig| c.data += 1,
+    ] {
+        let mut other = config.clone();
+        change(&mut other);
+        assert!(FineTuner::open(other, &pretrained(), &data, dir.path(), true).is_err());
+    }
 }
 
 #[test]
@@ -139,4 +152,18 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
     let (rest, probe) = &data.held_out;
     assert_eq!(rest.len() + probe.len(), data.train.len());
     assert_eq!(probe.len(), data.train.len().div_ceil(20));
+}
+
+#[test]
+fn a_checkpoint_does_not_hold_where_the_model_lies() {
+    let at = |dir: &str| Pretrained::Directory(dir.into()).settings();
+    assert_eq!(at("/data/models/minilm"), at("../models/minilm"));
+    assert_ne!(at("/data/models/minilm"), at("/data/models/other"));
+    let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 16).unwrap();
+    let mut set = sample::dataset(Task::Cola);
+    let digest = |set: &_| TaskData::new(&tokenizer, set).unwrap().digest;
+    let before = digest(&set);
+    assert_eq!(digest(&set), before);
+    set.train.swap(0, 1);
+    assert_ne!(digest(&set), before);
 }
