@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Answer, Event, Request};
-use mass_model::growth::{Grower, GrowerConfig, Mixtures};
+use mass_expand::Event;
+use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
 use serde::{Deserialize, Serialize};
@@ -156,15 +156,15 @@ impl Trainer {
             .train_pass(&batch.inputs, &batch.targets, batch.length)
             .map_err(failed)?;
         if let Some(grower) = &mut self.progress.grower {
-            let answer =
-                |model: &LanguageModel, request| answer(model, request, &batch, feed.probe);
+            let losses =
+                |model: &LanguageModel, on, masked| losses(model, (on, masked), &batch, feed.probe);
             let events = grower
                 .step(
                     step,
                     &mut self.model,
                     &mut self.optimizer,
                     &mut pass,
-                    answer,
+                    losses,
                 )
                 .map_err(failed)?;
             self.progress.events.extend(events);
@@ -244,51 +244,18 @@ impl Trainer {
     }
 }
 
-/// Answers a question of the expansion engine by a forward pass with and without the expert.
-fn answer(
+/// Losses that the expansion engine asks for: of the batch by token, of the probe by sequence.
+fn losses(
     model: &LanguageModel,
-    request: Request,
+    (on, masked): (LossOn, Option<Masked>),
     batch: &TokenBatch,
     probe: &TokenBatch,
-) -> Result<Answer, mass_model::ModelError> {
-    let both = |batch: &TokenBatch, masked| -> Result<_, mass_model::ModelError> {
-        let score = |masked| model.score(&batch.inputs, &batch.targets, batch.length, masked);
-        Ok((score(Some(masked))?.0, score(None)?.0))
-    };
-    answer_with(
-        request,
-        |masked| both(batch, masked),
-        |masked| {
-            let (masked, full) = both(probe, masked)?;
-            let by_sequence = |nll: &[f32]| nll.chunks(probe.length).map(mean).collect::<Vec<_>>();
-            Ok((by_sequence(&masked), by_sequence(&full)))
-        },
-    )
-}
-
-/// Answers a question of the expansion engine from losses with the expert masked and without: of the rows of the step's batch,
-/// or of the units of the probe.
-pub(crate) fn answer_with(
-    request: Request,
-    of_batch: impl FnOnce(Masked) -> Result<(Vec<f32>, Vec<f32>), mass_model::ModelError>,
-    of_probe: impl FnOnce(Masked) -> Result<(Vec<f64>, Vec<f64>), mass_model::ModelError>,
-) -> Result<Answer, mass_model::ModelError> {
-    match request {
-        Request::MaskedLoss { layer, expert } => {
-            let (masked, full) = of_batch(Masked { layer, expert })?;
-            Ok(Answer::MaskedLoss {
-                layer,
-                expert,
-                masked: mean(&masked),
-                full: mean(&full),
-            })
-        }
-        Request::ProbeLoss { layer, expert } => {
-            let (masked, full) = of_probe(Masked { layer, expert })?;
-            Ok(Answer::probe(layer, expert, &masked, &full)?)
-        }
-        Request::Alignment { .. } => unreachable!("the grower answers this from the gradients"),
-    }
+) -> Result<Vec<f64>, mass_model::ModelError> {
+    let score = |of: &TokenBatch| model.score(&of.inputs, &of.targets, of.length, masked);
+    Ok(match on {
+        LossOn::Batch => score(batch)?.0.into_iter().map(f64::from).collect(),
+        LossOn::Probe => score(probe)?.0.chunks(probe.length).map(mean).collect(),
+    })
 }
 
 /// Mean of negative log-likelihoods.

@@ -6,9 +6,9 @@
 //! splits the busiest one on a schedule, so that every part can be seen at work; see `ControllerParams` for triggers
 //! that decide by themselves.
 
-use mass_expand::{Answer, Choice, ControllerParams, EventKind, Reduction};
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig, Mixtures};
-use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
+use mass_expand::{Choice, ControllerParams, EventKind, Reduction};
+use mass_model::growth::{GradientNorm, Grower, GrowerConfig, LossOn, Mixtures};
+use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{Activation, ModelError, seeded_rng};
@@ -65,24 +65,17 @@ fn main() -> Result<(), ModelError> {
             &mut model,
             &mut optimizer,
             &mut pass,
-            |model, request| {
+            |model, on, masked| {
                 // The stop rule asks what the newest expert is worth on sequences that are not trained on.
-                let mass_expand::Request::ProbeLoss { layer, expert } = request else {
-                    return Err(ModelError::Config(format!("{request:?} was not expected")));
+                let (tokens, targets) = match on {
+                    LossOn::Batch => (&tokens, &targets),
+                    LossOn::Probe => (&probe, &probe_targets),
                 };
-                let losses = |masked| -> Result<Vec<f64>, ModelError> {
-                    let (nll, _) = model.score(&probe, &probe_targets, SEQ, masked)?;
-                    Ok(nll
-                        .chunks(SEQ)
-                        .map(|s| f64::from(s.iter().sum::<f32>()) / SEQ as f64)
-                        .collect())
-                };
-                Ok(Answer::probe(
-                    layer,
-                    expert,
-                    &losses(Some(Masked { layer, expert }))?,
-                    &losses(None)?,
-                )?)
+                let (nll, _) = model.score(tokens, targets, SEQ, masked)?;
+                let sequences = nll.chunks(SEQ);
+                Ok(sequences
+                    .map(|s| f64::from(s.iter().sum::<f32>()) / SEQ as f64)
+                    .collect())
             },
         )?;
         optimizer.step(&mut model, &mut pass.gradients, schedule.at(step))?;

@@ -18,7 +18,7 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::lm::{LayerTrace, TrainPass};
+use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::{MoeExpert, Rows};
 use crate::optim::AdamW;
@@ -48,6 +48,16 @@ pub enum GradientNorm {
     AllParameters,
     /// The first matrix alone (the authors' code).
     Fc1,
+}
+
+/// Examples whose losses a [`Grower`] asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LossOn {
+    /// Those of the step: the losses of its rows or sequences, without dropout. Their mean is used.
+    Batch,
+    /// A probe that is not trained on: a loss for each example or sequence, always in the same order, without dropout. The
+    /// spread of their differences is used too.
+    Probe,
 }
 
 /// Rules of a [`Grower`] beside those of its controller.
@@ -94,17 +104,19 @@ impl Grower {
 
     /// Looks at one step's gradients before they are applied, and carries out what the controller decides.
     ///
-    /// `loss_with_masked(model, request)` answers the controller's questions about the loss with an expert masked.
+    /// `losses(model, on, masked)` gives the losses, nats, on the step's batch or on a probe, with an expert masked or with all of
+    /// them. While one is masked that came about by a split, the other half has the gate that it would have without it: what is
+    /// compared with the whole is what removal would leave.
     ///
     /// # Errors
-    /// As the controller's, and those of the layers when a split cannot be carried out.
+    /// As the controller's, those of the layers when a split cannot be carried out, and [`ModelError::Shape`] if there is no loss.
     pub fn step<M: Mixtures>(
         &mut self,
         step: u64,
         model: &mut M,
         optimizer: &mut AdamW,
         pass: &mut TrainPass,
-        mut loss_with_masked: impl FnMut(&M, Request) -> Result<Answer, ModelError>,
+        mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
         let mut observed = Vec::with_capacity(pass.layers.len());
         for (l, trace) in pass.layers.iter().enumerate() {
@@ -148,7 +160,21 @@ impl Grower {
                         cosine,
                     }
                 }
-                other => loss_with_masked(model, other)?,
+                Request::MaskedLoss { layer, expert } => {
+                    let on = LossOn::Batch;
+                    let without = self.without(model, layer, expert, |m, e| losses(m, on, Some(e)));
+                    Answer::MaskedLoss {
+                        layer,
+                        expert,
+                        masked: mean(&without?)?,
+                        full: mean(&losses(model, on, None)?)?,
+                    }
+                }
+                Request::ProbeLoss { layer, expert } => {
+                    let on = LossOn::Probe;
+                    let without = self.without(model, layer, expert, |m, e| losses(m, on, Some(e)));
+                    Answer::probe(layer, expert, &without?, &losses(model, on, None)?)?
+                }
             };
             requests.extend(self.controller.answer(answer)?);
         }
@@ -181,11 +207,11 @@ impl Grower {
                     reason,
                 } => {
                     let name = model.mixture_name(layer);
-                    let of = |(l, s): &(usize, GateShift)| *l == layer && s.other(expert).is_some();
                     // The tokens of an unused expert went to others long ago.
-                    let latest = self.shifts.iter().rfind(|s| of(s));
+                    let latest = self.latest_split(layer, expert);
                     let latest = latest.filter(|_| reason != RemovalReason::Unused);
-                    remove_expert(model.mixture_mut(layer), expert, latest.map(|s| &s.1))?;
+                    remove_expert(model.mixture_mut(layer), expert, latest)?;
+                    let of = |(l, s): &(usize, GateShift)| *l == layer && s.other(expert).is_some();
                     self.shifts.retain(|s| !of(s));
                     optimizer.forget(&format!("{name}.experts.{}", expert.0));
                 }
@@ -199,6 +225,36 @@ impl Grower {
             }
         }
         Ok(self.controller.drain_events())
+    }
+
+    /// The last split that an expert took part in, if its other half is still there.
+    fn latest_split(&self, layer: usize, expert: ExpertId) -> Option<&GateShift> {
+        let of = |(l, s): &&(usize, GateShift)| *l == layer && s.other(expert).is_some();
+        self.shifts.iter().rfind(of).map(|(_, shift)| shift)
+    }
+
+    /// What `losses` says of the model with an expert masked and, if a split's other half is there, its gate as before the split.
+    fn without<M: Mixtures, T>(
+        &self,
+        model: &mut M,
+        layer: usize,
+        expert: ExpertId,
+        losses: impl FnOnce(&M, Masked) -> Result<T, ModelError>,
+    ) -> Result<T, ModelError> {
+        let masked = Masked { layer, expert };
+        let split = self.latest_split(layer, expert);
+        let Some((half, shift)) = split.and_then(|s| Some((s.other(expert)?, s))) else {
+            return losses(model, masked);
+        };
+        let moe = model.mixture_mut(layer);
+        let before = moe.expert_mut(half)?;
+        let (row, offset) = (before.gate.values().to_vec(), before.logit_offset);
+        shift.undo(moe, half)?;
+        let found = losses(model, masked);
+        let after = model.mixture_mut(layer).expert_mut(half)?;
+        after.gate.values_mut().copy_from_slice(&row);
+        after.logit_offset = offset;
+        found
     }
 
     /// Whether anything will be made of a layer's gradient norms: no detector of a stopped layer is fed. The step on which
@@ -283,6 +339,13 @@ fn observe_with(
         });
     }
     Ok(observed)
+}
+
+fn mean(losses: &[f64]) -> Result<f64, ModelError> {
+    match losses.len() {
+        0 => Err(ModelError::shape("losses", &[1], &[0])),
+        n => Ok(losses.iter().sum::<f64>() / n as f64),
+    }
 }
 
 fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {

@@ -7,7 +7,7 @@ use mass_expand::{
 use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{
-    GradientNorm, Grower, GrowerConfig, Mixtures, observe, remove_expert, split_expert,
+    GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, remove_expert, split_expert,
 };
 use mass_model::lm::LanguageModel;
 use mass_model::optim::{AdamW, AdamWConfig};
@@ -234,14 +234,16 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
                 &mut model,
                 &mut optimizer,
                 &mut pass,
-                |_, request| match request {
-                    mass_expand::Request::ProbeLoss { layer, expert } => Ok(Answer::ProbeLoss {
-                        layer,
-                        expert,
-                        difference: -0.1,
-                        standard_error: 0.01,
-                    }),
-                    other => panic!("{other:?}"),
+                |model, on, masked| {
+                    assert_eq!(on, LossOn::Probe);
+                    let Some(masked) = masked else {
+                        return Ok(vec![0.5, 0.6]);
+                    };
+                    // What is compared with the whole is the layer as it would be without the newcomer.
+                    if masked.layer == 0 {
+                        close(&gates(model)[..before.len()], &before);
+                    }
+                    Ok(vec![0.4, 0.5])
                 },
             )
             .unwrap();
@@ -332,9 +334,16 @@ fn norms_that_nobody_asks_for_change_no_event() {
         }
         told.finish_step().unwrap();
         let events = grower
-            .step(step, &mut model, &mut optimizer, &mut pass, |_, request| {
-                Ok(answer(request))
-            })
+            .step(
+                step,
+                &mut model,
+                &mut optimizer,
+                &mut pass,
+                |_, on, masked| {
+                    assert_eq!(on, LossOn::Batch);
+                    Ok(vec![if masked.is_some() { 0.5 } else { 1.0 }])
+                },
+            )
             .unwrap();
         assert_eq!(events, told.drain_events(), "step {step}");
         all.extend(events);

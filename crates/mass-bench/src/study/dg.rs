@@ -31,7 +31,7 @@ use trainer::Trainer;
 /// What `--methods` may name.
 pub const METHODS: &[&str] = &["mass", "erm", "gmoe", "dynmoe"];
 
-/// What `--task` may name: a set, or a set and the domain that is left out.
+/// What `--task` may name: a set, or a set and the domain that is left out. Other folders in DomainBed's layout may be named too.
 pub const TASKS: &[&str] = &[
     "pacs",
     "pacs/art_painting",

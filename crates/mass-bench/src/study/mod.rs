@@ -31,6 +31,8 @@ pub struct Study {
     pub methods: &'static [&'static str],
     /// What `--task` may name; empty when the study has no tasks.
     pub tasks: &'static [&'static str],
+    /// Whether `--task` may name others too: folders of data, which the study looks for.
+    pub other_tasks: bool,
     /// Makes the runs.
     pub run: fn(&ReproduceArgs, &mut RunContext) -> Result<Results, BenchError>,
 }
@@ -42,6 +44,7 @@ pub const STUDIES: &[Study] = &[
         about: "GINC: MASS beside static top-k pools and the Bayes floor",
         methods: synthetic::METHODS,
         tasks: synthetic::TASKS,
+        other_tasks: false,
         run: synthetic::run,
     },
     Study {
@@ -49,6 +52,7 @@ pub const STUDIES: &[Study] = &[
         about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
         methods: glue::METHODS,
         tasks: glue::TASKS,
+        other_tasks: false,
         run: glue::run,
     },
     Study {
@@ -56,6 +60,7 @@ pub const STUDIES: &[Study] = &[
         about: "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
         methods: dg::METHODS,
         tasks: dg::TASKS,
+        other_tasks: true,
         run: dg::run,
     },
 ];

@@ -99,7 +99,8 @@ pub enum Request {
         /// The expert.
         expert: ExpertId,
     },
-    /// The same on a held-out probe set with dropout off, as a paired difference with its standard error; answer with
+    /// The same on a held-out probe set with dropout off, and with the gate of the other half as removal would leave it (see
+    /// [`Action::Remove`]), as a paired difference with its standard error; answer with
     /// [`Answer::ProbeLoss`] or [`Answer::probe`].
     ProbeLoss {
         /// Layer of the expert.

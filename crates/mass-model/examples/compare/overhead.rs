@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::time::Instant;
 
-use mass_expand::{AlignmentThreshold, Answer, ControllerParams, Reduction, Request, Trigger};
+use mass_expand::{AlignmentThreshold, ControllerParams, Reduction, Trigger};
 use mass_model::growth::{GradientNorm, Grower, GrowerConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
 
@@ -51,20 +51,12 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
             let start = Instant::now();
             let mut pass = model.train_pass(&inputs, &targets, seq)?;
             let before = Instant::now();
-            grower.step(step, &mut model, &mut optimizer, &mut pass, |_, request| {
-                Ok(match request {
-                    Request::MaskedLoss { layer, expert } => Answer::MaskedLoss {
-                        layer,
-                        expert,
-                        masked: 1.0,
-                        full: 0.0,
-                    },
-                    Request::ProbeLoss { layer, expert } => {
-                        Answer::probe(layer, expert, &[1.0, 1.1], &[0.0, 0.1])?
-                    }
-                    Request::Alignment { .. } => unreachable!("the grower answers this itself"),
-                })
-            })?;
+            // An expert is always worth something, so that expansion goes on.
+            let losses = |_: &_, _, masked: Option<_>| {
+                let worse = if masked.is_some() { 1.0 } else { 0.0 };
+                Ok(vec![worse, worse + 0.1])
+            };
+            grower.step(step, &mut model, &mut optimizer, &mut pass, losses)?;
             watching.push(before.elapsed().as_secs_f64());
             optimizer.step(&mut model, &mut pass.gradients, 1e-4)?;
             steps.push(start.elapsed().as_secs_f64());

@@ -7,8 +7,8 @@
 
 use std::collections::BTreeMap;
 
-use mass_expand::{Answer, ControllerParams, EventKind, Trigger};
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig};
+use mass_expand::{ControllerParams, EventKind, Trigger};
+use mass_model::growth::{GradientNorm, Grower, GrowerConfig, LossOn};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::AdamW;
@@ -69,21 +69,10 @@ pub fn advance(
         let (tokens, targets) = batch(data(step));
         let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
         let made = grower
-            .step(
-                step,
-                model,
-                optimizer,
-                &mut pass,
-                |_, request| match request {
-                    mass_expand::Request::MaskedLoss { layer, expert } => Ok(Answer::MaskedLoss {
-                        layer,
-                        expert,
-                        masked: 1.0,
-                        full: 0.5,
-                    }),
-                    other => panic!("{other:?}"),
-                },
-            )
+            .step(step, model, optimizer, &mut pass, |_, on, masked| {
+                assert_eq!(on, LossOn::Batch);
+                Ok(vec![if masked.is_some() { 1.0 } else { 0.5 }])
+            })
             .unwrap();
         events.extend(made.into_iter().map(|e| e.kind));
         optimizer.step(model, &mut pass.gradients, 5e-3).unwrap();

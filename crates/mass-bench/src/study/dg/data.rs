@@ -54,7 +54,8 @@ impl Set {
         let mut values = Vec::with_capacity(which.len() * size * size * 3);
         let mut rng = stream(seed, Purpose::Training, step);
         for &image in which {
-            augment.apply(self.images.pixels(image), size, &mut rng, &mut values);
+            let (pixels, aspect) = (self.images.pixels(image), self.images.aspect(image));
+            augment.apply(pixels, size, aspect, &mut rng, &mut values);
         }
         let values = self.through_trunk(values)?;
         Ok(self.input(values, which))

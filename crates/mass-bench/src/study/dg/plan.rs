@@ -1,6 +1,6 @@
 //! What each preset runs.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use mass_model::Activation;
 use mass_model::ModelError;
@@ -222,6 +222,11 @@ impl Plan {
         let Some((set, target)) = args.task.as_deref().map(parts) else {
             return Ok(());
         };
+        if !is_name(set) {
+            return Err(BenchError::Usage(format!(
+                "--task {set}: a set is named by its folder in --data"
+            )));
+        }
         let generated = args.preset == Preset::Smoke;
         if generated != (set == SAMPLE) {
             return Err(BenchError::Usage(format!(
@@ -396,6 +401,15 @@ impl Plan {
     pub(super) fn steps(&self) -> u64 {
         self.steps
     }
+}
+
+/// Whether a set is the name of a folder and not a way to one.
+fn is_name(set: &str) -> bool {
+    let mut parts = Path::new(set).components();
+    matches!(
+        (parts.next(), parts.next()),
+        (Some(Component::Normal(_)), None)
+    )
 }
 
 /// "pacs/sketch" as a set and a target, "pacs" as a set.

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Answer, Request};
-use mass_model::growth::{Grower, Mixtures};
+use mass_model::growth::{Grower, LossOn, Mixtures};
+use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
 use mass_model::vit::VitClassifier;
@@ -23,7 +23,6 @@ use crate::dg::split::Split;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
 use crate::run_checkpoint;
-use crate::trainer::answer_with;
 
 /// Batches made ahead.
 const AHEAD: usize = 2;
@@ -236,10 +235,11 @@ impl<'a> Trainer<'a> {
             .map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.split.probe;
-            let answer = |model: &VitClassifier, request| answer(model, request, set, input, probe);
+            let losses =
+                |model: &VitClassifier, on, masked| losses(model, (on, masked), set, input, probe);
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let events = grower
-                .step(step, model, optimizer, &mut pass, answer)
+                .step(step, model, optimizer, &mut pass, losses)
                 .map_err(failed)?;
             self.saved.growth_events.extend(&events);
             self.saved.events.extend(events.iter().map(|e| json!(e)));
@@ -393,32 +393,24 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Answers a question of the expansion engine by a forward pass with and without the expert, without dropout.
-fn answer(
+/// Losses that the expansion engine asks for, an image each.
+fn losses(
     model: &VitClassifier,
-    request: Request,
+    (on, masked): (LossOn, Option<Masked>),
     set: &Set,
     input: &Input,
     probe: &[usize],
-) -> Result<Answer, ModelError> {
-    let both = |input: &Input, masked| -> Result<_, ModelError> {
-        let losses = |masked| model.losses(set.batch(input), &input.classes, masked);
-        Ok((losses(Some(masked))?, losses(None)?))
-    };
-    answer_with(
-        request,
-        |masked| both(input, masked),
-        |mask| {
-            let (mut masked, mut full) = (Vec::new(), Vec::new());
+) -> Result<Vec<f64>, ModelError> {
+    let of = |input: &Input| model.losses(set.batch(input), &input.classes, masked);
+    let mut found = Vec::new();
+    match on {
+        LossOn::Batch => found = of(input)?,
+        LossOn::Probe => {
             for part in probe.chunks(input.classes.len().max(1)) {
-                let input = set
-                    .plain(part)
-                    .map_err(|e| ModelError::Config(e.to_string()))?;
-                let (m, f) = both(&input, mask)?;
-                masked.extend(m.into_iter().map(f64::from));
-                full.extend(f.into_iter().map(f64::from));
+                let plain = set.plain(part);
+                found.extend(of(&plain.map_err(|e| ModelError::Config(e.to_string()))?)?);
             }
-            Ok((masked, full))
-        },
-    )
+        }
+    }
+    Ok(found.into_iter().map(f64::from).collect())
 }

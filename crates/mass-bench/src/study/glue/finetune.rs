@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Answer, Request};
 use mass_model::bert::{BertClassifier, TextBatch};
-use mass_model::growth::{Grower, Mixtures};
+use mass_model::growth::{Grower, LossOn, Mixtures};
+use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{DropoutKeys, ModelError};
@@ -21,7 +21,6 @@ use crate::glue::batch::epoch_batches;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
 use crate::run_checkpoint;
-use crate::trainer::answer_with;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -242,12 +241,13 @@ impl<'a> FineTuner<'a> {
             .map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.data.held_out.1;
-            let answer = |model: &BertClassifier, request| {
-                answer(model, request, (&batch, &labels), probe, self.config.batch)
+            let size = self.config.batch;
+            let losses = |model: &BertClassifier, on, masked| {
+                losses(model, (on, masked), (&batch, &labels), probe, size)
             };
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let events = grower
-                .step(step, model, optimizer, &mut pass, answer)
+                .step(step, model, optimizer, &mut pass, losses)
                 .map_err(failed)?;
             self.saved.growth_events.extend(&events);
             for event in &events {
@@ -388,31 +388,25 @@ fn train_of<'a>(config: &FineTuneConfig, data: &'a TaskData) -> &'a Examples {
     }
 }
 
-/// Answers a question of the expansion engine by a forward pass with and without the expert, without dropout.
-fn answer(
+/// Losses that the expansion engine asks for, an example each.
+fn losses(
     model: &BertClassifier,
-    request: Request,
+    (on, masked): (LossOn, Option<Masked>),
     (batch, labels): (&TextBatch, &Labelled),
     probe: &Examples,
     size: usize,
-) -> Result<Answer, ModelError> {
-    let both = |batch: &TextBatch, labels: &Labelled, masked| -> Result<_, ModelError> {
-        let losses = |masked| model.losses(batch, labels.targets(), masked);
-        Ok((losses(Some(masked))?, losses(None)?))
-    };
-    answer_with(
-        request,
-        |masked| both(batch, labels, masked),
-        |mask| {
-            let (mut masked, mut full) = (Vec::new(), Vec::new());
+) -> Result<Vec<f64>, ModelError> {
+    let of = |batch: &TextBatch, labels: &Labelled| model.losses(batch, labels.targets(), masked);
+    let mut found = Vec::new();
+    match on {
+        LossOn::Batch => found = of(batch, labels)?,
+        LossOn::Probe => {
             let all: Vec<usize> = (0..probe.len()).collect();
             for which in all.chunks(size) {
                 let (batch, labels) = probe.batch(which);
-                let (m, f) = both(&batch, &labels, mask)?;
-                masked.extend(m.into_iter().map(f64::from));
-                full.extend(f.into_iter().map(f64::from));
+                found.extend(of(&batch, &labels)?);
             }
-            Ok((masked, full))
-        },
-    )
+        }
+    }
+    Ok(found.into_iter().map(f64::from).collect())
 }
