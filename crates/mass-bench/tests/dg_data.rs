@@ -119,7 +119,7 @@ fn resizing_agrees_with_pillow() {
     let image = DynamicImage::ImageRgb8(gradient());
     fs::write(&path, encoded(&image, ImageFormat::Png)).unwrap();
     for (size, expected) in [(3, DOWN), (9, UP)] {
-        let pixels = read_square(&path, size).unwrap();
+        let pixels = read_square(&path, size).unwrap().pixels;
         assert_eq!(pixels.len(), expected.len());
         for (i, (ours, theirs)) in pixels.iter().zip(expected).enumerate() {
             assert!(
@@ -146,6 +146,7 @@ fn a_set_is_listed_in_order_and_read_at_one_size() {
             (images.domain(i), images.class(i)),
             (i / 4, (i / 2 % 2) as u32)
         );
+        assert_eq!(images.aspect(i), 12.0 / 9.0);
         let expected = [40 + 100 * (i / 4) as u8, 60 + 90 * (i / 2 % 2) as u8, 30];
         for pixel in images.pixels(i).chunks(3) {
             let off = pixel.iter().zip(expected).map(|(a, b)| a.abs_diff(b)).max();
@@ -355,7 +356,7 @@ fn augmentation_is_a_function_of_image_and_seed() {
     let apply = |augment: &Augment, index| {
         let mut out = Vec::new();
         let mut rng = stream(5, Purpose::Training, index);
-        augment.apply(images.pixels(6), 16, &mut rng, &mut out);
+        augment.apply(images.pixels(6), 16, 1.0, &mut rng, &mut out);
         out
     };
     let usual = Augment::default();

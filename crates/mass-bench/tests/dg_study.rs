@@ -256,9 +256,24 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     refused(&target, "here, there");
     let bad = at.join("pacs/there/dog/b.jpg");
     fs::write(&bad, [0xff, 0xd8, 0xff, 0xdb, 0x00]).unwrap();
+    // What an earlier run left there is not lost to a set that cannot be read.
+    fs::create_dir_all(at.join("out")).unwrap();
+    fs::write(at.join("out/results.json"), "of an earlier run").unwrap();
     refused(&both, "pacs/there/dog/b.jpg");
+    let left = fs::read(at.join("out/results.json")).unwrap();
+    assert_eq!(left, b"of an earlier run");
     fs::remove_file(&bad).unwrap();
     refused(&both, "vit-s14");
+    // DomainBed's own spelling, and another folder; but not a way to one.
+    fs::rename(at.join("pacs"), at.join("PACS")).unwrap();
+    refused(&both, "vit-s14");
+    fs::rename(at.join("PACS"), at.join("toys")).unwrap();
+    let task = |name: &'static str| [&both[..], &["--task", name]].concat();
+    refused(&task("toys/there"), "vit-s14");
+    refused(&task("toys/nowhere"), "here, there");
+    refused(&task("none"), "none");
+    refused(&task("../toys"), "named by its folder");
+    fs::rename(at.join("toys"), at.join("pacs")).unwrap();
     fs::remove_dir_all(at.join("pacs/there/dog")).unwrap();
     refused(&both, "pacs/there/dog");
 }

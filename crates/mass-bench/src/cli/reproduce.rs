@@ -171,6 +171,7 @@ impl ReproduceCommand {
         }
         if let Some(task) = &self.task
             && !study.tasks.contains(&task.as_str())
+            && !study.other_tasks
         {
             return Err(BenchError::Usage(if study.tasks.is_empty() {
                 format!("--task {task}: {} has no tasks; drop --task", study.name)

@@ -2,6 +2,9 @@
 //!
 //! In training, in this order: a random part of the image resized to the whole, a flip, changes of colour, grey. Every draw comes
 //! from the generator that is given, so an augmented image is a function of the image and of that generator's state.
+//!
+//! Images come as squares of the size that the model takes. DomainBed takes the part from the image as it is on disk; here the part
+//! has the same proportions on the image before it was made a square, but no more detail than the square has.
 
 use ndarray_rand::rand::Rng;
 use ndarray_rand::rand::seq::SliceRandom;
@@ -52,9 +55,17 @@ impl Default for Augment {
 }
 
 impl Augment {
-    /// Bytes `[size, size, 3]` as augmented, normalised values `[3, size, size]`, added to `out`.
-    pub fn apply(&self, pixels: &[u8], size: usize, rng: &mut ChaCha8Rng, out: &mut Vec<f32>) {
-        let part = self.part(size, rng);
+    /// Bytes `[size, size, 3]` as augmented, normalised values `[3, size, size]`, added to `out`. `aspect` is the image's width by
+    /// height before it was made a square.
+    pub fn apply(
+        &self,
+        pixels: &[u8],
+        size: usize,
+        aspect: f32,
+        rng: &mut ChaCha8Rng,
+        out: &mut Vec<f32>,
+    ) {
+        let part = self.part(size, aspect, rng);
         let mut image = resized(pixels, size, part);
         if rng.random::<f32>() < self.flip {
             for row in image.chunks_exact_mut(size) {
@@ -72,12 +83,12 @@ impl Augment {
         }
     }
 
-    /// Left, top, width and height of the part that is kept, as torchvision's `RandomResizedCrop` draws it.
-    fn part(&self, size: usize, rng: &mut ChaCha8Rng) -> [usize; 4] {
+    /// Left, top, width and height on the square of the part that is kept, as torchvision's `RandomResizedCrop` draws it.
+    fn part(&self, size: usize, aspect: f32, rng: &mut ChaCha8Rng) -> [usize; 4] {
         let area = (size * size) as f32;
         for _ in 0..10 {
             let target = area * between(self.area, rng);
-            let ratio = between((self.aspect.0.ln(), self.aspect.1.ln()), rng).exp();
+            let ratio = between((self.aspect.0.ln(), self.aspect.1.ln()), rng).exp() / aspect;
             let width = (target * ratio).sqrt().round() as usize;
             let height = (target / ratio).sqrt().round() as usize;
             if (1..=size).contains(&width) && (1..=size).contains(&height) {
@@ -86,7 +97,10 @@ impl Augment {
                 return [left, top, width, height];
             }
         }
-        [0, 0, size, size]
+        // The middle of an image that is too wide or too high for any such part.
+        let side = |part: f32| ((size as f32 * part.min(1.0)).round() as usize).clamp(1, size);
+        let (width, height) = (side(self.aspect.1 / aspect), side(aspect / self.aspect.0));
+        [(size - width) / 2, (size - height) / 2, width, height]
     }
 
     /// Brightness, contrast, saturation and hue, in a random order.
@@ -189,6 +203,29 @@ mod tests {
             a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6),
             "{a:?} {b:?}"
         );
+    }
+
+    #[test]
+    fn parts_have_their_proportions_on_the_image_as_it_was() {
+        let augment = Augment::default();
+        let mut rng = ndarray_rand::rand::SeedableRng::seed_from_u64(3);
+        for aspect in [0.6, 1.0, 1.5] {
+            let (mut least, mut most) = (f32::INFINITY, 0.0f32);
+            for _ in 0..500 {
+                let [left, top, width, height] = augment.part(1000, aspect, &mut rng);
+                assert!(left + width <= 1000 && top + height <= 1000);
+                let ratio = width as f32 / height as f32 * aspect;
+                let area = (width * height) as f32 / 1e6;
+                assert!((0.7 - 2e-3..=1.0).contains(&area), "{area}");
+                (least, most) = (least.min(ratio), most.max(ratio));
+            }
+            assert!(least > 0.748 && most < 1.336, "{least} to {most}");
+            // The whole of the range, as far as the image has room for it.
+            assert!(most - least > 0.08, "{least} to {most}");
+        }
+        // Four times as wide as high: no part of 7 tenths has such proportions, so it is the middle, 4 by 3.
+        assert_eq!(augment.part(900, 4.0, &mut rng), [300, 0, 300, 900]);
+        assert_eq!(augment.part(900, 0.25, &mut rng), [0, 300, 900, 300]);
     }
 
     #[test]

@@ -19,14 +19,23 @@ use super::DgError;
 /// Images wider or higher than this are refused, before their pixels take any memory.
 pub const LARGEST_SIDE: u32 = 20_000;
 
-/// A file as `size` x `size` pixels, red, green, blue, row by row; `3 * size * size` values.
+/// An image that was made a square.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Square {
+    /// Red, green, blue, row by row; `3 * size * size` values.
+    pub pixels: Vec<u8>,
+    /// Width by height before.
+    pub aspect: f32,
+}
+
+/// A file as `size` x `size` pixels.
 ///
 /// Other proportions are not kept, as in DomainBed's `Resize((224, 224))`. The filter is a triangle as wide as the
 /// reduction (bilinear with antialiasing).
 ///
 /// # Errors
 /// [`DgError::Io`] for a file that cannot be read, [`DgError::Image`] for one that is no whole image.
-pub fn read_square(path: &Path, size: usize) -> Result<Vec<u8>, DgError> {
+pub fn read_square(path: &Path, size: usize) -> Result<Square, DgError> {
     let bytes = fs::read(path).map_err(DgError::io(path))?;
     let refuse = |problem: String| DgError::Image {
         path: path.to_owned(),
@@ -35,10 +44,15 @@ pub fn read_square(path: &Path, size: usize) -> Result<Vec<u8>, DgError> {
     let side = u32::try_from(size).ok().filter(|&s| s > 0);
     let side = side.ok_or_else(|| refuse(format!("cannot be resized to {size} pixels")))?;
     let image = rgb(&bytes).map_err(refuse)?;
-    if image.dimensions() == (side, side) {
-        return Ok(image.into_raw());
-    }
-    Ok(imageops::resize(&image, side, side, FilterType::Triangle).into_raw())
+    let (width, height) = image.dimensions();
+    let square = match (width, height) == (side, side) {
+        true => image,
+        false => imageops::resize(&image, side, side, FilterType::Triangle),
+    };
+    Ok(Square {
+        pixels: square.into_raw(),
+        aspect: width as f32 / height as f32,
+    })
 }
 
 /// The pixels of an image in any of the known formats; what is wrong with the bytes otherwise.

@@ -42,7 +42,7 @@ pub enum Source {
 }
 
 /// Images of several domains, `size` x `size` pixels each.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DomainImages {
     /// Names of the domains.
     pub domains: Vec<String>,
@@ -60,6 +60,8 @@ pub struct DomainImages {
     pub digest: u64,
     pub(super) domain: Vec<usize>,
     pub(super) class: Vec<u32>,
+    /// Of each image before it was made a square, width by height.
+    pub(super) aspects: Vec<f32>,
     pub(super) pixels: Vec<u8>,
 }
 
@@ -70,6 +72,7 @@ struct Header {
     digest: u64,
     files: usize,
     left_out: Vec<(usize, String)>,
+    aspects: Vec<f32>,
 }
 
 impl Header {
@@ -128,7 +131,8 @@ impl DomainImages {
         let fits = |h: &Header| {
             let order = h.left_out.windows(2).all(|w| w[0].0 < w[1].0);
             let inside = h.left_out.last().is_none_or(|l| l.0 < files);
-            let same = (h.size, h.digest, h.files) == (size, folder.digest, files);
+            let same = (h.size, h.digest, h.files) == (size, folder.digest, files)
+                && h.aspects.len() + h.left_out.len() == files;
             let bytes = h.bytes().filter(|_| same && order && inside);
             bytes.ok_or_else(|| "it is of other images".to_owned())
         };
@@ -156,10 +160,13 @@ impl DomainImages {
             .map(|file| decode::read_square(&file.path, size))
             .collect();
         let mut pixels = Vec::with_capacity(decoded.len() * size * size * 3);
-        let mut left_out = Vec::new();
+        let (mut left_out, mut aspects) = (Vec::new(), Vec::with_capacity(decoded.len()));
         for (index, image) in decoded.into_iter().enumerate() {
             match (image, bad) {
-                (Ok(image), _) => pixels.extend(image),
+                (Ok(image), _) => {
+                    pixels.extend(image.pixels);
+                    aspects.push(image.aspect);
+                }
                 (Err(e), BadImages::Refuse) => return Err(e),
                 (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
                 (Err(DgError::Io { source, .. }), _) => left_out.push((index, source.to_string())),
@@ -171,6 +178,7 @@ impl DomainImages {
             digest: folder.digest,
             files: folder.files.len(),
             left_out,
+            aspects,
         };
         Ok((header, pixels))
     }
@@ -215,6 +223,7 @@ impl DomainImages {
             digest: digest.0,
             domain: kept.iter().map(|f| f.domain).collect(),
             class: kept.iter().map(|f| f.class).collect(),
+            aspects: header.aspects,
             pixels,
         })
     }
@@ -241,6 +250,12 @@ impl DomainImages {
     #[must_use]
     pub fn domain(&self, image: usize) -> usize {
         self.domain[image]
+    }
+
+    /// Width by height of an image before it was made a square.
+    #[must_use]
+    pub fn aspect(&self, image: usize) -> f32 {
+        self.aspects[image]
     }
 
     /// Pixels of an image, `[size, size, 3]`, red, green, blue.

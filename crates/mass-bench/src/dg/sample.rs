@@ -35,6 +35,7 @@ pub fn images(size: usize, per_class: usize) -> DomainImages {
         source: Source::Generated,
         digest: (size * per_class) as u64,
         domain,
+        aspects: vec![1.0; class.len()],
         class,
         pixels,
     }

@@ -61,6 +61,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_reset_begins_a_new_count_of_memory() {
+        // Where the system does not offer it there is nothing to test.
+        if fs::write("/proc/self/clear_refs", "5").is_err() {
+            return;
+        }
+        let big = vec![1u8; 256 << 20];
+        assert!(std::hint::black_box(&big).contains(&1));
+        drop(big);
+        let high = peak_rss_mib().unwrap();
+        reset_peak_rss();
+        let low = peak_rss_mib().unwrap();
+        assert!(high - low > 200.0, "{high} and {low}");
+    }
+
+    #[test]
     fn parses_what_linux_writes() {
         let info = "processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t: fpu\n";
         assert_eq!(cpu_model(info).as_deref(), Some("AMD EPYC 9B14"));

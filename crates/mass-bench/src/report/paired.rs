@@ -28,7 +28,7 @@ pub struct Comparison {
 ///
 /// # Formula
 /// `t = d̄ / (s / √n)` with the mean d̄ and sample standard deviation s of n differences, two-sided in Student's t of n - 1
-/// degrees of freedom; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its data: where pairs are
+/// degrees of freedom; the interval is `d̄ ± t_0.975 s / √n`; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its data: where pairs are
 /// of tasks and seeds, they are not independent, and both tests are too bold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Paired {
@@ -42,6 +42,9 @@ pub struct Paired {
     pub t: Option<f64>,
     /// Its two-sided p-value.
     pub p_value: Option<f64>,
+    /// The mean difference's interval of 95 % confidence; `None` where there is no t.
+    #[serde(default)]
+    pub interval: Option<[f64; 2]>,
     /// Pairs in which the first is greater.
     pub wins: usize,
     /// Equal pairs.
@@ -61,6 +64,8 @@ pub struct Paired {
 /// // Differences 1, 2, 3: mean 2, deviation 1.
 /// assert!((test.t.ok_or("no t")? - 2.0 * 3f64.sqrt()).abs() < 1e-12);
 /// assert!((test.p_value.ok_or("no p")? - 0.0741799).abs() < 1e-6);
+/// let [low, high] = test.interval.ok_or("no interval")?;
+/// assert!((low + 0.4841377).abs() < 1e-6 && (high - 4.4841377).abs() < 1e-6);
 /// assert_eq!((test.wins, test.ties, test.losses), (3, 0, 0));
 /// assert!((test.sign_p_value - 0.25).abs() < 1e-12);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -75,12 +80,13 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
     let mean = differences.iter().sum::<f64>() / n as f64;
     let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
     let std = (n > 1).then(|| (squares / (n as f64 - 1.0)).sqrt());
-    let t = std
-        .filter(|s| *s > 0.0)
-        .map(|s| mean / (s / (n as f64).sqrt()));
-    let p_value = t.and_then(|t| {
-        let student = StudentsT::new(0.0, 1.0, n as f64 - 1.0).ok()?;
-        Some(2.0 * student.sf(t.abs()))
+    let error = std.filter(|s| *s > 0.0).map(|s| s / (n as f64).sqrt());
+    let student = StudentsT::new(0.0, 1.0, (n as f64 - 1.0).max(1.0)).ok();
+    let (t, student) = (error.map(|e| mean / e), error.and(student));
+    let p_value = (t.zip(student)).map(|(t, student)| 2.0 * student.sf(t.abs()));
+    let interval = (error.zip(student)).map(|(error, student)| {
+        let reach = student.inverse_cdf(0.975) * error;
+        [mean - reach, mean + reach]
     });
     let count = |f: fn(f64) -> bool| differences.iter().filter(|d| f(**d)).count();
     let (wins, losses) = (count(|d| d > 0.0), count(|d| d < 0.0));
@@ -92,6 +98,7 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
         std,
         t,
         p_value,
+        interval,
         wins,
         ties: n - wins - losses,
         losses,
@@ -193,6 +200,7 @@ mod tests {
         assert_eq!(paired(&[(f64::NAN, 1.0)]), None);
         let one = paired(&[(2.0, 1.0)]).unwrap();
         assert_eq!((one.std, one.t, one.p_value), (None, None, None));
+        assert_eq!(one.interval, None);
         assert!((one.sign_p_value - 1.0).abs() < 1e-12);
         let same = paired(&[(1.0, 1.0), (2.0, 2.0)]).unwrap();
         assert_eq!((same.t, same.ties, same.sign_p_value), (None, 2, 1.0));

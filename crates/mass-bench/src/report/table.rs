@@ -140,16 +140,20 @@ fn pool(row: &Summary) -> String {
     }
 }
 
-/// "mass/ours against dynmoe: +0.0120 over 9 pairs (t 1.20, p 0.26; 6 won, 1 tied, 2 lost, sign test p 0.29)", and before it
-/// the means over tasks where there are some: "mass/ours against dynmoe, means over tasks: +0.0120 over 3 seeds (...)".
+/// "mass/ours against dynmoe: +0.0120 [-0.0110, +0.0350] over 9 pairs (t 1.20, p 0.26; 6 won, 1 tied, 2 lost, sign test p
+/// 0.29)", and before it the means over tasks where there are some: "mass/ours against dynmoe, means over tasks: +0.0120 ...
+/// over 3 seeds (...)".
 fn comparison(c: &Comparison) -> Vec<String> {
     let line = |what: &str, of: &str, p: &Paired| {
         let t = match (p.t, p.p_value) {
             (Some(t), Some(p)) => format!("t {t:.2}, p {p:.2}; "),
             _ => String::new(),
         };
+        let interval = p.interval.map_or_else(String::new, |[low, high]| {
+            format!(" [{low:+.4}, {high:+.4}]")
+        });
         format!(
-            "{} against {}{what}: {:+.4} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {:.2})",
+            "{} against {}{what}: {:+.4}{interval} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {:.2})",
             c.method, c.against, p.mean_difference, p.n, p.wins, p.ties, p.losses, p.sign_p_value
         )
     };
