@@ -189,6 +189,9 @@ fn unusable_data_and_models_exit_2_and_name_the_file() {
         assert_eq!(error.lines().count(), 1, "{error}");
         assert!(error.contains(part), "{all:?}: no `{part}` in {error}");
     };
+    // Whatever is wrong, what an earlier run left there is not lost.
+    std::fs::create_dir(at.join("out")).unwrap();
+    std::fs::write(at.join("out/results.json"), "of an earlier run").unwrap();
     let model = at.join("minilm-l6");
     std::fs::create_dir(&model).unwrap();
     let models = ["--models", at.to_str().unwrap()];
@@ -226,4 +229,6 @@ fn unusable_data_and_models_exit_2_and_name_the_file() {
     )
     .unwrap();
     refused(&one, "model.safetensors");
+    let left = std::fs::read(at.join("out/results.json")).unwrap();
+    assert_eq!(left, b"of an earlier run");
 }

@@ -28,8 +28,8 @@ pub struct Comparison {
 ///
 /// # Formula
 /// `t = d̄ / (s / √n)` with the mean d̄ and sample standard deviation s of n differences, two-sided in Student's t of n - 1
-/// degrees of freedom; the interval is `d̄ ± t_0.975 s / √n`; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs of one task share its data: where pairs are
-/// of tasks and seeds, they are not independent, and both tests are too bold.
+/// degrees of freedom; the interval is `d̄ ± t_0.975 s / √n`; the sign test is two-sided in Binomial(wins + losses, 1/2). Pairs
+/// of one task share its data: where pairs are of tasks and seeds, they are not independent, and both tests are too bold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Paired {
     /// Pairs.

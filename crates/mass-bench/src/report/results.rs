@@ -125,7 +125,8 @@ pub struct Run {
     pub wall_s: Option<f64>,
     /// Training tokens a second.
     pub tokens_per_s: Option<f64>,
-    /// Peak resident memory, MiB; of the last sitting, where a run was interrupted. Runs that share a process at the same time share it.
+    /// Peak resident memory, MiB; of the last sitting, where a run was interrupted. Runs side by side in one process share
+    /// it.
     pub peak_rss_mib: Option<f64>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,

@@ -86,21 +86,22 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
         settings["model"] = super::model_settings(dir);
     }
     let cache = args.out.join("cache");
-    let decode_all = |runs: &[Planned]| {
+    // Everything is read before the first run: a damaged file of the last set should not show after hours. The second reading is
+    // from the cache.
+    let check_all = |runs: &[Planned]| {
         let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();
         sets.dedup();
-        // Before the first run: a damaged file of the last set should not show after hours.
         sets.iter()
-            .try_for_each(|set| plan.decode(args, set, &cache))
+            .try_for_each(|set| plan.read(args, set, &cache).map(drop))
     };
     if !args.resume {
         // And before anything of an earlier run is replaced.
-        decode_all(&runs)?;
+        check_all(&runs)?;
     }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
     if args.resume {
-        decode_all(&runs)?;
+        check_all(&runs)?;
     } else {
         let patches = store.dir().join("patches");
         if patches.is_dir() {

@@ -52,6 +52,10 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     }
     // All data before the first run: a damaged file of the last task should not show after hours.
     let tasks = read(args, &plan, &runs, ctx)?;
+    if !args.resume {
+        // Nor should a model that cannot be read show after the results of an earlier run are gone.
+        plan.pretrained.check(runs[0].task)?;
+    }
     let mut settings = serde_json::to_value(&plan)
         .map_err(|e| BenchError::failed("describing the settings", e))?;
     // More seeds or tasks of the same plan only add runs.

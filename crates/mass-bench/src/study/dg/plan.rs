@@ -293,34 +293,6 @@ impl Plan {
             .collect())
     }
 
-    /// Decodes a set into the cache, from which it is read when its runs begin.
-    pub(super) fn decode(
-        &self,
-        args: &ReproduceArgs,
-        name: &str,
-        cache: &Path,
-    ) -> Result<(), BenchError> {
-        if name != SAMPLE {
-            self.images(args, name, cache)?;
-        }
-        Ok(())
-    }
-
-    fn images(
-        &self,
-        args: &ReproduceArgs,
-        name: &str,
-        cache: &Path,
-    ) -> Result<DomainImages, BenchError> {
-        let dir = set_dir(args, name)?;
-        Ok(DomainImages::read(
-            &dir,
-            self.size,
-            BadImages::Refuse,
-            Some(cache),
-        )?)
-    }
-
     /// A set with the model for its classes, without features yet.
     pub(super) fn read(
         &self,
@@ -331,7 +303,8 @@ impl Plan {
         let images = if name == SAMPLE {
             sample::images(self.size, 24)
         } else {
-            self.images(args, name, cache)?
+            let dir = set_dir(args, name)?;
+            DomainImages::read(&dir, self.size, BadImages::Refuse, Some(cache))?
         };
         let mut rng = stream(0, Purpose::Weights, 0);
         let classes = images.classes.len();

@@ -63,9 +63,9 @@ impl Examples {
     }
 
     fn digest(&self, digest: &mut Fnv) {
-        digest.eat(&self.len().to_le_bytes());
+        digest.eat(&(self.len() as u64).to_le_bytes());
         for (encoded, target) in self.encoded.iter().zip(&self.targets) {
-            digest.eat(&encoded.ids.len().to_le_bytes());
+            digest.eat(&(encoded.ids.len() as u64).to_le_bytes());
             for id in encoded.ids.iter().chain(&encoded.types) {
                 digest.eat(&id.to_le_bytes());
             }

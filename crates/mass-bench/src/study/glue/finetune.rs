@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::data::{Examples, Labelled, TaskData};
-use super::method::{Method, Pretrained, growth};
+use super::method::{Method, Pretrained, growth, unusable};
 use super::score::{self, DevScore};
 use crate::BenchError;
 use crate::dynmoe::{DynMoe, DynMoeConfig};
@@ -117,18 +117,7 @@ impl<'a> FineTuner<'a> {
         pretrained: &Pretrained,
         data: &'a TaskData,
     ) -> Result<Self, BenchError> {
-        let made = |e: ModelError| match e {
-            // A model's files are input: which one, and what is wrong with it.
-            ModelError::Io { path, source } => BenchError::Input {
-                path,
-                problem: source.to_string(),
-            },
-            ModelError::Checkpoint { path, why } => BenchError::Input {
-                path,
-                problem: why.to_string(),
-            },
-            other => BenchError::failed(format!("setting up {}", config.run), other),
-        };
+        let made = |e: ModelError| unusable(e, format!("setting up {}", config.run));
         let mut rng = stream(config.seed, Purpose::Weights, 0);
         let model = pretrained
             .build(

@@ -11,8 +11,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::BenchError;
 use crate::cli::Variant;
 use crate::glue::task::Task;
+use crate::rng::{Purpose, stream};
 use crate::study::mass::MassSetting;
 use crate::study::model_settings;
 use crate::variants;
@@ -81,6 +83,14 @@ impl Pretrained {
         }
     }
 
+    /// Whether the model can be read for a task, so that this is known before anything is replaced.
+    pub(super) fn check(&self, task: Task) -> Result<(), BenchError> {
+        let (dense, mut rng) = (Method::Dense, stream(0, Purpose::Weights, 0));
+        let read = self.build(&dense, task.outputs(), authors_layer(task), &mut rng);
+        read.map(drop)
+            .map_err(|e| unusable(e, "reading the model".into()))
+    }
+
     /// The model that a method begins with: a classifier head of `outputs`, and in one layer a mixture whose experts are
     /// copies of its feed-forward network, with gate rows drawn at random.
     pub(super) fn build(
@@ -113,6 +123,21 @@ impl Pretrained {
             model.convert_to(layer, &rules, rng)?;
         }
         Ok(model)
+    }
+}
+
+/// A model's files are input: which one, and what is wrong with it.
+pub(super) fn unusable(error: ModelError, doing: String) -> BenchError {
+    match error {
+        ModelError::Io { path, source } => BenchError::Input {
+            path,
+            problem: source.to_string(),
+        },
+        ModelError::Checkpoint { path, why } => BenchError::Input {
+            path,
+            problem: why.to_string(),
+        },
+        other => BenchError::failed(doing, other),
     }
 }
 
