@@ -22,7 +22,7 @@ use crate::BenchError;
 use crate::cli::{ReproduceArgs, RunContext};
 use crate::dg::features::Features;
 use crate::dg::images::Source;
-use crate::report::{Results, Run, peak_rss_mib, reset_peak_rss};
+use crate::report::{Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use data::Set;
 use plan::{Plan, Planned};
@@ -130,7 +130,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
             .filter(|r| r.set == planned.set)
             .count();
         let done = before as u64 * plan.steps();
-        reset_peak_rss();
+        super::begin_run();
         let folder = checkpoint_dir(&store, &planned.run);
         let mut trainer = Trainer::open(plan.config(planned, set), set, &folder, args.resume)?;
         let key = planned.run.key().to_string();

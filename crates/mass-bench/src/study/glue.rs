@@ -22,7 +22,7 @@ use crate::glue::data::Dataset;
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
-use crate::report::{Results, Run, peak_rss_mib, reset_peak_rss};
+use crate::report::{Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use data::TaskData;
 use finetune::FineTuner;
@@ -75,7 +75,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     let flag = ctx.interrupt_flag();
     let mut done = 0;
     for (planned, data) in tuners {
-        reset_peak_rss();
+        super::begin_run();
         let folder = checkpoint_dir(&store, &planned.run);
         let config = plan.config(planned, data);
         let mut tuner = FineTuner::open(config, &plan.pretrained, data, &folder, args.resume)?;

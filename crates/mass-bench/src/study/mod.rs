@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::{
     BenchError,
     cli::{ReproduceArgs, RunContext},
-    report::{MetricLine, ResultStore, Results, Run},
+    report::{MetricLine, ResultStore, Results, Run, reset_peak_rss},
 };
 
 /// A study that can be run.
@@ -88,6 +88,12 @@ pub fn unknown_study(name: &str) -> BenchError {
         "unknown study `{name}`; there are: {}",
         names.join(", ")
     ))
+}
+
+/// Gives back what runs before have kept for use again, so that the memory of a run is its own.
+fn begin_run() {
+    mass_model::release_scratch();
+    reset_peak_rss();
 }
 
 /// Writes what a finished run leaves, and removes its checkpoint: nothing goes on from it, it would only fill the disk.
