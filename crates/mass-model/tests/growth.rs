@@ -10,6 +10,7 @@ use mass_model::growth::{
     GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, remove_expert, split_expert,
 };
 use mass_model::lm::LanguageModel;
+use mass_model::nn::MoeLayer;
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_routing::{Combine, RouterConfig};
 
@@ -152,12 +153,6 @@ fn removing_a_newcomer_undoes_what_its_split_did_to_the_gate() {
         let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
         let trace = &pass.layers[0];
         let moe = model.mixture_mut(0);
-        let gates = |moe: &mass_model::nn::MoeLayer| -> Vec<f32> {
-            let experts = moe.experts().iter();
-            experts
-                .flat_map(|e| [e.gate.values(), &[e.logit_offset]].concat())
-                .collect()
-        };
         let before = gates(moe);
         let first = split_expert(moe, ExpertId(1), operator, trace, &mut pass.gradients).unwrap();
         // What a half learns stays, and so does a later split of it.
@@ -181,6 +176,14 @@ fn removing_a_newcomer_undoes_what_its_split_did_to_the_gate() {
         close(newcomer.gate.values(), &learnt[13..25]);
         assert!((newcomer.logit_offset - learnt[25]).abs() < 1e-5);
     }
+}
+
+/// Gate row and logit offset of every expert.
+fn gates(layer: &MoeLayer) -> Vec<f32> {
+    let experts = layer.experts().iter();
+    experts
+        .flat_map(|e| [e.gate.values(), &[e.logit_offset]].concat())
+        .collect()
 }
 
 fn close(found: &[f32], wanted: &[f32]) {
@@ -217,13 +220,7 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
         redundancy_reduction: mass_expand::Reduction::Mean,
     })
     .unwrap();
-    let gates = |model: &LanguageModel| -> Vec<f32> {
-        let experts = model.mixture(0).experts().iter();
-        experts
-            .flat_map(|e| [e.gate.values(), &[e.logit_offset]].concat())
-            .collect()
-    };
-    let before = gates(&model);
+    let before = gates(model.mixture(0));
     let mut kinds = Vec::new();
     for step in 0..5 {
         let (tokens, targets) = batch(step);
@@ -241,7 +238,7 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
                     };
                     // What is compared with the whole is the layer as it would be without the newcomer.
                     if masked.layer == 0 {
-                        close(&gates(model)[..before.len()], &before);
+                        close(&gates(model.mixture(0))[..before.len()], &before);
                     }
                     Ok(vec![0.4, 0.5])
                 },
@@ -249,7 +246,7 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
             .unwrap();
         kinds.extend(events.into_iter().map(|e| e.kind));
         if step == 1 {
-            assert_ne!(gates(&model)[..before.len()], before[..]);
+            assert_ne!(gates(model.mixture(0))[..before.len()], before[..]);
             // A grower that was saved in between knows what to undo.
             let text = serde_json::to_string(&grower).unwrap();
             grower = serde_json::from_str(&text).unwrap();
@@ -258,7 +255,7 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
     let of = |f: fn(&EventKind) -> bool| kinds.iter().filter(|k| f(k)).count();
     assert_eq!(of(|k| matches!(k, EventKind::Split { .. })), 2);
     assert_eq!(of(|k| matches!(k, EventKind::Remove { .. })), 2);
-    close(&gates(&model), &before);
+    close(&gates(model.mixture(0)), &before);
 }
 
 /// A stopped layer's gradient norms are not computed; a controller that is told them all decides the same.

@@ -12,6 +12,7 @@ pub mod synthetic;
 
 use std::path::Path;
 
+use mass_model::ModelError;
 use serde_json::{Value, json};
 
 use crate::{
@@ -118,6 +119,21 @@ fn keep(
             .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
     }
     Ok(())
+}
+
+/// A model's files are input: which one, and what is wrong with it.
+fn unusable_model(error: ModelError, doing: impl Into<String>) -> BenchError {
+    match error {
+        ModelError::Io { path, source } => BenchError::Input {
+            path,
+            problem: source.to_string(),
+        },
+        ModelError::Checkpoint { path, why } => BenchError::Input {
+            path,
+            problem: why.to_string(),
+        },
+        other => BenchError::failed(doing, other),
+    }
 }
 
 /// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.

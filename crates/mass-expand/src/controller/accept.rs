@@ -76,9 +76,7 @@ impl Controller {
         }
         Ok(())
     }
-}
 
-impl Controller {
     /// Whether a detector of the loss, now or in the continual phase, works on its logarithm.
     pub(super) fn takes_logarithm_of_loss(&self) -> bool {
         let continual = self.params.phase.continual.as_ref();

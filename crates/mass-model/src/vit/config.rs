@@ -6,7 +6,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::pretrained::activation;
 
-use super::files::{self, Layout};
+use super::files;
 
 /// Sizes and rates of a vision transformer. The default is ViT-B/16.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -110,11 +110,7 @@ impl VitConfig {
     /// value, or that makes another model (SwiGLU networks, stochastic depth, register tokens, other pooling than by class token,
     /// other problems than one label of several), or sizes and rates that no model can have.
     pub fn read(dir: &Path) -> Result<Self, ModelError> {
-        Ok(Self::read_with_layout(dir)?.0)
-    }
-
-    pub(super) fn read_with_layout(dir: &Path) -> Result<(Self, Layout), ModelError> {
-        files::read(dir)
+        Ok(files::read(dir)?.0)
     }
 
     /// Patches along a side of an image of `image_size`; zero for patches of no size, which [`check`](Self::check) refuses.

@@ -173,7 +173,7 @@ impl VitClassifier {
         head: Head,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let (config, layout) = VitConfig::read_with_layout(dir)?;
+        let (config, layout) = files::read(dir)?;
         let weights = Weights::open(dir)?;
         let std = config.initializer_range;
         let parts = |name: &str, shape: &[usize]| files::parts(&config, layout, name, shape);

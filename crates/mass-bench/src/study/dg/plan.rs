@@ -21,6 +21,7 @@ use crate::dg::sample;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::study::mass::{MassSetting, wanted};
+use crate::study::unusable_model;
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "vit-s14";
@@ -70,22 +71,14 @@ enum Model {
 }
 
 impl Model {
-    /// A model's files are input: which one, and what is wrong with it.
+    /// What is wrong with the model: of one that is read, its configuration is input too.
     fn problem(&self, error: ModelError) -> BenchError {
         match (error, self) {
-            (ModelError::Io { path, source }, _) => BenchError::Input {
-                path,
-                problem: source.to_string(),
-            },
-            (ModelError::Checkpoint { path, why }, _) => BenchError::Input {
-                path,
-                problem: why.to_string(),
-            },
             (ModelError::Config(problem), Self::Directory(dir)) => BenchError::Input {
                 path: dir.clone(),
                 problem,
             },
-            (other, _) => BenchError::failed("reading the model", other),
+            (other, _) => unusable_model(other, "reading the model"),
         }
     }
 }

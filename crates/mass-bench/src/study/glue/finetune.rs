@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::data::{Examples, Labelled, TaskData};
-use super::method::{Method, Pretrained, growth, unusable};
+use super::method::{Method, Pretrained, growth};
 use super::score::{self, DevScore};
 use crate::BenchError;
 use crate::dynmoe::{DynMoe, DynMoeConfig};
@@ -21,6 +21,7 @@ use crate::glue::batch::epoch_batches;
 use crate::report::{Expansion, MetricLine, expansions};
 use crate::rng::{Purpose, stream};
 use crate::run_checkpoint;
+use crate::study::unusable_model;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -117,7 +118,7 @@ impl<'a> FineTuner<'a> {
         pretrained: &Pretrained,
         data: &'a TaskData,
     ) -> Result<Self, BenchError> {
-        let made = |e: ModelError| unusable(e, format!("setting up {}", config.run));
+        let made = |e: ModelError| unusable_model(e, format!("setting up {}", config.run));
         let mut rng = stream(config.seed, Purpose::Weights, 0);
         let model = pretrained
             .build(

@@ -16,7 +16,7 @@ use crate::cli::Variant;
 use crate::glue::task::Task;
 use crate::rng::{Purpose, stream};
 use crate::study::mass::MassSetting;
-use crate::study::model_settings;
+use crate::study::{model_settings, unusable_model};
 use crate::variants;
 
 /// How the feed-forward network of one layer is replaced.
@@ -88,7 +88,7 @@ impl Pretrained {
         let (dense, mut rng) = (Method::Dense, stream(0, Purpose::Weights, 0));
         let read = self.build(&dense, task.outputs(), authors_layer(task), &mut rng);
         read.map(drop)
-            .map_err(|e| unusable(e, "reading the model".into()))
+            .map_err(|e| unusable_model(e, "reading the model"))
     }
 
     /// The model that a method begins with: a classifier head of `outputs`, and in one layer a mixture whose experts are
@@ -123,21 +123,6 @@ impl Pretrained {
             model.convert_to(layer, &rules, rng)?;
         }
         Ok(model)
-    }
-}
-
-/// A model's files are input: which one, and what is wrong with it.
-pub(super) fn unusable(error: ModelError, doing: String) -> BenchError {
-    match error {
-        ModelError::Io { path, source } => BenchError::Input {
-            path,
-            problem: source.to_string(),
-        },
-        ModelError::Checkpoint { path, why } => BenchError::Input {
-            path,
-            problem: why.to_string(),
-        },
-        other => BenchError::failed(doing, other),
     }
 }
 

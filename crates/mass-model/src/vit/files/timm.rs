@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{Resampling, VitConfig, hidden_width, unsupported};
@@ -23,7 +23,7 @@ struct File {
 }
 
 /// The arguments that are read.
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
 struct Arguments {
     #[serde(deserialize_with = "present")]
@@ -48,20 +48,6 @@ struct Arguments {
     init_values: Option<f32>,
     act_layer: Option<String>,
 }
-
-const READ: [&str; 11] = [
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "img_size",
-    "patch_size",
-    "in_chans",
-    "qkv_bias",
-    "layer_norm_eps",
-    "init_values",
-    "act_layer",
-];
 
 /// Of an argument that is not read, but would make another model: the value that does not. Null never does.
 fn only(argument: &str) -> Option<Value> {
@@ -102,7 +88,8 @@ fn known(argument: &str) -> bool {
         "strict_img_size",
         "num_classes",
     ];
-    READ.contains(&argument) || OF_NO_EFFECT.contains(&argument) || only(argument).is_some()
+    let read = serde_json::to_value(Arguments::default()).unwrap_or_default();
+    read.get(argument).is_some() || OF_NO_EFFECT.contains(&argument) || only(argument).is_some()
 }
 
 pub(super) fn read(dir: &Path) -> Result<VitConfig, ModelError> {
