@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, Module, NoneTape, PutTape, SplitTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::lm::{LayerTrace, Masked};
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
-use crate::ops::Rows;
+use crate::ops::{self, Rows};
 use crate::param::{Param, Parameters, join};
 use crate::pretrained::Source;
 
@@ -93,6 +93,23 @@ impl Mlp {
         }
     }
 
+    /// Rows `keep` may be picked before this sublayer only if it is dense: what a mixture routes and reports is every token.
+    pub(crate) fn keep_early<'a>(&self, keep: Option<&'a [usize]>) -> Option<&'a [usize]> {
+        keep.filter(|_| self.mixture().is_none())
+    }
+
+    /// Rows `keep` of what follows this sublayer, if they have not been picked before it.
+    pub(crate) fn keep_late<T: Tape<f32, Cpu>>(
+        &self,
+        output: Rows<T>,
+        keep: Option<&[usize]>,
+    ) -> Result<Rows<T>, ModelError> {
+        match keep.filter(|_| self.mixture().is_some()) {
+            Some(keep) => ops::pick_rows(output, keep),
+            None => Ok(output),
+        }
+    }
+
     /// The forward pass; a mixture appends its trace, and is the mixture layer of that index.
     pub(crate) fn forward<T: Tape<f32, Cpu>>(
         &self,
@@ -120,6 +137,30 @@ impl Mlp {
         });
         Ok(routed.output)
     }
+}
+
+/// Which rows of the encoder's output are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Every,
+    /// The first of each sequence, in order: all that a head on the first token reads. The last layer computes no others
+    /// once its tokens have attended to each other.
+    First,
+}
+
+/// A sublayer's output and the residual that it is to be added to, of which rows `keep` are picked, if given. The output has
+/// no other rows already.
+pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
+    output: Rows<T>,
+    residual: Rows<NoneTape>,
+    keep: Option<&[usize]>,
+) -> Result<(Rows<T>, Rows<NoneTape>), ModelError> {
+    let Some(keep) = keep else {
+        return Ok((output, residual));
+    };
+    let (output, tape) = output.split_tape();
+    let (residual, tape) = ops::pick_rows(residual.put_tape(tape), keep)?.split_tape();
+    Ok((output.put_tape(tape), residual))
 }
 
 /// Refuses a masked expert of a mixture layer that is not there.

@@ -274,6 +274,14 @@ fn a_mixture_of_copies_computes_what_the_network_did() {
     let (after, traces) = mixed.logits(&batch(), None).unwrap();
     assert_close("logits", &after, &before);
     assert!(none.is_empty());
+    // A mixture in the last layer is of all tokens, a dense network of first tokens alone.
+    let targets = Targets::Classes(&[1, 0, 1]);
+    let with = gradients(&mixed, &batch(), targets, None);
+    for (name, of_dense) in gradients(&dense, &batch(), targets, None) {
+        if let Some((_, of_mixed)) = with.iter().find(|(n, _)| *n == name) {
+            assert_close(&name, of_mixed, &of_dense);
+        }
+    }
     // Bottom first, whatever the order of conversion.
     assert_eq!(mixed.mixtures(), 2);
     assert_eq!(mixed.mixture_name(0), "layers.0.moe");

@@ -36,11 +36,16 @@ fn config() -> VitConfig {
     }
 }
 
-/// Three blocks, the last a mixture of experts that differ; biases and norms away from where they start.
+/// Three blocks, the last a mixture.
 fn model() -> VitClassifier {
+    with_mixture(2)
+}
+
+/// Three blocks, one a mixture of experts that differ; biases and norms away from where they start.
+fn with_mixture(block: usize) -> VitClassifier {
     let mut rng = seeded_rng(5);
     let mut model = VitClassifier::new(&config(), 4, &mut rng).unwrap();
-    model.convert(2, 4, TOP_2, &mut rng).unwrap();
+    model.convert(block, 4, TOP_2, &mut rng).unwrap();
     let mut phase = 0.0;
     model.visit_mut("", &mut |name, p| {
         phase += 1.0;
@@ -87,8 +92,10 @@ fn unit(v: impl Iterator<Item = f32>) -> Vec<f32> {
 
 #[test]
 fn gradients_agree_with_central_differences() {
-    let (model, pixels) = (model(), pixels());
-    for dropped in [false, true] {
+    let pixels = pixels();
+    // A last block that is dense computes class tokens alone.
+    for (mixture, dropped) in [(2, false), (2, true), (1, true)] {
+        let model = with_mixture(mixture);
         // The same keys in every pass: the same network, with the same elements missing.
         let keys = || dropped.then(|| DropoutKeys::new(3, 8));
         let gradients = gradients(&model, images(&pixels), keys().as_mut());
@@ -262,6 +269,15 @@ fn a_mixture_of_copies_computes_what_the_network_did() {
     let (after, traces) = mixed.logits(images(&pixels), None).unwrap();
     for (a, b) in after.iter().zip(&before) {
         assert!((a - b).abs() < 1e-5, "{a} against {b}");
+    }
+    // A mixture in the last block is of all tokens, a dense network of class tokens alone.
+    let with = gradients(&mixed, images(&pixels), None);
+    for (name, of_dense) in gradients(&dense, images(&pixels), None) {
+        if let Some((_, of_mixed)) = with.iter().find(|(n, _)| *n == name) {
+            for (a, b) in of_mixed.iter().zip(&of_dense) {
+                assert!((a - b).abs() < 1e-5, "{name}: {a} against {b}");
+            }
+        }
     }
     assert_eq!((traces.len(), mixed.mixtures()), (2, 2));
     assert_eq!(mixed.mixture_name(1), "blocks.2.moe");

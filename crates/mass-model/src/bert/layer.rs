@@ -1,7 +1,7 @@
 use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
 
 use super::BertConfig;
-use crate::encoder::Mlp;
+use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::lm::{LayerTrace, Masked};
@@ -46,17 +46,25 @@ impl BertLayer {
         })
     }
 
+    /// With `keep`, those rows of the output alone.
     pub(super) fn forward<T: Tape<f32, Cpu>>(
         &self,
         x: Rows<T>,
         sequences: &Sequences,
+        keep: Option<&[usize]>,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        let (residual, tape) = x.split_tape();
-        let h = residual.clone().put_tape(tape);
-        let h = self.attention.forward(h, sequences, keys.as_deref_mut())?;
+        let early = self.mlp.keep_early(keep);
+        let (x, tape) = x.split_tape();
+        let h = self.attention.forward_rows(
+            x.clone().put_tape(tape),
+            sequences,
+            early,
+            keys.as_deref_mut(),
+        )?;
+        let (h, residual) = with_residual(h, x, early)?;
         let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
         let h = self
             .attention_norm
@@ -65,7 +73,8 @@ impl BertLayer {
         let h = residual.clone().put_tape(tape);
         let h = self.mlp.forward(h, masked, traces)?;
         let dropout = keys.and_then(|k| k.next(self.dropout));
-        self.ffn_norm.try_forward(ops::add(h, &residual, dropout)?)
+        let h = self.mlp.keep_late(ops::add(h, &residual, dropout)?, keep)?;
+        self.ffn_norm.try_forward(h)
     }
 }
 

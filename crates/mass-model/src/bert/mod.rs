@@ -55,13 +55,13 @@ pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
-use crate::encoder::check_masked;
+use crate::encoder::{Wanted, check_masked};
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
 use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::nn::{LayerNorm, Linear, MoeConfig};
-use crate::ops::{self, Rows, Sequences, read};
+use crate::ops::{self, Rows, read};
 use crate::param::Param;
 use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
 use layer::BertLayer;
@@ -82,7 +82,6 @@ pub struct BertClassifier {
 /// The hidden states of a batch, and what was done on the way to them.
 struct Encoded<T: Tape<f32, Cpu>> {
     states: Rows<T>,
-    sequences: Sequences,
     traces: Vec<LayerTrace>,
 }
 
@@ -224,6 +223,7 @@ impl BertClassifier {
     fn encode<T: Tape<f32, Cpu>>(
         &self,
         batch: &TextBatch,
+        wanted: Wanted,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         tape: T,
@@ -242,17 +242,20 @@ impl BertClassifier {
         let rate = self.config.encoder.hidden_dropout_prob;
         x = ops::dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
         let mut traces = Vec::new();
-        for layer in &self.layers {
+        let first = &sequences.offsets()[..sequences.len()];
+        for (i, layer) in self.layers.iter().enumerate() {
             let (state, tape) = x.split_tape();
             observe(&state);
             x = state.put_tape(tape);
-            x = layer.forward(x, &sequences, masked, keys.as_deref_mut(), &mut traces)?;
+            let last = i + 1 == self.layers.len();
+            let keep = (last && wanted == Wanted::First).then_some(first);
+            let keys = keys.as_deref_mut();
+            x = layer.forward(x, &sequences, keep, masked, keys, &mut traces)?;
         }
         let (state, tape) = x.split_tape();
         observe(&state);
         Ok(Encoded {
             states: state.put_tape(tape),
-            sequences,
             traces,
         })
     }
@@ -265,26 +268,18 @@ impl BertClassifier {
         mut keys: Option<&mut DropoutKeys>,
         tape: T,
     ) -> Result<(Rows<T>, Vec<LayerTrace>), ModelError> {
-        let encoded = self.encode(batch, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
-        let Encoded {
-            states,
-            sequences,
-            traces,
-        } = encoded;
-        let first = &sequences.offsets()[..sequences.len()];
-        let pooled = self.pool(states, first)?;
+        let first = Wanted::First;
+        let Encoded { states, traces } =
+            self.encode(batch, first, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
+        let pooled = self.pool(states)?;
         let rate = self.config.encoder.head_dropout();
         let pooled = ops::dropout(pooled, keys.and_then(|k| k.next(rate)))?;
         Ok((self.head.try_forward(pooled)?, traces))
     }
 
-    fn pool<T: Tape<f32, Cpu>>(
-        &self,
-        states: Rows<T>,
-        first: &[usize],
-    ) -> Result<Rows<T>, ModelError> {
-        let pooled = self.pooler.try_forward(ops::pick_rows(states, first)?)?;
-        Ok(pooled.try_tanh()?)
+    /// What the head reads, of the states of first tokens.
+    fn pool<T: Tape<f32, Cpu>>(&self, first: Rows<T>) -> Result<Rows<T>, ModelError> {
+        Ok(self.pooler.try_forward(first)?.try_tanh()?)
     }
 
     /// The embeddings' output and each layer's, `[rows, d]` each, without dropout.
@@ -294,7 +289,8 @@ impl BertClassifier {
     pub fn hidden_states(&self, batch: &TextBatch) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
         let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
-        self.encode(batch, None, None, NoneTape, &mut observe)?;
+        let every = Wanted::Every;
+        self.encode(batch, every, None, None, NoneTape, &mut observe)?;
         Ok(states)
     }
 
@@ -303,10 +299,9 @@ impl BertClassifier {
     /// # Errors
     /// As [`logits`](Self::logits).
     pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
-        let encoded = self.encode(batch, None, None, NoneTape, &mut |_| {})?;
-        let sequences = encoded.sequences;
-        let first = &sequences.offsets()[..sequences.len()];
-        Ok(read(&self.pool(encoded.states, first)?).to_vec())
+        let first = Wanted::First;
+        let encoded = self.encode(batch, first, None, None, NoneTape, &mut |_| {})?;
+        Ok(read(&self.pool(encoded.states)?).to_vec())
     }
 
     /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's

@@ -52,14 +52,29 @@ impl SelfAttention {
         sequences: &Sequences,
         keys: Option<&mut DropoutKeys>,
     ) -> Result<Rows<T>, ModelError> {
+        self.forward_rows(x, sequences, None, keys)
+    }
+
+    /// As [`forward`](Self::forward), of which only rows `keep` come out, if given: the others are not projected.
+    pub(crate) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+        sequences: &Sequences,
+        keep: Option<&[usize]>,
+        keys: Option<&mut DropoutKeys>,
+    ) -> Result<Rows<T>, ModelError> {
         let qkv = self.qkv.try_forward(x)?;
         let how = Attention {
             heads: self.heads,
             causal: self.causal,
             dropout: keys.and_then(|k| k.next(self.dropout)),
         };
-        self.out
-            .try_forward(ops::self_attention(qkv, sequences, how)?)
+        let attended = ops::self_attention(qkv, sequences, how)?;
+        let attended = match keep {
+            Some(keep) => ops::pick_rows(attended, keep)?,
+            None => attended,
+        };
+        self.out.try_forward(attended)
     }
 }
 

@@ -1,7 +1,7 @@
 use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
 
 use super::VitConfig;
-use crate::encoder::Mlp;
+use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::lm::{LayerTrace, Masked};
@@ -53,25 +53,31 @@ impl VitBlock {
         })
     }
 
+    /// With `keep`, those rows of the output alone.
     pub(super) fn forward<T: Tape<f32, Cpu>>(
         &self,
         x: Rows<T>,
         sequences: &Sequences,
+        keep: Option<&[usize]>,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        let (residual, tape) = x.split_tape();
-        let h = self.norm1.try_forward(residual.clone().put_tape(tape))?;
-        let h = self.attention.forward(h, sequences, keys.as_deref_mut())?;
+        let early = self.mlp.keep_early(keep);
+        let (x, tape) = x.split_tape();
+        let h = self.norm1.try_forward(x.clone().put_tape(tape))?;
+        let h = self
+            .attention
+            .forward_rows(h, sequences, early, keys.as_deref_mut())?;
         let h = scaled(h, self.scale1.as_ref())?;
+        let (h, residual) = with_residual(h, x, early)?;
         let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
         let (residual, tape) = ops::add(h, &residual, dropout)?.split_tape();
         let h = self.norm2.try_forward(residual.clone().put_tape(tape))?;
         let h = self.mlp.forward(h, masked, traces)?;
         let h = scaled(h, self.scale2.as_ref())?;
         let dropout = keys.and_then(|k| k.next(self.dropout));
-        ops::add(h, &residual, dropout)
+        self.mlp.keep_late(ops::add(h, &residual, dropout)?, keep)
     }
 }
 

@@ -7,12 +7,19 @@ use dfdx::prelude::{
 
 use super::patches::{Interpolation, assemble, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
-use crate::encoder::check_masked;
+use crate::encoder::{Wanted, check_masked};
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
 use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::ops::{self, Rows, Sequences, read};
+
+/// Rows, the number of tokens of an image, and the block they are the input of.
+struct Entered<T: Tape<f32, Cpu>> {
+    rows: Rows<T>,
+    tokens: usize,
+    block: usize,
+}
 
 /// Hidden states, with the number of tokens of an image.
 struct Encoded<T: Tape<f32, Cpu>> {
@@ -42,17 +49,21 @@ impl VitClassifier {
         Ok((x, 1 + grid.0 * grid.1))
     }
 
-    /// Where a batch enters the model: rows, the number of tokens of an image, and the block they are the input of.
+    /// Where a batch enters the model.
     fn enter<T: Tape<f32, Cpu>>(
         &self,
         batch: ImageBatch<'_>,
         keys: Option<&mut DropoutKeys>,
         tape: T,
-    ) -> Result<(Rows<T>, usize, usize), ModelError> {
+    ) -> Result<Entered<T>, ModelError> {
         let (rows, tokens, blocks) = match batch {
             ImageBatch::Pixels { pixels, size } => {
-                let (x, tokens) = self.embed(pixels, size, keys, tape)?;
-                return Ok((x, tokens, 0));
+                let (rows, tokens) = self.embed(pixels, size, keys, tape)?;
+                return Ok(Entered {
+                    rows,
+                    tokens,
+                    block: 0,
+                });
             }
             ImageBatch::Features {
                 rows,
@@ -74,7 +85,11 @@ impl VitClassifier {
             return Err(ModelError::NonFinite(format!("feature value {i}")));
         }
         let x = Cpu::default().try_tensor_from_vec(rows.to_vec(), (rows.len() / d, d))?;
-        Ok((x.put_tape(tape), tokens, blocks))
+        Ok(Entered {
+            rows: x.put_tape(tape),
+            tokens,
+            block: blocks,
+        })
     }
 
     /// Refuses a number of blocks to leave out that is not there, or that would leave out a mixture: its trace would be
@@ -96,22 +111,36 @@ impl VitClassifier {
 
     fn encode<T: Tape<f32, Cpu>>(
         &self,
-        batch: ImageBatch<'_>,
+        entered: Entered<T>,
         until: usize,
+        wanted: Wanted,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
-        tape: T,
         observe: &mut dyn FnMut(&Rows<NoneTape>),
     ) -> Result<Encoded<T>, ModelError> {
         check_masked(masked, self.mixtures())?;
-        let (mut x, tokens, first) = self.enter(batch, keys.as_deref_mut(), tape)?;
+        let Entered {
+            rows: mut x,
+            tokens,
+            block: first,
+        } = entered;
         let sequences = Sequences::uniform(x.shape().0 / tokens, tokens)?;
         let mut traces = Vec::new();
-        for block in self.blocks.get(first..until).unwrap_or_default() {
+        let starts: Option<&[usize]> = match wanted {
+            Wanted::Every => None,
+            Wanted::First => Some(&sequences.offsets()[..sequences.len()]),
+        };
+        let blocks = self.blocks.get(first..until).unwrap_or_default();
+        for (i, block) in blocks.iter().enumerate() {
             let (state, tape) = x.split_tape();
             observe(&state);
             x = state.put_tape(tape);
-            x = block.forward(x, &sequences, masked, keys.as_deref_mut(), &mut traces)?;
+            let keep = starts.filter(|_| i + 1 == blocks.len());
+            let keys = keys.as_deref_mut();
+            x = block.forward(x, &sequences, keep, masked, keys, &mut traces)?;
+        }
+        if let Some(starts) = starts.filter(|_| blocks.is_empty()) {
+            x = ops::pick_rows(x, starts)?;
         }
         let (state, tape) = x.split_tape();
         observe(&state);
@@ -127,22 +156,29 @@ impl VitClassifier {
         &self,
         batch: ImageBatch<'_>,
         masked: Option<Masked>,
-        keys: Option<&mut DropoutKeys>,
+        mut keys: Option<&mut DropoutKeys>,
         tape: T,
     ) -> Result<Encoded<T>, ModelError> {
-        let all = self.blocks.len();
-        let encoded = self.encode(batch, all, masked, keys, tape, &mut |_| {})?;
-        let first: Vec<usize> = (0..encoded.states.shape().0)
-            .step_by(encoded.tokens)
-            .collect();
-        // The norm is of each row by itself, so only those that are read need it.
-        let class = self
-            .norm
-            .try_forward(ops::pick_rows(encoded.states, &first)?)?;
+        let entered = self.enter(batch, keys.as_deref_mut(), tape)?;
+        let (all, first) = (self.blocks.len(), Wanted::First);
+        let encoded = self.encode(entered, all, first, masked, keys, &mut |_| {})?;
+        let class = self.norm.try_forward(encoded.states)?;
         Ok(Encoded {
             states: self.head.try_forward(class)?,
             ..encoded
         })
+    }
+
+    /// What leaves the first `until` blocks, without dropout and without a tape.
+    fn states(
+        &self,
+        batch: ImageBatch<'_>,
+        until: usize,
+        observe: &mut dyn FnMut(&Rows<NoneTape>),
+    ) -> Result<Rows<NoneTape>, ModelError> {
+        let entered = self.enter(batch, None, NoneTape)?;
+        let encoded = self.encode(entered, until, Wanted::Every, None, None, observe)?;
+        Ok(encoded.states)
     }
 
     /// The tokens that enter the first block and the output of each block, `[batch * tokens, d]` each, without dropout.
@@ -152,7 +188,7 @@ impl VitClassifier {
     pub fn hidden_states(&self, batch: ImageBatch<'_>) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
         let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
-        self.encode(batch, self.blocks.len(), None, None, NoneTape, &mut observe)?;
+        self.states(batch, self.blocks.len(), &mut observe)?;
         Ok(states)
     }
 
@@ -161,9 +197,8 @@ impl VitClassifier {
     /// # Errors
     /// As [`logits`](Self::logits).
     pub fn encoded(&self, batch: ImageBatch<'_>) -> Result<Vec<f32>, ModelError> {
-        let all = self.blocks.len();
-        let encoded = self.encode(batch, all, None, None, NoneTape, &mut |_| {})?;
-        Ok(read(&self.norm.try_forward(encoded.states)?).to_vec())
+        let states = self.states(batch, self.blocks.len(), &mut |_| {})?;
+        Ok(read(&self.norm.try_forward(states)?).to_vec())
     }
 
     /// What leaves the first `blocks` blocks, `[batch * tokens, d]`, without dropout and without a tape: the features of a
@@ -179,8 +214,8 @@ impl VitClassifier {
     ) -> Result<Vec<f32>, ModelError> {
         self.check_frozen(blocks)?;
         let batch = ImageBatch::Pixels { pixels, size };
-        let encoded = self.encode(batch, blocks, None, None, NoneTape, &mut |_| {})?;
-        Ok(read(&encoded.states).to_vec())
+        let states = self.states(batch, blocks, &mut |_| {})?;
+        Ok(read(&states).to_vec())
     }
 
     /// Number of tokens of an image of this height and width, with the class token.
