@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mass_model::Activation;
 use mass_model::checkpoint;
+use mass_model::growth::Grower;
 use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::optim::{AdamWConfig, Decay, Schedule};
+use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
+use mass_model::{Activation, ModelError};
 use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
@@ -26,20 +27,21 @@ const MAX_WINDOWS: usize = 4096;
 /// Trains, and reports bits per byte on the held-out tail.
 ///
 /// # Errors
-/// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for sizes that no model can have, else what
+/// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
-    let mut store = ctx.open_train_store(args, &serde_json::json!({}))?;
     let mut run = Run::new("mass", args.seed);
     run.variant = Some(args.variant.to_string());
     run.experts_init = Some(args.experts);
+    let config = config(args, run.key().to_string());
+    check(&config)?;
+    let mut store = ctx.open_train_store(args, &serde_json::json!({}))?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
     let (probe, test) = held_out(&text, args)?;
     let folder = checkpoint_dir(&store, &run);
-    let config = config(args, run.key().to_string());
     let mut trainer = Trainer::open(config, &folder, args.resume)?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(args.threads)
@@ -136,6 +138,17 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     debug_assert!(checkpoint::exists(&folder));
     store.push(run)?;
     Ok(store.into_results())
+}
+
+/// Refuses what no run can have before results of an earlier one are replaced.
+fn check(config: &TrainerConfig) -> Result<(), BenchError> {
+    let made = || -> Result<(), ModelError> {
+        config.model.block.moe.router.build()?;
+        AdamW::new(config.adamw.clone())?;
+        config.growth.clone().map(Grower::new).transpose()?;
+        Ok(())
+    };
+    made().map_err(|e| BenchError::Usage(e.to_string()))
 }
 
 /// Held-out windows, divided into a probe for the expansion engine and the windows that are scored.

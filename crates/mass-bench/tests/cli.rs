@@ -172,6 +172,14 @@ fn bad_arguments_exit_2_with_one_line() {
     for (arguments, parts) in cases {
         refused(arguments, at, parts);
     }
+    // Found out only once the text is read, and still before anything is replaced: 0 in f32, a window too long to count in.
+    std::fs::write(at.join("file"), "a text of some length. ".repeat(400)).expect("a write");
+    let train = |rest: &[&str], part: &str| {
+        let given = [&["train", "--text", "file", "--seq", "8"], rest].concat();
+        refused(&given, at, &[part]);
+    };
+    train(&["--p", "1e-50"], "p");
+    train(&["--steps", "900000000"], "window");
     // Nothing was left behind by a refused command.
     let left = std::fs::read_dir(at).expect("the directory").count();
     assert_eq!(left, 1);

@@ -112,7 +112,7 @@ fn readable_data_is_found_and_the_rest_missing() {
             "{name}: {report}"
         );
     }
-    for name in ["glue/MNLI", "pacs/sketch", "an image encoder (ViT)"] {
+    for name in ["glue/MNLI", "pacs/sketch", "vlcs", "an image encoder (ViT)"] {
         assert_eq!(status(&report, name), Status::Missing);
     }
     report.verdict().expect("missing is no failure");
@@ -122,6 +122,22 @@ fn readable_data_is_found_and_the_rest_missing() {
         "{text}"
     );
     assert!(text.contains("gluebenchmark.com") && text.contains("huggingface.co"));
+}
+
+#[test]
+fn sets_are_found_where_studies_look_for_them() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for domain in ["Caltech101", "LabelMe"] {
+        for class in ["bird", "car"] {
+            put(dir.path(), &format!("VLCS/{domain}/{class}/1.jpg"), [0xff]);
+        }
+    }
+    put(dir.path(), "office_home/Art/Bed/1.jpg", [0xff]);
+    let report = check(Some(dir.path()), None).expect("a directory");
+    let found = "2 domains, 2 classes, 4 images";
+    assert_eq!(status(&report, "vlcs"), Status::Found(found.into()));
+    broken(&report, "office_home", "1 domain(s)");
+    assert_eq!(status(&report, "terra_incognita"), Status::Missing);
 }
 
 #[test]

@@ -91,6 +91,23 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     assert_eq!(store.results().summary[0].n, 2);
     drop(store);
 
+    // Elsewhere: the runs say where they were made, and no longer once the study is back.
+    let elsewhere = Header::new("synthetic", "quick", 7);
+    let mut store =
+        ResultStore::open(dir.path(), elsewhere, &settings, true).expect("another machine");
+    store.push(mass(2, 2.0)).expect("a run");
+    let made_with = |store: &ResultStore| {
+        let runs = store.results().runs.iter();
+        runs.map(|r| r.machine.as_ref().map(|m| m.threads))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(made_with(&store), [Some(2), Some(2), None]);
+    assert!(read(dir.path(), "report.html").contains("2 of the runs on"));
+    drop(store);
+    let store = open(dir.path(), &settings, true).expect("back again");
+    assert_eq!(made_with(&store), [None, None, Some(7)]);
+    drop(store);
+
     let error = open(dir.path(), &json!({"steps": 9, "p": 0.5}), true).expect_err("other steps");
     assert_eq!(error.exit_code(), 2);
     assert!(

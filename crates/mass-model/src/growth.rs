@@ -67,7 +67,7 @@ pub struct GrowerConfig {
     pub controller: ControllerParams,
     /// What is monitored.
     pub gradient_norm: GradientNorm,
-    /// Weight of the redundancy loss on duplicated pairs while expansion lasts.
+    /// Weight of the redundancy loss on duplicated pairs while expansion lasts, at least 0.
     pub redundancy_weight: f64,
     /// Whether the redundancy loss is a mean or a sum over pairs.
     pub redundancy_reduction: Reduction,
@@ -87,8 +87,14 @@ impl Grower {
     /// A grower for a model whose layers hold the experts that the configuration names.
     ///
     /// # Errors
-    /// [`ModelError::Expand`] for parameters that no controller can have.
+    /// [`ModelError::Expand`] for parameters that no controller can have, [`ModelError::Config`] for a weight of the redundancy
+    /// loss that is negative or not finite.
     pub fn new(config: GrowerConfig) -> Result<Self, ModelError> {
+        let weight = config.redundancy_weight;
+        if !(weight.is_finite() && weight >= 0.0) {
+            let what = format!("redundancy_weight is {weight}, not a number of at least 0");
+            return Err(ModelError::Config(what));
+        }
         let controller = config.controller.check()?;
         Ok(Self {
             config,
@@ -276,7 +282,7 @@ impl Grower {
 /// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if there is not one loss a token.
+/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced.
 pub fn observe(
     layer: &MoeLayer,
     trace: &LayerTrace,
@@ -302,6 +308,10 @@ fn observe_with(
             &[plan.num_tokens()],
             &[token_losses.len()],
         ));
+    }
+    let (traced, experts) = (plan.num_experts(), layer.experts().len());
+    if traced != experts {
+        return Err(ModelError::shape("experts traced", &[experts], &[traced]));
     }
     let shares: Vec<f64> = (0..plan.num_experts())
         .map(|e| {
@@ -359,7 +369,8 @@ fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, Model
 /// back to a clone that preserves the pair's routing mass.
 ///
 /// # Errors
-/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Expand`] for gradients that are not finite.
+/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it
+/// came after the trace, [`ModelError::Expand`] for gradients that are not finite.
 pub fn split_expert(
     layer: &mut MoeLayer,
     source: ExpertId,
@@ -401,6 +412,10 @@ pub fn split_expert(
         SplitOperator::Bisect if !linear_gate => {
             let what = "bisecting an expert's tokens needs a linear gate";
             return Err(ModelError::Config(what.into()));
+        }
+        SplitOperator::Bisect if index >= trace.plan.num_experts() => {
+            let traced = trace.plan.num_experts();
+            return Err(ModelError::shape("experts traced", &[index + 1], &[traced]));
         }
         SplitOperator::Bisect => {
             copy_gradients(old, &newcomer, gradients, true)?;

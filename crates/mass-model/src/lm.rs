@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpointed;
+use crate::encoder::check_masked;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer};
@@ -124,7 +125,7 @@ impl LanguageModel {
     ///
     /// # Errors
     /// [`ModelError::Index`] for a token past the vocabulary, [`ModelError::Shape`] if `seq` does not divide the number of
-    /// tokens or is too long, [`ModelError::NoSuchExpert`] for a masked expert that is not there.
+    /// tokens or is too long, [`ModelError::NoSuchExpert`] or [`ModelError::Config`] for a masked expert that is not there.
     pub fn forward<T: Tape<f32, Cpu>>(
         &self,
         tokens: &[u32],
@@ -140,6 +141,7 @@ impl LanguageModel {
                 &[tokens.len(), seq],
             ));
         }
+        check_masked(masked, self.blocks.len())?;
         let sequences = Sequences::uniform(tokens.len() / seq, seq)?;
         let positions: Vec<u32> = (0..seq as u32).cycle().take(tokens.len()).collect();
         let tables = [(&self.tokens, tokens), (&self.positions, &positions)];

@@ -31,6 +31,20 @@ where
     Arc::new(f)
 }
 
+/// Number of values of a shape.
+fn count(shape: &[usize]) -> Result<usize, ModelError> {
+    let product = shape
+        .iter()
+        .try_fold(1usize, |n, &size| n.checked_mul(size));
+    let bytes = product.and_then(|n| n.checked_mul(size_of::<f32>()));
+    match (product, bytes) {
+        (Some(n), Some(bytes)) if n > 0 && isize::try_from(bytes).is_ok() => Ok(n),
+        _ => Err(ModelError::Config(format!(
+            "a parameter of shape {shape:?}"
+        ))),
+    }
+}
+
 /// A trainable vector or matrix (row-major).
 ///
 /// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`]. A clone is another
@@ -46,9 +60,10 @@ impl Param {
     /// A parameter from its values. `decays` says whether weight decay applies (matrices: yes, biases and norms: no).
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if the number of values is not the product of the sizes.
+    /// [`ModelError::Shape`] if the number of values is not the product of the sizes, [`ModelError::Config`] if a size is zero
+    /// or their product larger than memory can be.
     pub fn new(values: Vec<f32>, shape: &[usize], decays: bool) -> Result<Self, ModelError> {
-        if values.len() != shape.iter().product::<usize>() {
+        if values.len() != count(shape)? {
             return Err(ModelError::shape("parameter", shape, &[values.len()]));
         }
         // A dfdx tensor made for its identity alone. It has one element, so that dfdx neither allocates nor clears a
@@ -64,16 +79,25 @@ impl Param {
     }
 
     /// All zero.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] as [`new`](Self::new).
     pub fn zeros(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
-        Self::new(vec![0.0; shape.iter().product()], shape, decays)
+        Self::new(vec![0.0; count(shape)?], shape, decays)
     }
 
     /// All one.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] as [`new`](Self::new).
     pub fn ones(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
-        Self::new(vec![1.0; shape.iter().product()], shape, decays)
+        Self::new(vec![1.0; count(shape)?], shape, decays)
     }
 
     /// Drawn from U(-bound, bound).
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] as [`new`](Self::new), and for a bound that is negative or not finite.
     pub fn uniform(
         shape: &[usize],
         bound: f32,
@@ -83,13 +107,16 @@ impl Param {
         let d =
             Uniform::new_inclusive(-bound, bound).map_err(|e| ModelError::Config(e.to_string()))?;
         Self::new(
-            (0..shape.iter().product()).map(|_| d.sample(rng)).collect(),
+            (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
             decays,
         )
     }
 
     /// Drawn from N(0, std²).
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] as [`new`](Self::new), and for a standard deviation that is not finite.
     pub fn normal(
         shape: &[usize],
         std: f32,
@@ -98,7 +125,7 @@ impl Param {
     ) -> Result<Self, ModelError> {
         let d = Normal::new(0.0, std).map_err(|e| ModelError::Config(e.to_string()))?;
         Self::new(
-            (0..shape.iter().product()).map(|_| d.sample(rng)).collect(),
+            (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
             decays,
         )

@@ -9,7 +9,7 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{
     GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, remove_expert, split_expert,
 };
-use mass_model::lm::LanguageModel;
+use mass_model::lm::{LanguageModel, Masked};
 use mass_model::nn::MoeLayer;
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_routing::{Combine, RouterConfig};
@@ -136,6 +136,33 @@ fn bisecting_divides_the_tokens_of_the_source() {
         plan.load(3)
     );
     assert!(plan.load(busiest) < before);
+}
+
+#[test]
+fn what_was_traced_before_the_pool_changed_is_refused() {
+    let mut model = model(RouterConfig::TopK {
+        k: 1,
+        combine: Combine::Raw,
+    });
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let (trace, gradients) = (&pass.layers[0], &mut pass.gradients);
+    let moe = model.mixture_mut(0);
+    let all = GradientNorm::AllParameters;
+    observe(moe, trace, &pass.token_losses, gradients, all).unwrap();
+    let split = split_expert(moe, ExpertId(0), SplitOperator::Bisect, trace, gradients).unwrap();
+    let shape = |r: Result<(), ModelError>| assert!(matches!(r, Err(ModelError::Shape { .. })));
+    shape(observe(moe, trace, &pass.token_losses, gradients, all).map(drop));
+    // The newcomer has no tokens in it.
+    shape(split_expert(moe, split.newcomer, SplitOperator::Bisect, trace, gradients).map(drop));
+    assert_eq!(moe.experts().len(), 4);
+    // Nor is there a third layer to mask an expert of.
+    let masked = Masked {
+        layer: 2,
+        expert: ExpertId(0),
+    };
+    let forward = model.forward(&tokens, SEQ, Some(masked), NoneTape);
+    assert!(matches!(forward.map(drop), Err(ModelError::Config(_))));
 }
 
 #[test]

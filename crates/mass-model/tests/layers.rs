@@ -561,3 +561,54 @@ fn noise_of_a_router_moves_on_while_training_and_is_off_in_evaluation() {
         .plan;
     assert_eq!(tokens(&plan), train());
 }
+
+#[test]
+fn what_a_layer_cannot_be_is_refused() {
+    let config = |e| matches!(e, Err(ModelError::Config(_)));
+    for shape in [&[0, 4][..], &[1 << 63, 2], &[usize::MAX], &[1 << 61, 3]] {
+        assert!(config(Param::zeros(shape, true).map(drop)), "{shape:?}");
+    }
+    assert!(config(Sequences::uniform(1 << 63, 2).map(drop)));
+    let mut rng = seeded_rng(0);
+    assert!(config(
+        SelfAttention::new(usize::MAX / 2, 1, &mut rng).map(drop)
+    ));
+    let mut attention = SelfAttention::new(6, 2, &mut rng).unwrap();
+    let x = rows(4, 6, 1.0);
+    let sequences = Sequences::uniform(1, 4).unwrap();
+    for rate in [f32::NAN, -0.1, 1.0] {
+        attention.dropout = rate;
+        let y = attention.forward(x.clone(), &sequences, None);
+        assert!(config(y.map(drop)), "{rate}");
+    }
+    // Experts of another kind than the layer's, or a shared one that they are not.
+    let gated = MoeConfig {
+        gated: true,
+        ..MoeConfig::new(6, 8, 2, Activation::Silu, all_of(1))
+    };
+    let plain = MoeConfig {
+        gated: false,
+        ..gated.clone()
+    };
+    let shared = MoeConfig {
+        shared_hidden: Some(8),
+        ..plain.clone()
+    };
+    let experts = MoeLayer::new(&plain, &mut rng).unwrap().experts().to_vec();
+    for other in [gated, shared] {
+        let layer = MoeLayer::from_experts(&other, experts.clone(), &mut rng);
+        assert!(config(layer.map(drop)), "{other:?}");
+    }
+    assert!(MoeLayer::from_experts(&plain, experts, &mut rng).is_ok());
+}
+
+#[test]
+fn a_rate_of_nearly_one_is_that_rate() {
+    let mask = DropoutKeys::new(1, 2).next(0.999);
+    let ones = Cpu::default().tensor_from_vec(vec![1.0; 100_000], (1000, 100));
+    let kept = ops::dropout(ones, mask).unwrap().as_vec();
+    let kept: Vec<f32> = kept.into_iter().filter(|&x| x != 0.0).collect();
+    // 100 of 100,000, give or take five standard deviations, each scaled by a thousand.
+    assert!((50..150).contains(&kept.len()), "{}", kept.len());
+    assert!(kept.iter().all(|x| (x - 1000.0).abs() < 0.1));
+}

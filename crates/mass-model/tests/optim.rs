@@ -205,6 +205,14 @@ fn settings_that_are_no_numbers_are_refused_by_name() {
             "eps",
         ),
         (
+            // Zero in f32.
+            AdamWConfig {
+                eps: 1e-50,
+                ..AdamWConfig::default()
+            },
+            "eps",
+        ),
+        (
             of(vec![group(Select::All, Some(-1.0), None)]),
             "\"a rule\": weight decay",
         ),

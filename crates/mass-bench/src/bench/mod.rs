@@ -1,7 +1,7 @@
 //! Short timings of what this crate does itself: generating data and computing its floors.
 //!
 //! Kernels, routing and detectors are timed by the criterion benches of their own crates
-//! (`cargo bench -p mass-model`, for example).
+//! (`cargo bench -p mass-routing`, for example).
 
 use std::{
     fmt::Write,

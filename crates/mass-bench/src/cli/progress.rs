@@ -1,5 +1,5 @@
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Write},
     time::{Duration, Instant},
 };
 
@@ -77,7 +77,12 @@ impl Progress {
             }
             Mode::Plain { last } if last.elapsed() >= PLAIN_INTERVAL => {
                 *last = Instant::now();
-                eprintln!("{} {done}/{} {}", self.label, self.total, message());
+                say(&format!(
+                    "{} {done}/{} {}",
+                    self.label,
+                    self.total,
+                    message()
+                ));
             }
             Mode::Plain { .. } | Mode::Silent => {}
         }
@@ -96,9 +101,14 @@ impl Progress {
     pub fn note(&self, line: &str) {
         match &self.mode {
             // `println` of a hidden or finished bar writes nothing.
-            Mode::Bar(bar) => bar.suspend(|| eprintln!("{line}")),
-            Mode::Plain { .. } => eprintln!("{line}"),
+            Mode::Bar(bar) => bar.suspend(|| say(line)),
+            Mode::Plain { .. } => say(line),
             Mode::Silent => {}
         }
     }
+}
+
+/// A line on standard error. A run goes on when nobody reads it any more.
+fn say(line: &str) {
+    writeln!(std::io::stderr(), "{line}").ok();
 }

@@ -26,7 +26,7 @@ pub struct ReproduceCommand {
     /// Only this task of the study
     #[arg(long, value_name = "T")]
     pub task: Option<String>,
-    /// Whose expansion rules [default: paper]
+    /// Whose expansion rules [default: all that the preset has; quick of glue and dg: paper]
     #[arg(long, value_enum)]
     pub variant: Option<Variant>,
     /// Data sets [default: $MASS_DATA_DIR]
@@ -68,7 +68,7 @@ pub struct ReproduceArgs {
     pub methods: Option<Vec<String>>,
     /// A task that the study has.
     pub task: Option<String>,
-    /// Whose rules; `None`: the default, `paper`.
+    /// Whose rules; `None`: all that the preset has, of the studies that fine-tune in `quick` the paper's.
     pub variant: Option<Variant>,
     /// Data sets: an existing directory, from --data or $MASS_DATA_DIR.
     pub data: Option<PathBuf>,

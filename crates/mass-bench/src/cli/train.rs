@@ -9,7 +9,7 @@ use crate::BenchError;
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
 pub struct TrainCommand {
-    /// The text: any UTF-8 file
+    /// The text: any file of text, whatever its encoding
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// Training steps
@@ -97,7 +97,8 @@ pub struct TrainArgs {
     pub lr: f64,
     /// Seed.
     pub seed: u64,
-    /// Threads. Part of the settings: sums of floats depend on how work is shared out.
+    /// Threads; they change no figure.
+    #[serde(skip)]
     pub threads: usize,
     /// Whose rules.
     pub variant: Variant,

@@ -5,6 +5,8 @@ use std::{
 };
 
 use super::{Group, files, item, json, text};
+use crate::dg::folder::{ImageFolder, find_set};
+use crate::dg::reported::SETS;
 
 /// A GLUE task: its development files and the columns that are used.
 struct Task {
@@ -69,6 +71,7 @@ const PACS_CLASSES: [&str; 7] = [
 
 pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
     let under = |name: &str| data.map(|dir| dir.join(name));
+    let set = |name: &str| data.map(|dir| find_set(dir, name).unwrap_or_else(|| dir.join(name)));
     let glue = GLUE
         .iter()
         .map(|task| {
@@ -80,10 +83,13 @@ pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
     let pacs = PACS_DOMAINS
         .iter()
         .map(|domain| {
-            let name = format!("pacs/{domain}");
-            let path = under(&name);
-            item(name, path, pacs_domain)
+            let pacs = set("pacs").map(|dir| dir.join(domain));
+            item(format!("pacs/{domain}"), pacs, pacs_domain)
         })
+        .collect();
+    let others = SETS.into_iter().filter(|name| *name != "pacs");
+    let others = others
+        .map(|name| item(name, set(name), image_set))
         .collect();
     vec![
         Group {
@@ -97,6 +103,12 @@ pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
             layout: "DATA/pacs/<domain>/<class>/*.jpg, DomainBed's",
             source: "https://github.com/facebookresearch/DomainBed (python -m domainbed.scripts.download)",
             items: pacs,
+        },
+        Group {
+            title: "More of DomainBed (study dg, preset paper; any set in this layout by --task)",
+            layout: "DATA/<set>/<domain>/<class>/*.jpg, DomainBed's",
+            source: "https://github.com/facebookresearch/DomainBed (python -m domainbed.scripts.download)",
+            items: others,
         },
         Group {
             title: "Turing Change Point Dataset (detector tests)",
@@ -205,6 +217,16 @@ fn pacs_domain(dir: &Path) -> Result<String, String> {
         counts.push(format!("{class} {}", images.len()));
     }
     Ok(format!("images: {}", counts.join(", ")))
+}
+
+/// A whole set in DomainBed's layout, by its names.
+fn image_set(dir: &Path) -> Result<String, String> {
+    let found = ImageFolder::open(dir).map_err(|e| e.to_string())?;
+    let (domains, classes) = (found.domains.len(), found.classes.len());
+    let images = found.files.len();
+    Ok(format!(
+        "{domains} domains, {classes} classes, {images} images"
+    ))
 }
 
 /// JPEG or PNG by the first bytes.

@@ -110,6 +110,14 @@ impl ImageFolder {
     }
 }
 
+/// Where a set lies in a directory of data: under its name, or under that in capitals, as DomainBed's downloader writes PACS and
+/// VLCS. `None` if neither is there.
+#[must_use]
+pub fn find_set(data: &Path, name: &str) -> Option<PathBuf> {
+    let dirs = [data.join(name), data.join(name.to_uppercase())];
+    dirs.into_iter().find(|dir| dir.is_dir())
+}
+
 /// Entries of a directory in the order of their names.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, DgError> {
     let mut paths = fs::read_dir(dir)

@@ -29,6 +29,21 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         results.machine.threads,
         results.runs.len()
     );
+    let elsewhere: Vec<_> = results
+        .runs
+        .iter()
+        .filter_map(|r| r.machine.as_ref())
+        .collect();
+    for (i, machine) in elsewhere.iter().enumerate() {
+        if !elsewhere[..i].contains(machine) {
+            let runs = elsewhere.iter().filter(|m| *m == machine).count();
+            let (cpu, threads) = (escape(&machine.cpu), machine.threads);
+            let _ = writeln!(
+                html,
+                "<p>{runs} of the runs on {cpu}, {threads} threads</p>"
+            );
+        }
+    }
     let (header, rows) = cells(results);
     html.push_str(&html_table(&header, &rows));
     let notes = notes(results);

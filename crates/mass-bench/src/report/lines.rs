@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 pub struct MetricLine {
     /// [`super::RunKey`] as text.
     pub run: String,
-    /// Training step, counted from 0.
+    /// Training steps made when the line was written. Events count steps from 0.
     pub step: u64,
     /// Loss of the training batch, nats a token.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -37,7 +37,7 @@ pub struct Results {
     pub preset: String,
     /// Version of this crate.
     pub version: String,
-    /// Where the runs were made.
+    /// Where the runs were made, but for those that name another.
     pub machine: Machine,
     /// Finished runs, in the order they were made.
     pub runs: Vec<Run>,
@@ -75,7 +75,7 @@ impl Results {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Run {
-    /// Method: mass, dense, static, dynmoe, gmoe, or an ablation by name.
+    /// Method: mass, dense, erm, static, dynmoe, gmoe, or an ablation by name.
     pub method: String,
     /// Variant of the method's rules: paper, reference, ours.
     pub variant: Option<String>,
@@ -89,7 +89,8 @@ pub struct Run {
     pub k: Option<usize>,
     /// Experts at the start K_0.
     pub experts_init: Option<usize>,
-    /// Active experts at the end K, or at the best epoch.
+    /// Active experts K at the end, or when the model was best; of several mixture layers the most (`train`) or the rounded mean
+    /// (`dg`).
     pub experts: Option<usize>,
     /// Mean experts a token used in the test.
     pub active_per_token: Option<f64>,
@@ -128,6 +129,9 @@ pub struct Run {
     /// Peak resident memory, MiB; of the last sitting, where a run was interrupted. Runs side by side in one process share
     /// it.
     pub peak_rss_mib: Option<f64>,
+    /// Where this run was made, if not where the last of the study's were: a resumed study may have moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,
 }

@@ -66,7 +66,9 @@ impl ResultStore {
                     first_difference(&old_settings, &settings)
                 )));
             }
-            for run in old.runs {
+            for mut run in old.runs {
+                let made_on = run.machine.take().unwrap_or_else(|| old.machine.clone());
+                run.machine = (made_on != results.machine).then_some(made_on);
                 results.push(run);
             }
         }

@@ -5,7 +5,7 @@ use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::growth::GrowerConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::{ReproduceArgs, Variant};
+use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::report::Run;
 use crate::variants;
 
@@ -89,12 +89,53 @@ impl MassSetting {
     }
 }
 
-/// Whether a run is among those that `--methods` and `--variant` ask for; a variant is MASS's alone.
+/// Whether a run is among those that `--methods` and `--variant` ask for; a variant is MASS's alone. Without one, `quick` has the
+/// paper's and the other presets have all.
 pub(super) fn wanted(run: &Run, args: &ReproduceArgs) -> bool {
     let by_name = args
         .methods
         .as_ref()
         .is_none_or(|m| m.contains(&run.method));
-    let asked = args.variant.map(|v| v.to_string());
+    let quick = (args.preset == Preset::Quick).then_some(Variant::Paper);
+    let asked = args.variant.or(quick).map(|v| v.to_string());
     by_name && (asked.is_none() || run.variant.is_none() || run.variant == asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::ReproduceCommand;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        command: ReproduceCommand,
+    }
+
+    #[test]
+    fn quick_has_one_variant_and_that_which_is_asked_for() {
+        let run = |variant: Option<Variant>| Run {
+            variant: variant.map(|v| v.to_string()),
+            ..Run::new("mass", 0)
+        };
+        let all = [Variant::Paper, Variant::Reference, Variant::Ours];
+        let kept = |line: &str| {
+            let line = Line::parse_from(["reproduce"].into_iter().chain(line.split(' ')));
+            let args = line.command.check().unwrap().remove(0);
+            assert!(wanted(&run(None), &args));
+            all.map(|v| wanted(&run(Some(v)), &args))
+        };
+        assert_eq!(kept("glue --preset quick"), [true, false, false]);
+        assert_eq!(
+            kept("glue --preset quick --variant ours"),
+            [false, false, true]
+        );
+        assert_eq!(kept("glue --preset full"), [true; 3]);
+        assert_eq!(
+            kept("glue --preset full --variant reference"),
+            [false, true, false]
+        );
+    }
 }

@@ -45,11 +45,12 @@ impl DropoutKeys {
         }
     }
 
-    /// The mask of the next dropout operation; `None` at rate zero. Rates are held to [0, 0.99]; NaN counts as zero.
+    /// The mask of the next dropout operation at a rate in [0, 1]; `None` at zero, and for what is no rate: negative values and
+    /// NaN. From 1 on everything is dropped.
     pub fn next(&mut self, rate: f32) -> Option<Dropout> {
         self.site += 1;
         (rate > 0.0).then(|| Dropout {
-            rate: rate.min(0.99),
+            rate,
             key: mix(self.seed ^ self.site.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
         })
     }

@@ -18,7 +18,7 @@ pub struct SelfAttention {
     pub heads: usize,
     /// Whether a token sees only itself and earlier tokens.
     pub causal: bool,
-    /// Rate of dropout on the attention probabilities, while training.
+    /// Rate of dropout on the attention probabilities, while training; in [0, 1).
     pub dropout: f32,
 }
 
@@ -28,13 +28,16 @@ impl SelfAttention {
     /// # Errors
     /// [`ModelError::Config`] if `heads` does not divide `dim`.
     pub fn new(dim: usize, heads: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
+        let packed = dim.checked_mul(3).ok_or_else(|| {
+            ModelError::Config(format!("width {dim} is larger than memory can be"))
+        })?;
         if heads == 0 || dim == 0 || !dim.is_multiple_of(heads) {
             return Err(ModelError::Config(format!(
                 "{heads} attention heads do not divide width {dim}"
             )));
         }
         Ok(Self {
-            qkv: Linear::new(dim, 3 * dim, true, rng)?,
+            qkv: Linear::new(dim, packed, true, rng)?,
             out: Linear::new(dim, dim, true, rng)?,
             heads,
             causal: true,
@@ -45,7 +48,7 @@ impl SelfAttention {
     /// Attends within each sequence of `x: [rows, d]`; `keys` give the dropout mask, none without.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if `x` does not have that shape.
+    /// [`ModelError::Shape`] if `x` does not have that shape, [`ModelError::Config`] for a rate of dropout outside [0, 1).
     pub fn forward<T: Tape<f32, Cpu>>(
         &self,
         x: Rows<T>,
@@ -63,6 +66,10 @@ impl SelfAttention {
         keep: Option<&[usize]>,
         keys: Option<&mut DropoutKeys>,
     ) -> Result<Rows<T>, ModelError> {
+        if !(0.0..1.0).contains(&self.dropout) {
+            let what = format!("attention dropout {} is not in [0, 1)", self.dropout);
+            return Err(ModelError::Config(what));
+        }
         let qkv = self.qkv.try_forward(x)?;
         let how = Attention {
             heads: self.heads,

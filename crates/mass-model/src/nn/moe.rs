@@ -207,7 +207,7 @@ impl MoeLayer {
                 Ok(network.0)
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
-        let mut layer = Self::from_experts(config, experts, rng)?;
+        let mut layer = Self::assemble(config, experts, rng)?;
         if let Some(width) = config.shared_hidden {
             let shared = FeedForward::new(dim, width, config.activation, config.gated, rng)?;
             layer.shared = Some(shared);
@@ -254,8 +254,21 @@ impl MoeLayer {
     /// routing, experts without a threshold get one of zero.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if their number is not the configuration's, [`ModelError::Shape`] if one has other sizes.
+    /// [`ModelError::Config`] if their number is not the configuration's, one is gated and another or the configuration is not,
+    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes.
     pub fn from_experts(
+        config: &MoeConfig,
+        experts: Vec<MoeExpert>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        if config.shared_hidden.is_some() {
+            let what = "a layer made from experts has no shared expert";
+            return Err(ModelError::Config(what.into()));
+        }
+        Self::assemble(config, experts, rng)
+    }
+
+    fn assemble(
         config: &MoeConfig,
         mut experts: Vec<MoeExpert>,
         rng: &mut ChaCha8Rng,
@@ -280,6 +293,11 @@ impl MoeLayer {
         let any = matches!(config.router, RouterConfig::TopAny { .. });
         for (e, expert) in experts.iter_mut().enumerate() {
             expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+            let gated = expert.up.is_some();
+            if gated != config.gated {
+                let what = format!("expert {e}: gated is {gated}, configured {}", config.gated);
+                return Err(ModelError::Config(what));
+            }
             if any && expert.threshold.is_none() {
                 expert.threshold = Some(Param::zeros(&[1], false)?);
             }

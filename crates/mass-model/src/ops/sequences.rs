@@ -25,9 +25,9 @@ impl Sequences {
     /// `batch` sequences of `seq` rows.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if either is zero.
+    /// [`ModelError::Config`] if either is zero, or there are more rows than memory can hold.
     pub fn uniform(batch: usize, seq: usize) -> Result<Self, ModelError> {
-        if batch == 0 || seq == 0 {
+        if batch == 0 || seq == 0 || batch.checked_mul(seq).is_none() {
             return Err(ModelError::Config(format!(
                 "{batch} sequences of {seq} rows"
             )));

@@ -99,7 +99,8 @@ impl AdamW {
     /// An optimiser without state; state is made as parameters are met.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a beta outside [0, 1), or a negative or non-finite setting, also of a group.
+    /// [`ModelError::Config`] for a beta outside [0, 1), an eps that is not positive in f32 (a gradient of zero would be divided
+    /// by zero), or a negative or non-finite setting, also of a group.
     pub fn new(config: AdamWConfig) -> Result<Self, ModelError> {
         let AdamWConfig {
             beta1,
@@ -126,6 +127,11 @@ impl AdamW {
                     "AdamW {name} is {value}, not a number of at least 0"
                 )));
             }
+        }
+        if eps as f32 <= 0.0 {
+            return Err(ModelError::Config(format!(
+                "AdamW eps is {eps}, not positive in f32"
+            )));
         }
         groups.iter().try_for_each(Group::check)?;
         Ok(Self {

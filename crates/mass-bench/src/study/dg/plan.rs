@@ -14,7 +14,7 @@ use super::trainer::TrainerConfig;
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::dg::augment::Augment;
-use crate::dg::folder::ImageFolder;
+use crate::dg::folder::{ImageFolder, find_set};
 use crate::dg::images::{BadImages, DomainImages};
 use crate::dg::reported::SETS;
 use crate::dg::sample;
@@ -115,7 +115,10 @@ impl Plan {
             sets: vec!["pacs".into()],
             targets: None,
             seeds: 3,
-            methods: Vec::new(),
+            methods: [Method::Erm, gmoe(6), dynmoe.clone()]
+                .into_iter()
+                .chain(every.map(|v| mass(v, Some(LIVE_PERCENT))))
+                .collect(),
             size: 98,
             frozen: 8,
             augment: None,
@@ -134,24 +137,12 @@ impl Plan {
             Preset::Quick => Self {
                 targets: Some(1),
                 seeds: 1,
-                methods: vec![
-                    Method::Erm,
-                    gmoe(6),
-                    dynmoe,
-                    mass(Variant::Paper, Some(LIVE_PERCENT)),
-                ],
                 ..small(directory(args, SMALL_MODEL)?)
             },
-            Preset::Full => Self {
-                methods: [Method::Erm, gmoe(6), dynmoe]
-                    .into_iter()
-                    .chain(every.map(|v| mass(v, Some(LIVE_PERCENT))))
-                    .collect(),
-                ..small(directory(args, SMALL_MODEL)?)
-            },
+            Preset::Full => small(directory(args, SMALL_MODEL)?),
             Preset::Paper => Self {
                 sets: SETS.map(str::to_owned).to_vec(),
-                methods: [Method::Erm, gmoe(4), gmoe(6), gmoe(8), dynmoe]
+                methods: [Method::Erm, gmoe(4), gmoe(6), gmoe(8), dynmoe.clone()]
                     .into_iter()
                     .chain(every.map(|v| mass(v, None)))
                     .collect(),
@@ -430,22 +421,12 @@ fn set_dir(args: &ReproduceArgs, name: &str) -> Result<PathBuf, BenchError> {
             args.preset
         )));
     };
-    let dir = data.join(name);
-    // DomainBed's downloader writes PACS and VLCS in capitals.
-    let dir = match dir.is_dir() {
-        true => dir,
-        false => data.join(name.to_uppercase()),
-    };
-    if !dir.is_dir() {
-        let dir = data.join(name);
-        return Err(BenchError::Input {
-            path: dir,
-            problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
-                      `python -m domainbed.scripts.download` lays it out; --task names another set"
-                .into(),
-        });
-    }
-    Ok(dir)
+    find_set(data, name).ok_or_else(|| BenchError::Input {
+        path: data.join(name),
+        problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
+                  `python -m domainbed.scripts.download` lays it out; --task names another set"
+            .into(),
+    })
 }
 
 /// The directory of a model, which must be there.

@@ -74,12 +74,10 @@ impl Plan {
             pretrained: Pretrained::Drawn(tiny()),
             tasks: vec![(Task::Cola, 2), (Task::Rte, 2)],
             seeds: 1,
-            methods: vec![
-                Method::Dense,
-                pool(8, 2),
-                dynmoe.clone(),
-                mass(Variant::Paper, Some(LIVE_PERCENT)),
-            ],
+            methods: [Method::Dense, pool(8, 2), dynmoe.clone()]
+                .into_iter()
+                .chain(every.map(|v| mass(v, Some(LIVE_PERCENT))))
+                .collect(),
             batch: 32,
             max_length: 128,
             learning_rate: 5e-5,
