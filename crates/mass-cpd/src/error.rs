@@ -2,6 +2,9 @@
 
 use thiserror::Error;
 
+/// Most observations that a stored state may have counted: as many as f64 can count.
+pub(crate) const MOST: u64 = 1 << 53;
+
 /// Why a parameter, an observation or a stored state was refused.
 ///
 /// A refused observation leaves the detector exactly as it was.

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     CpdError, Detector, Direction, Step,
     cusum::{Transform, transform},
-    error::require,
+    error::{MOST, require},
     normal,
 };
 
@@ -389,6 +389,7 @@ impl TryFrom<Stored> for TrainingMonitor {
         } = stored.path;
         if ![sum, lowest, highest].iter().all(|v| v.is_finite())
             || lowest_at.max(highest_at) > stored.count
+            || stored.count > MOST
         {
             return Err(state("the path of the sum is impossible"));
         }

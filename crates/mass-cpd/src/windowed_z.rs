@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     CpdError, Detector, Step,
-    error::{require, require_finite},
+    error::{MOST, require, require_finite},
     normal,
     ring::{Ring, sum},
 };
@@ -246,7 +246,7 @@ impl TryFrom<Stored> for WindowedZ {
             return Err(state("the last score is not finite"));
         }
         // After `reset_count` the windows hold more than the count says, never less.
-        if (stored.values.len() as u64) < stored.count.min(window as u64) {
+        if (stored.values.len() as u64) < stored.count.min(window as u64) || stored.count > MOST {
             return Err(state("fewer values are held than were counted"));
         }
         Ok(Self {

@@ -224,3 +224,59 @@ fn hostile_json_makes_no_broken_bank() {
         assert!(serde_json::from_value::<Bank>(changed).is_err(), "{key}");
     }
 }
+
+#[test]
+fn an_alarm_stays_with_its_stream_when_another_is_removed() {
+    let params = CalibratedCusumParams {
+        warmup: 10,
+        after_alarm: AfterAlarm::Hold,
+        ..Default::default()
+    };
+    let noise = |t: usize, i: usize| {
+        let mixed = (3 * t + i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        ((mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40) as f64
+            / f64::from(1 << 24)
+    };
+    for removed in [0, 2] {
+        let mut bank = bank(params, 3);
+        let ids = bank.ids().to_vec();
+        let alarmed = |bank: &mut Bank| {
+            (0..200).any(|t| {
+                let jump = if t >= 100 { 1.0 } else { 0.0 };
+                let xs = [noise(t, 0), noise(t, 1), noise(t, 2) + jump];
+                bank.update(&xs).expect("finite").contains(&2)
+            })
+        };
+        assert!(alarmed(&mut bank));
+        bank.remove(ids[removed]).expect("there");
+        // What is left of the alarm is the stream's that raised it.
+        for (place, id) in bank.ids().to_vec().into_iter().enumerate() {
+            let step = bank.step(place).expect("there");
+            assert_eq!(step.alarm, id == ids[2], "{removed}: {id:?}");
+        }
+        let json = serde_json::to_string(&bank).expect("serialises");
+        let again: Bank = serde_json::from_str(&json).expect("valid");
+        assert_eq!(serde_json::to_string(&again).expect("serialises"), json);
+    }
+}
+
+#[test]
+fn room_that_no_machine_has_is_refused() {
+    let vast = BankParams {
+        detector: CalibratedCusumParams {
+            reference: Reference::Lagged {
+                window: 128,
+                gap: 1 << 20,
+            },
+            ..Default::default()
+        },
+        capacity: 1 << 24,
+    };
+    assert!(matches!(
+        vast.check(),
+        Err(CpdError::Parameter {
+            name: "capacity",
+            ..
+        })
+    ));
+}

@@ -469,3 +469,82 @@ fn hostile_json_makes_no_broken_detector() {
     }
     assert!(refused > 100, "{refused}");
 }
+
+#[test]
+fn high_thresholds_are_reached_in_time_and_rare_signals_are_counted() {
+    use mass_cpd::run_length::{
+        RunLength, Sides, exact_threshold_for_horizon, siegmund_average, threshold_for_horizon,
+    };
+    // The run length is nearly geometric, so that about 1/e of the runs outlast their average.
+    for (k, h) in [(0.1, 24.0), (0.1, 40.0), (0.25, 30.0), (0.5, 20.0)] {
+        let run = RunLength::new(k, h, 0.0).expect("valid");
+        let outlast = run.survival(run.average() as u64);
+        assert!((0.36..0.40).contains(&outlast), "k {k}, h {h}: {outlast}");
+    }
+    let h = exact_threshold_for_horizon(0.1, 100_000, 0.05, Sides::One).expect("there is one");
+    assert!((51.0..52.5).contains(&h), "{h}");
+    // Averages past what a difference from one can hold, against Siegmund's form, good to a few percent.
+    for (k, h) in [(0.5, 34.0), (0.5, 60.0), (1.0, 40.0), (0.25, 150.0)] {
+        let exact = RunLength::new(k, h, 0.0).expect("valid").average();
+        let ratio = exact / siegmund_average(k, h, 0.0).expect("valid");
+        assert!((0.9..1.1).contains(&ratio), "k {k}, h {h}: {ratio}");
+    }
+    let h = threshold_for_horizon(0.5, 10_000_000_000_000, 0.01, Sides::One).expect("there is one");
+    assert!((32.0..33.5).contains(&h), "{h}");
+    // Beyond all numbers.
+    let run = RunLength::new(10.0, 200.0, 0.0).expect("valid");
+    assert_eq!(run.average(), f64::INFINITY);
+    assert_eq!(run.average_from(1.0).expect("a state"), f64::INFINITY);
+    assert_eq!(run.survival(1000), 1.0);
+}
+
+#[test]
+fn a_lagged_reference_has_a_threshold_over_a_long_horizon_or_none() {
+    let of = |horizon, k| CalibratedCusumParams {
+        reference: Reference::LAGGED,
+        k,
+        horizon,
+        ..CalibratedCusumParams::default()
+    };
+    let threshold = |horizon| {
+        let detector = of(horizon, 0.25).check().expect("a threshold");
+        detector.threshold()
+    };
+    let (short, long) = (threshold(10_000), threshold(100_000));
+    assert!(short < long && long < 60.0, "{short}, {long}");
+    // The reference may be off by more than so small an allowance forgives, and over so long a horizon some will be.
+    assert!(matches!(
+        of(1_000_000_000_000, 0.05).check(),
+        Err(CpdError::NotFound { .. })
+    ));
+    // A line through eight points says nothing of what is ten thousand steps away.
+    let far = CalibratedCusumParams {
+        reference: Reference::Lagged {
+            window: 8,
+            gap: 10_000,
+        },
+        drift: Drift::Remove,
+        ..CalibratedCusumParams::default()
+    };
+    assert!(matches!(
+        far.check(),
+        Err(CpdError::Parameter {
+            name: "reference.gap",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn counts_that_no_stream_can_have_are_refused() {
+    for params in every_kind() {
+        let mut detector = made(&params);
+        run(&mut detector, &[1.0, 2.0, 1.5]);
+        let json = as_json(&detector).replacen("\"count\":3", "\"count\":18446744073709551615", 1);
+        assert!(json.contains("18446744073709551615"), "{json}");
+        assert!(
+            serde_json::from_str::<AnyDetector>(&json).is_err(),
+            "{json}"
+        );
+    }
+}

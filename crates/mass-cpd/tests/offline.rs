@@ -253,3 +253,44 @@ fn each_kind_of_bad_input_has_its_error() {
         Err(CpdError::NotFound { .. })
     ));
 }
+
+#[test]
+fn a_jump_without_any_noise_is_found_by_both() {
+    let steps = |levels: &[f64]| -> Vec<f64> { levels.iter().flat_map(|&l| [l; 50]).collect() };
+    let binary = BinarySegmentationParams::default().check().expect("valid");
+    for (levels, want) in [(&[0.0, 1.0][..], &[50][..]), (&[0.1, 0.7, 0.3], &[50, 100])] {
+        let series = steps(levels);
+        assert_eq!(cut(PeltParams::default(), &series), want);
+        let found = binary
+            .segment(Array1::from(series).view())
+            .expect("long enough");
+        assert_eq!(found.indices(), want);
+    }
+    let constant = Array1::from_elem(100, 0.1);
+    assert!(
+        binary
+            .segment(constant.view())
+            .expect("long enough")
+            .indices()
+            .is_empty()
+    );
+}
+
+#[test]
+fn squares_that_vanish_and_segments_past_counting_are_no_trouble() {
+    let spread = PeltParams {
+        cost: Cost::LevelAndSpread,
+        ..PeltParams::default()
+    };
+    let mut tiny = vec![0.0; 10];
+    tiny.extend([1e-158, -1e-158].repeat(5));
+    cut(spread, &tiny);
+    let endless = BinarySegmentationParams {
+        min_segment: usize::MAX,
+        ..BinarySegmentationParams::default()
+    };
+    let found = endless
+        .check()
+        .and_then(|b| b.segment(Array1::from(tiny).view()));
+    assert!(found.is_err());
+}

@@ -177,11 +177,21 @@ pub fn bisect(
             .collect()
     };
     let half = |a: f64| (f64::from(offset) - a * mean - gained) as f32;
+    let (source_row, newcomer_row) = (row(a), row(-a));
+    let (source_offset, newcomer_offset) = (half(a), half(-a));
+    let rows = source_row.iter().chain(&newcomer_row);
+    if !rows
+        .chain([&source_offset, &newcomer_offset])
+        .all(|v| v.is_finite())
+    {
+        // So little spread that the boundary is steeper than f32 holds.
+        return Err(ExpandError::NoSpread { tokens });
+    }
     Ok(Bisection {
-        source_row: row(a),
-        source_offset: half(a),
-        newcomer_row: row(-a),
-        newcomer_offset: half(-a),
+        source_row,
+        source_offset,
+        newcomer_row,
+        newcomer_offset,
         direction: direction.iter().map(|&u| u as f32).collect(),
         mean,
         std,
@@ -267,6 +277,11 @@ impl Centred {
                 power += value * value;
                 values.push(value as f32);
             }
+        }
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(ExpandError::NonFinite {
+                what: "spread of the gate inputs",
+            });
         }
         if power > 0.0 {
             Ok(Self {

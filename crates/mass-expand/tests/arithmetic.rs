@@ -492,3 +492,17 @@ fn tokens_that_cannot_be_divided_are_refused() {
         ));
     }
 }
+
+#[test]
+fn tokens_too_far_apart_or_too_close_are_refused() {
+    let far = arr2(&[[3e38f32], [-3e38], [-3e38]]);
+    assert!(matches!(
+        bisect(far.view(), &[1.0], 0.0, BisectParams::default()),
+        Err(ExpandError::NonFinite { .. })
+    ));
+    let close = arr2(&[[0.0f32], [1e-39]]);
+    assert!(matches!(
+        bisect(close.view(), &[1.0], 0.0, BisectParams::default()),
+        Err(ExpandError::NoSpread { .. })
+    ));
+}

@@ -315,3 +315,35 @@ fn hostile_states_are_refused() {
     state["pending"]["layers"][0]["source"]["id"] = 77.into();
     assert!(serde_json::from_value::<Controller>(state).is_err());
 }
+
+#[test]
+fn figures_beyond_the_detectors_change_nothing() {
+    let mut controller = ControllerParams::ours(1, 2, 4, 1000).check().unwrap();
+    Figures::new(0).begin(&mut controller, 0).unwrap();
+    controller.finish_step().unwrap();
+    let before = serde_json::to_string(&controller).unwrap();
+    for (loss, norm) in [(1.0, 1e200), (1.0, 9e39), (1e41, 1.0)] {
+        let mut experts = observation(controller.active(0));
+        experts.iter_mut().for_each(|e| e.gradient_norm = norm);
+        let refused = begin_with(&mut controller, 1, loss, &[experts]);
+        assert!(
+            matches!(refused, Err(ExpandError::Parameter { .. })),
+            "{loss}, {norm}"
+        );
+        assert_eq!(serde_json::to_string(&controller).unwrap(), before);
+    }
+    Figures::new(0).begin(&mut controller, 1).unwrap();
+    // A detector of logarithms, of whichever kind, cannot be fed zeros.
+    let mut params = ControllerParams::ours(1, 2, 4, 1000);
+    params.unused = Unused::ObserveZero;
+    params.watch.expert = Some(mass_cpd::AnyDetectorParams::TrainingMonitor(
+        mass_cpd::TrainingMonitorParams {
+            transform: Transform::Log,
+            ..Default::default()
+        },
+    ));
+    assert!(matches!(
+        params.check(),
+        Err(ExpandError::Parameter { name: "unused", .. })
+    ));
+}

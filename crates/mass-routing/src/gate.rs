@@ -9,7 +9,7 @@ mod low_rank;
 pub use cosine::{CosineForward, CosineGate, CosineGradients};
 pub use low_rank::{LowRankForward, LowRankGate, LowRankGradients};
 
-use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, Axis, Data, Dimension};
+use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Data, Dimension};
 
 use crate::RoutingError;
 pub(crate) use crate::error::same;
@@ -38,16 +38,27 @@ fn unit_rows(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f32>) {
         .map(|row| row.dot(&row).sqrt().max(SMALLEST_NORM))
         .collect();
     let mut unit = a.to_owned();
-    unit.outer_iter_mut()
-        .zip(&norms)
-        .for_each(|(mut row, &n)| row /= n);
+    for (mut row, n) in unit.outer_iter_mut().zip(&norms) {
+        if n.is_finite() {
+            row /= *n;
+        } else {
+            scale_large(row, 1.0);
+        }
+    }
     (unit, norms)
+}
+
+/// A row of finite numbers whose squares overflow, scaled to this length.
+fn scale_large(mut row: ArrayViewMut1<'_, f32>, length: f64) {
+    let squares = row.iter().map(|&v| f64::from(v).powi(2));
+    let factor = length / squares.sum::<f64>().sqrt();
+    row.mapv_inplace(|v| (f64::from(v) * factor) as f32);
 }
 
 /// Gradient of rows, given that of the rows divided by their norms.
 fn unit_rows_backward(unit: &Array2<f32>, norms: &[f32], mut d_unit: Array2<f32>) -> Array2<f32> {
     for ((mut d, u), &n) in d_unit.outer_iter_mut().zip(unit.outer_iter()).zip(norms) {
-        // At the bounded norm the division is by a constant.
+        // At the bounded norm the division is by a constant. Where the norm overflows the gradient is below what f32 holds.
         if n > SMALLEST_NORM {
             let along = d.dot(&u);
             d.scaled_add(-along, &u);

@@ -329,6 +329,11 @@ fn bad_input_is_named() {
     ));
     assert!(dirichlet_prior(&plan, &[1.0, -1.0], 1.0, &mut d.view_mut()).is_err());
     assert!(dirichlet_prior(&plan, &[1.0], 1.0, &mut d.view_mut()).is_err());
+    let huge = [f64::MAX, f64::MAX];
+    assert!(dirichlet_prior(&plan, &huge, 1.0, &mut d.view_mut()).is_err());
+    // Beside 1 it vanishes in a sum, but is no zero.
+    let mut sink = d.clone();
+    assert!(dirichlet_prior(&plan, &[1.0, 1e-17], 1.0, &mut sink.view_mut()).is_ok());
     let nan = array![[1.0_f32, f32::NAN], [0.0, 0.0]];
     let named = router_z(nan.view(), None, 1.0, &mut d.view_mut());
     assert!(matches!(
@@ -418,4 +423,33 @@ fn bad_input_is_named() {
         Ok(0.0)
     );
     assert_eq!(none.backward(&[], &mut empty.view_mut()), Ok(()));
+}
+
+#[test]
+fn gates_take_what_f32_holds() {
+    let x = array![[1e20_f32, 0.0], [-2e30, 2e30], [3.0, 4.0]];
+    let experts = array![[1.0_f32, 0.0], [0.0, 1.0]];
+    let gate = CosineGate::new(experts.view()).unwrap();
+    let forward = gate.forward(x.view()).unwrap();
+    let half = std::f32::consts::FRAC_1_SQRT_2;
+    for (found, want) in forward
+        .logits()
+        .iter()
+        .zip([1.0, 0.0, -half, half, 0.6, 0.8])
+    {
+        assert!((found - want).abs() < 1e-6, "{found} for {want}");
+    }
+    let ones = Array2::ones((3, 2));
+    let back = gate.backward(x.view(), &forward, ones.view()).unwrap();
+    assert!(back.x.iter().all(|v| v.is_finite()));
+    // The forward pass of a gate of another width.
+    let experts = array![[1.0_f32, 0.0], [0.0, 1.0], [1.0, 1.0]];
+    let wide = CosineGate::new(experts.view()).unwrap();
+    let projected = array![[1.0_f32, 0.0], [0.0, 1.0], [1.0, 1.0]];
+    let bias = Array1::zeros(3);
+    let wide = wide.with_projection(projected.view(), bias.view()).unwrap();
+    assert!(matches!(
+        wide.backward(x.view(), &forward, ones.view()),
+        Err(RoutingError::ShapeMismatch { .. })
+    ));
 }

@@ -219,7 +219,7 @@ impl Block {
         let (count, up, down) = (self.count[i], self.up[i], self.down[i]);
         let whole = |v: f64| v >= 0.0 && v.fract() == 0.0 && v <= count;
         self.reference(i).is_valid()
-            && count.is_finite()
+            && count <= crate::error::MOST as f64
             && [count, self.seen[i], self.up_onset[i], self.down_onset[i]]
                 .into_iter()
                 .all(whole)

@@ -53,7 +53,8 @@ impl BankParams {
     /// Makes an empty bank.
     ///
     /// # Errors
-    /// [`CpdError::Parameter`] when the detector's parameters are out of range, or `capacity` is over 2^24.
+    /// As [`CalibratedCusumParams::check`]; [`CpdError::Parameter`] when `capacity` is over 2^24, or the windows of so many streams
+    /// would hold more than 2^30 values.
     pub fn check(&self) -> Result<Bank, CpdError> {
         self.detector.validate()?;
         crate::error::require(
@@ -61,6 +62,14 @@ impl BankParams {
             "capacity",
             self.capacity as f64,
             "at most 2^24",
+        )?;
+        crate::error::require(
+            self.capacity
+                .saturating_mul(self.detector.shape().capacity())
+                <= 1 << 30,
+            "capacity",
+            self.capacity as f64,
+            "at most 2^30 over the length of a stream's window and gap",
         )?;
         let mut bank = Bank {
             params: *self,
@@ -199,6 +208,11 @@ impl Bank {
         self.blocks[place / LANES].put(place % LANES, moved);
         self.blocks[last / LANES].clear(last % LANES);
         self.ids.swap_remove(place);
+        self.alarms.retain(|&alarm| alarm != place);
+        for alarm in &mut self.alarms {
+            *alarm = if *alarm == last { place } else { *alarm };
+        }
+        self.alarms.sort_unstable();
         self.blocks.truncate(last.div_ceil(LANES));
         if !self.rolling.is_empty() {
             let size = self.shape.capacity();

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::{Bank, BankParams, Block, LANES, StreamId};
-use crate::{CpdError, Reference, cusum::lagged::Lagged};
+use crate::{CpdError, Reference, cusum::lagged::Lagged, error::MOST};
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename = "Bank")]
@@ -48,8 +48,10 @@ impl TryFrom<Stored> for Bank {
         };
         let distinct: HashSet<_> = stored.ids.iter().collect();
         state(
-            distinct.len() == n && stored.ids.iter().all(|id| id.0 < stored.next_id),
-            "stream names are not distinct, or not yet given out",
+            distinct.len() == n
+                && stored.next_id <= MOST
+                && stored.ids.iter().all(|id| id.0 < stored.next_id),
+            "stream names are not distinct, not yet given out, or all given out",
         )?;
         state(
             stored.blocks.len() == n.div_ceil(LANES),

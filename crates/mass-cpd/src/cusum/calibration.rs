@@ -25,7 +25,7 @@ use std::{
 };
 
 use super::{
-    params::{CalibratedCusumParams, Direction, Drift, Reference},
+    params::{CalibratedCusumParams, Direction, Drift, Reference, line_leverage},
     pchip::Pchip,
 };
 use crate::run_length::{RunLength, Sides, siegmund, survival_of_block};
@@ -48,6 +48,9 @@ impl fmt::Debug for Calibration {
             .finish_non_exhaustive()
     }
 }
+
+/// The table has to come down to this for what is beyond it to be told.
+const SETTLED: f64 = 0.01;
 
 /// Cells of the table that is looked up at every step.
 const CELLS: usize = 512;
@@ -97,6 +100,12 @@ impl Calibration {
             log_p_at_end: log_p[last],
             tail_slope: (log_p[last] - log_p[last - 1]) / width,
         }
+    }
+
+    /// Whether it says what a high statistic means. Over a long horizon with an uncertain reference even the largest
+    /// statistics of the table are reached for certain.
+    pub(crate) fn settles(&self) -> bool {
+        self.log_p_at_end <= SETTLED.ln()
     }
 
     /// The probability that a stream without a change reaches `s` within the horizon.
@@ -164,10 +173,10 @@ impl Key {
     /// `ln p` at `0, width, 2 width, ..`, down to where a signal is very unlikely.
     fn tabulate(&self) -> (Vec<f64>, f64) {
         // The probability falls by about exp(-2 k) per unit of the statistic.
-        let (width, smallest, widest) = match self.reference {
-            Reference::SelfStarting => ((0.25 / self.k).clamp(0.125, 1.0), 1e-9, 400.0),
-            // Each point costs a few dozen runs of the recursion.
-            Reference::Lagged { .. } => ((0.5 / self.k).clamp(0.25, 1.0), 1e-7, 30.0),
+        let (width, smallest, (wide, widest)) = match self.reference {
+            Reference::SelfStarting => ((0.25 / self.k).clamp(0.125, 1.0), 1e-9, (400.0, 400.0)),
+            // Each point costs a few dozen runs of the recursion; the table goes on until its slope says something.
+            Reference::Lagged { .. } => ((0.5 / self.k).clamp(0.25, 1.0), 1e-7, (30.0, 120.0)),
         };
         let chance = self.sides.number() * self.horizon as f64;
         let mut log_p: Vec<f64> = Vec::new();
@@ -195,7 +204,8 @@ impl Key {
             // Strictly falling, whatever the rounding: beyond the table the slope is carried on.
             let previous = log_p.last().copied().unwrap_or(f64::INFINITY);
             log_p.push(p.ln().min(previous - 1e-12));
-            if i >= 2 && (p < smallest || h >= widest) {
+            let far = h >= wide && p < SETTLED;
+            if i >= 2 && (p < smallest || far || h >= widest) {
                 break;
             }
         }
@@ -209,8 +219,7 @@ impl Key {
         let mut leverage = 1.0 / n;
         let mut lasts = window as u64;
         if self.drift {
-            let reach = 0.5 * (size + 1.0) + gap as f64;
-            leverage += 12.0 * reach * reach / (n * (n * n - 1.0));
+            leverage += line_leverage(window, gap, n);
             lasts = (lasts / 3).max(1);
         }
         let share = leverage / (1.0 + leverage);

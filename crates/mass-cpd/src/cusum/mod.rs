@@ -23,6 +23,11 @@
 //! [`Step::statistic`](crate::Step::statistic) is the larger of the two sums, [`Step::p_value`](crate::Step::p_value) the marginal p-value of `z_t`,
 //! [`Step::p_horizon`](crate::Step::p_horizon) is `p_N(S_t)`, and [`Step::onset`](crate::Step::onset) the first step since the sum was last zero.
 //!
+//! # Limits
+//! A self-starting reference takes in every observation. With `prewhiten` a jump of very many standard deviations makes the
+//! fitted autoregression explain what follows it, so that the sum may stay below its threshold: watch such streams by their
+//! logarithm, without prewhitening, or against [`Reference::LAGGED`], which no jump enters before its gap is over.
+//!
 //! # Sources
 //! Page, Biometrika 41 (1954); Hawkins, Statistician 36 (1987) for self-starting charts; Brown, Durbin & Evans,
 //! JRSS B 37 (1975) for recursive residuals; Wallace, Ann. Math. Statist. 30 (1959) for the normal score;

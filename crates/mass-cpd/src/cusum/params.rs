@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::lagged::Shape;
+use super::{calibration::Calibration, lagged::Shape};
 use crate::{CalibratedCusum, CpdError, error::require};
 
 /// What is monitored: the observation or its logarithm.
@@ -181,7 +181,8 @@ impl CalibratedCusumParams {
     /// Makes the detector.
     ///
     /// # Errors
-    /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states.
+    /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states; [`CpdError::NotFound`] if over
+    /// so long a horizon no threshold keeps what the error of the reference adds up to.
     pub fn check(&self) -> Result<CalibratedCusum, CpdError> {
         self.validate()?;
         Ok(CalibratedCusum::new(*self))
@@ -232,7 +233,26 @@ impl CalibratedCusumParams {
                 "in 8..=2^20",
             )?;
             require(gap <= 1 << 20, "reference.gap", gap as f64, "at most 2^20")?;
+            // Beyond, the error of the line is several times what is judged by it.
+            require(
+                self.drift == Drift::Keep
+                    || line_leverage(window, gap, window as f64 - 1.0) <= 16.0,
+                "reference.gap",
+                gap as f64,
+                "shorter, for a line through the window to reach over it",
+            )?;
+        }
+        if !Calibration::of(self).settles() {
+            return Err(CpdError::NotFound {
+                what: "threshold for this horizon, allowance and reference",
+            });
         }
         Ok(())
     }
+}
+
+/// Leverage of the observation judged in a regression on time over `n` targets of the window.
+pub(super) fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
+    let reach = 0.5 * (window as f64 + 1.0) + gap as f64;
+    12.0 * reach * reach / (n * (n * n - 1.0))
 }

@@ -6,7 +6,7 @@ use super::{
     CalibratedCusum, CalibratedCusumParams, Reference,
     detector::{State, Sum},
 };
-use crate::CpdError;
+use crate::{CpdError, error::MOST};
 
 /// All but what follows from the parameters.
 #[derive(Serialize, Deserialize)]
@@ -64,6 +64,9 @@ impl TryFrom<Stored> for CalibratedCusum {
         }
         if stored.last_score.is_some_and(|z| !z.is_finite()) {
             return Err(state("the last score is not finite"));
+        }
+        if stored.count > MOST {
+            return Err(state("more observations are counted than there can be"));
         }
         Ok(Self {
             reference: stored.reference,

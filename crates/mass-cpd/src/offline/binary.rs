@@ -90,14 +90,22 @@ impl BinarySegmentation {
     /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let least = self.params.min_segment;
-        let y = centred(series.view(), 2 * least)?;
+        let y = centred(series.view(), least.saturating_mul(2))?;
         let pelt = PeltParams {
             min_segment: least,
             ..PeltParams::default()
         };
         let rough = pelt.check()?.segment(series)?.indices();
-        let omega = long_run_deviation(&y, &rough);
-        let mut windows = seeded_windows(y.len(), 2 * least);
+        let scale = (y.iter().map(|v| v * v).sum::<f64>() / y.len() as f64).sqrt();
+        if scale == 0.0 {
+            return Ok(Segmentation {
+                change_points: Vec::new(),
+                len: y.len(),
+            });
+        }
+        // Without any noise everything is a change, but for the rounding of sums.
+        let omega = long_run_deviation(&y, &rough).max(1e-10 * scale);
+        let mut windows = seeded_windows(y.len(), least.saturating_mul(2));
         let number = windows.len() as f64;
         let mut scored: Vec<Scored> = Vec::with_capacity(windows.len());
         for (start, end) in windows.drain(..) {
@@ -114,7 +122,7 @@ impl BinarySegmentation {
         let mut cuts: Vec<ChangePoint> = Vec::new();
         for window in scored {
             let p_value = (bridge_p_value(window.t) * number).min(1.0);
-            if p_value > self.params.alpha || omega == 0.0 {
+            if p_value > self.params.alpha {
                 break;
             }
             let inside = |c: &ChangePoint| window.start < c.index && c.index < window.end;

@@ -161,7 +161,7 @@ impl Pelt {
             Cost::Level => search(&prefix, penalty, self.params.min_segment, |_, ss| ss),
             Cost::LevelAndSpread => {
                 // A stretch of equal values would have infinite likelihood.
-                let floor = 1e-8 * square / n;
+                let floor = (1e-8 * square / n).max(f64::MIN_POSITIVE);
                 search(&prefix, penalty, self.params.min_segment, |m, ss| {
                     m * (ss / m).max(floor).ln()
                 })

@@ -46,7 +46,7 @@ impl RunLength {
         })
     }
 
-    /// Average number of steps to the signal, from `S_0 = 0`.
+    /// Average number of steps to the signal, from `S_0 = 0`; infinite where it is beyond double precision.
     #[must_use]
     pub fn average(&self) -> f64 {
         self.solution[0]
@@ -58,6 +58,9 @@ impl RunLength {
     /// [`CpdError::Parameter`] when `start` is outside `[0, h]`.
     pub fn average_from(&self, start: f64) -> Result<f64, CpdError> {
         crate::error::require((0.0..=self.h).contains(&start), "start", start, "in [0, h]")?;
+        if self.solution[0].is_infinite() {
+            return Ok(f64::INFINITY);
+        }
         // Nystroem's interpolation: the equation itself, with the solution at the nodes on the right.
         let reach = self.reference - start;
         let mut sum = 1.0 + normal::cdf(reach) * self.solution[0];
@@ -83,49 +86,52 @@ impl RunLength {
         -self.log_survival(n).exp_m1()
     }
 
-    /// Steps the recursion until it decays geometrically, and extends the decay to `n`.
     fn log_survival(&self, n: u64) -> f64 {
-        let size = self.states.len();
-        let mut f = vec![1.0; size];
-        let mut next = vec![0.0; size];
-        let (mut log, mut rate, mut steady) = (0.0, f64::NAN, 0);
-        for done in 0..n {
-            step(&self.matrix, &f, &mut next);
-            if next[0] <= 0.0 {
-                return f64::NEG_INFINITY;
-            }
-            // In units of its value at zero, so that nothing underflows.
-            let new_rate = next[0].ln();
-            log += new_rate;
-            let scale = next[0].recip();
-            for (f, &next) in f.iter_mut().zip(&next) {
-                *f = next * scale;
-            }
-            // The rate is exact to about 1e-16, so a longer wait would buy nothing.
-            steady = if (new_rate - rate).abs() <= 1e-15 + 1e-13 * rate.abs() {
-                steady + 1
-            } else {
-                0
-            };
-            rate = new_rate;
-            if steady >= 8 {
-                return log + rate * (n - done - 1) as f64;
-            }
-        }
-        log
+        log_survival(&self.matrix, self.states.len(), n)
     }
+}
+
+/// Steps the recursion until it decays geometrically, and extends the decay to `n`.
+fn log_survival(matrix: &[f64], size: usize, n: u64) -> f64 {
+    let mut f = vec![1.0; size];
+    let mut next = vec![0.0; size];
+    let (mut log, mut rate, mut steady) = (0.0, f64::NAN, 0);
+    for done in 0..n {
+        step(matrix, &f, &mut next);
+        if next[0] <= 0.0 {
+            return f64::NEG_INFINITY;
+        }
+        // In units of its value at zero, so that nothing underflows.
+        let new_rate = next[0].ln();
+        log += new_rate;
+        let scale = next[0].recip();
+        let mut moved = 0.0f64;
+        for (f, &next) in f.iter_mut().zip(&next) {
+            let new = next * scale;
+            moved = moved.max((new - *f).abs());
+            *f = new;
+        }
+        // The rate is exact to about 1e-16, so a longer wait would buy nothing. At zero alone nothing is seen of a high
+        // threshold at first: no path has come near it.
+        let same_rate = (new_rate - rate).abs() <= 1e-15 + 1e-13 * rate.abs();
+        steady = if same_rate && moved <= 1e-13 {
+            steady + 1
+        } else {
+            0
+        };
+        rate = new_rate;
+        if steady >= 8 {
+            return log + rate * (n - done - 1) as f64;
+        }
+    }
+    log
 }
 
 /// Probability that a CUSUM with allowance `k` of scores `N(mu, sd^2)` stays under `h` for `n` steps from zero.
 pub(crate) fn survival_of_block(k: f64, h: f64, mu: f64, sd: f64, n: u64) -> f64 {
     let kernel = Kernel::new((k - mu) / sd, h / sd);
-    let mut f = vec![1.0; kernel.states.len()];
-    let mut next = f.clone();
-    for _ in 0..n {
-        step(&kernel.matrix, &f, &mut next);
-        std::mem::swap(&mut f, &mut next);
-    }
-    f[0].clamp(0.0, 1.0)
+    let log = log_survival(&kernel.matrix, kernel.states.len(), n);
+    log.exp().clamp(0.0, 1.0)
 }
 
 fn step(matrix: &[f64], f: &[f64], next: &mut [f64]) {
@@ -151,6 +157,8 @@ struct Kernel {
     states: Vec<f64>,
     weights: Vec<f64>,
     matrix: Vec<f64>,
+    /// Probability of a signal from each state.
+    signal: Vec<f64>,
 }
 
 impl Kernel {
@@ -164,8 +172,10 @@ impl Kernel {
         states.push(0.0);
         states.extend(nodes);
         let mut matrix = Vec::with_capacity((n + 1) * (n + 1));
+        let mut signal = Vec::with_capacity(n + 1);
         for &from in &states {
             let reach = reference - from;
+            signal.push(normal::survival(h + reach));
             matrix.push(normal::cdf(reach));
             matrix.extend(
                 states[1..]
@@ -178,43 +188,42 @@ impl Kernel {
             states,
             weights,
             matrix,
+            signal,
         }
     }
 
-    /// Solves `(I - matrix) L = 1` by Gaussian elimination with partial pivoting.
+    /// Solves `(I - matrix) L = 1` by elimination without a subtraction (Grassmann, Taksar and Heyman, Operations Research 33,
+    /// 1985): the diagonal is the probability of leaving a state, the sum of those of going elsewhere and of a signal. So
+    /// the average is as exact where a signal is all but impossible as it is elsewhere.
     fn solve(&self) -> Vec<f64> {
         let n = self.states.len();
-        let mut a: Vec<f64> = self.matrix.iter().map(|p| -p).collect();
-        for i in 0..n {
-            a[i * n + i] += 1.0;
-        }
+        let mut go = self.matrix.clone();
+        let mut signal = self.signal.clone();
         let mut x = vec![1.0; n];
+        let mut leave = vec![0.0; n];
         for column in 0..n {
-            let pivot = (column..n)
-                .max_by(|&i, &j| a[i * n + column].abs().total_cmp(&a[j * n + column].abs()))
-                .unwrap_or(column);
-            if pivot != column {
-                for j in 0..n {
-                    a.swap(column * n + j, pivot * n + j);
-                }
-                x.swap(column, pivot);
-            }
-            let (done, below) = a.split_at_mut((column + 1) * n);
+            let (done, below) = go.split_at_mut((column + 1) * n);
             let lead = &done[column * n..];
-            let (solved, rest) = x.split_at_mut(column + 1);
-            for (row, x) in below.chunks_exact_mut(n).zip(rest) {
-                let factor = row[column] / lead[column];
-                if factor != 0.0 {
-                    for (r, l) in row[column..].iter_mut().zip(&lead[column..]) {
-                        *r -= factor * l;
-                    }
-                    *x -= factor * solved[column];
+            leave[column] = signal[column] + lead[column + 1..].iter().sum::<f64>();
+            let (out, time) = (signal[column], x[column]);
+            let rest = signal[column + 1..].iter_mut().zip(&mut x[column + 1..]);
+            for (row, (signal, x)) in below.chunks_exact_mut(n).zip(rest) {
+                let factor = row[column] / leave[column];
+                for (to, from) in row[column + 1..].iter_mut().zip(&lead[column + 1..]) {
+                    *to += factor * from;
                 }
+                *signal += factor * out;
+                *x += factor * time;
             }
         }
         for i in (0..n).rev() {
-            let tail: f64 = (i + 1..n).map(|j| a[i * n + j] * x[j]).sum();
-            x[i] = (x[i] - tail) / a[i * n + i];
+            let later = go[i * n + i + 1..(i + 1) * n].iter().zip(&x[i + 1..]);
+            let tail: f64 = later.map(|(p, x)| p * x).sum();
+            x[i] = (x[i] + tail) / leave[i];
+        }
+        // A signal whose probability is below the smallest number: never.
+        if x.iter().any(|l| !l.is_finite()) {
+            x.fill(f64::INFINITY);
         }
         x
     }

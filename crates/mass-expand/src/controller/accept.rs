@@ -2,7 +2,7 @@
 
 use mass_cpd::{CpdError, Detector};
 
-use super::observation::StepObservation;
+use super::observation::{LayerObservation, StepObservation};
 use super::params::Choice;
 use super::{Controller, validate};
 use crate::ExpandError;
@@ -21,6 +21,7 @@ impl Controller {
             });
         }
         check_finite("loss", observation.loss)?;
+        check_monitored("loss", observation.loss)?;
         if self.takes_logarithm_of_loss() && observation.loss < 0.0 {
             let count = self.loss_detector.as_ref().map_or(0, Detector::count) + 1;
             return Err(CpdError::NonPositive {
@@ -70,6 +71,7 @@ impl Controller {
                     }
                 }?;
             }
+            check_monitored("gradient norm of a layer", pooled(observed))?;
             if self.tests_alignment() {
                 self.params.alignment.delta(observed.hidden, observed.dim)?;
             }
@@ -92,6 +94,25 @@ pub(super) fn check_finite(what: &'static str, value: f64) -> Result<(), ExpandE
     } else {
         Err(ExpandError::NonFinite { what })
     }
+}
+
+/// Detectors take values of up to 1e40.
+fn check_monitored(name: &'static str, value: f64) -> Result<(), ExpandError> {
+    if value.abs() <= 1e40 {
+        Ok(())
+    } else {
+        Err(ExpandError::Parameter {
+            name,
+            value,
+            expected: "at most 1e40 in size",
+        })
+    }
+}
+
+/// Gradient norm of all experts of a layer together.
+pub(super) fn pooled(observed: &LayerObservation<'_>) -> f64 {
+    let squares = observed.experts.iter().map(|e| e.gradient_norm.powi(2));
+    squares.sum::<f64>().sqrt()
 }
 
 pub(super) fn check_not_negative(name: &'static str, value: f64) -> Result<(), ExpandError> {

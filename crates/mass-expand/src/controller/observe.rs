@@ -3,7 +3,7 @@
 use mass_cpd::{Detector, Step};
 
 use super::Controller;
-use super::accept::{check_cosine, check_finite, check_not_negative};
+use super::accept::{check_cosine, check_finite, check_not_negative, pooled};
 use super::choice::choose;
 use super::event::{EventKind, HoldReason, Watched};
 use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
@@ -197,8 +197,7 @@ impl Controller {
         live: &mut bool,
     ) -> Result<bool, ExpandError> {
         let skip = self.params.unused == Unused::Skip;
-        let squares = observed.experts.iter().map(|e| e.gradient_norm.powi(2));
-        let pooled = squares.sum::<f64>().sqrt();
+        let pooled = pooled(observed);
         for (at, expert) in observed.experts.iter().enumerate() {
             if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
                 continue;

@@ -48,7 +48,8 @@ impl Controller {
         };
         let state = &mut self.layers[layer];
         let since = *state.probed_at.get_or_insert(pending.step);
-        if pending.step - since < rule.every || state.ids.len() <= pruning.min_experts {
+        if pending.step.saturating_sub(since) < rule.every || state.ids.len() <= pruning.min_experts
+        {
             return;
         }
         let step = pending.step;

@@ -153,5 +153,10 @@ fn watch(params: &ControllerParams, watch: &Watch) -> Result<(), ExpandError> {
 }
 
 pub(super) fn logarithmic(params: &AnyDetectorParams) -> bool {
-    matches!(params, AnyDetectorParams::CalibratedCusum(p) if p.transform == Transform::Log)
+    let transform = match params {
+        AnyDetectorParams::CalibratedCusum(p) => p.transform,
+        AnyDetectorParams::TrainingMonitor(p) => p.transform,
+        _ => Transform::Identity,
+    };
+    transform == Transform::Log
 }

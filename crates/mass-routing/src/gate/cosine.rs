@@ -175,6 +175,11 @@ impl<'a> CosineGate<'a> {
         same("tokens of the forward pass", n, x.nrows())?;
         same("width of the tokens", self.width(), x.ncols())?;
         same("experts of the forward pass", k, self.experts.ncols())?;
+        same(
+            "width of the gate of the forward pass",
+            self.experts.nrows(),
+            forward.unit_experts.ncols(),
+        )?;
         same("rows of d_logits (tokens)", n, d_logits.nrows())?;
         same("columns of d_logits (experts)", k, d_logits.ncols())?;
         let d_cosine = &d_logits * self.scale();

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{finite, same};
+use super::{finite, same, scale_large};
 use crate::RoutingError;
 
 /// Scores whose Lipschitz constant is bounded, in a space of low rank.
@@ -208,7 +208,11 @@ fn saturate(rows: ArrayView2<'_, f32>, c: f32) -> Array2<f32> {
     let mut out = rows.to_owned();
     for mut row in out.outer_iter_mut() {
         let n = row.dot(&row).sqrt();
-        row *= ratio(n, c);
+        if n.is_finite() {
+            row *= ratio(n, c);
+        } else {
+            scale_large(row, 1.0);
+        }
     }
     out
 }
@@ -217,6 +221,11 @@ fn saturate(rows: ArrayView2<'_, f32>, c: f32) -> Array2<f32> {
 fn saturate_backward(rows: ArrayView2<'_, f32>, c: f32, mut d: Array2<f32>) -> Array2<f32> {
     for (mut d, v) in d.outer_iter_mut().zip(rows.outer_iter()) {
         let n = v.dot(&v).sqrt();
+        if !n.is_finite() {
+            // Below what f32 holds.
+            d.fill(0.0);
+            continue;
+        }
         let across = ratio(n, c);
         if n < 1e-6 * c {
             d *= across;

@@ -132,8 +132,8 @@ pub fn routing_entropy(
 /// arXiv 2510.01185.
 ///
 /// # Errors
-/// A shape that does not fit the plan, a plan without probabilities, an `alpha` not positive and finite for an expert in use, or fewer
-/// than two experts in use.
+/// A shape that does not fit the plan, a plan without probabilities, an `alpha` not positive and finite for an expert in use, alphas
+/// of an infinite sum, or fewer than two experts in use.
 pub fn dirichlet_prior(
     plan: &RoutingPlan,
     alpha: &[f64],
@@ -163,12 +163,20 @@ pub fn dirichlet_prior(
     if n == 0 {
         return Ok(0.0);
     }
-    let total: f64 = used.iter().map(|&e| alpha[e]).sum();
     let mut d_r = ndarray::Array2::<f32>::zeros(r.dim());
     let mut loss = 0.0;
     let share = 1.0 / (n as f64 * used.len() as f64);
     for &e in &used {
-        let (a, b) = (alpha[e], total - alpha[e]);
+        // Not the total less its own, which would round to zero beside a large one.
+        let others = used.iter().filter(|&&o| o != e).map(|&o| alpha[o]);
+        let (a, b) = (alpha[e], others.sum::<f64>());
+        if !(a + b).is_finite() {
+            return Err(RoutingError::InvalidParameter {
+                name: "alpha",
+                expected: "of a finite sum",
+                value: a + b,
+            });
+        }
         let column = r.column(e);
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|&s, &t| column[s].total_cmp(&column[t]));

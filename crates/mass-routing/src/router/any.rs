@@ -81,6 +81,9 @@ pub enum RouterConfig {
     },
 }
 
+/// Most experts that settings may ask for before there are any.
+const MOST_EXPERTS: usize = 1 << 24;
+
 /// The paper's.
 fn bias_rate() -> f32 {
     1e-3
@@ -95,6 +98,13 @@ impl RouterConfig {
         Ok(match *self {
             Self::TopP { p, combine } => AnyRouter::TopP(TopP::new(p, combine)?),
             Self::TopK { k, combine } => AnyRouter::TopK(TopK::new(k, combine)?),
+            Self::TopAny { experts } if experts > MOST_EXPERTS => {
+                return Err(RoutingError::InvalidParameter {
+                    name: "experts",
+                    expected: "at most 2^24",
+                    value: experts as f64,
+                });
+            }
             Self::TopAny { experts } => AnyRouter::TopAny(TopAny::new(vec![0.0; experts])?),
             Self::BiasBalanced { k, rate, combine } => {
                 AnyRouter::BiasBalanced(BiasBalanced::new(k, rate, combine)?)
