@@ -186,8 +186,8 @@ impl Key {
             let p = match self.reference {
                 Reference::SelfStarting => {
                     let approximate = siegmund::formula(self.k, h, 0.0);
-                    // Where the equation is too near to singular for double precision, or large, Siegmund's form
-                    // is as good up to a constant factor, which is carried on.
+                    // Where the average is beyond any horizon, or the equation large, Siegmund's form is as good up to a
+                    // constant factor, which is carried on.
                     if approximate < 1e11
                         && h <= 60.0
                         && let Ok(run) = RunLength::new(self.k, h, 0.0)

@@ -100,7 +100,7 @@ pub fn exact_threshold_for_horizon(
 /// ```
 pub fn threshold_for_average(k: f64, average: f64, sides: Sides) -> Result<f64, CpdError> {
     check_chart(k, 0.0, 0.0)?;
-    // Beyond 10^13 the equation is too near to singular for double precision.
+    // Longer than any stream.
     require(
         (1.0..=1e13).contains(&average),
         "average",
