@@ -42,16 +42,16 @@ fn unit_rows(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f32>) {
         if n.is_finite() {
             row /= *n;
         } else {
-            scale_large(row, 1.0);
+            normalise_large(row);
         }
     }
     (unit, norms)
 }
 
-/// A row of finite numbers whose squares overflow, scaled to this length.
-fn scale_large(mut row: ArrayViewMut1<'_, f32>, length: f64) {
+/// Scales a row of finite numbers whose squares overflow in f32 to unit length.
+fn normalise_large(mut row: ArrayViewMut1<'_, f32>) {
     let squares = row.iter().map(|&v| f64::from(v).powi(2));
-    let factor = length / squares.sum::<f64>().sqrt();
+    let factor = squares.sum::<f64>().sqrt().recip();
     row.mapv_inplace(|v| (f64::from(v) * factor) as f32);
 }
 

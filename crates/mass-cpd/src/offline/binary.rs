@@ -90,7 +90,8 @@ impl BinarySegmentation {
     /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let least = self.params.min_segment;
-        let y = centred(series.view(), least.saturating_mul(2))?;
+        let shortest = least.saturating_mul(2);
+        let y = centred(series.view(), shortest)?;
         let pelt = PeltParams {
             min_segment: least,
             ..PeltParams::default()
@@ -105,7 +106,7 @@ impl BinarySegmentation {
         }
         // Without any noise everything is a change, but for the rounding of sums.
         let omega = long_run_deviation(&y, &rough).max(1e-10 * scale);
-        let mut windows = seeded_windows(y.len(), least.saturating_mul(2));
+        let mut windows = seeded_windows(y.len(), shortest);
         let number = windows.len() as f64;
         let mut scored: Vec<Scored> = Vec::with_capacity(windows.len());
         for (start, end) in windows.drain(..) {

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{finite, same, scale_large};
+use super::{finite, normalise_large, same};
 use crate::RoutingError;
 
 /// Scores whose Lipschitz constant is bounded, in a space of low rank.
@@ -211,7 +211,7 @@ fn saturate(rows: ArrayView2<'_, f32>, c: f32) -> Array2<f32> {
         if n.is_finite() {
             row *= ratio(n, c);
         } else {
-            scale_large(row, 1.0);
+            normalise_large(row);
         }
     }
     out
