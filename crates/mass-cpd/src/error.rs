@@ -28,12 +28,14 @@ pub enum CpdError {
         value: f64,
     },
     /// The observation is finite, but the moments it enters might not be.
-    #[error("observation {count} is {value}, beyond the 1e40 whose moments stay finite")]
+    #[error("observation {count} is {value}, beyond the {limit:e} whose moments stay finite")]
     TooLarge {
         /// Its 1-based position: one more than the number of observations accepted so far.
         count: u64,
         /// The offending value.
         value: f64,
+        /// The largest that can be used.
+        limit: f64,
     },
     /// A parameter lies outside the range in which the method means anything.
     #[error("parameter `{name}` is {value}, but must be {expected}")]

@@ -306,7 +306,8 @@ fn each_kind_of_bad_observation_has_its_error() {
         error,
         CpdError::TooLarge {
             count: 1,
-            value: 1e300
+            value: 1e300,
+            limit: 1e40,
         }
     );
     assert!(error.to_string().contains("1e40"));

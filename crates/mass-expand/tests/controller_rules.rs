@@ -606,3 +606,98 @@ fn a_loss_of_zero_has_no_logarithm_and_is_no_rise() {
     let experts = observation(controller.active(0));
     assert!(begin_with(&mut controller, 4, -0.1, &[experts]).is_err());
 }
+
+/// The newest expert may be checked on the batch and probed for redundancy in one step: each answer belongs to its question.
+#[test]
+fn a_probe_of_the_newest_expert_is_not_taken_for_its_check() {
+    let params = || ControllerParams {
+        trigger: Trigger::Schedule { first: 0, every: 3 },
+        stop: StopRule::Consecutive { gamma: 1 },
+        pruning: Some(Pruning {
+            min_experts: 1,
+            min_age: 1,
+            unused: None,
+            redundant: Some(PruneRedundant {
+                every: 1,
+                margin: 0.0,
+                z: 0.0,
+            }),
+        }),
+        ..every_step(2, 30)
+    };
+    // One step, every question answered so that nothing fails but, with `verdict`, what it says of the newest: its loss on the
+    // batch without it, and how much worse the probe is. Returns who was checked and who probed.
+    let step = |controller: &mut Controller, at: u64, verdict: Option<(f64, f64, bool)>| {
+        let experts = observation(controller.active(0));
+        let mut open = begin_with(controller, at, 1.0, &[experts]).unwrap();
+        let (mut checked, mut probed) = (None, None);
+        let (masked, difference, probe_first) = verdict.unwrap_or((2.0, 1.0, false));
+        while !open.is_empty() {
+            let is_probe = |r: &Request| matches!(r, Request::ProbeLoss { .. });
+            // Alignments may raise the other question: they come first.
+            open.sort_by_key(|r| match r {
+                Request::Alignment { .. } => 0,
+                other => 1 + i32::from(is_probe(other) != probe_first),
+            });
+            let answer = match open.remove(0) {
+                Request::Alignment { layer, expert } => Answer::Alignment {
+                    layer,
+                    expert,
+                    cosine: Some(0.0),
+                },
+                Request::MaskedLoss { layer, expert } => {
+                    checked = Some(expert);
+                    Answer::MaskedLoss {
+                        layer,
+                        expert,
+                        masked,
+                        full: 1.0,
+                    }
+                }
+                Request::ProbeLoss { layer, expert } => {
+                    probed = Some(expert);
+                    Answer::ProbeLoss {
+                        layer,
+                        expert,
+                        difference,
+                        standard_error: 0.0,
+                    }
+                }
+            };
+            open.extend(controller.answer(answer).unwrap());
+        }
+        (checked, probed)
+    };
+    let mut controller = params().check().unwrap();
+    let both = (0..40).find(|&at| {
+        let (checked, probed) = step(&mut controller, at, None);
+        controller.finish_step().unwrap();
+        checked.is_some() && checked == probed
+    });
+    let both = both.expect("a step on which the newest expert is asked about twice");
+    // Worth its place on the batch and worthless on the probe: removed, and expansion goes on. The other way round: kept, and
+    // expansion stops.
+    for (masked, difference, stops, goes) in [(1.5, -0.1, false, true), (0.5, 0.1, true, false)] {
+        for probe_first in [false, true] {
+            let mut controller = params().check().unwrap();
+            for at in 0..both {
+                step(&mut controller, at, None);
+                controller.finish_step().unwrap();
+            }
+            let (newest, _) = step(
+                &mut controller,
+                both,
+                Some((masked, difference, probe_first)),
+            );
+            let actions = controller.finish_step().unwrap();
+            let removed =
+                |a: &Action| matches!(a, Action::Remove { expert, .. } if Some(*expert) == newest);
+            assert_eq!(
+                controller.stopped(0).is_some(),
+                stops,
+                "{masked}, {probe_first}"
+            );
+            assert_eq!(actions.iter().any(removed), goes, "{masked}, {probe_first}");
+        }
+    }
+}

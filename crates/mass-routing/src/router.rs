@@ -66,6 +66,17 @@ pub trait Router: Send {
         Ok(())
     }
 
+    /// Forgets what it has learned of an expert that leaves the pool: those after it move up by one. Call it whenever the columns
+    /// of the logits do so.
+    fn remove_expert(&mut self, index: usize) {
+        let _ = index;
+    }
+
+    /// Fewest experts in use with which it can route.
+    fn least_experts(&self) -> usize {
+        1
+    }
+
     /// Switches between training (the default) and evaluation, for routers whose rule differs: gate noise, top-any.
     fn set_training(&mut self, training: bool) {
         let _ = training;

@@ -327,7 +327,8 @@ impl TryFrom<UsageParts> for UsageStats {
                 value: entropy_sum,
             });
         }
-        // Wide sums: hostile counters must not overflow here.
+        // Wide sums: hostile counters must not overflow here, and leave room for more to be counted.
+        const MOST: u128 = 1 << 53;
         let wide = |counts: &mut dyn Iterator<Item = u128>| counts.sum::<u128>();
         let by_expert = wide(&mut load.iter().map(|&l| l.into()));
         let by_token = wide(
@@ -339,7 +340,8 @@ impl TryFrom<UsageParts> for UsageStats {
         let counted = wide(&mut k_counts.iter().map(|&n| n.into()));
         if by_expert != by_token
             || counted != u128::from(tokens)
-            || u64::try_from(by_expert).is_err()
+            || by_expert > MOST
+            || counted > MOST
             || entropy_tokens > tokens
         {
             return Err(RoutingError::Undefined(

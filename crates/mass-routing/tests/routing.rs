@@ -496,6 +496,17 @@ fn the_balancing_bias_balances_and_noise_is_seeded() {
         before > 500 && after < 160,
         "{before} then {after}; even would be 128"
     );
+    // An expert that leaves takes its bias along, also behind noise; one that comes has none.
+    let learned = router.bias().to_vec();
+    let mut noisy =
+        mass_routing::Noisy::new(AnyRouter::BiasBalanced(router.clone()), 0.0, 1).unwrap();
+    router.remove_expert(0);
+    noisy.remove_expert(0);
+    assert_eq!(router.bias(), &learned[1..]);
+    assert_eq!(noisy.inner(), &AnyRouter::BiasBalanced(router.clone()));
+    route(&mut router, logits.view(), None);
+    assert_eq!(router.bias(), [&learned[1..], &[0.0]].concat());
+    assert_eq!((router.least_experts(), noisy.least_experts()), (2, 2));
 
     let config = |seed| RouterConfig::Noisy {
         std: 1.0,

@@ -13,7 +13,11 @@ pub(crate) fn transform(x: f64, transform: Transform, count: u64) -> Result<f64,
     let refused = (count + 1, x);
     match (transform, refused) {
         (Transform::Identity, _) if x.abs() <= LARGEST => Ok(x),
-        (Transform::Identity, (count, value)) => Err(CpdError::TooLarge { count, value }),
+        (Transform::Identity, (count, value)) => Err(CpdError::TooLarge {
+            count,
+            value,
+            limit: LARGEST,
+        }),
         (Transform::Log, _) if x >= f64::MIN_POSITIVE => Ok(ln(x)),
         (Transform::Log, _) if x > 0.0 => Ok(x.ln()),
         (Transform::Log, (count, value)) => Err(CpdError::NonPositive { count, value }),

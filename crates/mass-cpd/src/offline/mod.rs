@@ -99,6 +99,9 @@ impl Segmentation {
     }
 }
 
+/// Largest value whose squares can be summed over any series.
+const LARGEST: f64 = 1e100;
+
 /// The series as a slice around zero, or why it cannot be used.
 fn centred(series: ArrayView1<'_, f64>, needed: usize) -> Result<Vec<f64>, CpdError> {
     if series.len() < needed {
@@ -110,10 +113,11 @@ fn centred(series: ArrayView1<'_, f64>, needed: usize) -> Result<Vec<f64>, CpdEr
     let mut largest = 0.0f64;
     for (i, &value) in series.iter().enumerate() {
         crate::error::require_finite(value, i as u64)?;
-        if value.abs() > 1e100 {
+        if value.abs() > LARGEST {
             return Err(CpdError::TooLarge {
                 count: i as u64 + 1,
                 value,
+                limit: LARGEST,
             });
         }
         largest = largest.max(value.abs());

@@ -176,10 +176,12 @@ impl Controller {
                     standard_error: Some(standard_error),
                 });
                 let open = &mut pending.layers[layer];
-                if open.check == Some(expert) {
-                    open.check_answer = worth;
-                } else {
+                // The newest expert may be asked about twice: on the batch to check it, on the probe to prune. A check on the
+                // probe is of another expert than what is probed in its turn.
+                if open.probe == Some(expert) {
                     open.probe_answer = worth;
+                } else {
+                    open.check_answer = worth;
                 }
                 Ok(Vec::new())
             }

@@ -82,7 +82,7 @@ impl Figures {
                 expert,
                 difference: self
                     .worth
-                    .unwrap_or_else(|| self.uniform(step, layer, expert.0, 6) - 0.5),
+                    .unwrap_or_else(|| self.uniform(step, layer, expert.0, 8) - 0.5),
                 standard_error: 0.01,
             },
         }

@@ -194,6 +194,14 @@ impl Router for AnyRouter {
         self.inner_mut().adapt(plan)
     }
 
+    fn remove_expert(&mut self, index: usize) {
+        self.inner_mut().remove_expert(index);
+    }
+
+    fn least_experts(&self) -> usize {
+        self.inner().least_experts()
+    }
+
     fn set_training(&mut self, training: bool) {
         self.inner_mut().set_training(training);
     }

@@ -21,7 +21,8 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// `b_e += u sign(mean load - load_e)`, `u = 1e-3` in the paper.
 ///
 /// The bias enters the selection only, so it has no gradient. It starts at zero and grows with the pool: a batch with more experts
-/// than before gives the new ones a bias of zero.
+/// than before gives the new ones a bias of zero. When the pool shrinks, tell it which expert left
+/// ([`Router::remove_expert`]).
 ///
 /// # Source
 /// Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664.
@@ -132,6 +133,16 @@ impl Router for BiasBalanced {
             },
             plan,
         )
+    }
+
+    fn remove_expert(&mut self, index: usize) {
+        if index < self.bias.len() {
+            self.bias.remove(index);
+        }
+    }
+
+    fn least_experts(&self) -> usize {
+        self.k
     }
 
     /// Moves the bias of every expert in use against its load.

@@ -102,6 +102,14 @@ impl Router for Noisy {
         self.inner.adapt(plan)
     }
 
+    fn remove_expert(&mut self, index: usize) {
+        self.inner.remove_expert(index);
+    }
+
+    fn least_experts(&self) -> usize {
+        self.inner.least_experts()
+    }
+
     fn set_training(&mut self, training: bool) {
         self.training = training;
         self.inner.set_training(training);

@@ -180,6 +180,12 @@ impl Router for TopAny {
         )
     }
 
+    fn remove_expert(&mut self, index: usize) {
+        if index < self.thresholds.len() {
+            self.thresholds.remove(index);
+        }
+    }
+
     fn set_training(&mut self, training: bool) {
         self.training = training;
     }

@@ -110,6 +110,10 @@ impl Router for TopK {
             plan,
         )
     }
+
+    fn least_experts(&self) -> usize {
+        self.k
+    }
 }
 
 /// Refuses to choose more experts than there are; leaves other faults of the mask to the general checks.
