@@ -14,6 +14,7 @@ use mass_expand::{
     ExpertObservation, LayerObservation, Reduction, RemovalReason, Request, SplitOperator,
     StepObservation, alignment, bisect, divide_gradient, preserve_mass, redundancy_gradient,
 };
+use mass_routing::Router;
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,9 @@ pub trait Mixtures: Parameters {
     fn mixtures(&self) -> usize;
 
     /// One of them, counted from the bottom.
+    ///
+    /// # Panics
+    /// If there are no more than `layer` of them; so do the other two.
     fn mixture(&self, layer: usize) -> &MoeLayer;
 
     /// One of them, to be changed.
@@ -39,6 +43,8 @@ pub trait Mixtures: Parameters {
     /// The prefix of its parameters' names.
     fn mixture_name(&self, layer: usize) -> String;
 }
+
+const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 
 /// Which of an expert's gradients its norm is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,15 +121,73 @@ impl Grower {
     /// compared with the whole is what removal would leave.
     ///
     /// # Errors
-    /// As the controller's, those of the layers when a split cannot be carried out, and [`ModelError::Shape`] if there is no loss.
+    /// [`ModelError::Config`] for rules that the model cannot follow: a bisection without a linear gate, a pool that may shrink
+    /// below what its router takes. As the controller's, those of `losses`, and [`ModelError::Shape`] if there is no loss, or the
+    /// pass is of a model with another number of mixture layers. After these the grower is as it was, and the step may be made
+    /// again. Those of the layers when a split cannot be carried out: what the controller has decided is then done in part, and
+    /// model and grower have to be read back from a checkpoint.
     pub fn step<M: Mixtures>(
         &mut self,
         step: u64,
         model: &mut M,
         optimizer: &mut AdamW,
         pass: &mut TrainPass,
-        mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
+        losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
+        self.check_rules(model, pass)?;
+        let before = self.controller.clone();
+        let actions = match self.decide(step, model, pass, losses) {
+            Ok(actions) => actions,
+            Err(error) => {
+                self.controller = before;
+                return Err(error);
+            }
+        };
+        self.carry_out(actions, model, optimizer, pass)?;
+        for l in 0..model.mixtures() {
+            if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
+                let pairs = self.controller.pair_positions(l);
+                add_redundancy(model.mixture(l), &pairs, &self.config, &mut pass.gradients)?;
+            }
+        }
+        Ok(self.controller.drain_events())
+    }
+
+    /// Whether a model can follow the rules at all.
+    fn check_rules<M: Mixtures>(&self, model: &M, pass: &TrainPass) -> Result<(), ModelError> {
+        let (layers, traced) = (model.mixtures(), pass.layers.len());
+        if layers != traced {
+            return Err(ModelError::shape(
+                "mixture layers traced",
+                &[layers],
+                &[traced],
+            ));
+        }
+        let params = self.controller.params();
+        for l in 0..layers {
+            let moe = model.mixture(l);
+            if params.operator == SplitOperator::Bisect && moe.config().gate != GateConfig::Linear {
+                return Err(ModelError::Config(BISECT_NEEDS.into()));
+            }
+            let least = moe.router().least_experts();
+            if let Some(pruning) = params.pruning.filter(|p| p.min_experts < least) {
+                return Err(ModelError::Config(format!(
+                    "pruning leaves {} experts, but the router of mixture layer {l} takes {least}",
+                    pruning.min_experts
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the controller what the step's gradients are, and gets what it asks for and what it decides.
+    fn decide<M: Mixtures>(
+        &mut self,
+        step: u64,
+        model: &mut M,
+        pass: &mut TrainPass,
+        mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
+    ) -> Result<Vec<Action>, ModelError> {
         let mut observed = Vec::with_capacity(pass.layers.len());
         for (l, trace) in pass.layers.iter().enumerate() {
             let norm = self.watches(l, step).then_some(self.config.gradient_norm);
@@ -184,7 +248,17 @@ impl Grower {
             };
             requests.extend(self.controller.answer(answer)?);
         }
-        for action in self.controller.finish_step()? {
+        Ok(self.controller.finish_step()?)
+    }
+
+    fn carry_out<M: Mixtures>(
+        &mut self,
+        actions: Vec<Action>,
+        model: &mut M,
+        optimizer: &mut AdamW,
+        pass: &mut TrainPass,
+    ) -> Result<(), ModelError> {
+        for action in actions {
             match action {
                 Action::Split {
                     layer,
@@ -224,13 +298,7 @@ impl Grower {
                 _ => {}
             }
         }
-        for l in 0..model.mixtures() {
-            if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
-                let pairs = self.controller.pair_positions(l);
-                add_redundancy(model.mixture(l), &pairs, &self.config, &mut pass.gradients)?;
-            }
-        }
-        Ok(self.controller.drain_events())
+        Ok(())
     }
 
     /// The last split that an expert took part in, if its other half is still there.
@@ -395,14 +463,20 @@ pub fn split_expert(
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
                 let mut whole = std::mem::take(a.gradient(gradients)?);
-                divide_gradient(
-                    &mut whole,
-                    b.gradient(gradients)?,
-                    a.values(),
-                    shape,
-                    decomposition,
-                )?;
+                let copy = b.gradient(gradients);
+                let divided = copy.and_then(|copy| {
+                    let rows = a.values();
+                    Ok(divide_gradient(
+                        &mut whole,
+                        copy,
+                        rows,
+                        shape,
+                        decomposition,
+                    )?)
+                });
+                // Back in its place whatever became of it: a gradient that is lost would look like one of zero.
                 *a.gradient(gradients)? = whole;
+                divided?;
             }
             copy_gradients(old, &newcomer, gradients, false)?;
             if preserve {
@@ -410,8 +484,7 @@ pub fn split_expert(
             }
         }
         SplitOperator::Bisect if !linear_gate => {
-            let what = "bisecting an expert's tokens needs a linear gate";
-            return Err(ModelError::Config(what.into()));
+            return Err(ModelError::Config(BISECT_NEEDS.into()));
         }
         SplitOperator::Bisect if index >= trace.plan.num_experts() => {
             let traced = trace.plan.num_experts();
@@ -451,7 +524,7 @@ pub fn split_expert(
     let (rows, offsets) = shift::between(&row, offset, halves);
     Ok(GateShift {
         source,
-        newcomer: layer.push(newcomer),
+        newcomer: layer.push(newcomer)?,
         rows,
         offsets,
     })

@@ -12,7 +12,7 @@ use crate::checkpoint::Checkpointed;
 use crate::encoder::check_masked;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
-use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer};
+use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer, SelfAttention};
 use crate::ops::{self, Rows, Sequences};
 use crate::param::{CpuGradients, Param, Parameters, join};
 
@@ -264,6 +264,39 @@ impl Checkpointed for LanguageModel {
 
     fn from_checkpoint_config(config: &LanguageModelConfig) -> Result<Self, ModelError> {
         Self::new(config, &mut crate::seeded_rng(0))
+    }
+
+    fn check_config(&self) -> Result<(), ModelError> {
+        let config = &self.config;
+        let differs =
+            |what: String| ModelError::Config(format!("{what}, which a checkpoint would not keep"));
+        if self.blocks.len() != config.layers {
+            let (found, wanted) = (self.blocks.len(), config.layers);
+            return Err(differs(format!("{found} blocks, configured {wanted}")));
+        }
+        let eps = config.block.layer_norm_eps;
+        for (i, block) in self.blocks.iter().enumerate() {
+            let SelfAttention {
+                heads,
+                causal,
+                dropout,
+                ..
+            } = block.attention;
+            if (heads, causal, dropout) != (config.block.heads, true, 0.0) {
+                return Err(differs(format!(
+                    "attention of block {i} with {heads} heads, causal {causal}, dropout {dropout}"
+                )));
+            }
+            if [&block.norm1, &block.norm2].iter().any(|n| n.eps != eps) {
+                return Err(differs(format!(
+                    "a norm of block {i} with another eps than {eps}"
+                )));
+            }
+        }
+        if self.norm.eps != eps {
+            return Err(differs(format!("a norm with another eps than {eps}")));
+        }
+        Ok(())
     }
 
     fn values_at_least(config: &LanguageModelConfig) -> Option<u64> {

@@ -7,6 +7,7 @@ use dfdx::prelude::NoneTape;
 use mass_expand::ExpertId;
 use mass_model::checkpoint::{
     self, Checkpoint, CheckpointError, Checkpointed, ExpertCounts, LoadOptions, PoolMismatch,
+    Snapshot,
 };
 use mass_model::growth::Mixtures;
 use mass_model::lm::LanguageModel;
@@ -41,7 +42,7 @@ fn what_is_saved_comes_back_to_the_bit() {
     // A pool with a history: experts come and go, and offsets differ.
     let source = parts.0.mixture(1).experts()[0].clone();
     let moe = parts.0.mixture_mut(1);
-    let new = moe.push(source);
+    let new = moe.push(source).unwrap();
     moe.expert_mut(new).unwrap().logit_offset = -0.75;
     moe.remove(ExpertId(0)).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -273,4 +274,127 @@ fn a_model_of_other_sizes_is_left_as_it_was() {
         );
         assert_eq!(values(&model), before);
     }
+}
+
+#[test]
+fn other_folders_beside_checkpoints_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let notes = dir.path().join("step-by-step-notes");
+    std::fs::create_dir(&notes).unwrap();
+    for file in ["step-1.log", ".partial-plan", "step-0000000007"] {
+        std::fs::write(dir.path().join(file), "mine").unwrap();
+    }
+    let parts = trained(3);
+    for _ in 0..2 {
+        checkpoint::save(dir.path(), &snapshot(&parts)).unwrap();
+    }
+    assert!(notes.is_dir());
+    for file in ["step-1.log", ".partial-plan", "step-0000000007"] {
+        let kept = std::fs::read(dir.path().join(file)).unwrap();
+        assert_eq!(kept, b"mine", "{file}");
+    }
+    // Of the checkpoints the newest alone.
+    let folders = std::fs::read_dir(dir.path()).unwrap();
+    let folders = folders.filter(|e| e.as_ref().unwrap().path().is_dir());
+    assert_eq!(folders.count(), 2);
+}
+
+#[test]
+fn a_state_that_json_would_change_is_refused_and_the_previous_one_stays() {
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct State {
+        best: Option<f64>,
+        by_name: BTreeMap<String, Vec<f32>>,
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let parts = trained(3);
+    let save = |best, value| {
+        let by_name = BTreeMap::from([("loss".to_owned(), vec![0.5, value])]);
+        let Snapshot {
+            step,
+            model,
+            optimizer,
+            ema,
+            ..
+        } = snapshot(&parts);
+        let state = &State { best, by_name };
+        let snapshot = Snapshot {
+            step,
+            model,
+            optimizer,
+            ema,
+            state,
+        };
+        checkpoint::save(dir.path(), &snapshot)
+    };
+    save(Some(0.25), 1.0).unwrap();
+    for (best, value) in [
+        (Some(f64::NAN), 1.0),
+        (Some(f64::NEG_INFINITY), 1.0),
+        (None, f32::INFINITY),
+    ] {
+        let error = save(best, value).unwrap_err();
+        assert!(matches!(error, ModelError::NonFinite(_)), "{error}");
+    }
+    let read = checkpoint::load::<LanguageModel, State>(dir.path()).unwrap();
+    assert_eq!(read.state.best, Some(0.25));
+}
+
+#[test]
+fn a_model_that_a_checkpoint_would_not_give_back_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let changes: [fn(&mut LanguageModel); 5] = [
+        |m| m.blocks.truncate(1),
+        |m| m.blocks[1].attention.causal = false,
+        |m| m.blocks[0].norm2.eps = 0.25,
+        |m| m.norm.eps = 0.25,
+        |m| {
+            let first = m.mixture(0).ids()[0];
+            m.mixture_mut(0).expert_mut(first).unwrap().logit_offset = f32::NEG_INFINITY;
+        },
+    ];
+    for (i, change) in changes.into_iter().enumerate() {
+        let mut parts = trained(3);
+        change(&mut parts.0);
+        let error = checkpoint::save(dir.path(), &snapshot(&parts)).unwrap_err();
+        let expected = matches!(error, ModelError::Config(_) | ModelError::NonFinite(_));
+        assert!(expected, "{i}: {error}");
+        assert!(!checkpoint::exists(dir.path()));
+    }
+}
+
+#[test]
+fn a_model_that_computes_something_else_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path(), 3);
+    type Change = fn(&mut mass_model::lm::LanguageModelConfig);
+    let changes: [(&str, Change); 4] = [
+        ("block.heads is", |c| {
+            c.block.heads = if c.block.heads == 1 { 2 } else { 1 }
+        }),
+        ("block.moe.activation is", |c| {
+            c.block.moe.activation = mass_model::Activation::Silu
+        }),
+        ("block.layer_norm_eps is", |c| c.block.layer_norm_eps = 0.1),
+        ("block.moe.router.", |c| {
+            c.block.moe.router = mass_routing::RouterConfig::TopK {
+                k: 1,
+                combine: mass_routing::Combine::Raw,
+            };
+        }),
+    ];
+    for (what, change) in changes {
+        let mut other = config(3);
+        change(&mut other);
+        let mut model = LanguageModel::new(&other, &mut seeded_rng(0)).unwrap();
+        let before = values(&model);
+        let error = load_into(dir.path(), &mut model, PoolMismatch::Grow).unwrap_err();
+        assert!(error.to_string().contains(what), "{what}: {error}");
+        assert_eq!(values(&model), before, "{what}");
+    }
+    // How weights were drawn does not matter.
+    let mut drawn = config(3);
+    drawn.embedding_std = 0.7;
+    let mut model = LanguageModel::new(&drawn, &mut seeded_rng(0)).unwrap();
+    load_into(dir.path(), &mut model, PoolMismatch::Error).unwrap();
 }

@@ -105,7 +105,7 @@ where
     };
     advance(&mut model, &mut optimizer, 0..2);
     let newcomer = model.mixture(0).experts()[1].clone();
-    model.mixture_mut(0).push(newcomer);
+    model.mixture_mut(0).push(newcomer).unwrap();
     advance(&mut model, &mut optimizer, 2..3);
 
     let dir = tempfile::tempdir().unwrap();

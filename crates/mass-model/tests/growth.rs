@@ -467,3 +467,120 @@ fn gradients_that_are_not_finite_change_nothing() {
     assert!(error.to_string().contains("head.weight"), "{error}");
     assert_eq!(all_values(&model), before);
 }
+
+/// Rules that ask for losses on a probe.
+fn probing(operator: SplitOperator) -> GrowerConfig {
+    let mut params = ControllerParams::paper(2, 3, 6, 40);
+    params.trigger = Trigger::Schedule { first: 1, every: 3 };
+    params.choice = mass_expand::Choice::MostLoaded;
+    params.operator = operator;
+    params.stop = mass_expand::StopRule::HeldOut {
+        margin: 0.0,
+        z: 0.0,
+        wait: 2,
+        patience: 3,
+        remove: false,
+    };
+    (params.phase.live_from, params.phase.live_until) = (0, 30);
+    GrowerConfig {
+        controller: params,
+        gradient_norm: GradientNorm::Fc1,
+        redundancy_weight: 0.0,
+        redundancy_reduction: mass_expand::Reduction::Mean,
+    }
+}
+
+/// Losses that cannot be had once are asked for again, and nothing is different then.
+#[test]
+fn a_step_whose_losses_fail_can_be_made_again() {
+    let run = |fails: bool| {
+        let mut model = model(RouterConfig::TopP {
+            p: 0.6,
+            combine: Combine::Renormalised,
+        });
+        let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        let mut grower = Grower::new(probing(clone_operator(None, true))).unwrap();
+        let (mut events, mut failed) = (Vec::new(), 0);
+        for step in 0..9 {
+            let (tokens, targets) = batch(step);
+            let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+            if fails {
+                let before = grower.clone();
+                let lost = |_: &LanguageModel, _, _| Err(ModelError::NonFinite("lost".into()));
+                let tried = grower.step(step, &mut model, &mut optimizer, &mut pass, lost);
+                match tried {
+                    Ok(found) => {
+                        events.extend(found);
+                        optimizer
+                            .step(&mut model, &mut pass.gradients, 1e-2)
+                            .unwrap();
+                        continue;
+                    }
+                    Err(error) => assert!(error.to_string().contains("lost"), "{error}"),
+                }
+                let text = |g: &Grower| serde_json::to_string(g).unwrap();
+                assert_eq!(text(&grower), text(&before));
+                failed += 1;
+            }
+            let found = |_: &LanguageModel, _, masked: Option<Masked>| {
+                Ok(vec![0.5, if masked.is_some() { 0.7 } else { 0.6 }])
+            };
+            let step = grower.step(step, &mut model, &mut optimizer, &mut pass, found);
+            events.extend(step.unwrap());
+            optimizer
+                .step(&mut model, &mut pass.gradients, 1e-2)
+                .unwrap();
+        }
+        assert_eq!(failed > 0, fails);
+        (events, all_values(&model))
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
+fn rules_that_a_model_cannot_follow_are_refused_before_anything_is_done() {
+    let refused = |mut model: LanguageModel, config: GrowerConfig, part: &str| {
+        let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        let (tokens, targets) = batch(0);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let mut grower = Grower::new(config).unwrap();
+        let none = |_: &LanguageModel, _, _| -> Result<Vec<f64>, ModelError> { panic!("asked") };
+        let error = grower
+            .step(0, &mut model, &mut optimizer, &mut pass, none)
+            .unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+        assert_eq!(grower.controller().last_step(), None);
+        pass.layers.pop();
+        let error = grower
+            .step(0, &mut model, &mut optimizer, &mut pass, none)
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("mixture layers traced"),
+            "{error}"
+        );
+    };
+    let top_k = || {
+        model(RouterConfig::TopK {
+            k: 2,
+            combine: Combine::Raw,
+        })
+    };
+    let mut pruned = probing(clone_operator(None, true));
+    pruned.controller.pruning = Some(mass_expand::Pruning {
+        min_experts: 1,
+        min_age: 1,
+        unused: None,
+        redundant: None,
+    });
+    refused(top_k(), pruned, "takes 2");
+    let mut config = growing::config(RouterConfig::TopP {
+        p: 0.6,
+        combine: Combine::Renormalised,
+    });
+    config.block.moe.gate = mass_model::nn::GateConfig::Cosine {
+        projection: None,
+        temperature: None,
+    };
+    let cosine = LanguageModel::new(&config, &mut mass_model::seeded_rng(1)).unwrap();
+    refused(cosine, probing(SplitOperator::Bisect), "linear gate");
+}

@@ -197,13 +197,44 @@ fn thresholds_of_top_any_get_the_straight_through_gradient() {
         (0..40).any(|t| routed.plan.k(t) == 0),
         "a token that no expert takes"
     );
+    let plan = std::sync::Arc::clone(&routed.plan);
     let (_, mut gradients) = probe(routed.output);
-    let mut some = false;
-    for expert in layer.experts() {
-        let threshold = expert.threshold.as_ref().unwrap();
-        some |= threshold.gradient(&mut gradients).unwrap()[0] != 0.0;
+    // The gradient of an assignment's weight is what its expert makes of the token, along the probe.
+    let (input, dy) = (x.as_vec(), values(40 * 6, 0.3));
+    let along = |expert: &mass_model::ops::MoeExpert, t: usize| -> f32 {
+        let affine = |w: &Param, b: &Param, x: &[f32]| -> Vec<f32> {
+            let rows = w.values().chunks_exact(x.len()).zip(b.values());
+            let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+            rows.map(|(row, b)| dot(row) + b).collect()
+        };
+        let hidden = affine(&expert.fc1.0, &expert.fc1.1, &input[t * 6..][..6]);
+        let hidden: Vec<f32> = hidden.iter().map(|h| h.max(0.0)).collect();
+        let y = affine(&expert.fc2.0, &expert.fc2.1, &hidden);
+        y.iter().zip(&dy[t * 6..]).map(|(y, d)| y * d).sum()
+    };
+    let mut d_weights = Vec::new();
+    for (e, expert) in layer.experts().iter().enumerate() {
+        let tokens = &plan.tokens()[plan.segment(e)];
+        d_weights.extend(tokens.iter().map(|&t| along(expert, t as usize)));
     }
-    assert!(some);
+    let mut wanted = ndarray::Array1::zeros(3);
+    let router = mass_routing::TopAny::new(vec![0.0; 3]).unwrap();
+    router
+        .backward_thresholds(&plan, &d_weights, &mut wanted.view_mut())
+        .unwrap();
+    let found: Vec<f32> = layer
+        .experts()
+        .iter()
+        .map(|e| {
+            e.threshold
+                .as_ref()
+                .unwrap()
+                .gradient(&mut gradients)
+                .unwrap()[0]
+        })
+        .collect();
+    assert!(wanted.iter().all(|w| w.abs() > 1e-3), "{wanted}");
+    assert_close("thresholds", &found, wanted.as_slice().unwrap(), 1e-4);
     // In evaluation such tokens take their best expert.
     let plan = layer.forward_routed(x, None).unwrap().plan;
     assert!((0..40).all(|t| plan.k(t) > 0));
@@ -255,6 +286,10 @@ fn routing_losses_reach_the_gate() {
     for (router, loss) in [
         (all_of(1), RoutingLoss::Entropy { weight: f32::NAN }),
         (all_of(1), RoutingLoss::Load { weight: 1.0 }),
+        (
+            RouterConfig::TopAny { experts: 4 },
+            RoutingLoss::Entropy { weight: 1.0 },
+        ),
     ] {
         assert!(matches!(
             MoeLayer::new(&config(&router, vec![loss]), &mut seeded_rng(0)),
@@ -300,11 +335,25 @@ fn gradients_of_losses_behind_noise_agree_with_central_differences() {
         input.dot(&rows.t())
     };
     let zeros = || ndarray::Array2::<f32>::zeros((n, experts));
-    let load = |w: &[f32]| {
+    let planned = |w: &[f32]| {
         let logits = logits_of(w);
         let mut router = router.build().unwrap();
         let mut plan = mass_routing::RoutingPlan::default();
         router.route(logits.view(), None, &mut plan).unwrap();
+        (logits, router, plan)
+    };
+    let balance = |w: &[f32]| {
+        let count = BalanceCount::Selected;
+        losses::gshard_balance(&planned(w).2, count, 0.0, &mut zeros().view_mut()).unwrap()
+    };
+    let entropy =
+        |w: &[f32]| losses::routing_entropy(&planned(w).2, 0.0, &mut zeros().view_mut()).unwrap();
+    let router_z = |w: &[f32]| {
+        let logits = logits_of(w);
+        losses::router_z(logits.view(), None, 0.0, &mut zeros().view_mut()).unwrap()
+    };
+    let load = |w: &[f32]| {
+        let (logits, router, _) = planned(w);
         let mass_routing::AnyRouter::Noisy(noisy) = &router else {
             unreachable!("it was configured so");
         };
@@ -337,6 +386,15 @@ fn gradients_of_losses_behind_noise_agree_with_central_differences() {
             &load as &dyn Fn(&[f32]) -> f64,
         ),
         (RoutingLoss::Importance { weight }, &importance),
+        (RoutingLoss::Entropy { weight }, &entropy),
+        (RoutingLoss::RouterZ { weight }, &router_z),
+        (
+            RoutingLoss::Balance {
+                weight,
+                count: BalanceCount::Selected,
+            },
+            &balance,
+        ),
     ] {
         let with = gradients(vec![setting]);
         for i in 0..w.len() {
@@ -611,4 +669,117 @@ fn a_rate_of_nearly_one_is_that_rate() {
     // 100 of 100,000, give or take five standard deviations, each scaled by a thousand.
     assert!((50..150).contains(&kept.len()), "{}", kept.len());
     assert!(kept.iter().all(|x| (x - 1000.0).abs() < 0.1));
+}
+
+#[test]
+fn a_masked_expert_gets_nothing_from_routing_losses() {
+    let x = rows(30, 6, 1.0);
+    let every = [
+        RoutingLoss::Importance { weight: 1.0 },
+        RoutingLoss::RouterZ { weight: 1.0 },
+        RoutingLoss::Entropy { weight: 1.0 },
+    ];
+    for loss in every {
+        let config = MoeConfig {
+            losses: vec![loss],
+            ..MoeConfig::new(6, 8, 4, Activation::Relu, all_of(2))
+        };
+        let layer = MoeLayer::new(&config, &mut seeded_rng(3)).unwrap();
+        let mask = [true, true, false, true];
+        let routed = layer.forward_routed(x.clone().leaky_traced(), Some(&mask));
+        let (_, mut gradients) = probe(routed.unwrap().output);
+        for (expert, used) in layer.experts().iter().zip(mask) {
+            let row = expert.gate.gradient(&mut gradients).unwrap();
+            assert_eq!(row.iter().any(|g| *g != 0.0), used, "{loss:?}");
+        }
+        // As if there were three experts.
+        let mut three = layer.clone();
+        three.remove(layer.ids()[2]).unwrap();
+        let routed = three.forward_routed(x.clone().leaky_traced(), None);
+        let (_, mut without) = probe(routed.unwrap().output);
+        for (id, expert) in three.ids().iter().zip(three.experts()) {
+            let masked = &layer.experts()[layer.index_of(*id).unwrap()].gate;
+            let masked = masked.gradient(&mut gradients).unwrap();
+            let row = expert.gate.gradient(&mut without).unwrap();
+            assert_close(&format!("{loss:?}"), masked, row, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn a_pool_takes_what_fits_and_a_router_forgets_who_leaves() {
+    let router = RouterConfig::BiasBalanced {
+        k: 1,
+        rate: 0.1,
+        combine: Combine::Renormalised,
+    };
+    let config = MoeConfig::new(6, 8, 3, Activation::Relu, router);
+    let mut layer = MoeLayer::new(&config, &mut seeded_rng(3)).unwrap();
+    let of = |config: &MoeConfig| {
+        let layer = MoeLayer::new(config, &mut seeded_rng(4)).unwrap();
+        layer.experts()[0].clone()
+    };
+    let wider = MoeConfig {
+        hidden: 9,
+        ..config.clone()
+    };
+    let gated = MoeConfig {
+        gated: true,
+        ..config.clone()
+    };
+    for other in [wider, gated] {
+        assert!(layer.push(of(&other)).is_err());
+        assert_eq!(layer.ids().len(), 3);
+    }
+
+    let x = rows(30, 6, 1.0);
+    for _ in 0..5 {
+        let routed = layer
+            .forward_routed(x.clone().leaky_traced(), None)
+            .unwrap();
+        layer.adapt(&routed.plan).unwrap();
+    }
+    let bias = |layer: &MoeLayer| match &*layer.router() {
+        mass_routing::AnyRouter::BiasBalanced(router) => router.bias().to_vec(),
+        other => panic!("{other:?}"),
+    };
+    let learned = bias(&layer);
+    assert!(learned[0] != learned[2], "{learned:?}");
+    layer.remove(layer.ids()[0]).unwrap();
+    assert_eq!(bias(&layer), &learned[1..]);
+    layer.push(of(&config)).unwrap();
+    layer.forward_routed(x.leaky_traced(), None).unwrap();
+    assert_eq!(bias(&layer), [&learned[1..], &[0.0]].concat());
+
+    let noisy = RouterConfig::Noisy {
+        std: 0.1,
+        seed: 1,
+        inner: Box::new(RouterConfig::TopAny { experts: 3 }),
+    };
+    let config = MoeConfig {
+        router: noisy,
+        ..config
+    };
+    let refused = MoeLayer::new(&config, &mut seeded_rng(3)).unwrap_err();
+    assert!(refused.to_string().contains("behind noise"), "{refused}");
+}
+
+/// A router is in one thread's hands while it makes a plan, and not while kernels wait for other threads.
+#[test]
+fn training_passes_of_one_layer_run_side_by_side() {
+    use rayon::prelude::*;
+    let layer = MoeLayer::new(
+        &MoeConfig::new(16, 64, 4, Activation::Relu, all_of(2)),
+        &mut seeded_rng(3),
+    )
+    .unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+    let sums: Vec<f64> = pool.unwrap().install(|| {
+        let passes = (0..64).into_par_iter().map(|_| {
+            let x = rows(200, 16, 1.0);
+            probe(layer.try_forward(x.leaky_traced()).unwrap()).0
+        });
+        passes.collect()
+    });
+    assert!(sums.iter().all(|s| *s == sums[0]));
 }

@@ -427,7 +427,7 @@ fn averages_follow_a_pool_that_changes_and_swap_out_again() {
 
     // An expert comes, with its own values or its source's average; another goes.
     let source = model.mixture(0).experts()[0].clone();
-    let new = model.mixture_mut(0).push(source);
+    let new = model.mixture_mut(0).push(source).unwrap();
     model.mixture_mut(0).remove(ExpertId(1)).unwrap();
     let name = |id: ExpertId| format!("blocks.0.moe.experts.{}", id.0);
     model

@@ -324,6 +324,10 @@ fn timms_architectures_say_their_sizes() {
     tuned["model_args"] = json!({ "img_size": 96, "swiglu": true });
     let e = read(tuned).unwrap_err().to_string();
     assert!(e.contains("model_args.swiglu"), "{e}");
+    // Null overrides what the name says.
+    let without =
+        json!({ "architecture": "vit_base_patch14_dinov2", "model_args": { "init_values": null } });
+    assert_eq!(read(without).unwrap().layer_scale, None);
     let dino = read(json!({ "architecture": "vit_base_patch14_dinov2" })).unwrap();
     let wanted = VitConfig {
         image_size: 518,

@@ -39,7 +39,9 @@ impl TextBatch {
 
     /// A batch `[batch, seq]` with padding, of which the rows are kept but not attended to.
     ///
-    /// With all padding at the end of a row, the results at real tokens are those of the packed batch; padding costs time.
+    /// With all padding at the end of a row, the results at real tokens are those of the packed batch; padding costs time. In a
+    /// mixture layer rows of padding are routed as tokens are: they count in the plan, in routing losses and in what an adapting
+    /// router learns, and experts that choose their tokens may choose them. Where that matters, pack.
     /// Positions count from the start of a row, marked or not, and the head reads the row's first token, as in transformers: padding
     /// before the tokens or between them moves their positions.
     ///

@@ -66,11 +66,20 @@ pub(super) fn write(
     for entry in fs::read_dir(dir).map_err(io(dir))? {
         let entry = entry.map_err(io(dir))?;
         let other = entry.file_name().to_string_lossy().into_owned();
-        if other != name && (other.starts_with("step-") || other.starts_with(".partial-")) {
+        let ours = is_step(other.strip_prefix(".partial-").unwrap_or(&other));
+        if other != name && ours && entry.path().is_dir() {
             fs::remove_dir_all(entry.path()).map_err(io(&entry.path()))?;
         }
     }
     Ok(complete)
+}
+
+/// Whether a folder has the name of a checkpoint.
+fn is_step(name: &str) -> bool {
+    name.strip_prefix("step-").is_some_and(|rest| {
+        let digits = rest.trim_end_matches('+');
+        digits.len() >= 10 && digits.bytes().all(|b| b.is_ascii_digit())
+    })
 }
 
 /// The name of a folder with its checksum, so that a flipped bit does not name another.
@@ -84,11 +93,7 @@ pub(super) fn newest(dir: &Path) -> Result<PathBuf, ModelError> {
     let bytes = fs::read(&pointer).map_err(io(&pointer))?;
     let text = String::from_utf8_lossy(&bytes);
     let name = text.split(' ').next().unwrap_or_default();
-    let plain = name.strip_prefix("step-").is_some_and(|rest| {
-        let digits = rest.trim_end_matches('+');
-        !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
-    });
-    if !plain || render_pointer(name).as_bytes() != bytes {
+    if !is_step(name) || render_pointer(name).as_bytes() != bytes {
         let found = text.chars().take(80).collect();
         return Err(broken(&pointer, CheckpointError::Pointer { found }));
     }

@@ -49,10 +49,12 @@ mod size;
 mod tensors;
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
 
 use crate::error::ModelError;
 use crate::growth::Mixtures;
@@ -91,6 +93,15 @@ pub trait Checkpointed: Mixtures + Sized {
     /// Whatever the configuration leaves to be refused.
     fn from_checkpoint_config(config: &Self::Config) -> Result<Self, ModelError>;
 
+    /// Whether the model still is what its configuration says. What differs would be lost: a checkpoint keeps the configuration and
+    /// the values of parameters.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] naming what differs.
+    fn check_config(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
     /// How many values a model of a configuration holds at the least, with the pools it starts with; `None` if there is no
     /// such number. It is compared with the size of the file, so that a false configuration does not exhaust memory.
     fn values_at_least(config: &Self::Config) -> Option<u64>;
@@ -108,7 +119,7 @@ pub struct Snapshot<'a, M, S: ?Sized> {
     /// Averaged weights, if the run keeps them.
     pub ema: Option<&'a Ema>,
     /// What the caller needs beside: controller, data position, random state. Serialised as JSON, which has no NaN and no
-    /// infinity.
+    /// infinity: a state with either is refused.
     pub state: &'a S,
 }
 
@@ -141,8 +152,9 @@ fn broken(path: &Path, why: CheckpointError) -> ModelError {
 ///
 /// # Errors
 /// [`ModelError::Io`] naming the file that could not be written, [`ModelError::Config`] if averaged weights are
-/// [in the model](Ema::swap), [`ModelError::Checkpoint`] for a state that JSON cannot hold. The previous checkpoint is
-/// intact then.
+/// [in the model](Ema::swap) or the model [is not what its configuration says](Checkpointed::check_config),
+/// [`ModelError::NonFinite`] for a NaN or an infinity in the state or an expert's offset, [`ModelError::Checkpoint`] for a
+/// state that JSON cannot hold. The previous checkpoint is intact then.
 pub fn save<M: Checkpointed, S: Serialize + ?Sized>(
     dir: &Path,
     snapshot: &Snapshot<'_, M, S>,
@@ -181,6 +193,26 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         return Err(ModelError::Config(
             "averaged weights are in the model; swap them out before saving".into(),
         ));
+    }
+    model.check_config()?;
+    for layer in 0..model.mixtures() {
+        let moe = model.mixture(layer);
+        for (expert, id) in moe.experts().iter().zip(moe.ids()) {
+            if !expert.logit_offset.is_finite() {
+                let (offset, name) = (expert.logit_offset, model.mixture_name(layer));
+                let what = format!("the logit offset {offset} of {name}.experts.{}", id.0);
+                return Err(ModelError::NonFinite(what));
+            }
+        }
+    }
+    let unserialisable =
+        |e: &dyn Display| broken(Path::new(STATE), CheckpointError::Json(e.to_string()));
+    // JSON would write null for them, and perhaps be read back as something else.
+    let tree = ciborium::Value::serialized(state).map_err(|e| unserialisable(&e))?;
+    if let Some(value) = non_finite(&tree) {
+        return Err(ModelError::NonFinite(format!(
+            "a number of the state, {value}"
+        )));
     }
     let mut seals = Seals::default();
     let mut seal_and_sink = |name: &str, bytes: Vec<u8>| {
@@ -238,10 +270,23 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         ema: ema.map(|e| *e.config()),
         state,
     };
-    let json = serde_json::to_vec(&manifest)
-        .map_err(|e| broken(Path::new(STATE), CheckpointError::Json(e.to_string())))?;
+    let json = serde_json::to_vec(&manifest).map_err(|e| unserialisable(&e))?;
     seal_and_sink(STATE, json)?;
     sink(SEALS, seals.render().into_bytes())
+}
+
+/// A number in it that is NaN or infinite, if there is one.
+fn non_finite(value: &ciborium::Value) -> Option<f64> {
+    use ciborium::Value;
+    match value {
+        Value::Float(x) => (!x.is_finite()).then_some(*x),
+        Value::Array(values) => values.iter().find_map(non_finite),
+        Value::Map(pairs) => pairs
+            .iter()
+            .find_map(|(k, v)| non_finite(k).or_else(|| non_finite(v))),
+        Value::Tag(_, value) => non_finite(value),
+        _ => None,
+    }
 }
 
 /// Whether `dir` holds a checkpoint.
@@ -282,10 +327,12 @@ pub fn load_model<M: Checkpointed>(dir: &Path) -> Result<M, ModelError> {
 }
 
 /// Reads the weights, pools and routers of the newest checkpoint of `dir` into a model that exists, and returns the layers
-/// in which the numbers of experts differed. What differs otherwise (a width, a number of layers) is an error.
+/// in which the numbers of experts differed. What differs otherwise and makes it another function (a width, a number of heads,
+/// an activation, a router) is an error. What matters in training alone (dropout, routing losses, how weights are drawn) is the
+/// model's own.
 ///
 /// # Errors
-/// As [`load`], and [`CheckpointError::ExpertCount`] unless `options` say what to do. After an error the model is as it was.
+/// As [`load`], [`CheckpointError::Settings`] for a model that computes something else, and [`CheckpointError::ExpertCount`] unless `options` say what to do. After an error the model is as it was.
 pub fn load_into<M: Checkpointed>(
     dir: &Path,
     model: &mut M,
@@ -300,8 +347,39 @@ pub fn load_into<M: Checkpointed>(
     let state = source.path(STATE);
     let reading = Reading::fitted(&state, model, manifest.pools, options.pool)?;
     reading.check(model, &file)?;
+    let values = |config: &M::Config| serde_json::to_value(config);
+    let both = values(&manifest.model).and_then(|a| Ok((a, values(model.checkpoint_config())?)));
+    let (theirs, ours) = both.map_err(|e| broken(&state, CheckpointError::Json(e.to_string())))?;
+    if let Some(what) = contradiction("", &theirs, &ours) {
+        return Err(broken(&state, CheckpointError::Settings(what)));
+    }
     reading.apply(&state, model, &file)?;
     Ok(reading.differing)
+}
+
+/// The first setting by which two models compute different functions, and what it is in either.
+fn contradiction(name: &str, theirs: &Value, ours: &Value) -> Option<String> {
+    // The number of experts at the start, and what matters in training alone.
+    const FREE: [&str; 4] = ["experts", "losses", "initializer_range", "embedding_std"];
+    match (theirs, ours) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+            keys.retain(|k| !FREE.contains(&k.as_str()) && !k.contains("dropout"));
+            keys.into_iter().find_map(|key| {
+                let of = |map: &serde_json::Map<String, Value>| map.get(key).cloned();
+                let (a, b) = (of(a).unwrap_or_default(), of(b).unwrap_or_default());
+                let dot = if name.is_empty() { "" } else { "." };
+                contradiction(&format!("{name}{dot}{key}"), &a, &b)
+            })
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).find_map(|(a, b)| contradiction(name, a, b))
+        }
+        _ if theirs == ours => None,
+        _ => Some(format!(
+            "{name} is {theirs}, but {ours} in the model to be read into"
+        )),
+    }
 }
 
 fn read_manifest<M: Checkpointed, S: DeserializeOwned>(

@@ -19,9 +19,9 @@ impl LayerNorm {
     /// Over `dim` values, at scale one and shift zero.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if `dim` is zero or `eps` is not positive.
+    /// [`ModelError::Config`] if `dim` is zero or `eps` is not positive and finite.
     pub fn new(dim: usize, eps: f32) -> Result<Self, ModelError> {
-        if dim == 0 || eps.is_nan() || eps <= 0.0 {
+        if dim == 0 || !eps.is_finite() || eps <= 0.0 {
             return Err(ModelError::Config(format!(
                 "layer norm over {dim} values with eps {eps}"
             )));

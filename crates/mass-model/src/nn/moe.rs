@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
 use mass_expand::ExpertId;
 use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
+use ndarray::ArrayView2;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -284,11 +285,19 @@ impl MoeLayer {
             return Err(ModelError::Config(format!("routing loss {loss:?}")));
         }
         let router = config.router.build()?;
-        if let Some(loss) = config.losses.iter().find(|l| !l.fits(&router)) {
-            return Err(ModelError::Config(format!(
-                "routing loss {loss:?} needs noisy top-k routing, not {:?}",
-                config.router
-            )));
+        for loss in &config.losses {
+            if let Some(needed) = loss.lacks(&router) {
+                return Err(ModelError::Config(format!(
+                    "routing loss {loss:?} {needed}, not {:?}",
+                    config.router
+                )));
+            }
+        }
+        if let AnyRouter::Noisy(noisy) = &router
+            && matches!(noisy.inner(), AnyRouter::TopAny(_))
+        {
+            let what = "top-any routing behind noise: its thresholds are the experts' and cannot reach it there";
+            return Err(ModelError::Config(what.into()));
         }
         let any = matches!(config.router, RouterConfig::TopAny { .. });
         for (e, expert) in experts.iter_mut().enumerate() {
@@ -380,12 +389,29 @@ impl MoeLayer {
     }
 
     /// Adds an expert at the end of the pool and returns its id.
-    pub fn push(&mut self, expert: MoeExpert) -> ExpertId {
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] or [`ModelError::Config`] if it is not made as the others are, [`ModelError::Config`] if the
+    /// layer has no id left; the pool is as it was then.
+    pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
+        let first = &self.experts[0];
+        expert.check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
+        if expert.up.is_some() != first.up.is_some()
+            || expert.threshold.is_some() != first.threshold.is_some()
+        {
+            let what = "a newcomer is gated, or has a threshold, unlike the other experts";
+            return Err(ModelError::Config(what.into()));
+        }
+        if expert.gate.shape() != first.gate.shape() {
+            let (wanted, found) = (first.gate.shape(), expert.gate.shape());
+            return Err(ModelError::shape("gate row of a newcomer", wanted, found));
+        }
         let id = self.next_id();
+        let no_id = || ModelError::Config(format!("no id is left after {}", id.0));
+        self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
         self.experts.push(expert);
         self.ids.push(id);
-        self.next_id += 1;
-        id
+        Ok(id)
     }
 
     /// Takes an expert out of the pool.
@@ -400,6 +426,7 @@ impl MoeLayer {
             ));
         }
         self.ids.remove(index);
+        self.router_mut().remove_expert(index);
         Ok(self.experts.remove(index))
     }
 
@@ -454,8 +481,14 @@ impl MoeLayer {
         let (x, tape) = x.split_tape();
         let routed = x.clone().put_tape(tape);
         let (output, plan) = if T::OWNS_TAPE {
-            let router = &mut *self.router();
-            ops::moe_ffn(routed, &self.experts, gate, mask, router, activation)?
+            // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
+            let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+                let router = &mut *self.router();
+                ops::set_thresholds(router, &self.experts)?;
+                router.route(logits, mask, plan)?;
+                Ok(router.clone())
+            };
+            ops::moe_ffn_with(routed, &self.experts, gate, activation, route)?
         } else {
             let mut router = self.router().clone();
             router.set_training(false);

@@ -189,7 +189,7 @@ impl Gate {
 }
 
 /// Hands the experts' learned thresholds to a router that has some.
-pub(super) fn set_thresholds(
+pub(crate) fn set_thresholds(
     router: &mut AnyRouter,
     experts: &[MoeExpert],
 ) -> Result<(), ModelError> {
@@ -296,9 +296,19 @@ impl RoutingLoss {
         }
     }
 
-    /// Whether the router has what the loss is made of.
-    pub(crate) fn fits(&self, router: &AnyRouter) -> bool {
-        !matches!(self, Self::Load { .. }) || noisy_top_k(router).is_some()
+    /// What the loss needs and the router does not have.
+    pub(crate) fn lacks(&self, router: &AnyRouter) -> Option<&'static str> {
+        match self {
+            Self::Load { .. } => {
+                let needed = "needs noisy top-k routing";
+                noisy_top_k(router).is_none().then_some(needed)
+            }
+            Self::Balance { .. } | Self::Entropy { .. } => {
+                let needed = "needs routing by a softmax";
+                matches!(router, AnyRouter::TopAny(_)).then_some(needed)
+            }
+            Self::Importance { .. } | Self::RouterZ { .. } => None,
+        }
     }
 
     fn add_gradient(
@@ -308,19 +318,28 @@ impl RoutingLoss {
         logits: ArrayView2<'_, f32>,
         d_logits: &mut ArrayViewMut2<'_, f32>,
     ) -> Result<(), RoutingError> {
+        let in_use = Some(plan.in_use());
         match self {
             Self::Balance { weight, count } => gshard_balance(plan, count, weight, d_logits)?,
             Self::Entropy { weight } => routing_entropy(plan, weight, d_logits)?,
-            Self::RouterZ { weight } => router_z(logits, None, weight, d_logits)?,
+            Self::RouterZ { weight } => router_z(logits, in_use, weight, d_logits)?,
             Self::Importance { weight } => {
                 let mut r = logits.to_owned();
                 for mut row in r.outer_iter_mut() {
+                    let masked = |(_, used): &(&mut f32, &bool)| !**used;
+                    let hide = |row: &mut ArrayViewMut1<'_, f32>, value| {
+                        let experts = row.iter_mut().zip(plan.in_use());
+                        experts.filter(masked).for_each(|(r, _)| *r = value);
+                    };
+                    hide(&mut row, f32::NEG_INFINITY);
                     if let Some(row) = row.as_slice_mut() {
                         softmax_in_place(row);
                     }
+                    // The exponential of a kernel ends above zero.
+                    hide(&mut row, 0.0);
                 }
                 let mut d_r = Array2::zeros(r.dim());
-                let loss = importance(r.view(), None, weight, &mut d_r.view_mut())?;
+                let loss = importance(r.view(), in_use, weight, &mut d_r.view_mut())?;
                 softmax_backward(r.view(), d_r.view(), d_logits)?;
                 loss
             }
@@ -332,7 +351,7 @@ impl RoutingLoss {
                 let (noised, std) = (noisy.noisy_logits(), f64::from(noisy.std()));
                 let mut d_noisy = Array2::zeros(noised.dim());
                 let mut into = d_noisy.view_mut();
-                let loss = load(logits, noised, None, k, std, weight, d_logits, &mut into)?;
+                let loss = load(logits, noised, in_use, k, std, weight, d_logits, &mut into)?;
                 // The noise is added, so that both have the same gradient.
                 *d_logits += &d_noisy;
                 loss

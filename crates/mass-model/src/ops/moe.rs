@@ -196,6 +196,22 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     router: &mut AnyRouter,
     activation: Activation,
 ) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
+    let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+        set_thresholds(router, experts)?;
+        router.route(logits, mask, plan)?;
+        Ok(router.clone())
+    };
+    moe_ffn_with(x, experts, (gate, losses), activation, route)
+}
+
+/// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
+pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
+    x: Rows<T>,
+    experts: &[MoeExpert],
+    (gate, losses): (&Gate, &[RoutingLoss]),
+    activation: Activation,
+    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
     let Some(first) = experts.first() else {
         return Err(ModelError::Config(
             "a mixture layer needs at least one expert".into(),
@@ -224,11 +240,10 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     let n = x.shape().0;
     let input = read(&x);
     let gated = gate.logits(&input, experts, (n, dim))?;
-    set_thresholds(router, experts)?;
     let mut plan = RoutingPlan::default();
     let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
         .expect("the buffer has this size");
-    router.route(view, mask, &mut plan)?;
+    let router = route(view, &mut plan)?;
     let plan = Arc::new(plan);
 
     let shape = FfnShape {
@@ -256,7 +271,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
         let held: Vec<Held> = experts.iter().map(Held::of).collect();
         let plan = Arc::clone(&plan);
-        let (router, losses) = (router.clone(), losses.to_vec());
+        let losses = losses.to_vec();
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             let mut dx = take_gradient!(g, x_ghost);

@@ -149,7 +149,8 @@ impl AdamW {
     /// serves the next backward pass. Returns the norm of all gradients.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Shape`] if a parameter
+    /// [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
+    /// learning rate, [`ModelError::Shape`] if a parameter
     /// has another size than its moments; no parameter is changed then.
     pub fn step<M: Parameters + ?Sized>(
         &mut self,
@@ -159,6 +160,9 @@ impl AdamW {
     ) -> Result<f64, ModelError> {
         if !lr.is_finite() {
             return Err(ModelError::NonFinite(format!("the learning rate {lr}")));
+        }
+        if lr < 0.0 {
+            return Err(ModelError::Config(format!("a learning rate of {lr}")));
         }
         let mut squares = 0.0;
         let mut failed = None;

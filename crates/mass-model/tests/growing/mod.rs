@@ -17,21 +17,24 @@ use mass_routing::RouterConfig;
 
 pub const SEQ: usize = 8;
 
-pub fn model(router: RouterConfig) -> LanguageModel {
+pub fn config(router: RouterConfig) -> LanguageModelConfig {
     let moe = MoeConfig::new(12, 10, 3, Activation::GeluErf, router);
     let block = BlockConfig {
         heads: 2,
         layer_norm_eps: 1e-5,
         moe,
     };
-    let config = LanguageModelConfig {
+    LanguageModelConfig {
         vocab: 11,
         max_seq: SEQ,
         layers: 2,
         embedding_std: 0.02,
         block,
-    };
-    LanguageModel::new(&config, &mut seeded_rng(5)).unwrap()
+    }
+}
+
+pub fn model(router: RouterConfig) -> LanguageModel {
+    LanguageModel::new(&config(router), &mut seeded_rng(5)).unwrap()
 }
 
 /// The batch of a step: a pure function of it.

@@ -44,8 +44,9 @@ struct Arguments {
     qkv_bias: Option<bool>,
     #[serde(deserialize_with = "present")]
     layer_norm_eps: Option<f32>,
-    /// Null and zero are no layer scale.
-    init_values: Option<f32>,
+    /// Null and zero are no layer scale, whatever the architecture has by its name.
+    #[serde(deserialize_with = "present")]
+    init_values: Option<Option<f32>>,
     act_layer: Option<String>,
 }
 
@@ -132,7 +133,7 @@ fn named(architecture: &str) -> Arguments {
             num_heads: Some(heads),
             patch_size: Some(patch),
             img_size: Some(size),
-            init_values: scale,
+            init_values: Some(scale),
             ..Arguments::default()
         };
         parts.next().is_none().then_some(arguments)
@@ -170,7 +171,11 @@ impl Arguments {
             patch_size: self.patch_size.or(named.patch_size).unwrap_or(patch_size),
             num_channels: self.in_chans.unwrap_or(base.num_channels),
             qkv_bias: self.qkv_bias.unwrap_or(true),
-            layer_scale: self.init_values.or(named.init_values).filter(|&s| s != 0.0),
+            layer_scale: self
+                .init_values
+                .or(named.init_values)
+                .flatten()
+                .filter(|&s| s != 0.0),
             position_resampling: Resampling::BicubicAntialias,
             ..base
         })
