@@ -118,6 +118,9 @@ const BENCHES: [Bench; 10] = [
     },
 ];
 
+/// Timings that mass-bench makes.
+const OF_MASS_BENCH: [&str; 3] = ["ginc-sampling", "bayes-filter", "bayes-filter-long"];
+
 /// Runs the named benches, or all of them; other names are those of mass-bench itself.
 pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     let rest = &arguments[1..];
@@ -134,10 +137,23 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
         for bench in &BENCHES {
             println!("  {:8} {}", bench.name, bench.about);
         }
-        println!("\nOther names are timings of mass-bench itself: ginc-sampling, bayes-filter.");
+        println!(
+            "\nTimings of mass-bench itself: {}",
+            OF_MASS_BENCH.join(", ")
+        );
         return ExitCode::SUCCESS;
     }
     if chosen.is_empty() {
+        if let Some(unknown) = name.filter(|n| !OF_MASS_BENCH.iter().any(|own| *n == own)) {
+            let names: Vec<&str> = BENCHES
+                .iter()
+                .map(|b| b.name)
+                .chain(OF_MASS_BENCH)
+                .collect();
+            let (unknown, names) = (unknown.to_string_lossy(), names.join(", "));
+            eprintln!("error: unknown bench `{unknown}`; there are: {names}");
+            return ExitCode::from(2);
+        }
         return forward::run(arguments);
     }
     for bench in chosen {

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
 
-use crate::run::{cargo, exit_code, root};
+use crate::run::{become_program, cargo, root};
 
 /// Builds the release binary (cargo's progress goes to standard error), then runs it here.
 ///
@@ -42,7 +42,7 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     }
     let mut run = cargo_run("run");
     run.arg("--quiet").arg("--").args(arguments);
-    exit_code(run)
+    become_program(run)
 }
 
 /// Whether a release binary is there, up to date or not.

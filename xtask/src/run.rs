@@ -16,6 +16,19 @@ pub(crate) fn root() -> PathBuf {
     here.parent().map_or(here.clone(), PathBuf::from)
 }
 
+/// Becomes a program, where the system has that: Ctrl-C then reaches it alone, and the prompt comes back when it has ended.
+pub(crate) fn become_program(mut command: Command) -> ExitCode {
+    #[cfg(unix)]
+    {
+        let error = std::os::unix::process::CommandExt::exec(&mut command);
+        let program = command.get_program().to_string_lossy();
+        eprintln!("error: cannot run {program}: {error}");
+        ExitCode::FAILURE
+    }
+    #[cfg(not(unix))]
+    exit_code(command)
+}
+
 /// Runs a program to its end and hands its exit code on.
 pub(crate) fn exit_code(mut command: Command) -> ExitCode {
     match command.status() {

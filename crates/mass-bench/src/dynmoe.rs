@@ -246,7 +246,7 @@ impl DynMoe {
             if let Some(threshold) = &mut newcomer.threshold {
                 threshold.values_mut().fill(0.0);
             }
-            let expert = moe.push(newcomer);
+            let expert = moe.push(newcomer)?;
             let experts = moe.ids().len();
             changes.push(DynMoeChange::Add {
                 expert,

@@ -65,6 +65,12 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     let partial = models.join(PARTIAL).join(name);
     let partial = std::path::absolute(&partial).map_err(|e| input(&partial, e))?;
 
+    let whole = partial.join("whole");
+    if whole.exists() {
+        // Broken off while it was put together: the cache points to files that have been moved out of it.
+        fs::remove_dir_all(&partial).map_err(|e| input(&partial, e))?;
+    }
+
     let failed = |doing: &str| {
         let doing = format!("{doing} {repository}");
         move |e: ApiError| BenchError::failed(doing, e)
@@ -93,10 +99,6 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     }
 
     // Put together beside its place, looked at, and renamed: whatever is in its place is whole.
-    let whole = partial.join("whole");
-    if whole.exists() {
-        fs::remove_dir_all(&whole).map_err(|e| input(&whole, e))?;
-    }
     fs::create_dir_all(&whole).map_err(|e| input(&whole, e))?;
     for (file, from) in files {
         let to = whole.join(file);

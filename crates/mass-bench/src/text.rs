@@ -22,6 +22,7 @@ use std::{
 };
 
 use crate::batch::{TokenBatch, draw};
+use crate::fnv::Fnv;
 
 /// Token ids of a byte-level model.
 pub const VOCAB: usize = 256;
@@ -162,6 +163,15 @@ impl ByteText {
     #[must_use]
     pub fn train(&self) -> &[u8] {
         &self.bytes[..self.train]
+    }
+
+    /// A digest of all bytes and of where the held-out tail begins.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut digest = Fnv::default();
+        digest.eat(&(self.train as u64).to_le_bytes());
+        digest.eat(&self.bytes);
+        digest.0
     }
 
     /// The tail that is never trained on.

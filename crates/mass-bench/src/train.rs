@@ -36,7 +36,8 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     run.experts_init = Some(args.experts);
     let config = config(args, run.key().to_string());
     check(&config)?;
-    let mut store = ctx.open_train_store(args, &serde_json::json!({}))?;
+    let data = format!("{:016x}", text.digest());
+    let mut store = ctx.open_train_store(args, &serde_json::json!({ "text": data }))?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
@@ -105,6 +106,8 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         ..run
     };
     let key = run.key().to_string();
+    // Lines that it left before a crash, if it did.
+    store.rewind(&run.key(), 0)?;
     for line in trainer.metrics() {
         store.metric(line)?;
     }

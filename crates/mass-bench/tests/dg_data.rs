@@ -265,8 +265,8 @@ fn pixels_are_kept_until_the_files_change_and_checked_when_read() {
     let second = again();
     assert_eq!(second.source, Source::Cache);
     assert_eq!(
-        (&second.pixels(3), second.digest),
-        (&first.pixels(3), first.digest)
+        (&second.pixels(3), second.digest()),
+        (&first.pixels(3), first.digest())
     );
 
     let file = fs::read_dir(&cache)
@@ -312,7 +312,39 @@ fn pixels_are_kept_until_the_files_change_and_checked_when_read() {
     fs::write(root.join("day/cat/c.png"), bytes).unwrap();
     let grown = again();
     assert_eq!((&grown.source, grown.len()), (&Source::Decoded, 9));
-    assert_ne!(grown.digest, first.digest);
+    assert_ne!(grown.digest(), first.digest());
+
+    // The same bytes written anew are another listing and the same set; what was decoded for the old one is gone.
+    let file = root.join("day/cat/c.png");
+    let bytes = fs::read(&file).unwrap();
+    let before = fs::metadata(&file).unwrap().modified().unwrap();
+    let later = before + std::time::Duration::from_secs(7);
+    fs::write(&file, bytes).unwrap();
+    let opened = fs::File::options().write(true).open(&file).unwrap();
+    opened.set_modified(later).unwrap();
+    let same = again();
+    assert_eq!(same.source, Source::Decoded);
+    assert_eq!(same.digest(), grown.digest());
+    let mut kept: Vec<String> = fs::read_dir(&cache)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    kept.sort();
+    let sizes: Vec<&str> = kept.iter().map(|n| n.rsplit('-').nth(1).unwrap()).collect();
+    assert_eq!(sizes, ["5", "8"], "{kept:?}");
+    // One pixel, or a name.
+    let mut pixel = gradient();
+    pixel.put_pixel(0, 0, image::Rgb([9, 9, 9]));
+    let bytes = encoded(&DynamicImage::ImageRgb8(pixel), ImageFormat::Png);
+    fs::write(&file, bytes).unwrap();
+    let repainted = again();
+    assert_ne!(repainted.digest(), grown.digest());
+    for domain in ["day", "night"] {
+        fs::rename(root.join(domain).join("cat"), root.join(domain).join("cow")).unwrap();
+    }
+    let renamed = again();
+    assert_eq!(renamed.pixels(8), repainted.pixels(8));
+    assert_ne!(renamed.digest(), repainted.digest());
 }
 
 #[test]

@@ -138,16 +138,23 @@ fn an_interrupted_study_resumes_to_the_same_results() {
         .unwrap();
     // Killed as soon as a first run is in the results.
     let begun = std::time::Instant::now();
+    let mut seen = false;
     while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
         let runs = std::fs::read(cut.join("results.json")).ok();
         let runs = runs.and_then(|r| serde_json::from_slice::<Value>(&r).ok());
-        if runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty()) {
+        seen = runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty());
+        if seen {
             break;
         }
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     child.kill().unwrap();
     child.wait().unwrap();
+    assert!(seen, "nothing to go on from");
+    assert!(
+        figures(&cut).len() < figures(&whole).len(),
+        "killed too late"
+    );
     smoke(&cut, &[&choice[..], &["--resume"]].concat());
     assert_eq!(figures(&cut), figures(&whole));
     assert_eq!(results(&cut)["summary"][0]["n"], 2);

@@ -130,6 +130,12 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
         Err(ReportError::Malformed { .. })
     ));
 
+    std::fs::write(
+        dir.path().join("results.json"),
+        r#"{"study": "x", "runs": []}"#,
+    )
+    .expect("a write");
+
     // Without --resume the directory starts anew, checkpoints included.
     let checkpoint = dir.path().join("checkpoints/mass");
     std::fs::create_dir_all(&checkpoint).expect("a directory");
@@ -139,12 +145,70 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     assert_eq!(read(dir.path(), "metrics.jsonl"), "");
     assert!(!checkpoint.exists());
 
-    // A directory of someone else's keeps what it holds.
-    let foreign = tempfile::tempdir().expect("a temporary directory");
-    let checkpoint = foreign.path().join("checkpoints/theirs");
-    std::fs::create_dir_all(&checkpoint).expect("a directory");
-    open(foreign.path(), &settings, false).expect("a store");
-    assert!(checkpoint.exists());
+    // Settings without results that they belong to are no reason to lose results.
+    std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
+    open(dir.path(), &settings, true).expect("no run, no settings");
+    let mut store = open(dir.path(), &settings, true).expect("a store");
+    store.push(mass(0, 1.0)).expect("a run");
+    drop(store);
+    std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
+    let error = open(dir.path(), &settings, true).expect_err("runs of unknown settings");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("settings.json"), "{error}");
+}
+
+#[test]
+fn a_directory_of_someone_else_keeps_what_it_holds() {
+    let settings = json!({"steps": 1});
+    for name in [
+        "checkpoints/theirs",
+        "patches/theirs",
+        "results.json",
+        "settings.json",
+        "report.html",
+        "metrics.jsonl",
+    ] {
+        let foreign = tempfile::tempdir().expect("a temporary directory");
+        let theirs = foreign.path().join(name);
+        std::fs::create_dir_all(theirs.parent().expect("a parent")).expect("a directory");
+        std::fs::write(&theirs, "{}").expect("a write");
+        // Again and again: what is refused once does not become ours.
+        for resume in [false, false, true] {
+            let error = open(foreign.path(), &settings, resume).expect_err(name);
+            assert_eq!(error.exit_code(), 2, "{name}: {error}");
+            assert_eq!(std::fs::read(&theirs).expect(name), b"{}", "{name}");
+        }
+    }
+    // Other files beside are no obstacle, and stay.
+    let shared = tempfile::tempdir().expect("a temporary directory");
+    std::fs::write(shared.path().join("notes.txt"), "mine").expect("a write");
+    for _ in 0..2 {
+        open(shared.path(), &settings, false).expect("a store");
+    }
+    assert_eq!(read(shared.path(), "notes.txt"), "mine");
+    // A directory that cannot be made.
+    let file = shared.path().join("notes.txt/out");
+    let error = open(&file, &settings, false).expect_err("below a file");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("--out"), "{error}");
+}
+
+#[test]
+fn runs_of_other_data_are_not_mixed() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let of = |data: Value| json!({"steps": 1, "data": data});
+    let mut store = open(dir.path(), &of(json!({"a": "1"})), false).expect("a store");
+    store.push(mass(0, 1.0)).expect("a run");
+    drop(store);
+    open(dir.path(), &of(json!({"b": "2"})), true).expect("another task");
+    let error = open(dir.path(), &of(json!({"a": "3", "b": "2"})), true).expect_err("other data");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("a has changed"), "{error}");
+    let error = open(dir.path(), &of(json!({"b": "3"})), true).expect_err("other data");
+    assert!(error.to_string().contains("b has changed"), "{error}");
+    open(dir.path(), &of(json!({"a": "1", "b": "2"})), true).expect("the same");
+    let kept: Value = serde_json::from_str(&read(dir.path(), "settings.json")).expect("JSON");
+    assert_eq!(kept, of(json!({"a": "1", "b": "2"})));
 }
 
 #[test]
@@ -306,4 +370,38 @@ fn report_plots_what_metrics_hold() {
     assert!(html.contains("Bayes 1.335"));
     // Thinned: not one point a step.
     assert!(html.len() < 30_000, "{}", html.len());
+
+    // Seeds make one line, their mean; a task has plots of its own; one point is no line.
+    let lines = |run: &str, from: u64, loss: f64| {
+        let line = |step| MetricLine {
+            run: run.into(),
+            step,
+            train_loss: Some(loss + step as f64),
+            ..MetricLine::default()
+        };
+        (from..2).map(line).collect::<Vec<_>>()
+    };
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let of = |task: &str, seed| Run {
+        task: Some(task.into()),
+        ..Run::new("erm", seed)
+    };
+    for (run, from, loss) in [
+        (of("a", 0), 0, 2.0),
+        (of("a", 1), 0, 4.0),
+        (of("b", 0), 0, 7.0),
+        (of("c", 0), 1, 9.0),
+    ] {
+        for line in lines(&run.key().to_string(), from, loss) {
+            store.metric(&line).expect("a line");
+        }
+        store.push(run).expect("a run");
+    }
+    let html = read(dir.path(), "report.html");
+    assert_eq!(html.matches("<polyline").count(), 2);
+    assert!(html.contains(": a</text>") && html.contains(": b</text>"));
+    assert!(!html.contains(": c</text>"));
+    // From 3 to 4, which ticks of 0.2 show.
+    assert!(html.contains(">3.2</text>") && html.contains(">3.8</text>"));
 }

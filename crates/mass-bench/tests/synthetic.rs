@@ -113,24 +113,35 @@ fn an_interrupted_study_resumes_to_the_same_files() {
         .args(&arguments)
         .spawn()
         .unwrap();
-    // As soon as the first checkpoint is there the run is under way; killed then, and started again.
-    let begun = std::time::Instant::now();
-    let checkpoints = cut.join("checkpoints");
-    while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
-        let some = std::fs::read_dir(&checkpoints).is_ok_and(|mut d| {
-            d.any(|run| run.is_ok_and(|run| run.path().join("latest").is_file()))
-        });
-        if some {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let step = killed_at_a_checkpoint(&mut child, &cut);
+    assert!(step < 120, "step {step}: killed after the last");
     smoke(&cut, &[&choice[..], &["--resume"]].concat());
     for name in ["metrics.jsonl", "events.jsonl"] {
         assert_eq!(lines(&cut, name), lines(&whole, name), "{name}");
     }
+}
+
+/// Kills a program as soon as one of its runs has left a checkpoint; the step of the youngest.
+fn killed_at_a_checkpoint(child: &mut std::process::Child, out: &Path) -> u64 {
+    let begun = std::time::Instant::now();
+    let saved = || -> Vec<_> {
+        let runs = std::fs::read_dir(out.join("checkpoints"));
+        let runs = runs.into_iter().flatten().flatten().map(|run| run.path());
+        runs.filter(|run| mass_model::checkpoint::exists(run))
+            .collect()
+    };
+    while saved().is_empty() {
+        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        assert!(begun.elapsed().as_secs() < 60, "no checkpoint in a minute");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let step = |run: &std::path::PathBuf| {
+        let read = mass_model::checkpoint::load::<mass_model::lm::LanguageModel, Value>(run);
+        read.unwrap().step
+    };
+    saved().iter().map(step).min().unwrap()
 }
 
 #[test]
@@ -170,4 +181,61 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
     let read =
         mass_model::checkpoint::load::<mass_model::lm::LanguageModel, Value>(&folder).unwrap();
     assert_eq!(read.step, 60);
+}
+
+#[test]
+fn a_killed_training_goes_on_with_the_same_text_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text.txt");
+    let sentences = |more: &str| -> String {
+        (0..2000)
+            .map(|i| format!("The {i}th line says the same as the one before it{more}.\n"))
+            .collect()
+    };
+    std::fs::write(&text, sentences("")).unwrap();
+    let train = |out: &Path, resume: bool| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
+        command.args(["train", "--dim", "32", "--hidden", "32", "--layers", "1"]);
+        command.args([
+            "--seq",
+            "32",
+            "--batch",
+            "8",
+            "--steps",
+            "500",
+            "--threads",
+            "1",
+        ]);
+        command.arg("--text").arg(&text).arg("--out").arg(out);
+        command.args(resume.then_some("--resume"));
+        command.stdout(std::process::Stdio::null());
+        command
+    };
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    assert!(train(&whole, false).status().unwrap().success());
+    let mut child = train(&cut, false).spawn().unwrap();
+    let step = killed_at_a_checkpoint(&mut child, &cut);
+    assert!(step < 500, "step {step}: killed after the last");
+
+    // Another text of the same name, and of the same length, is not trained on.
+    for changed in [sentences(" and more"), sentences("").replace("one", "two")] {
+        std::fs::write(&text, changed).unwrap();
+        let output = train(&cut, true).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains("settings (settings was"), "{error}");
+    }
+    std::fs::write(&text, sentences("")).unwrap();
+    assert!(train(&cut, true).status().unwrap().success());
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        assert_eq!(lines(&cut, name), lines(&whole, name), "{name}");
+    }
+    let figures = |out: &Path| {
+        let mut run = results(out)["runs"][0].clone();
+        for clock in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
+            run.as_object_mut().unwrap().remove(clock);
+        }
+        run
+    };
+    assert_eq!(figures(&cut), figures(&whole));
 }

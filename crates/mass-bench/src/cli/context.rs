@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{Progress, ReproduceArgs, TrainArgs};
 use crate::{
     BenchError,
+    fnv::Fnv,
     report::{Header, ResultStore},
 };
 
@@ -103,11 +104,12 @@ impl RunContext {
         Ok(ResultStore::open(&args.out, header, &all, args.resume)?)
     }
 
-    /// Where checkpoints of a run belong: a folder of its own below the output directory.
+    /// Where checkpoints of a run belong: a folder of its own below the output directory. Names that are not written in ASCII
+    /// are told apart by a digest.
     #[must_use]
     pub fn checkpoint_dir(out: &Path, run: &crate::report::RunKey) -> PathBuf {
-        let name: String = run
-            .to_string()
+        let key = run.to_string();
+        let mut name: String = key
             .chars()
             .map(|c| {
                 if c.is_ascii_alphanumeric() || c == '.' {
@@ -117,6 +119,11 @@ impl RunContext {
                 }
             })
             .collect();
+        if !key.is_ascii() {
+            let mut digest = Fnv::default();
+            digest.eat(key.as_bytes());
+            name.push_str(&format!("-{:016x}", digest.0));
+        }
         out.join("checkpoints").join(name)
     }
 }

@@ -179,6 +179,7 @@ fn reproduce(
     command: &ReproduceCommand,
 ) -> Result<(), BenchError> {
     let mut all = Vec::new();
+    studies.iter().try_for_each(study::check)?;
     for args in studies {
         let results = study::run(args, ctx)?;
         if !command.json {

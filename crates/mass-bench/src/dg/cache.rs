@@ -2,6 +2,7 @@
 //!
 //! A file is a magic number, the length of a JSON header, the header, the payload and a CRC-32 of header and payload.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
@@ -91,6 +92,26 @@ pub(super) fn read<H: DeserializeOwned, T>(
         return Err("its checksum is wrong".into());
     }
     Ok(Some((header, taken)))
+}
+
+/// Removes the files that differ from one in the last part of their name alone: `<name>-<16 hexadecimal digits>.<ending>`.
+pub(super) fn remove_older(path: &Path) -> io::Result<()> {
+    let parts = |path: &Path| {
+        let stem = path.file_stem()?.to_str()?;
+        let (name, digest) = stem.rsplit_once('-')?;
+        let hexadecimal = digest.len() == 16 && digest.bytes().all(|b| b.is_ascii_hexdigit());
+        hexadecimal.then(|| (name.to_owned(), path.extension().map(OsStr::to_owned)))
+    };
+    let (Some(dir), Some(own)) = (path.parent(), parts(path)) else {
+        return Ok(());
+    };
+    for entry in fs::read_dir(dir)? {
+        let other = entry?.path();
+        if other != path && parts(&other).as_ref() == Some(&own) {
+            fs::remove_file(&other)?;
+        }
+    }
+    Ok(())
 }
 
 /// A reader or writer that sums what passes.

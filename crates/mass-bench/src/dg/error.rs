@@ -7,7 +7,7 @@ use crate::BenchError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DgError {
-    /// A file or directory that cannot be read or written.
+    /// A file or directory that cannot be read.
     #[error("{}: {source}", path.display())]
     Io {
         /// Which one.
@@ -15,6 +15,17 @@ pub enum DgError {
         /// Why.
         source: io::Error,
     },
+    /// A file of the cache that cannot be written.
+    #[error("writing {}: {source}", path.display())]
+    Cache {
+        /// Which one.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Told to stop before everything was read.
+    #[error("interrupted while reading images")]
+    Stopped,
     /// A directory that is not laid out as `<domain>/<class>/<image>`.
     #[error("{}: {problem}", path.display())]
     Layout {
@@ -44,6 +55,13 @@ impl DgError {
         }
     }
 
+    pub(super) fn cache(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Cache {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
     pub(super) fn layout(path: &Path, problem: impl Into<String>) -> Self {
         Self::Layout {
             path: path.to_owned(),
@@ -52,7 +70,7 @@ impl DgError {
     }
 }
 
-/// All of these are bad input.
+/// All but what the disk or the user stopped are bad input.
 impl From<DgError> for BenchError {
     fn from(error: DgError) -> Self {
         match error {
@@ -64,6 +82,10 @@ impl From<DgError> for BenchError {
                 Self::Input { path, problem }
             }
             DgError::Split(problem) => Self::Usage(problem),
+            DgError::Cache { path, source } => {
+                Self::failed(format!("writing {}", path.display()), source)
+            }
+            stopped @ DgError::Stopped => Self::failed("reading images", stopped),
         }
     }
 }

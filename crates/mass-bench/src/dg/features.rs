@@ -49,7 +49,7 @@ impl Header {
             tokens: tokens(model, images)?,
             dim: model.config().hidden_size,
             blocks,
-            set: images.digest,
+            set: images.digest(),
             trunk: trunk_digest(model, blocks),
         })
     }
@@ -79,7 +79,7 @@ impl Features {
     /// The features of every image after the first `blocks` blocks, from `dir` if they are there, else computed on all threads
     /// and kept there. `progress` is told how many images are done; it returns whether to go on.
     ///
-    /// The file is named after a digest of pixels' origin, size, and the trunk's weights. One that is damaged is replaced.
+    /// The file is named after digests of the [images](DomainImages::digest) and of the trunk's weights. One that is damaged is replaced.
     ///
     /// # Errors
     /// [`BenchError`]: the model's errors, a cache that cannot be written; `Ok(None)` when told to stop.
@@ -114,7 +114,7 @@ impl Features {
                             file.write_all(&bytes)
                         })
                     };
-                    cache::write(path, &header, fill).map_err(DgError::io(path))?;
+                    cache::write(path, &header, fill).map_err(DgError::cache(path))?;
                 }
                 (rows, false)
             }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::folder::ImageFolder;
 use super::{DgError, cache, decode};
+use crate::fnv::Fnv;
 
 /// What to do with files that are no whole images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,14 +57,15 @@ pub struct DomainImages {
     pub passed_over: usize,
     /// Where the pixels came from.
     pub source: Source,
-    /// Tells sets apart: other files, another size or other files left out have another.
-    pub digest: u64,
     pub(super) domain: Vec<usize>,
     pub(super) class: Vec<u32>,
     /// Of each image before it was made a square, width by height.
     pub(super) aspects: Vec<f32>,
     pub(super) pixels: Vec<u8>,
 }
+
+/// Files decoded between two reports of progress.
+pub(crate) const PIECE: usize = 256;
 
 /// What the file of decoded pixels begins with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,17 +89,33 @@ impl DomainImages {
     /// Reads a set laid out as `<domain>/<class>/<image>`, on all threads.
     ///
     /// With `cache` the decoded pixels are kept there, in a file named after the set, the size and a digest of the listing
-    /// (names, lengths and times of change), and read back from it next time, checked against a CRC-32.
+    /// (names, lengths and times of change), and read back from it next time, checked against a CRC-32. A new file replaces
+    /// those of the same set and size with another listing.
     ///
     /// # Errors
     /// As [`ImageFolder::open`]; [`DgError::Image`] and [`DgError::Io`] naming the first file that is no whole image, unless
-    /// those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Io`] for a cache that cannot
-    /// be written.
+    /// those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Cache`] for a cache that
+    /// cannot be written.
     pub fn read(
         root: &Path,
         size: usize,
         bad: BadImages,
         cache: Option<&Path>,
+    ) -> Result<Self, DgError> {
+        Self::read_with(root, size, bad, cache, &mut |_, _| true)
+    }
+
+    /// As [`read`](Self::read). While files are decoded `progress` is told how many are done and how many there are, and returns
+    /// whether to go on.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and [`DgError::Stopped`] when told to stop.
+    pub fn read_with(
+        root: &Path,
+        size: usize,
+        bad: BadImages,
+        cache: Option<&Path>,
+        progress: &mut dyn FnMut(usize, usize) -> bool,
     ) -> Result<Self, DgError> {
         let folder = ImageFolder::open(root)?;
         let name = root.file_name().unwrap_or_default().to_string_lossy();
@@ -114,10 +132,11 @@ impl DomainImages {
                 }
             }
         }
-        let (header, pixels) = Self::decode(&folder, size, bad)?;
+        let (header, pixels) = Self::decode(&folder, size, bad, progress)?;
         if let Some(path) = &stored {
             let fill = |file: &mut dyn std::io::Write| file.write_all(&pixels);
-            cache::write(path, &header, fill).map_err(DgError::io(path))?;
+            cache::write(path, &header, fill).map_err(DgError::cache(path))?;
+            cache::remove_older(path).map_err(DgError::cache(path))?;
         }
         Self::assemble(&folder, header, pixels, bad, source)
     }
@@ -153,24 +172,33 @@ impl DomainImages {
         folder: &ImageFolder,
         size: usize,
         bad: BadImages,
+        progress: &mut dyn FnMut(usize, usize) -> bool,
     ) -> Result<(Header, Vec<u8>), DgError> {
-        let decoded: Vec<_> = folder
-            .files
-            .par_iter()
-            .map(|file| decode::read_square(&file.path, size))
-            .collect();
-        let mut pixels = Vec::with_capacity(decoded.len() * size * size * 3);
-        let (mut left_out, mut aspects) = (Vec::new(), Vec::with_capacity(decoded.len()));
-        for (index, image) in decoded.into_iter().enumerate() {
-            match (image, bad) {
-                (Ok(image), _) => {
-                    pixels.extend(image.pixels);
-                    aspects.push(image.aspect);
+        let files = &folder.files;
+        let mut pixels = Vec::with_capacity(files.len() * size * size * 3);
+        let (mut left_out, mut aspects) = (Vec::new(), Vec::with_capacity(files.len()));
+        for (piece, some) in files.chunks(PIECE).enumerate() {
+            let decoded: Vec<_> = some
+                .par_iter()
+                .map(|file| decode::read_square(&file.path, size))
+                .collect();
+            for (i, image) in decoded.into_iter().enumerate() {
+                let index = piece * PIECE + i;
+                match (image, bad) {
+                    (Ok(image), _) => {
+                        pixels.extend(image.pixels);
+                        aspects.push(image.aspect);
+                    }
+                    (Err(e), BadImages::Refuse) => return Err(e),
+                    (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
+                    (Err(DgError::Io { source, .. }), _) => {
+                        left_out.push((index, source.to_string()));
+                    }
+                    (Err(e), _) => return Err(e),
                 }
-                (Err(e), BadImages::Refuse) => return Err(e),
-                (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
-                (Err(DgError::Io { source, .. }), _) => left_out.push((index, source.to_string())),
-                (Err(e), _) => return Err(e),
+            }
+            if !progress(piece * PIECE + some.len(), files.len()) {
+                return Err(DgError::Stopped);
             }
         }
         let header = Header {
@@ -190,8 +218,6 @@ impl DomainImages {
         bad: BadImages,
         source: Source,
     ) -> Result<Self, DgError> {
-        let mut digest = crate::fnv::Fnv(folder.digest);
-        digest.eat(&(header.size as u64).to_le_bytes());
         let mut left_out = Vec::new();
         let mut kept: Vec<_> = folder.files.iter().map(Some).collect();
         for (index, problem) in header.left_out {
@@ -199,7 +225,6 @@ impl DomainImages {
             if bad == BadImages::Refuse {
                 return Err(DgError::Image { path, problem });
             }
-            digest.eat(&(index as u64).to_le_bytes());
             left_out.push(LeftOut { path, problem });
             kept[index] = None;
         }
@@ -220,12 +245,39 @@ impl DomainImages {
             left_out,
             passed_over: folder.passed_over.len(),
             source,
-            digest: digest.0,
             domain: kept.iter().map(|f| f.domain).collect(),
             class: kept.iter().map(|f| f.class).collect(),
             aspects: header.aspects,
             pixels,
         })
+    }
+
+    /// A digest of all there is to learn from: size, names of domains and classes, and each image's domain, class, aspect and
+    /// pixels. The same files have the same, wherever they lie and whenever they were written.
+    ///
+    /// It is computed from every pixel, about a second for a gigabyte.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let of_image = |image: usize| {
+            let mut digest = Fnv::default();
+            digest.eat(&(self.domain[image] as u64).to_le_bytes());
+            digest.eat(&self.class[image].to_le_bytes());
+            digest.eat(&self.aspects[image].to_le_bytes());
+            digest.eat(self.pixels(image));
+            digest.0
+        };
+        let images: Vec<u64> = (0..self.len()).into_par_iter().map(of_image).collect();
+        let mut digest = Fnv::default();
+        digest.eat(&(self.size as u64).to_le_bytes());
+        for names in [&self.domains, &self.classes] {
+            digest.eat(&(names.len() as u64).to_le_bytes());
+            for name in names {
+                digest.eat(&(name.len() as u64).to_le_bytes());
+                digest.eat(name.as_bytes());
+            }
+        }
+        images.iter().for_each(|i| digest.eat(&i.to_le_bytes()));
+        digest.0
     }
 
     /// Number of images.

@@ -33,7 +33,6 @@ pub fn images(size: usize, per_class: usize) -> DomainImages {
         left_out: Vec::new(),
         passed_over: 0,
         source: Source::Generated,
-        digest: (size * per_class) as u64,
         domain,
         aspects: vec![1.0; class.len()],
         class,

@@ -1,7 +1,8 @@
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
 use super::{
-    MetricLine, Results,
+    MetricLine, Results, RunKey,
     svg::{Series, escape, line_plot},
     table::{cells, notes},
 };
@@ -14,7 +15,8 @@ svg text{font-size:11px;fill:#333}svg .title{font-size:13px;font-weight:600}.gri
 
 /// report.html: the table, plots of loss and expert count over steps, every run. One file, no network.
 ///
-/// `metrics` are the lines of metrics.jsonl, in any order; runs are plotted under their own names.
+/// `metrics` are the lines of metrics.jsonl, in any order. Each task has plots of its own, with a line for each method and
+/// setting, the mean of its seeds.
 #[must_use]
 pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
     let title = format!("{} ({})", results.study, results.preset);
@@ -94,11 +96,13 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         ("Experts a token", |m| m.active_per_token, &[]),
     ];
     for (name, figure, levels) in plots {
-        let mut series = series_of(metrics, figure);
-        if name.starts_with("Training") {
-            series.iter_mut().for_each(smooth);
+        for (task, mut series) in series_of(results, metrics, figure) {
+            if name.starts_with("Training") {
+                series.iter_mut().for_each(smooth);
+            }
+            let title = task.map_or(name.to_owned(), |task| format!("{name}: {task}"));
+            html.push_str(&line_plot(&title, "training step", &series, levels));
         }
-        html.push_str(&line_plot(name, "training step", &series, levels));
     }
 
     html.push_str("<h2>Runs</h2>\n");
@@ -155,27 +159,52 @@ fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
     format!("<table>\n{}{body}</table>\n", line(header, "th"))
 }
 
-/// One line a run, in order of first appearance, points in order of steps.
-fn series_of(metrics: &[MetricLine], figure: fn(&MetricLine) -> Option<f64>) -> Vec<Series> {
-    let mut series: Vec<Series> = Vec::new();
-    let mut index = std::collections::HashMap::new();
+/// For each task the lines of its methods, in order of first appearance: means over the seeds that have a step.
+///
+/// Lines of a single point are left out: they would not show.
+fn series_of(
+    results: &Results,
+    metrics: &[MetricLine],
+    figure: fn(&MetricLine) -> Option<f64>,
+) -> Vec<(Option<String>, Vec<Series>)> {
+    let runs: HashMap<String, RunKey> = results
+        .runs
+        .iter()
+        .map(|run| (run.key().to_string(), run.key()))
+        .collect();
+    // By task and name: at each step a sum and how many values it has.
+    type Sums = BTreeMap<u64, (f64, usize)>;
+    let mut lines: Vec<(Option<String>, String, Sums)> = Vec::new();
     for line in metrics {
         let Some(value) = figure(line).filter(|v| v.is_finite()) else {
             continue;
         };
-        let at = *index.entry(line.run.as_str()).or_insert_with(|| {
-            series.push(Series {
-                name: line.run.clone(),
-                points: Vec::new(),
-            });
-            series.len() - 1
+        let (task, name) = match runs.get(&line.run) {
+            Some(key) => (key.task.clone(), key.clone().over_tasks().without_seed()),
+            None => (None, line.run.clone()),
+        };
+        let at = lines.iter().position(|l| l.0 == task && l.1 == name);
+        let at = at.unwrap_or_else(|| {
+            lines.push((task, name, Sums::new()));
+            lines.len() - 1
         });
-        series[at].points.push((line.step as f64, value));
+        let sum = lines[at].2.entry(line.step).or_default();
+        (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
     }
-    for line in &mut series {
-        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut tasks: Vec<(Option<String>, Vec<Series>)> = Vec::new();
+    for (task, name, sums) in lines {
+        if sums.len() < 2 {
+            continue;
+        }
+        let mean = |(step, (sum, n)): (u64, (f64, usize))| (step as f64, sum / n as f64);
+        let points = sums.into_iter().map(mean).collect();
+        let at = tasks.iter().position(|t| t.0 == task).unwrap_or_else(|| {
+            tasks.push((task, Vec::new()));
+            tasks.len() - 1
+        });
+        tasks[at].1.push(Series { name, points });
     }
-    series
+    tasks
 }
 
 /// Means over a fiftieth of the line: single batches are noisy.

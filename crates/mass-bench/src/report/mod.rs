@@ -59,6 +59,20 @@ pub enum ReportError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// An output directory that cannot be made.
+    #[error("{}: {source}; choose another --out", path.display())]
+    Out {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Something in the output directory that would be replaced, and is of no study.
+    #[error("{}: would be replaced, and there are no results of a study beside it; choose another --out", path.display())]
+    Foreign {
+        /// The file or directory.
+        path: PathBuf,
+    },
     /// A file of an earlier run that cannot be understood.
     #[error("{}: not readable as results: {problem}; choose another --out or drop --resume", path.display())]
     Malformed {
@@ -85,7 +99,10 @@ impl ReportError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Malformed { .. } | Self::OtherSettings { .. } => 2,
+            Self::Out { .. }
+            | Self::Foreign { .. }
+            | Self::Malformed { .. }
+            | Self::OtherSettings { .. } => 2,
             Self::Io { .. } | Self::Duplicate(_) => 1,
         }
     }

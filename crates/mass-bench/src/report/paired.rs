@@ -80,7 +80,11 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
     let mean = differences.iter().sum::<f64>() / n as f64;
     let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
     let std = (n > 1).then(|| (squares / (n as f64 - 1.0)).sqrt());
-    let error = std.filter(|s| *s > 0.0).map(|s| s / (n as f64).sqrt());
+    // Equal differences of rounded figures differ in their last bits.
+    let largest = pairs.iter().map(|(a, b)| a.abs().max(b.abs()));
+    let rounding = 1e-12 * largest.fold(0.0, f64::max);
+    let error = std.filter(|s| *s > rounding);
+    let error = error.map(|s| s / (n as f64).sqrt());
     let student = StudentsT::new(0.0, 1.0, (n as f64 - 1.0).max(1.0)).ok();
     let (t, student) = (error.map(|e| mean / e), error.and(student));
     let p_value = (t.zip(student)).map(|(t, student)| 2.0 * student.sf(t.abs()));

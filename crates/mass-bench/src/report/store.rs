@@ -25,10 +25,13 @@ impl ResultStore {
     /// Opens `dir`, creating it where needed.
     ///
     /// Without `resume` whatever an earlier run left there (results, lines, report, checkpoints) is
-    /// replaced. With
-    /// it, finished runs are read back, provided that they were made by the same study and preset with
+    /// replaced; a directory that has such names and no results of a study is somebody else's, and refused. With
+    /// `resume`, finished runs are read back, provided that they were made by the same study and preset with
     /// the same `settings`: everything that changes a run's figures. What only adds runs, such as the
     /// number of seeds, does not belong there. Settings are kept beside the results in settings.json.
+    ///
+    /// `settings["data"]`, if it is there, says by task what the runs were made from: tasks may be added, and the ones
+    /// that both have must agree.
     ///
     /// # Errors
     /// [`ReportError`].
@@ -38,10 +41,13 @@ impl ResultStore {
         settings: &impl Serialize,
         resume: bool,
     ) -> Result<Self, ReportError> {
-        fs::create_dir_all(dir).map_err(|e| io_error(dir, e))?;
+        fs::create_dir_all(dir).map_err(|source| ReportError::Out {
+            path: dir.to_owned(),
+            source,
+        })?;
         // Through text, as the stored ones went: only what JSON keeps can differ.
         let settings = serde_json::to_string(settings).and_then(|text| serde_json::from_str(&text));
-        let settings: Value = settings.map_err(|e| ReportError::Malformed {
+        let mut settings: Value = settings.map_err(|e| ReportError::Malformed {
             path: dir.to_owned(),
             problem: format!("settings: {e}"),
         })?;
@@ -49,7 +55,10 @@ impl ResultStore {
         let mut results = Results::new(header);
         if resume && results_path.exists() {
             let old: Results = read_json(&results_path)?;
-            let old_settings: Value = read_json(&dir.join("settings.json"))?;
+            let old_settings = match old_settings(dir) {
+                Err(_) if old.runs.is_empty() => settings.clone(),
+                read => read?,
+            };
             let differs = |what: String| ReportError::OtherSettings {
                 path: dir.to_owned(),
                 what,
@@ -60,38 +69,51 @@ impl ResultStore {
             if old.preset != results.preset {
                 return Err(differs(format!("preset ({})", old.preset)));
             }
-            if old_settings != settings {
+            let (old_settings, old_data) = without_data(old_settings);
+            let (new_settings, new_data) = without_data(settings.clone());
+            if old_settings != new_settings {
                 return Err(differs(format!(
                     "settings ({})",
-                    first_difference(&old_settings, &settings)
+                    first_difference(&old_settings, &new_settings)
                 )));
+            }
+            let both = |task: &&String| old_data.get(*task).is_some_and(|d| *d != new_data[*task]);
+            if let Some(task) = new_data.keys().find(both) {
+                return Err(differs(format!("data ({task} has changed)")));
+            }
+            if !(old_data.is_empty() && new_data.is_empty()) {
+                let mut data = old_data;
+                data.extend(new_data);
+                settings["data"] = Value::Object(data);
             }
             for mut run in old.runs {
                 let made_on = run.machine.take().unwrap_or_else(|| old.machine.clone());
                 run.machine = (made_on != results.machine).then_some(made_on);
                 results.push(run);
             }
+        } else {
+            check_owner(dir)?;
         }
         // Kept on a resume even without finished runs: the first one may have been interrupted.
         if !resume {
             for stale in ["report.html", "metrics.jsonl", "events.jsonl"] {
                 remove_if_there(&dir.join(stale))?;
             }
-            // A later --resume must not go on from checkpoints of what is replaced now. Only a directory
-            // that this store has written is touched: --out may name anything.
+            // A later --resume must not go on from checkpoints of what is replaced now.
             let checkpoints = dir.join("checkpoints");
-            if dir.join("settings.json").exists() && checkpoints.is_dir() {
+            if checkpoints.is_dir() {
                 fs::remove_dir_all(&checkpoints).map_err(|e| io_error(&checkpoints, e))?;
             }
         }
-        write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
         let store = Self {
             metrics: append_to(&dir.join("metrics.jsonl"))?,
             events: append_to(&dir.join("events.jsonl"))?,
             dir: dir.to_owned(),
             results,
         };
+        // In this order: old results never stand beside new settings.
         store.write_results()?;
+        write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
         Ok(store)
     }
 
@@ -222,6 +244,53 @@ impl ResultStore {
         let html = report_html(&self.results, &self.metrics()?);
         write_atomically(&self.dir.join("report.html"), &html)
     }
+}
+
+/// Names that a study gives to what it writes.
+const OWN: [&str; 7] = [
+    "results.json",
+    "settings.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "report.html",
+    "checkpoints",
+    "patches",
+];
+
+/// Refuses a directory in which something would be replaced that no study has written: `--out` may name anything.
+fn check_owner(dir: &Path) -> Result<(), ReportError> {
+    let results = fs::read_to_string(dir.join("results.json")).ok();
+    let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    if results.is_some_and(|r| r["study"].is_string() && r["runs"].is_array()) {
+        return Ok(());
+    }
+    match OWN
+        .map(|name| dir.join(name))
+        .into_iter()
+        .find(|path| path.exists())
+    {
+        Some(path) => Err(ReportError::Foreign { path }),
+        None => Ok(()),
+    }
+}
+
+/// The settings of an earlier run.
+fn old_settings(dir: &Path) -> Result<Value, ReportError> {
+    let path = dir.join("settings.json");
+    if path.exists() {
+        return read_json(&path);
+    }
+    Err(ReportError::Malformed {
+        path,
+        problem: "it is missing".into(),
+    })
+}
+
+/// Settings, and what they say of data.
+fn without_data(mut settings: Value) -> (Value, serde_json::Map<String, Value>) {
+    let data = settings.as_object_mut().and_then(|s| s.remove("data"));
+    let data = data.and_then(|d| d.as_object().cloned());
+    (settings, data.unwrap_or_default())
 }
 
 /// Indented JSON with a newline at the end.

@@ -10,7 +10,10 @@ pub(super) struct Series {
 }
 
 const WIDTH: f64 = 860.0;
-const HEIGHT: f64 = 340.0;
+/// Of a plot with a short legend.
+const LEAST_HEIGHT: f64 = 340.0;
+/// A line of the legend.
+const LEGEND: f64 = 16.0;
 const LEFT: f64 = 60.0;
 const RIGHT: f64 = 250.0;
 const TOP: f64 = 30.0;
@@ -18,9 +21,15 @@ const BOTTOM: f64 = 45.0;
 /// Points a line is thinned to: a browser need not draw more than there are pixels.
 const MAX_POINTS: usize = 600;
 
-/// Colours that stay apart for colour-blind readers (Okabe and Ito), then dashed again.
+/// Colours that stay apart for colour-blind readers (Okabe and Ito), then dashed again in several ways.
 const COLOURS: [&str; 7] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
+];
+const DASHES: [&str; 4] = [
+    "",
+    " stroke-dasharray=\"6 3\"",
+    " stroke-dasharray=\"2 2\"",
+    " stroke-dasharray=\"9 3 2 3\"",
 ];
 
 /// A plot of `series` with a horizontal dashed line for each of `levels`. Empty when there is nothing to draw.
@@ -34,12 +43,13 @@ pub(super) fn line_plot(
     if points().next().is_none() {
         return String::new();
     }
+    let height = LEAST_HEIGHT.max(TOP + LEGEND * series.len() as f64);
     let (x_min, x_max) = span(points().map(|p| p.0));
     let (y_min, y_max) = span(points().map(|p| p.1).chain(levels.iter().map(|l| l.1)));
     let x = |v: f64| LEFT + (v - x_min) / (x_max - x_min) * (WIDTH - LEFT - RIGHT);
-    let y = |v: f64| HEIGHT - BOTTOM - (v - y_min) / (y_max - y_min) * (HEIGHT - TOP - BOTTOM);
+    let y = |v: f64| height - BOTTOM - (v - y_min) / (y_max - y_min) * (height - TOP - BOTTOM);
     let mut svg = format!(
-        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\">\n\
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{0}\">\n\
          <text x=\"{LEFT}\" y=\"18\" class=\"title\">{0}</text>\n",
         escape(title)
     );
@@ -60,7 +70,7 @@ pub(super) fn line_plot(
             svg,
             "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
             x(tick),
-            HEIGHT - BOTTOM + 16.0,
+            height - BOTTOM + 16.0,
             label(tick)
         );
     }
@@ -68,7 +78,7 @@ pub(super) fn line_plot(
         svg,
         "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
         (LEFT + WIDTH - RIGHT) / 2.0,
-        HEIGHT - 8.0,
+        height - 8.0,
         escape(x_label)
     );
     for (name, level) in levels {
@@ -85,11 +95,7 @@ pub(super) fn line_plot(
     }
     for (index, line) in series.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let dash = if index / COLOURS.len() % 2 == 1 {
-            " stroke-dasharray=\"6 3\""
-        } else {
-            ""
-        };
+        let dash = DASHES[index / COLOURS.len() % DASHES.len()];
         let step = line.points.len().div_ceil(MAX_POINTS).max(1);
         let last = line.points.len().saturating_sub(1);
         let path: Vec<String> = line
@@ -99,7 +105,7 @@ pub(super) fn line_plot(
             .filter(|(i, _)| i % step == 0 || *i == last)
             .map(|(_, p)| format!("{:.1},{:.1}", x(p.0), y(p.1)))
             .collect();
-        let at = TOP + 16.0 * index as f64;
+        let at = TOP + LEGEND * index as f64;
         let _ = writeln!(
             svg,
             "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dash}/>\
@@ -180,6 +186,32 @@ mod tests {
     #[test]
     fn nothing_to_draw_draws_nothing() {
         assert_eq!(line_plot("t", "x", &[], &[("floor".into(), 1.0)]), "");
+    }
+
+    #[test]
+    fn a_long_legend_fits_and_styles_differ() {
+        let line = |i: usize| Series {
+            name: format!("run {i}"),
+            points: vec![(0.0, i as f64), (9.0, 5.0)],
+        };
+        let series: Vec<Series> = (0..28).map(line).collect();
+        let svg = line_plot("t", "step", &series, &[]);
+        let numbers = |name: &str| -> Vec<f64> {
+            let name = format!(" {name}=\"");
+            let parts = svg.split(&name).skip(1);
+            let text = parts.map(|p| p.split('"').next().unwrap());
+            text.map(|t| t.parse().unwrap()).collect()
+        };
+        let lowest = numbers("y").into_iter().fold(0.0, f64::max);
+        let view = svg.split("viewBox=\"0 0 860 ").nth(1).unwrap();
+        let height: f64 = view.split('"').next().unwrap().parse().unwrap();
+        assert!(lowest < height, "{lowest} {height}");
+        let styles: std::collections::HashSet<&str> = svg
+            .lines()
+            .filter(|l| l.starts_with("<polyline"))
+            .map(|l| l.split("stroke=").nth(1).unwrap())
+            .collect();
+        assert_eq!(styles.len(), 28);
     }
 
     #[test]

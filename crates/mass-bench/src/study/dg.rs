@@ -11,6 +11,7 @@ mod method;
 mod patches;
 mod plan;
 mod score;
+mod selected;
 #[cfg(test)]
 mod tests;
 mod trainer;
@@ -63,6 +64,14 @@ pub const TASKS: &[&str] = &[
 /// Features that would take more than this are computed with each batch instead of being kept.
 const MOST_FEATURES: u64 = 4 << 30;
 
+/// Whether images and model are there.
+///
+/// # Errors
+/// [`BenchError`]: which is not.
+pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+    Plan::of(args)?.runs(args).map(drop)
+}
+
 /// Makes the runs, one after another, each on all threads.
 ///
 /// # Errors
@@ -78,31 +87,24 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     }
     let mut settings = serde_json::to_value(&plan)
         .map_err(|e| BenchError::failed("describing the settings", e))?;
-    // More seeds, targets or sets of the same plan only add runs.
-    for only_adds in ["seeds", "targets", "sets"] {
-        settings.as_object_mut().map(|s| s.remove(only_adds));
+    // More seeds, targets or sets of the same plan only add runs; how often a run is saved changes none.
+    for changes_no_run in ["seeds", "targets", "sets", "checkpoint_every"] {
+        settings.as_object_mut().map(|s| s.remove(changes_no_run));
     }
     if let Some(dir) = plan.directory() {
-        settings["model"] = super::model_settings(dir);
+        settings["model"] = super::model_settings(dir)?;
     }
-    let cache = args.out.join("cache");
-    // Everything is read before the first run: a damaged file of the last set should not show after hours. The second reading is
-    // from the cache.
-    let check_all = |runs: &[Planned]| {
-        let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();
-        sets.dedup();
-        sets.iter()
-            .try_for_each(|set| plan.read(args, set, &cache).map(drop))
-    };
-    if !args.resume {
-        // And before anything of an earlier run is replaced.
-        check_all(&runs)?;
+    // Everything is read before the first run: a damaged file of the last set should not show after hours. And before anything
+    // of an earlier run is replaced. The second reading is from the cache.
+    let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();
+    sets.dedup();
+    for name in sets {
+        let set = plan.read(args, name, ctx)?;
+        settings["data"][name] = super::data_settings(set.digest);
     }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
-    if args.resume {
-        check_all(&runs)?;
-    } else {
+    if !args.resume {
         let patches = store.dir().join("patches");
         if patches.is_dir() {
             std::fs::remove_dir_all(&patches)
@@ -176,8 +178,7 @@ fn read(
     name: &str,
     ctx: &mut RunContext,
 ) -> Result<Set, BenchError> {
-    let cache = args.out.join("cache");
-    let mut set = plan.read(args, name, &cache)?;
+    let mut set = plan.read(args, name, ctx)?;
     let images = &set.images;
     let from = match &images.source {
         Source::Generated => "generated".to_owned(),
@@ -207,12 +208,18 @@ fn read(
     progress.start("images", images.len() as u64);
     let mut done = 0;
     // Generated images are quicker through the blocks than through a disk.
-    let dir = (name != plan::SAMPLE).then_some(cache.as_path());
-    let features = Features::compute(&set.base, images, set.frozen, dir, &mut |more| {
-        done += more;
-        progress.tick(done, || format!("{name}: features"));
-        !flag.load(Ordering::SeqCst)
-    })?;
+    let cache = (name != plan::SAMPLE).then(|| plan::cache(args));
+    let features = Features::compute(
+        &set.base,
+        images,
+        set.frozen,
+        cache.as_deref(),
+        &mut |more| {
+            done += more;
+            progress.tick(done, || format!("{name}: features"));
+            !flag.load(Ordering::SeqCst)
+        },
+    )?;
     let Some(features) = features else {
         return Err(interrupted(args));
     };
@@ -226,7 +233,7 @@ fn read(
 /// The row of a finished run.
 fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
     let best = trainer.best();
-    let target = best.map(|b| b.target);
+    let target = best.and_then(|b| b.target);
     let (steps, wall_s) = (trainer.step(), trainer.wall_s());
     let tokens = trainer.images() * set.tokens as u64;
     let mut metrics = BTreeMap::new();
@@ -239,7 +246,10 @@ fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
     put("source_validation", best.map(|b| b.sources.accuracy));
     put("experts_mean", best.and_then(|b| b.experts));
     let last = trainer.last();
-    put("last_accuracy", last.map(|l| l.target.accuracy));
+    put(
+        "last_accuracy",
+        last.and_then(|l| l.target).map(|t| t.accuracy),
+    );
     put("last_source_validation", last.map(|l| l.sources.accuracy));
     put("waiting_for_data", trainer.waiting());
     Run {

@@ -37,6 +37,18 @@ pub const TASKS: &[&str] = &[
     "CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI",
 ];
 
+/// Whether data and model are there.
+///
+/// # Errors
+/// [`BenchError`]: which is not.
+pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+    Plan::of(args)?;
+    if args.preset != Preset::Smoke {
+        data_dir(args)?;
+    }
+    Ok(())
+}
+
 /// Makes the runs, one after another, each on all threads.
 ///
 /// # Errors
@@ -62,7 +74,11 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for only_adds in ["seeds", "tasks"] {
         settings.as_object_mut().map(|s| s.remove(only_adds));
     }
-    settings["pretrained"] = plan.pretrained.settings();
+    let model = plan.pretrained.settings()?;
+    settings["pretrained"] = model.clone();
+    for (task, data) in &tasks {
+        settings["data"][task] = super::data_settings(data.digest);
+    }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());
 
@@ -70,14 +86,15 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for planned in &runs {
         tuners.push((planned, &tasks[planned.task.name()]));
     }
-    let total = |(planned, data): &(&Planned, &TaskData)| plan.config(planned, data).steps(data);
+    let config = |planned: &Planned, data: &TaskData| plan.config(planned, data, &model);
+    let total = |(planned, data): &(&Planned, &TaskData)| config(planned, data).steps(data);
     ctx.progress.start("steps", tuners.iter().map(total).sum());
     let flag = ctx.interrupt_flag();
     let mut done = 0;
     for (planned, data) in tuners {
         super::begin_run();
         let folder = checkpoint_dir(&store, &planned.run);
-        let config = plan.config(planned, data);
+        let config = config(planned, data);
         let mut tuner = FineTuner::open(config, &plan.pretrained, data, &folder, args.resume)?;
         let (steps, key) = (tuner.steps(), planned.run.key().to_string());
         let progress = &mut ctx.progress;

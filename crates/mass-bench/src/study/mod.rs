@@ -10,6 +10,7 @@ pub mod glue;
 mod mass;
 pub mod synthetic;
 
+use std::io::Read;
 use std::path::Path;
 
 use mass_model::ModelError;
@@ -34,6 +35,8 @@ pub struct Study {
     pub tasks: &'static [&'static str],
     /// Whether `--task` may name others too: folders of data, which the study looks for.
     pub other_tasks: bool,
+    /// Whether its inputs are named and there, without reading them.
+    pub check: fn(&ReproduceArgs) -> Result<(), BenchError>,
     /// Makes the runs.
     pub run: fn(&ReproduceArgs, &mut RunContext) -> Result<Results, BenchError>,
 }
@@ -46,6 +49,7 @@ pub const STUDIES: &[Study] = &[
         methods: synthetic::METHODS,
         tasks: synthetic::TASKS,
         other_tasks: false,
+        check: synthetic::check,
         run: synthetic::run,
     },
     Study {
@@ -54,6 +58,7 @@ pub const STUDIES: &[Study] = &[
         methods: glue::METHODS,
         tasks: glue::TASKS,
         other_tasks: false,
+        check: glue::check,
         run: glue::run,
     },
     Study {
@@ -62,6 +67,7 @@ pub const STUDIES: &[Study] = &[
         methods: dg::METHODS,
         tasks: dg::TASKS,
         other_tasks: true,
+        check: dg::check,
         run: dg::run,
     },
 ];
@@ -70,6 +76,15 @@ pub const STUDIES: &[Study] = &[
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Study> {
     STUDIES.iter().find(|study| study.name == name)
+}
+
+/// Checks what can be checked before hours of other studies: names, and inputs that should be there.
+///
+/// # Errors
+/// As [`run`].
+pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+    let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
+    (study.check)(args)
 }
 
 /// Runs the study that the arguments name.
@@ -137,10 +152,37 @@ fn unusable_model(error: ModelError, doing: impl Into<String>) -> BenchError {
 }
 
 /// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.
-fn model_settings(dir: &Path) -> Value {
-    let weights = std::fs::metadata(dir.join("model.safetensors"));
-    json!({
-        "directory": dir.file_name().unwrap_or_default().to_string_lossy(),
-        "bytes": weights.map(|m| m.len()).ok(),
-    })
+fn model_settings(dir: &Path) -> Result<Value, BenchError> {
+    let mut settings =
+        json!({ "directory": dir.file_name().unwrap_or_default().to_string_lossy() });
+    for file in ["config.json", "model.safetensors"] {
+        let path = dir.join(file);
+        let summed = std::fs::File::open(&path).and_then(summed);
+        let (bytes, sum) = summed.map_err(|e| BenchError::Input {
+            path,
+            problem: e.to_string(),
+        })?;
+        settings[file] = json!({ "bytes": bytes, "crc32": format!("{sum:08x}") });
+    }
+    Ok(settings)
+}
+
+/// Length and CRC-32 of what a reader gives.
+fn summed(mut reader: impl Read) -> std::io::Result<(u64, u32)> {
+    let (mut sum, mut bytes) = (crc32fast::Hasher::new(), 0);
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match reader.read(&mut piece)? {
+            0 => return Ok((bytes, sum.finalize())),
+            n => {
+                sum.update(&piece[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// A digest of data as settings keep it.
+fn data_settings(digest: u64) -> Value {
+    json!(format!("{digest:016x}"))
 }

@@ -272,18 +272,27 @@ impl Data {
     }
 }
 
+/// Whether the choices leave a run; nothing is read.
+///
+/// # Errors
+/// [`BenchError::Usage`] if not.
+pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+    if Plan::of(args.preset).runs(args).is_empty() {
+        return Err(BenchError::Usage(
+            "these choices of --methods, --variant, --task and --shard leave no run".into(),
+        ));
+    }
+    Ok(())
+}
+
 /// Makes the runs.
 ///
 /// # Errors
 /// [`BenchError`]: whatever the first failing run ends with, or that it was interrupted.
 pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    check(args)?;
     let plan = Plan::of(args.preset);
     let mut runs = plan.runs(args);
-    if runs.is_empty() {
-        return Err(BenchError::Usage(
-            "these choices of --methods, --variant, --task and --shard leave no run".into(),
-        ));
-    }
     let mut settings = serde_json::to_value(&plan)
         .map_err(|e| BenchError::failed("describing the settings", e))?;
     // More seeds of the same plan only add runs.
@@ -411,7 +420,7 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
             .map(|m| growth(m, plan, experts, planned.run.seed)),
         seed: planned.run.seed,
         log_every: 20,
-        checkpoint_every: 500,
+        checkpoint_every: 500.min(plan.steps / 3).max(1),
     }
 }
 

@@ -12,6 +12,8 @@ use crate::rng::{Purpose, stream};
 pub(super) struct Set {
     pub(super) name: String,
     pub(super) images: DomainImages,
+    /// Of the images.
+    pub(super) digest: u64,
     /// The model as it was read, whose first `frozen` blocks no run changes.
     pub(super) base: VitClassifier,
     pub(super) frozen: usize,

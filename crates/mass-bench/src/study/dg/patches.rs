@@ -210,9 +210,8 @@ impl PatchRouting {
 
 /// Writes a picture for each layer and the counts of all of them, patches.json, to `dir`.
 pub(super) fn write(layers: &[PatchRouting], set: &Set, dir: &Path) -> Result<(), BenchError> {
-    let problem = |path: &Path, problem: String| BenchError::Input {
-        path: path.to_owned(),
-        problem,
+    let problem = |path: &Path, problem: String| {
+        BenchError::failed(format!("writing {}", path.display()), problem)
     };
     std::fs::create_dir_all(dir).map_err(|e| problem(dir, e.to_string()))?;
     for layer in layers {

@@ -1,6 +1,7 @@
 //! What each preset runs.
 
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use mass_model::Activation;
 use mass_model::ModelError;
@@ -12,10 +13,11 @@ use super::data::Set;
 use super::method::Method;
 use super::trainer::TrainerConfig;
 use crate::BenchError;
-use crate::cli::{Preset, ReproduceArgs, Variant};
+use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
+use crate::dg::DgError;
 use crate::dg::augment::Augment;
 use crate::dg::folder::{ImageFolder, find_set};
-use crate::dg::images::{BadImages, DomainImages};
+use crate::dg::images::{BadImages, DomainImages, PIECE};
 use crate::dg::reported::SETS;
 use crate::dg::sample;
 use crate::report::Run;
@@ -130,7 +132,7 @@ impl Plan {
             held_out: 0.2,
             evaluate_every: 50,
             log_every: 10,
-            checkpoint_every: 50,
+            checkpoint_every: 100,
         };
         let mut plan = match args.preset {
             Preset::Smoke => Self::smoke(small(Model::Drawn(tiny()))),
@@ -218,7 +220,9 @@ impl Plan {
                 args.preset
             )));
         }
-        self.sets = vec![set.to_owned()];
+        // DomainBed's downloader writes some names in capitals; a set has one name here.
+        let known = SETS.iter().find(|known| set == known.to_uppercase());
+        self.sets = vec![known.map_or(set, |known| known).to_owned()];
         if target.is_some() {
             self.targets = None;
         }
@@ -282,13 +286,12 @@ impl Plan {
         &self,
         args: &ReproduceArgs,
         name: &str,
-        cache: &Path,
+        ctx: &mut RunContext,
     ) -> Result<Set, BenchError> {
         let images = if name == SAMPLE {
             sample::images(self.size, 24)
         } else {
-            let dir = set_dir(args, name)?;
-            DomainImages::read(&dir, self.size, BadImages::Refuse, Some(cache))?
+            decoded(&set_dir(args, name)?, self.size, args, ctx)?
         };
         let mut rng = stream(0, Purpose::Weights, 0);
         let classes = images.classes.len();
@@ -311,15 +314,13 @@ impl Plan {
         Ok(Set {
             name: name.to_owned(),
             tokens,
+            digest: images.digest(),
             images,
             base,
             frozen: self.frozen,
             features: None,
             augment: self.augment,
-            delta: match name {
-                "pacs" | "vlcs" => 0.002,
-                _ => 0.001,
-            },
+            delta: delta(name),
         })
     }
 
@@ -349,7 +350,7 @@ impl Plan {
             evaluate_every: self.evaluate_every,
             log_every: self.log_every,
             checkpoint_every: self.checkpoint_every,
-            images: set.images.digest,
+            images: set.digest,
             frozen: self.frozen,
         }
     }
@@ -410,6 +411,43 @@ fn named(method: &Method, seed: u64) -> Run {
         Method::Mass(m) => m.describe(&mut run),
     }
     run
+}
+
+/// Threshold of the alignment test that the paper gives for a set.
+pub(super) fn delta(set: &str) -> f64 {
+    match set {
+        "pacs" | "vlcs" => 0.002,
+        _ => 0.001,
+    }
+}
+
+/// Where what was read once is kept.
+pub(super) fn cache(args: &ReproduceArgs) -> PathBuf {
+    args.out.join("cache")
+}
+
+/// The images of a directory.
+fn decoded(
+    dir: &Path,
+    size: usize,
+    args: &ReproduceArgs,
+    ctx: &mut RunContext,
+) -> Result<DomainImages, BenchError> {
+    let (flag, bar) = (ctx.interrupt_flag(), &mut ctx.progress);
+    let mut progress = |done, all| {
+        if done <= PIECE {
+            bar.start("files", all as u64);
+        }
+        bar.tick(done as u64, || format!("{}: decoding", dir.display()));
+        !flag.load(Ordering::SeqCst)
+    };
+    let (bad, cache) = (BadImages::Refuse, cache(args));
+    match DomainImages::read_with(dir, size, bad, Some(&cache), &mut progress) {
+        Err(DgError::Stopped) => Err(BenchError::Interrupted {
+            out: args.out.clone(),
+        }),
+        read => Ok(read?),
+    }
 }
 
 /// The directory of a set.

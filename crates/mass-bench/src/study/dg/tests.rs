@@ -1,8 +1,11 @@
 use mass_cpd::AnyDetectorParams;
 use mass_expand::AlignmentThreshold;
 
+use clap::Parser;
+
 use super::method::{growth, mixture_blocks};
-use crate::cli::Variant;
+use super::plan::{Plan, delta};
+use crate::cli::{Cli, Command, Variant};
 use crate::study::mass::MassSetting;
 
 fn setting(variant: Variant) -> MassSetting {
@@ -43,4 +46,43 @@ fn rules_are_those_of_vision_and_short_runs_shorten_them() {
             rules.controller.check().unwrap();
         }
     }
+}
+
+#[test]
+fn a_set_has_one_name_however_domainbed_writes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = dir.path().join("vit-s14");
+    std::fs::create_dir_all(&models).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::write(models.join(file), "").unwrap();
+    }
+    for domain in ["here", "there"] {
+        let class = dir.path().join("PACS").join(domain).join("dog");
+        std::fs::create_dir_all(&class).unwrap();
+        std::fs::write(class.join("a.png"), "").unwrap();
+    }
+    let at = dir.path().to_str().unwrap();
+    for task in ["pacs", "PACS", "PACS/there"] {
+        let arguments = [
+            "mass-bench",
+            "reproduce",
+            "dg",
+            "--data",
+            at,
+            "--models",
+            at,
+        ];
+        let cli = Cli::try_parse_from(arguments.into_iter().chain(["--task", task])).unwrap();
+        let Command::Reproduce(command) = cli.command else {
+            panic!("another command");
+        };
+        let args = &command.check().unwrap()[0];
+        let runs = Plan::of(args).unwrap().runs(args).unwrap();
+        assert!(!runs.is_empty());
+        for planned in runs {
+            assert_eq!(planned.set, "pacs", "{task}");
+            assert!(planned.run.task.unwrap().starts_with("pacs/"), "{task}");
+        }
+    }
+    assert_eq!((delta("pacs"), delta("terra_incognita")), (0.002, 0.001));
 }

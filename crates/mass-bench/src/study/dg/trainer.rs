@@ -17,6 +17,7 @@ use super::layerwise::LayerwiseDynMoe;
 use super::method::{Method, growth};
 use super::patches::{self, PatchRouting};
 use super::score::{Score, evaluate};
+use super::selected::Selected;
 use crate::BenchError;
 use crate::dg::prefetch::{Prefetched, prefetch};
 use crate::dg::split::Split;
@@ -59,8 +60,8 @@ pub(super) struct Scored {
     pub(super) step: u64,
     /// On what the source domains hold out.
     pub(super) sources: Score,
-    /// On the domain that was left out.
-    pub(super) target: Score,
+    /// On the domain that was left out; `None` as long as training goes on.
+    pub(super) target: Option<Score>,
     /// Mean experts of a mixture layer; `None` for a dense model.
     pub(super) experts: Option<f64>,
 }
@@ -96,6 +97,8 @@ pub(super) struct Trainer<'a> {
     schedule: Schedule,
     step: u64,
     saved: Saved,
+    /// The model of `saved.best`.
+    selected: Option<Selected>,
 }
 
 impl<'a> Trainer<'a> {
@@ -111,6 +114,17 @@ impl<'a> Trainer<'a> {
         if let Some(read) = run_checkpoint::read(dir, resume, same)? {
             (trainer.model, trainer.optimizer) = (read.model, read.optimizer);
             (trainer.step, trainer.saved) = (read.step, read.state);
+            trainer.selected = match trainer.saved.best {
+                Some(best) if best.step == trainer.step => {
+                    Some(Selected::new(best.step, &trainer.model))
+                }
+                Some(best) => Some(Selected::read(dir, best.step)?),
+                None => None,
+            };
+        } else if dir.is_dir() {
+            // Nothing that goes on: what an earlier run left there must not be taken for this one's.
+            std::fs::remove_dir_all(dir)
+                .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
         }
         Ok(trainer)
     }
@@ -165,6 +179,7 @@ impl<'a> Trainer<'a> {
             split,
             model,
             step: 0,
+            selected: None,
         })
     }
 
@@ -212,8 +227,7 @@ impl<'a> Trainer<'a> {
             self.saved.wall_s += started.elapsed().as_secs_f64();
             started = Instant::now();
             if !go_on || self.step - saved_at >= self.config.checkpoint_every {
-                let (model, optimizer) = (&self.model, &self.optimizer);
-                run_checkpoint::write(dir, self.step, model, optimizer, &self.saved)?;
+                self.save(dir)?;
                 saved_at = self.step;
             }
             if !go_on {
@@ -221,6 +235,18 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(self.step == self.config.steps)
+    }
+
+    fn save(&self, dir: &Path) -> Result<(), BenchError> {
+        // The model itself is the selected one as long as no step has been made since.
+        let before = self.selected.as_ref().filter(|s| s.step() < self.step);
+        if let Some(selected) = before {
+            selected.write(dir)?;
+        }
+        let (model, optimizer) = (&self.model, &self.optimizer);
+        run_checkpoint::write(dir, self.step, model, optimizer, &self.saved)?;
+        // No checkpoint is left that needs another.
+        Selected::remove_others(dir, before.map(Selected::step))
     }
 
     fn advance(&mut self, input: &Input) -> Result<f64, BenchError> {
@@ -291,28 +317,39 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Scores the model; on the target only if it is the best so far, or the last.
+    /// Scores the model on what the sources hold out; at the end, the selected model and the last on the target.
     fn score(&mut self) -> Result<(), BenchError> {
         let sources = evaluate(&self.model, self.set, &self.split.held_out)?;
         let mut extra = serde_json::Map::new();
         extra.insert("source_validation".into(), json!(sources.accuracy));
         extra.insert("source_validation_loss".into(), json!(sources.loss));
+        let scored = Scored {
+            step: self.step,
+            sources,
+            target: None,
+            experts: self.experts(),
+        };
         let best = self.saved.best.as_ref();
-        let gained = best.is_none_or(|best| sources.accuracy > best.sources.accuracy);
+        if best.is_none_or(|best| sources.accuracy > best.sources.accuracy) {
+            self.saved.best = Some(scored);
+            self.selected = Some(Selected::new(self.step, &self.model));
+        }
         let mut test_loss = None;
-        if gained || self.step == self.config.steps {
-            let target = evaluate(&self.model, self.set, &self.split.test)?;
-            extra.insert("target_accuracy".into(), json!(target.accuracy));
-            test_loss = Some(target.loss);
-            let scored = Scored {
-                step: self.step,
-                sources,
-                target,
-                experts: self.experts(),
-            };
-            self.saved.last = Some(scored);
-            if gained {
-                self.saved.best = Some(scored);
+        if self.step == self.config.steps {
+            let on_target = |model| evaluate(model, self.set, &self.split.test);
+            let last = on_target(&self.model)?;
+            extra.insert("target_accuracy".into(), json!(last.accuracy));
+            test_loss = Some(last.loss);
+            self.saved.last = Some(Scored {
+                target: Some(last),
+                ..scored
+            });
+            if let (Some(best), Some(selected)) = (&mut self.saved.best, &self.selected) {
+                best.target = Some(if best.step == self.step {
+                    last
+                } else {
+                    on_target(selected.model())?
+                });
             }
         }
         self.saved.metrics.push(MetricLine {

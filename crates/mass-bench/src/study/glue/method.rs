@@ -76,9 +76,9 @@ pub(super) enum Pretrained {
 
 impl Pretrained {
     /// As settings keep it.
-    pub(super) fn settings(&self) -> Value {
+    pub(super) fn settings(&self) -> Result<Value, BenchError> {
         match self {
-            Self::Drawn(config) => json!({ "drawn": config }),
+            Self::Drawn(config) => Ok(json!({ "drawn": config })),
             Self::Directory(dir) => model_settings(dir),
         }
     }

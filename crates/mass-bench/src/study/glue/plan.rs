@@ -6,6 +6,7 @@ use mass_model::Activation;
 use mass_model::bert::BertConfig;
 use mass_model::optim::AdamWConfig;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::data::TaskData;
 use super::finetune::FineTuneConfig;
@@ -190,13 +191,18 @@ impl Plan {
             .collect()
     }
 
-    /// Everything that fixes a run.
-    pub(super) fn config(&self, planned: &Planned, data: &TaskData) -> FineTuneConfig {
+    /// Everything that fixes a run; `model` as settings keep it.
+    pub(super) fn config(
+        &self,
+        planned: &Planned,
+        data: &TaskData,
+        model: &Value,
+    ) -> FineTuneConfig {
         FineTuneConfig {
             run: planned.run.key().to_string(),
             seed: planned.run.seed,
             method: planned.method.clone(),
-            model: self.pretrained.settings(),
+            model: model.clone(),
             data: data.digest,
             outputs: planned.task.outputs(),
             authors_layer: authors_layer(planned.task),

@@ -3,6 +3,7 @@
 use mass_model::Parameters;
 use mass_model::bert::BertConfig;
 use mass_model::optim::AdamWConfig;
+use serde_json::json;
 
 use super::data::TaskData;
 use super::finetune::{FineTuneConfig, FineTuner};
@@ -36,7 +37,7 @@ fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
         run: "a run".into(),
         seed: 4,
         method,
-        model: pretrained().settings(),
+        model: pretrained().settings().unwrap(),
         data: 7,
         authors_layer: 10,
         outputs: task.outputs(),
@@ -156,9 +157,23 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
 
 #[test]
 fn a_checkpoint_does_not_hold_where_the_model_lies() {
-    let at = |dir: &str| Pretrained::Directory(dir.into()).settings();
-    assert_eq!(at("/data/models/minilm"), at("../models/minilm"));
-    assert_ne!(at("/data/models/minilm"), at("/data/models/other"));
+    let root = tempfile::tempdir().unwrap();
+    let at = |dir: &str, weights: &str| {
+        let dir = root.path().join(dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("config.json"), "{}").unwrap();
+        std::fs::write(dir.join("model.safetensors"), weights).unwrap();
+        Pretrained::Directory(dir).settings().unwrap()
+    };
+    let here = at("data/minilm", "123456789");
+    assert_eq!(here, at("models/minilm", "123456789"));
+    assert_ne!(here, at("models/other", "123456789"));
+    assert_ne!(here, at("models/minilm", "123456780"));
+    // The CRC-32 of these nine digits that every description of it gives.
+    let file = json!({ "bytes": 9, "crc32": "cbf43926" });
+    assert_eq!(here["model.safetensors"], file);
+    let missing = Pretrained::Directory(root.path().join("none")).settings();
+    assert!(missing.unwrap_err().to_string().contains("config.json"));
     let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 16).unwrap();
     let mut set = sample::dataset(Task::Cola);
     let digest = |set: &_| TaskData::new(&tokenizer, set).unwrap().digest;
