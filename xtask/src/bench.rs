@@ -132,7 +132,7 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
         Some(name) if more.is_none() => BENCHES.iter().filter(|b| b.name == name).collect(),
         _ => Vec::new(),
     };
-    if name.is_some_and(|n| n == "--help" || n == "-h") {
+    if rest.iter().any(|a| a == "--help" || a == "-h") {
         println!("Usage: cargo xtask bench [NAME] [--peers]\n");
         for bench in &BENCHES {
             println!("  {:8} {}", bench.name, bench.about);
@@ -142,6 +142,11 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
             OF_MASS_BENCH.join(", ")
         );
         return ExitCode::SUCCESS;
+    }
+    if let Some(second) = more {
+        let second = second.to_string_lossy();
+        eprintln!("error: bench takes one name, `{second}` is another");
+        return ExitCode::from(2);
     }
     if chosen.is_empty() {
         if let Some(unknown) = name.filter(|n| !OF_MASS_BENCH.iter().any(|own| *n == own)) {

@@ -17,9 +17,10 @@ pub(crate) fn root() -> PathBuf {
 }
 
 /// Becomes a program, where the system has that: Ctrl-C then reaches it alone, and the prompt comes back when it has ended.
-pub(crate) fn become_program(mut command: Command) -> ExitCode {
+pub(crate) fn become_program(command: Command) -> ExitCode {
     #[cfg(unix)]
     {
+        let mut command = command;
         let error = std::os::unix::process::CommandExt::exec(&mut command);
         let program = command.get_program().to_string_lossy();
         eprintln!("error: cannot run {program}: {error}");

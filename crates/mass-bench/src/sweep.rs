@@ -136,7 +136,7 @@ pub fn sweep<P: Sync>(
 fn write(ctx: &RunContext, store: &mut ResultStore, outcome: Outcome) -> Result<(), BenchError> {
     let key = outcome.run.key().to_string();
     // Lines that it left before a crash, if it did.
-    store.rewind(&outcome.run.key(), 0)?;
+    store.forget_lines(&outcome.run.key())?;
     for line in &outcome.metrics {
         store.metric(line)?;
     }

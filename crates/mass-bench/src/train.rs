@@ -107,7 +107,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     };
     let key = run.key().to_string();
     // Lines that it left before a crash, if it did.
-    store.rewind(&run.key(), 0)?;
+    store.forget_lines(&run.key())?;
     for line in trainer.metrics() {
         store.metric(line)?;
     }

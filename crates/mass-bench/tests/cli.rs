@@ -233,3 +233,21 @@ fn help_and_version_exit_0() {
         assert!(output.stderr.is_empty() && !output.stdout.is_empty());
     }
 }
+
+#[test]
+fn all_studies_are_checked_before_the_first_begins() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let all = ["reproduce", "all", "--preset", "full", "--out", "out"];
+    refused(&all, dir.path(), &["--models"]);
+    assert!(!dir.path().join("out").exists());
+}
+
+#[test]
+fn help_says_what_the_studies_are() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let output = bench(&["reproduce", "--help"], dir.path());
+    let help = String::from_utf8_lossy(&output.stdout);
+    for study in mass_bench::study::STUDIES {
+        assert!(help.contains(study.about), "{help}");
+    }
+}

@@ -271,12 +271,13 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     fs::write(&bad, [0xff, 0xd8, 0xff, 0xdb, 0x00]).unwrap();
     // What an earlier run left there is not lost to a set that cannot be read.
     fs::create_dir_all(at.join("out")).unwrap();
-    fs::write(at.join("out/results.json"), "of an earlier run").unwrap();
+    let earlier = r#"{"study": "dg", "runs": ["of an earlier run"]}"#;
+    fs::write(at.join("out/results.json"), earlier).unwrap();
     refused(&both, "pacs/there/dog/b.jpg");
     fs::remove_file(&bad).unwrap();
     refused(&both, "vit-s14");
     let left = fs::read(at.join("out/results.json")).unwrap();
-    assert_eq!(left, b"of an earlier run");
+    assert_eq!(left, earlier.as_bytes());
     // DomainBed's own spelling, and another folder; but not a way to one.
     fs::rename(at.join("pacs"), at.join("PACS")).unwrap();
     refused(&both, "vit-s14");

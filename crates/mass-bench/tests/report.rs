@@ -145,6 +145,26 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     assert_eq!(read(dir.path(), "metrics.jsonl"), "");
     assert!(!checkpoint.exists());
 
+    // An opening that was cut short leaves a directory that can be opened.
+    let cut = tempfile::tempdir().expect("a temporary directory");
+    std::fs::write(
+        cut.path().join("results.json"),
+        r#"{"study": "x", "runs": []}"#,
+    )
+    .expect("a write");
+    open(cut.path(), &settings, false).expect("results alone");
+    ResultStore::check(
+        cut.path(),
+        Header::new("synthetic", "quick", 2),
+        &settings,
+        true,
+    )
+    .expect("a check");
+    // Checkpoints of unknown settings are not gone on from.
+    std::fs::create_dir(cut.path().join("checkpoints")).expect("a directory");
+    std::fs::remove_file(cut.path().join("settings.json")).expect("a removal");
+    open(cut.path(), &settings, true).expect_err("a checkpoint without settings");
+
     // Settings without results that they belong to are no reason to lose results.
     std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
     open(dir.path(), &settings, true).expect("no run, no settings");

@@ -7,8 +7,8 @@
 //! # Which variant does what
 //! `paper` and `reference` use `delta = 0.001` whatever the shape. For two random directions in `n = h d` dimensions
 //! `c` is close to normal with standard deviation `1 / sqrt(n)`, so the fixed threshold lets almost every random
-//! direction pass in a large matrix and almost none in a small one. `ours` uses `delta = c0 / sqrt(h d)`, which lets
-//! the same fraction pass at every size.
+//! direction pass in a large matrix and almost none in a small one. [`AlignmentThreshold::Scaled`], `delta = c0 / sqrt(h d)`, lets
+//! the same fraction pass at every size; no variant uses it, since `ours` has no such test.
 
 use serde::{Deserialize, Serialize};
 
@@ -76,7 +76,7 @@ pub fn alignment(gradient: &[f32], weight: &[f32]) -> Result<Alignment, ExpandEr
 pub enum AlignmentThreshold {
     /// The same `delta` for every shape (`paper`, `reference`: 0.001).
     Absolute(f64),
-    /// `delta = c0 / sqrt(hidden * dim)`: the same fraction of random directions at every shape (`ours`).
+    /// `delta = c0 / sqrt(hidden * dim)`: the same fraction of random directions at every shape (no named variant).
     Scaled {
         /// `delta` in units of the standard deviation of a random direction's cosine.
         c0: f64,

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
+use crate::growth::Mixtures;
 use crate::kernels::activation::Activation;
 use crate::lm::{LayerTrace, Masked};
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
@@ -164,6 +165,21 @@ pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
 }
 
 /// Refuses a masked expert of a mixture layer that is not there.
+/// Whether a model's mixtures are what its configuration says, which may have changed since it was made.
+pub(crate) fn check_mixtures<'a>(
+    model: &impl Mixtures,
+    configured: impl Iterator<Item = &'a MoeConfig>,
+) -> Result<(), ModelError> {
+    for (layer, configured) in configured.enumerate() {
+        if layer >= model.mixtures() || model.mixture(layer).config() != configured {
+            return Err(ModelError::Config(format!(
+                "mixture layer {layer} is not what the model's configuration says, which a checkpoint would not keep"
+            )));
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn check_masked(masked: Option<Masked>, mixtures: usize) -> Result<(), ModelError> {
     match masked {
         Some(m) if m.layer >= mixtures => Err(ModelError::Config(format!(

@@ -12,7 +12,8 @@ use dfdx::prelude::NoneTape;
 use mass_expand::{
     Action, Answer, BisectParams, Controller, ControllerParams, Event, ExpandError, ExpertId,
     ExpertObservation, LayerObservation, Reduction, RemovalReason, Request, SplitOperator,
-    StepObservation, alignment, bisect, divide_gradient, preserve_mass, redundancy_gradient,
+    StepObservation, StopRule, alignment, bisect, divide_gradient, preserve_mass,
+    redundancy_gradient,
 };
 use mass_routing::Router;
 use ndarray::Array2;
@@ -135,11 +136,16 @@ impl Grower {
         losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
-        let before = self.controller.clone();
+        // Only while losses may be asked for can anything but the observation itself be refused.
+        let asks = (0..model.mixtures()).any(|l| self.watches(l, step))
+            || self.controller.params().pruning.is_some();
+        let before = asks.then(|| self.controller.clone());
         let actions = match self.decide(step, model, pass, losses) {
             Ok(actions) => actions,
             Err(error) => {
-                self.controller = before;
+                if let Some(before) = before {
+                    self.controller = before;
+                }
                 return Err(error);
             }
         };
@@ -169,11 +175,18 @@ impl Grower {
             if params.operator == SplitOperator::Bisect && moe.config().gate != GateConfig::Linear {
                 return Err(ModelError::Config(BISECT_NEEDS.into()));
             }
+            // A check is made with one expert masked, and may remove it.
+            let checked = usize::from(params.stop != StopRule::Never);
             let least = moe.router().least_experts();
-            if let Some(pruning) = params.pruning.filter(|p| p.min_experts < least) {
+            if let Some(pruning) = params.pruning.filter(|p| p.min_experts < least + checked) {
                 return Err(ModelError::Config(format!(
-                    "pruning leaves {} experts, but the router of mixture layer {l} takes {least}",
-                    pruning.min_experts
+                    "pruning leaves {} experts, but the router of mixture layer {l} takes {least}{}",
+                    pruning.min_experts,
+                    if checked > 0 {
+                        ", and one is masked to check it"
+                    } else {
+                        ""
+                    }
                 )));
             }
         }

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpointed;
-use crate::encoder::check_masked;
+use crate::encoder::{check_masked, check_mixtures};
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer, SelfAttention};
@@ -293,6 +293,8 @@ impl Checkpointed for LanguageModel {
                 )));
             }
         }
+        let configured = self.blocks.iter().map(|_| &config.block.moe);
+        check_mixtures(self, configured)?;
         if self.norm.eps != eps {
             return Err(differs(format!("a norm with another eps than {eps}")));
         }

@@ -343,11 +343,16 @@ fn a_state_that_json_would_change_is_refused_and_the_previous_one_stays() {
 #[test]
 fn a_model_that_a_checkpoint_would_not_give_back_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let changes: [fn(&mut LanguageModel); 5] = [
+    let changes: [fn(&mut LanguageModel); 6] = [
         |m| m.blocks.truncate(1),
         |m| m.blocks[1].attention.causal = false,
         |m| m.blocks[0].norm2.eps = 0.25,
         |m| m.norm.eps = 0.25,
+        |m| {
+            let mut other = m.mixture(1).config().clone();
+            other.activation = mass_model::Activation::Silu;
+            m.blocks[1].moe = mass_model::nn::MoeLayer::new(&other, &mut seeded_rng(1)).unwrap();
+        },
         |m| {
             let first = m.mixture(0).ids()[0];
             m.mixture_mut(0).expert_mut(first).unwrap().logit_offset = f32::NEG_INFINITY;

@@ -572,7 +572,11 @@ fn rules_that_a_model_cannot_follow_are_refused_before_anything_is_done() {
         unused: None,
         redundant: None,
     });
-    refused(top_k(), pruned, "takes 2");
+    refused(top_k(), pruned.clone(), "takes 2");
+    // Two would do, if none of them were masked.
+    let pruning = pruned.controller.pruning.as_mut().unwrap();
+    pruning.min_experts = 2;
+    refused(top_k(), pruned, "masked to check");
     let mut config = growing::config(RouterConfig::TopP {
         p: 0.6,
         combine: Combine::Renormalised,

@@ -773,13 +773,20 @@ fn training_passes_of_one_layer_run_side_by_side() {
         &mut seeded_rng(3),
     )
     .unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
-    let sums: Vec<f64> = pool.unwrap().install(|| {
-        let passes = (0..64).into_par_iter().map(|_| {
-            let x = rows(200, 16, 1.0);
-            probe(layer.try_forward(x.leaky_traced()).unwrap()).0
+    let (send, receive) = std::sync::mpsc::channel();
+    // In a thread of its own: passes that wait for each other never end.
+    std::thread::spawn(move || {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+        let sums: Vec<f64> = pool.unwrap().install(|| {
+            let passes = (0..64).into_par_iter().map(|_| {
+                let x = rows(200, 16, 1.0);
+                probe(layer.try_forward(x.leaky_traced()).unwrap()).0
+            });
+            passes.collect()
         });
-        passes.collect()
+        send.send(sums).unwrap();
     });
+    let sums = receive.recv_timeout(std::time::Duration::from_secs(120));
+    let sums = sums.expect("passes that do not wait for each other");
     assert!(sums.iter().all(|s| *s == sums[0]));
 }

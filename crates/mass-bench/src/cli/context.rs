@@ -15,6 +15,10 @@ use crate::{
     report::{Header, ResultStore},
 };
 
+fn header(args: &ReproduceArgs) -> Header {
+    Header::new(&args.study, &args.preset.to_string(), args.threads)
+}
+
 /// What a running command has besides its arguments: progress display and the interrupt flag.
 #[derive(Debug)]
 pub struct RunContext {
@@ -84,8 +88,26 @@ impl RunContext {
         args: &ReproduceArgs,
         settings: &impl Serialize,
     ) -> Result<ResultStore, BenchError> {
-        let header = Header::new(&args.study, &args.preset.to_string(), args.threads);
+        let header = header(args);
         Ok(ResultStore::open(&args.out, header, settings, args.resume)?)
+    }
+
+    /// Whether [`open_store`](Self::open_store) would do, as far as can be told before anything is written.
+    ///
+    /// # Errors
+    /// [`BenchError::Report`].
+    pub fn check_store(
+        &self,
+        args: &ReproduceArgs,
+        settings: &impl Serialize,
+    ) -> Result<(), BenchError> {
+        let header = header(args);
+        Ok(ResultStore::check(
+            &args.out,
+            header,
+            settings,
+            args.resume,
+        )?)
     }
 
     /// The output directory of `train`; the study is "train" and the preset "text".

@@ -26,7 +26,7 @@ use crate::BenchError;
 pub enum Preset {
     /// Under 60 s: does everything connect? Its figures mean nothing.
     Smoke,
-    /// Under 10 minutes on two cores.
+    /// Under 10 minutes on two cores; glue and dg: under 30.
     Quick,
     /// The best honest study a workstation does in a night.
     Full,

@@ -10,6 +10,7 @@ use crate::{
 
 /// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = study::list())]
 pub struct ReproduceCommand {
     /// The study, or `all` for every one there is
     #[arg(default_value = "synthetic")]

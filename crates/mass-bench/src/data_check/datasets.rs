@@ -125,7 +125,7 @@ pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
         Group {
             title: "Gradient norms of MoE training (detector tests)",
             layout: "DATA/gradient_norms/*.csv with columns step,norm_0,..,cosine_0,..",
-            source: "metrics.jsonl of one's own runs holds the same figures",
+            source: "not published; any training loop can write such columns",
             items: vec![item(
                 "gradient_norms",
                 under("gradient_norms"),

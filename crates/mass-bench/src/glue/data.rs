@@ -44,6 +44,16 @@ pub struct Skipped {
 const LINES_FOR_ONE_BROKEN: usize = 1000;
 
 impl Dataset {
+    /// The files that [`read`](Self::read) reads: the training set, then the development sets.
+    #[must_use]
+    pub fn files(data: &Path, task: Task) -> Vec<PathBuf> {
+        let dir = data.join("glue").join(task.name());
+        let names = ["train.tsv"]
+            .into_iter()
+            .chain(task.dev_files().iter().copied());
+        names.map(|name| dir.join(name)).collect()
+    }
+
     /// Reads `data/glue/<Task>/`.
     ///
     /// Lines of QQP with another number of columns than the header are left out and listed: the file as distributed has a

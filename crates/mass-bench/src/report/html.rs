@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
 use super::{
-    MetricLine, Results, RunKey,
+    MetricLine, Results,
     svg::{Series, escape, line_plot},
     table::{cells, notes},
 };
@@ -53,16 +53,9 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         let _ = writeln!(html, "<pre>{}</pre>", escape(&notes.join("\n")));
     }
 
-    let floors: Vec<f64> = results.runs.iter().filter_map(|r| r.bayes_loss).collect();
-    let levels: Vec<(String, f64)> = floors
-        .iter()
-        .copied()
-        .reduce(f64::min)
-        .map(|floor| (format!("Bayes {floor:.3}"), floor))
-        .into_iter()
-        .collect();
     type Figure = fn(&MetricLine) -> Option<f64>;
-    type Plot<'a> = (&'a str, Figure, &'a [(String, f64)]);
+    // Whether the floor of the best possible predictor belongs to it.
+    type Plot<'a> = (&'a str, Figure, bool);
     // GLUE's losses are means over examples.
     let [test, training] = match results.study.as_str() {
         "glue" => [
@@ -79,29 +72,35 @@ pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
         ],
     };
     let plots: [Plot<'_>; 7] = [
-        (test, |m| m.test_loss, &levels),
-        ("The task's metric", |m| of(m, "metric"), &[]),
+        (test, |m| m.test_loss, true),
+        ("The task's metric", |m| of(m, "metric"), false),
         (
             "Accuracy on what the source domains hold out",
             |m| of(m, "source_validation"),
-            &[],
+            false,
         ),
         (
             "Accuracy on the target domain (where it was scored)",
             |m| of(m, "target_accuracy"),
-            &[],
+            false,
         ),
-        (training, |m| m.train_loss, &levels),
-        ("Experts", |m| m.experts.map(|e| e as f64), &[]),
-        ("Experts a token", |m| m.active_per_token, &[]),
+        (training, |m| m.train_loss, true),
+        ("Experts", |m| m.experts.map(|e| e as f64), false),
+        ("Experts a token", |m| m.active_per_token, false),
     ];
-    for (name, figure, levels) in plots {
-        for (task, mut series) in series_of(results, metrics, figure) {
+    let keys = Keys::of(results);
+    for (name, figure, floored) in plots {
+        for (task, mut series) in series_of(&keys, metrics, figure) {
+            let of_task = results.runs.iter().filter(|r| floored && r.task == task);
+            let floor = of_task.filter_map(|r| r.bayes_loss).reduce(f64::min);
+            let level = floor.map(|floor| (format!("Bayes {floor:.3}"), floor));
+
             if name.starts_with("Training") {
                 series.iter_mut().for_each(smooth);
             }
             let title = task.map_or(name.to_owned(), |task| format!("{name}: {task}"));
-            html.push_str(&line_plot(&title, "training step", &series, levels));
+            let levels: Vec<_> = level.into_iter().collect();
+            html.push_str(&line_plot(&title, "training step", &series, &levels));
         }
     }
 
@@ -159,50 +158,69 @@ fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
     format!("<table>\n{}{body}</table>\n", line(header, "th"))
 }
 
-/// For each task the lines of its methods, in order of first appearance: means over the seeds that have a step.
+/// Which line of which task's plot a run belongs to.
+struct Keys {
+    tasks: Vec<Option<String>>,
+    /// Task and name.
+    lines: Vec<(usize, String)>,
+    /// Index of the line of each run.
+    runs: HashMap<String, usize>,
+}
+
+impl Keys {
+    fn of(results: &Results) -> Self {
+        let mut keys = Self {
+            tasks: Vec::new(),
+            lines: Vec::new(),
+            runs: HashMap::new(),
+        };
+        for run in &results.runs {
+            let key = run.key();
+            let task = index_of(&mut keys.tasks, key.task.clone());
+            let text = key.to_string();
+            let line = (task, key.over_tasks().without_seed());
+            keys.runs.insert(text, index_of(&mut keys.lines, line));
+        }
+        keys
+    }
+}
+
+/// Where a value stands, at the end if it is new.
+fn index_of<T: PartialEq>(values: &mut Vec<T>, value: T) -> usize {
+    values.iter().position(|v| *v == value).unwrap_or_else(|| {
+        values.push(value);
+        values.len() - 1
+    })
+}
+
+/// For each task the lines of its methods, in the order of the results: means over seeds, at the steps that all of them have.
 ///
 /// Lines of a single point are left out: they would not show.
 fn series_of(
-    results: &Results,
+    keys: &Keys,
     metrics: &[MetricLine],
     figure: fn(&MetricLine) -> Option<f64>,
 ) -> Vec<(Option<String>, Vec<Series>)> {
-    let runs: HashMap<String, RunKey> = results
-        .runs
-        .iter()
-        .map(|run| (run.key().to_string(), run.key()))
-        .collect();
-    // By task and name: at each step a sum and how many values it has.
-    type Sums = BTreeMap<u64, (f64, usize)>;
-    let mut lines: Vec<(Option<String>, String, Sums)> = Vec::new();
+    // Of each line, at each step a sum and how many values it has.
+    let mut sums: Vec<BTreeMap<u64, (f64, usize)>> = vec![BTreeMap::new(); keys.lines.len()];
     for line in metrics {
-        let Some(value) = figure(line).filter(|v| v.is_finite()) else {
-            continue;
-        };
-        let (task, name) = match runs.get(&line.run) {
-            Some(key) => (key.task.clone(), key.clone().over_tasks().without_seed()),
-            None => (None, line.run.clone()),
-        };
-        let at = lines.iter().position(|l| l.0 == task && l.1 == name);
-        let at = at.unwrap_or_else(|| {
-            lines.push((task, name, Sums::new()));
-            lines.len() - 1
-        });
-        let sum = lines[at].2.entry(line.step).or_default();
-        (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
-    }
-    let mut tasks: Vec<(Option<String>, Vec<Series>)> = Vec::new();
-    for (task, name, sums) in lines {
-        if sums.len() < 2 {
-            continue;
+        let value = figure(line).filter(|v| v.is_finite());
+        if let (Some(value), Some(&at)) = (value, keys.runs.get(&line.run)) {
+            let sum = sums[at].entry(line.step).or_default();
+            (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
         }
-        let mean = |(step, (sum, n)): (u64, (f64, usize))| (step as f64, sum / n as f64);
-        let points = sums.into_iter().map(mean).collect();
-        let at = tasks.iter().position(|t| t.0 == task).unwrap_or_else(|| {
-            tasks.push((task, Vec::new()));
-            tasks.len() - 1
-        });
-        tasks[at].1.push(Series { name, points });
+    }
+    let mut tasks: Vec<_> = keys.tasks.iter().map(|t| (t.clone(), Vec::new())).collect();
+    for ((task, name), sums) in keys.lines.iter().zip(sums) {
+        let seeds = sums.values().map(|s| s.1).max().unwrap_or(0);
+        let of_all = sums.into_iter().filter(|(_, (_, n))| *n == seeds);
+        let points: Vec<_> = of_all
+            .map(|(step, (sum, n))| (step as f64, sum / n as f64))
+            .collect();
+        if points.len() > 1 {
+            let name = name.clone();
+            tasks[*task].1.push(Series { name, points });
+        }
     }
     tasks
 }

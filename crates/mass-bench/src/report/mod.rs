@@ -74,7 +74,7 @@ pub enum ReportError {
         path: PathBuf,
     },
     /// A file of an earlier run that cannot be understood.
-    #[error("{}: not readable as results: {problem}; choose another --out or drop --resume", path.display())]
+    #[error("{}: not readable as results: {problem}; choose another --out", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,

@@ -19,6 +19,8 @@ pub struct ResultStore {
     results: Results,
     metrics: BufWriter<File>,
     events: BufWriter<File>,
+    /// Whether lines of an earlier process may be there.
+    resumed: bool,
 }
 
 impl ResultStore {
@@ -41,59 +43,11 @@ impl ResultStore {
         settings: &impl Serialize,
         resume: bool,
     ) -> Result<Self, ReportError> {
+        let (results, settings) = prior(dir, header, settings, resume)?;
         fs::create_dir_all(dir).map_err(|source| ReportError::Out {
             path: dir.to_owned(),
             source,
         })?;
-        // Through text, as the stored ones went: only what JSON keeps can differ.
-        let settings = serde_json::to_string(settings).and_then(|text| serde_json::from_str(&text));
-        let mut settings: Value = settings.map_err(|e| ReportError::Malformed {
-            path: dir.to_owned(),
-            problem: format!("settings: {e}"),
-        })?;
-        let results_path = dir.join("results.json");
-        let mut results = Results::new(header);
-        if resume && results_path.exists() {
-            let old: Results = read_json(&results_path)?;
-            let old_settings = match old_settings(dir) {
-                Err(_) if old.runs.is_empty() => settings.clone(),
-                read => read?,
-            };
-            let differs = |what: String| ReportError::OtherSettings {
-                path: dir.to_owned(),
-                what,
-            };
-            if old.study != results.study {
-                return Err(differs(format!("study ({})", old.study)));
-            }
-            if old.preset != results.preset {
-                return Err(differs(format!("preset ({})", old.preset)));
-            }
-            let (old_settings, old_data) = without_data(old_settings);
-            let (new_settings, new_data) = without_data(settings.clone());
-            if old_settings != new_settings {
-                return Err(differs(format!(
-                    "settings ({})",
-                    first_difference(&old_settings, &new_settings)
-                )));
-            }
-            let both = |task: &&String| old_data.get(*task).is_some_and(|d| *d != new_data[*task]);
-            if let Some(task) = new_data.keys().find(both) {
-                return Err(differs(format!("data ({task} has changed)")));
-            }
-            if !(old_data.is_empty() && new_data.is_empty()) {
-                let mut data = old_data;
-                data.extend(new_data);
-                settings["data"] = Value::Object(data);
-            }
-            for mut run in old.runs {
-                let made_on = run.machine.take().unwrap_or_else(|| old.machine.clone());
-                run.machine = (made_on != results.machine).then_some(made_on);
-                results.push(run);
-            }
-        } else {
-            check_owner(dir)?;
-        }
         // Kept on a resume even without finished runs: the first one may have been interrupted.
         if !resume {
             for stale in ["report.html", "metrics.jsonl", "events.jsonl"] {
@@ -105,16 +59,30 @@ impl ResultStore {
                 fs::remove_dir_all(&checkpoints).map_err(|e| io_error(&checkpoints, e))?;
             }
         }
-        let store = Self {
+        // Results first, by which the directory is known to be ours, and old ones never stand beside new settings.
+        write_atomically(&dir.join("results.json"), &pretty(&results))?;
+        write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
+        Ok(Self {
             metrics: append_to(&dir.join("metrics.jsonl"))?,
             events: append_to(&dir.join("events.jsonl"))?,
             dir: dir.to_owned(),
             results,
-        };
-        // In this order: old results never stand beside new settings.
-        store.write_results()?;
-        write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
-        Ok(store)
+            resumed: resume,
+        })
+    }
+
+    /// Whether [`open`](Self::open) would take the directory, as far as can be told without writing to it: a study asks before it
+    /// spends time on its data.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(
+        dir: &Path,
+        header: Header,
+        settings: &impl Serialize,
+        resume: bool,
+    ) -> Result<(), ReportError> {
+        prior(dir, header, settings, resume).map(drop)
     }
 
     /// The directory.
@@ -221,6 +189,18 @@ impl ResultStore {
         Ok(())
     }
 
+    /// Drops what a run left that a crash ended between its lines and its results.
+    ///
+    /// # Errors
+    /// [`ReportError::Io`].
+    pub fn forget_lines(&mut self, key: &RunKey) -> Result<(), ReportError> {
+        if self.resumed {
+            self.rewind(key, 0)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Every metric line written so far; unreadable lines are left out.
     ///
     /// # Errors
@@ -244,6 +224,65 @@ impl ResultStore {
         let html = report_html(&self.results, &self.metrics()?);
         write_atomically(&self.dir.join("report.html"), &html)
     }
+}
+
+/// What an output directory holds that is kept, and the settings as they are going to be.
+fn prior(
+    dir: &Path,
+    header: Header,
+    settings: &impl Serialize,
+    resume: bool,
+) -> Result<(Results, Value), ReportError> {
+    // Through text, as the stored ones went: only what JSON keeps can differ.
+    let settings = serde_json::to_string(settings).and_then(|text| serde_json::from_str(&text));
+    let mut settings: Value = settings.map_err(|e| ReportError::Malformed {
+        path: dir.to_owned(),
+        problem: format!("settings: {e}"),
+    })?;
+    let mut results = Results::new(header);
+    let results_path = dir.join("results.json");
+    if !(resume && results_path.exists()) {
+        check_owner(dir)?;
+        return Ok((results, settings));
+    }
+    let old: Results = read_json(&results_path)?;
+    if old.runs.is_empty() && !dir.join("checkpoints").is_dir() {
+        // Nothing that could be mixed with anything.
+        return Ok((results, settings));
+    }
+    let differs = |what: String| ReportError::OtherSettings {
+        path: dir.to_owned(),
+        what,
+    };
+    if old.study != results.study {
+        return Err(differs(format!("study ({})", old.study)));
+    }
+    if old.preset != results.preset {
+        return Err(differs(format!("preset ({})", old.preset)));
+    }
+    let (old_settings, old_data) = without_data(old_settings(dir)?);
+    let (new_settings, new_data) = without_data(settings.clone());
+    if old_settings != new_settings {
+        return Err(differs(format!(
+            "settings ({})",
+            first_difference(&old_settings, &new_settings)
+        )));
+    }
+    let both = |task: &&String| old_data.get(*task).is_some_and(|d| *d != new_data[*task]);
+    if let Some(task) = new_data.keys().find(both) {
+        return Err(differs(format!("data ({task} has changed)")));
+    }
+    if !(old_data.is_empty() && new_data.is_empty()) {
+        let mut data = old_data;
+        data.extend(new_data);
+        settings["data"] = Value::Object(data);
+    }
+    for mut run in old.runs {
+        let made_on = run.machine.take().unwrap_or_else(|| old.machine.clone());
+        run.machine = (made_on != results.machine).then_some(made_on);
+        results.push(run);
+    }
+    Ok((results, settings))
 }
 
 /// Names that a study gives to what it writes.

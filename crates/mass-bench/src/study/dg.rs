@@ -69,7 +69,15 @@ const MOST_FEATURES: u64 = 4 << 30;
 /// # Errors
 /// [`BenchError`]: which is not.
 pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
-    Plan::of(args)?.runs(args).map(drop)
+    planned(args).map(drop)
+}
+
+/// The plan and its runs, at least one.
+fn planned(args: &ReproduceArgs) -> Result<(Plan, Vec<Planned>), BenchError> {
+    let plan = Plan::of(args)?;
+    let runs = plan.runs(args)?;
+    super::some_run(!runs.is_empty())?;
+    Ok((plan, runs))
 }
 
 /// Makes the runs, one after another, each on all threads.
@@ -78,13 +86,7 @@ pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
 /// [`BenchError`]: images or a model that are missing or damaged, whatever the first failing run ends with, or that it was
 /// interrupted.
 pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    let plan = Plan::of(args)?;
-    let mut runs = plan.runs(args)?;
-    if runs.is_empty() {
-        return Err(BenchError::Usage(
-            "these choices of --methods, --variant, --task and --shard leave no run".into(),
-        ));
-    }
+    let (plan, mut runs) = planned(args)?;
     let mut settings = serde_json::to_value(&plan)
         .map_err(|e| BenchError::failed("describing the settings", e))?;
     // More seeds, targets or sets of the same plan only add runs; how often a run is saved changes none.
@@ -94,6 +96,7 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     if let Some(dir) = plan.directory() {
         settings["model"] = super::model_settings(dir)?;
     }
+    ctx.check_store(args, &settings)?;
     // Everything is read before the first run: a damaged file of the last set should not show after hours. And before anything
     // of an earlier run is replaced. The second reading is from the cache.
     let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();

@@ -42,11 +42,31 @@ pub const TASKS: &[&str] = &[
 /// # Errors
 /// [`BenchError`]: which is not.
 pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
-    Plan::of(args)?;
-    if args.preset != Preset::Smoke {
-        data_dir(args)?;
+    let (_, runs) = planned(args)?;
+    if args.preset == Preset::Smoke {
+        return Ok(());
     }
-    Ok(())
+    let data = data_dir(args)?;
+    let missing = |task: Task| {
+        Dataset::files(data, task)
+            .into_iter()
+            .find(|f| !f.is_file())
+    };
+    match runs.iter().find_map(|r| missing(r.task)) {
+        Some(path) => Err(BenchError::Input {
+            path,
+            problem: "no such file; `mass-bench data check` lists what should be there".into(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The plan and its runs, at least one.
+fn planned(args: &ReproduceArgs) -> Result<(Plan, Vec<Planned>), BenchError> {
+    let plan = Plan::of(args)?;
+    let runs = plan.runs(args);
+    super::some_run(!runs.is_empty())?;
+    Ok((plan, runs))
 }
 
 /// Makes the runs, one after another, each on all threads.
@@ -55,13 +75,7 @@ pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
 /// [`BenchError`]: data or a model that is missing or damaged, whatever the first failing run ends with, or that it was
 /// interrupted.
 pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    let plan = Plan::of(args)?;
-    let mut runs = plan.runs(args);
-    if runs.is_empty() {
-        return Err(BenchError::Usage(
-            "these choices of --methods, --variant, --task and --shard leave no run".into(),
-        ));
-    }
+    let (plan, mut runs) = planned(args)?;
     // All data before the first run: a damaged file of the last task should not show after hours.
     let tasks = read(args, &plan, &runs, ctx)?;
     if !args.resume {

@@ -1,6 +1,6 @@
 //! The experiments by name.
 //!
-//! A study is a function that makes its runs one after another, asks
+//! A study is a function that makes its runs, asks
 //! [`ResultStore::finished`](crate::report::ResultStore::finished) before each, pushes each when it is
 //! done and looks at [`RunContext::check_interrupt`] between steps. Adding one means a file here and a
 //! line in [`STUDIES`].
@@ -72,6 +72,15 @@ pub const STUDIES: &[Study] = &[
     },
 ];
 
+/// The studies and what each is about, for the help text.
+#[must_use]
+pub fn list() -> String {
+    let lines = STUDIES
+        .iter()
+        .map(|s| format!("  {:10} {}\n", s.name, s.about));
+    format!("Studies:\n{}", lines.collect::<String>())
+}
+
 /// The study of that name.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Study> {
@@ -106,6 +115,16 @@ pub fn unknown_study(name: &str) -> BenchError {
     ))
 }
 
+/// Whether the choices on the command line leave a run.
+fn some_run(any: bool) -> Result<(), BenchError> {
+    if any {
+        return Ok(());
+    }
+    Err(BenchError::Usage(
+        "these choices of --methods, --variant, --task and --shard leave no run".into(),
+    ))
+}
+
 /// Gives back what runs before have kept for use again, so that the memory of a run is its own.
 fn begin_run() {
     mass_model::release_scratch();
@@ -121,7 +140,7 @@ fn keep(
 ) -> Result<(), BenchError> {
     let key = run.key().to_string();
     // Lines that it left before a crash, if it did.
-    store.rewind(&run.key(), 0)?;
+    store.forget_lines(&run.key())?;
     for line in metrics {
         store.metric(line)?;
     }

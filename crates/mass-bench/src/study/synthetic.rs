@@ -277,12 +277,7 @@ impl Data {
 /// # Errors
 /// [`BenchError::Usage`] if not.
 pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
-    if Plan::of(args.preset).runs(args).is_empty() {
-        return Err(BenchError::Usage(
-            "these choices of --methods, --variant, --task and --shard leave no run".into(),
-        ));
-    }
-    Ok(())
+    super::some_run(!Plan::of(args.preset).runs(args).is_empty())
 }
 
 /// Makes the runs.

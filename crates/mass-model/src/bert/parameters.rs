@@ -2,6 +2,7 @@
 
 use super::{BertClassifier, BertConfig, ClassifierConfig};
 use crate::checkpoint::Checkpointed;
+use crate::encoder::check_mixtures;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::MoeLayer;
@@ -79,6 +80,10 @@ impl Checkpointed for BertClassifier {
             model.convert_to(layer, mixture, &mut crate::seeded_rng(0))?;
         }
         Ok(model)
+    }
+
+    fn check_config(&self) -> Result<(), ModelError> {
+        check_mixtures(self, self.config.mixtures.values())
     }
 
     fn values_at_least(config: &Self::Config) -> Option<u64> {

@@ -328,8 +328,8 @@ pub fn load_model<M: Checkpointed>(dir: &Path) -> Result<M, ModelError> {
 
 /// Reads the weights, pools and routers of the newest checkpoint of `dir` into a model that exists, and returns the layers
 /// in which the numbers of experts differed. What differs otherwise and makes it another function (a width, a number of heads,
-/// an activation, a router) is an error. What matters in training alone (dropout, routing losses, how weights are drawn) is the
-/// model's own.
+/// an activation, a kind of router) is an error. What matters in training alone (dropout, routing losses, how weights are drawn) is
+/// the model's own; a router's noise and rates come with its state.
 ///
 /// # Errors
 /// As [`load`], [`CheckpointError::Settings`] for a model that computes something else, and [`CheckpointError::ExpertCount`] unless `options` say what to do. After an error the model is as it was.
@@ -345,6 +345,14 @@ pub fn load_into<M: Checkpointed>(
     let path = source.path(MODEL);
     let file = TensorFile::parse(&path, &bytes)?;
     let state = source.path(STATE);
+    for (layer, pool) in manifest.pools.iter().enumerate().take(model.mixtures()) {
+        for loss in &model.mixture(layer).config().losses {
+            if let Some(needed) = loss.lacks(&pool.router) {
+                let what = format!("mixture layer {layer} has a router, but {loss:?} {needed}");
+                return Err(broken(&state, CheckpointError::Settings(what)));
+            }
+        }
+    }
     let reading = Reading::fitted(&state, model, manifest.pools, options.pool)?;
     reading.check(model, &file)?;
     let values = |config: &M::Config| serde_json::to_value(config);
@@ -359,8 +367,19 @@ pub fn load_into<M: Checkpointed>(
 
 /// The first setting by which two models compute different functions, and what it is in either.
 fn contradiction(name: &str, theirs: &Value, ours: &Value) -> Option<String> {
-    // The number of experts at the start, and what matters in training alone.
-    const FREE: [&str; 4] = ["experts", "losses", "initializer_range", "embedding_std"];
+    // The number of experts at the start, where learned factors start, what matters in training alone, and what a router is
+    // read with anyway.
+    const FREE: [&str; 9] = [
+        "experts",
+        "temperature",
+        "layer_scale",
+        "losses",
+        "initializer_range",
+        "embedding_std",
+        "seed",
+        "std",
+        "rate",
+    ];
     match (theirs, ours) {
         (Value::Object(a), Value::Object(b)) => {
             let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();

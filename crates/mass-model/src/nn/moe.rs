@@ -137,7 +137,7 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// A sparse mixture-of-experts feed-forward layer whose pool can grow and shrink while it trains.
 ///
 /// `y[t] = Σ_{e chosen for t} w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`, with `w` from the router applied to
-/// `z = x W_gᵀ` (plus a fixed offset for experts that were split with their mass preserved).
+/// `z = x W_gᵀ` (plus a fixed offset for experts that were bisected, or split with their mass preserved).
 ///
 /// Experts carry an [`ExpertId`] that is never reused, and every expert owns its gate row, so that parameters, optimiser
 /// moments and checkpoints keep their names while the pool changes.

@@ -20,7 +20,7 @@ use crate::param::{CpuGradients, Param, ParamHandle};
 pub struct MoeExpert {
     /// Row of the gate matrix.
     pub gate: Param,
-    /// Added to the expert's logit; not trained. Zero but for experts that were split with their mass preserved.
+    /// Added to the expert's logit; not trained. Zero but for experts that were bisected, or split with their mass preserved.
     pub logit_offset: f32,
     /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
     pub threshold: Option<Param>,

@@ -65,6 +65,7 @@ pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
 use crate::checkpoint::Checkpointed;
+use crate::encoder::check_mixtures;
 use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
@@ -361,6 +362,10 @@ impl Checkpointed for VitClassifier {
             model.convert_to(block, mixture, &mut crate::seeded_rng(0))?;
         }
         Ok(model)
+    }
+
+    fn check_config(&self) -> Result<(), ModelError> {
+        check_mixtures(self, self.config.mixtures.values())
     }
 
     fn values_at_least(config: &Self::Config) -> Option<u64> {
