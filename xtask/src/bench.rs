@@ -48,7 +48,7 @@ const BENCHES: [Bench; 10] = [
     },
     Bench {
         name: "routing",
-        about: "Top-p from logits to plan; rival: the authors' gate in PyTorch, interleaved",
+        about: "Top-p from logits to plan; rival: the authors' gate in PyTorch, before it",
         cargo: &[&[
             "run",
             "--release",

@@ -52,6 +52,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .next()
         .ok_or("the file is empty")?
         .split(',')
+        .map(str::trim)
         .collect();
     let watched: Vec<usize> = (0..header.len())
         .filter(|&i| header[i] == "loss" || header[i].starts_with("norm_"))
@@ -68,14 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut streams: Vec<Stream> = watched.iter().map(|&i| stream(header[i])).collect();
     let mut layer = stream("layer");
     for (step, line) in lines.enumerate() {
-        let fields: Vec<f64> = line
-            .split(',')
-            .map(|f| {
-                f.trim()
-                    .parse()
-                    .map_err(|e| format!("{path}, step {step}: {f:?}: {e}"))
-            })
-            .collect::<Result<_, _>>()?;
+        let fields: Vec<&str> = line.split(',').map(str::trim).collect();
         if fields.len() != header.len() {
             return Err(format!(
                 "{path}, step {step}: {} fields, not {}",
@@ -86,12 +80,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let mut square = 0.0;
         for (stream, &column) in streams.iter_mut().zip(&watched) {
-            stream.update(step, fields[column])?;
+            let field = fields[column];
+            let value: f64 = field
+                .parse()
+                .map_err(|e| format!("{path}, step {step}, {}: {field:?}: {e}", header[column]))?;
+            stream.update(step, value)?;
             if header[column].starts_with("norm_") {
-                square += fields[column] * fields[column];
+                square += value * value;
             }
         }
-        layer.update(step, square.sqrt())?;
+        if square > 0.0 {
+            layer.update(step, square.sqrt())?;
+        }
     }
     Ok(())
 }

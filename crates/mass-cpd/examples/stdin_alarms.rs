@@ -19,9 +19,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut line_of: Vec<usize> = Vec::new();
     let mut out = io::stdout().lock();
     writeln!(out, "line\tvalue\tp_horizon\tonset")?;
-    for (number, line) in io::stdin().lock().lines().enumerate() {
+    for (number, line) in io::stdin().lock().split(b'\n').enumerate() {
         let number = number + 1;
         let line = line?;
+        let line = String::from_utf8_lossy(&line);
         let step = match line.trim().parse::<f64>() {
             Ok(x) => detector.update(x),
             Err(e) => {

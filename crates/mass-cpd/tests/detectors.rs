@@ -484,6 +484,33 @@ fn high_thresholds_are_reached_in_time_and_rare_signals_are_counted() {
     }
     let h = exact_threshold_for_horizon(0.1, 100_000, 0.05, Sides::One).expect("there is one");
     assert!((51.0..52.5).contains(&h), "{h}");
+    // Probabilities far below the rounding of one: then they are horizon over average run length.
+    let mut before = 1.0;
+    for (k, h) in [
+        (1.0, 16.0),
+        (1.0, 18.0),
+        (1.0, 20.0),
+        (1.0, 34.0),
+        (1.0, 77.0),
+    ] {
+        let run = RunLength::new(k, h, 0.0).expect("valid");
+        let (found, wanted) = (run.false_alarm(1_000_000_000), 1e9 / run.average());
+        assert!(
+            (found / wanted - 1.0).abs() < 1e-4,
+            "h {h}: {found:e} for {wanted:e}"
+        );
+        assert!(found < before, "h {h}: {found:e}");
+        before = found;
+    }
+    let h =
+        exact_threshold_for_horizon(1.0, 1_000_000_000, 1e-6, Sides::One).expect("there is one");
+    let found = RunLength::new(1.0, h, 0.0)
+        .expect("valid")
+        .false_alarm(1_000_000_000);
+    assert!(
+        (found / 1e-6 - 1.0).abs() < 0.01 && (16.0..17.0).contains(&h),
+        "{h}: {found:e}"
+    );
     // Averages past what a difference from one can hold, against Siegmund's form, good to a few percent.
     for (k, h) in [(0.5, 34.0), (0.5, 60.0), (1.0, 40.0), (0.25, 150.0)] {
         let exact = RunLength::new(k, h, 0.0).expect("valid").average();

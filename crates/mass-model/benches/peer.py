@@ -21,7 +21,7 @@ def read_floats(path, shape):
 
 
 class Moe(nn.Module):
-    """Top-k or top-p experts: one index_select, two products and one index_add for each expert."""
+    """Top-k or top-p experts: one index_select, two products and one index_add_ for each expert."""
 
     def __init__(self, d, hidden, experts, activation, k=0, p=0.0):
         super().__init__()
@@ -54,7 +54,7 @@ class Moe(nn.Module):
                 continue
             t, s = tokens[start:start + n], slots[start:start + n]
             out = fc2(self.act(fc1(x.index_select(0, t))))
-            y = y.index_add(0, t, out * weights[t, s].unsqueeze(1))
+            y.index_add_(0, t, out * weights[t, s].unsqueeze(1))
             start += n
         return y
 
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
 
 
 def train(model, loss):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
     def step():
         optimizer.zero_grad()

@@ -71,10 +71,12 @@ fn golden_cosine_router() {
         (balance as f32 - golden.scalar("gshard_loss")).abs() < 2e-6,
         "{balance}"
     );
-    for key in golden
+    let keys: Vec<_> = golden
         .names()
         .filter(|name| name.starts_with("load_importance_loss_k"))
-    {
+        .collect();
+    assert!(!keys.is_empty(), "no load and importance losses");
+    for key in keys {
         let top: usize = key
             .trim_start_matches("load_importance_loss_k")
             .parse()

@@ -25,7 +25,8 @@ fn case() -> impl Strategy<Value = (Array2<f32>, Vec<bool>, f32)> {
             let spread = prop_oneof![Just(0.5_f32), Just(2.0), Just(10.0), Just(1e4)];
             let quantum = prop_oneof![Just(0.0_f32), Just(1.0)];
             let logits = proptest::collection::vec(-1.0_f32..1.0, n * k);
-            let mask = proptest::collection::vec(prop::bool::weighted(0.8), k);
+            let some = proptest::collection::vec(prop::bool::weighted(0.8), k);
+            let mask = prop_oneof![some, Just(vec![true; k])];
             let p = prop_oneof![0.01_f32..1.0, Just(1.0), Just(0.5)];
             (logits, mask, p, spread, quantum, 0..k).prop_map(
                 move |(v, mut mask, p, spread, quantum, keep)| {
@@ -71,6 +72,12 @@ fn weights_of(plan: &RoutingPlan, t: usize) -> Vec<f32> {
         .collect()
 }
 
+/// A mask that leaves everything in use is not given at all: most models have none, and whole tiles of tokens are then routed
+/// at a time.
+fn partial(mask: &[bool]) -> Option<&[bool]> {
+    mask.contains(&false).then_some(mask)
+}
+
 /// Experts sorted by descending key, ties to the lower index.
 fn ranked(keys: impl Iterator<Item = f32>) -> Vec<(u32, f32)> {
     let mut all: Vec<(u32, f32)> = keys.enumerate().map(|(e, k)| (e as u32, k)).collect();
@@ -84,7 +91,7 @@ proptest! {
 
     #[test]
     fn probabilities_are_the_softmax((logits, mask, p) in case()) {
-        let plan = route(&mut TopP::new(p, Combine::Raw).unwrap(), logits.view(), Some(&mask));
+        let plan = route(&mut TopP::new(p, Combine::Raw).unwrap(), logits.view(), partial(&mask));
         for (row, r) in logits.outer_iter().zip(plan.probabilities().outer_iter()) {
             let used = || row.iter().zip(&mask).filter(|(_, m)| **m).map(|(l, _)| f64::from(*l));
             let max = used().fold(f64::NEG_INFINITY, f64::max);
@@ -102,7 +109,7 @@ proptest! {
 
     #[test]
     fn top_p_takes_the_smallest_set_of_the_mass((logits, mask, p) in case()) {
-        let plan = route(&mut TopP::new(p, Combine::Raw).unwrap(), logits.view(), Some(&mask));
+        let plan = route(&mut TopP::new(p, Combine::Raw).unwrap(), logits.view(), partial(&mask));
         for t in 0..plan.num_tokens() {
             let ranked = ranked(plan.probabilities().row(t).iter().copied());
             let mut mass = 0.0_f64;
@@ -127,7 +134,7 @@ proptest! {
     fn top_k_takes_the_largest((logits, mask, _) in case(), share in 0.0_f64..1.0) {
         let available = mask.iter().filter(|&&m| m).count();
         let k = 1 + (share * (available - 1) as f64).round() as usize;
-        let plan = route(&mut TopK::new(k, Combine::Renormalised).unwrap(), logits.view(), Some(&mask));
+        let plan = route(&mut TopK::new(k, Combine::Renormalised).unwrap(), logits.view(), partial(&mask));
         for t in 0..plan.num_tokens() {
             let keys = logits.row(t).iter().zip(&mask).map(|(&l, &m)| if m { l } else { f32::NEG_INFINITY }).collect::<Vec<_>>();
             let mut expected: Vec<u32> = ranked(keys.into_iter()).into_iter().take(k).map(|(e, _)| e).collect();
@@ -138,7 +145,7 @@ proptest! {
 
     #[test]
     fn renormalised_weights_sum_to_one((logits, mask, p) in case()) {
-        let plan = route(&mut TopP::new(p, Combine::Renormalised).unwrap(), logits.view(), Some(&mask));
+        let plan = route(&mut TopP::new(p, Combine::Renormalised).unwrap(), logits.view(), partial(&mask));
         for t in 0..plan.num_tokens() {
             prop_assert!((weights_of(&plan, t).iter().sum::<f32>() - 1.0).abs() < 1e-5);
         }
@@ -524,4 +531,22 @@ fn the_balancing_bias_balances_and_noise_is_seeded() {
     assert_eq!(first(1, true), first(1, true));
     assert_ne!(first(1, true), first(2, true));
     assert_eq!(first(1, false), first(2, false));
+}
+
+/// Probabilities so small that the reciprocal of their sum overflows are renormalised all the same.
+#[test]
+fn weights_of_all_but_impossible_experts_are_renormalised() {
+    let logits = Array2::from_shape_fn((8, 8), |(t, e)| match (t, e) {
+        (0, 0) => -87.0,
+        (0, _) => 0.0,
+        (_, 0) => -1000.0,
+        (t, e) if t == e => 50.0,
+        _ => 0.0,
+    });
+    let mut router = ExpertChoice::new(1.0, Combine::Renormalised).unwrap();
+    let plan = route(&mut router, logits.view(), None);
+    assert_eq!(experts_of(&plan, 0), [0]);
+    let r = plan.probabilities()[(0, 0)];
+    assert!(r > 0.0 && (1.0 / r).is_infinite(), "{r:e}");
+    assert_eq!(weights_of(&plan, 0), [1.0]);
 }

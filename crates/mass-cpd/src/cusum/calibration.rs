@@ -28,7 +28,7 @@ use super::{
     params::{CalibratedCusumParams, Direction, Drift, Reference, line_leverage},
     pchip::Pchip,
 };
-use crate::run_length::{RunLength, Sides, siegmund, survival_of_block};
+use crate::run_length::{RunLength, Sides, false_alarm_of_block, siegmund};
 
 /// `p_N` as a function of the statistic.
 #[derive(Clone, PartialEq)]
@@ -231,7 +231,7 @@ impl Key {
         for (x, wx) in HERMITE_9 {
             for (y, wy) in HERMITE_5 {
                 let sd = (log_scale + scale_error * y).exp();
-                signal += wx * wy * (1.0 - survival_of_block(self.k, h, level * x, sd, lasts));
+                signal += wx * wy * false_alarm_of_block(self.k, h, level * x, sd, lasts);
             }
         }
         (lasts as f64, (-signal.clamp(0.0, 1.0 - 1e-15)).ln_1p())

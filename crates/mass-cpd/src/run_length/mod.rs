@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 
 pub use siegmund::{siegmund_average, siegmund_threshold_for_horizon};
 pub use solver::RunLength;
-pub(crate) use solver::survival_of_block;
+pub(crate) use solver::false_alarm_of_block;
 pub use threshold::{
     exact_threshold_for_horizon, threshold_for_average, threshold_for_horizon, two_sided_average,
 };

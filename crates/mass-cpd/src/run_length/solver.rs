@@ -22,6 +22,8 @@ pub struct RunLength {
     weights: Vec<f64>,
     /// `matrix[i][j]`: probability of going from state `i` to (the neighbourhood of) state `j` without a signal.
     matrix: Vec<f64>,
+    /// Probability of a signal from each state.
+    signal: Vec<f64>,
     reference: f64,
     h: f64,
     solution: Vec<f64>,
@@ -40,6 +42,7 @@ impl RunLength {
             states: kernel.states,
             weights: kernel.weights,
             matrix: kernel.matrix,
+            signal: kernel.signal,
             reference: k - mu,
             h,
             solution,
@@ -87,51 +90,54 @@ impl RunLength {
     }
 
     fn log_survival(&self, n: u64) -> f64 {
-        log_survival(&self.matrix, self.states.len(), n)
+        log_survival(&self.matrix, &self.signal, n)
     }
 }
 
 /// Steps the recursion until it decays geometrically, and extends the decay to `n`.
-fn log_survival(matrix: &[f64], size: usize, n: u64) -> f64 {
-    let mut f = vec![1.0; size];
-    let mut next = vec![0.0; size];
-    let (mut log, mut rate, mut steady) = (0.0, f64::NAN, 0);
+///
+/// `d_n`, the probability of a signal at step `n + 1` in units of that of none before, is `signal` at first and then
+/// `M d_n / (1 - d_n[0])`: sums of positive terms, as exact where a signal is all but impossible as elsewhere. A row sum of `M`
+/// less than one by as much would say nothing of a probability below 1e-16.
+fn log_survival(matrix: &[f64], signal: &[f64], n: u64) -> f64 {
+    let mut d = signal.to_vec();
+    let mut next = vec![0.0; d.len()];
+    let (mut log, mut largest, mut steady) = (0.0, f64::NAN, 0);
     for done in 0..n {
-        step(matrix, &f, &mut next);
-        if next[0] <= 0.0 {
+        let rate = d[0];
+        if rate >= 1.0 {
             return f64::NEG_INFINITY;
         }
-        // In units of its value at zero, so that nothing underflows.
-        let new_rate = next[0].ln();
-        log += new_rate;
-        let scale = next[0].recip();
-        let mut moved = 0.0f64;
-        for (f, &next) in f.iter_mut().zip(&next) {
-            let new = next * scale;
-            moved = moved.max((new - *f).abs());
-            *f = new;
+        log += (-rate).ln_1p();
+        step(matrix, &d, &mut next);
+        let scale = (1.0 - rate).recip();
+        next.iter_mut().for_each(|x| *x *= scale);
+        // At zero alone nothing is seen of a high threshold at first: no path has come near it.
+        let top = next.iter().copied().fold(0.0, f64::max);
+        let moved = d
+            .iter()
+            .zip(&next)
+            .map(|(d, next)| (next / top - d / largest).abs());
+        let moved = moved.fold(0.0, f64::max);
+        std::mem::swap(&mut d, &mut next);
+        // What is so rare at every state that it underflows is never seen.
+        if top == 0.0 {
+            return log;
         }
-        // The rate is exact to about 1e-16, so a longer wait would buy nothing. At zero alone nothing is seen of a high
-        // threshold at first: no path has come near it.
-        let same_rate = (new_rate - rate).abs() <= 1e-15 + 1e-13 * rate.abs();
-        steady = if same_rate && moved <= 1e-13 {
-            steady + 1
-        } else {
-            0
-        };
-        rate = new_rate;
+        let same = (d[0] - rate).abs() <= 1e-13 * rate && moved <= 1e-13;
+        (steady, largest) = (if same { steady + 1 } else { 0 }, top);
         if steady >= 8 {
-            return log + rate * (n - done - 1) as f64;
+            return log + (-d[0]).ln_1p() * (n - done - 1) as f64;
         }
     }
     log
 }
 
-/// Probability that a CUSUM with allowance `k` of scores `N(mu, sd^2)` stays under `h` for `n` steps from zero.
-pub(crate) fn survival_of_block(k: f64, h: f64, mu: f64, sd: f64, n: u64) -> f64 {
+/// Probability that a CUSUM with allowance `k` of scores `N(mu, sd^2)` signals within `n` steps from zero.
+pub(crate) fn false_alarm_of_block(k: f64, h: f64, mu: f64, sd: f64, n: u64) -> f64 {
     let kernel = Kernel::new((k - mu) / sd, h / sd);
-    let log = log_survival(&kernel.matrix, kernel.states.len(), n);
-    log.exp().clamp(0.0, 1.0)
+    let log = log_survival(&kernel.matrix, &kernel.signal, n);
+    (-log.exp_m1()).clamp(0.0, 1.0)
 }
 
 fn step(matrix: &[f64], f: &[f64], next: &mut [f64]) {

@@ -175,9 +175,14 @@ pub(crate) fn run(mut peer: Option<Peer>, only: Option<usize>) -> Result<(), Box
                 ))?;
                 std::fs::remove_dir_all(&folder)?;
             }
-            let before = ceiling(tokens * 3 / experts, dim, hidden, experts);
+            let per_token = match *router {
+                RouterConfig::TopK { k, .. } => k,
+                _ => 3,
+            };
+            let rows = tokens * per_token / experts;
+            let before = ceiling(rows, dim, hidden, experts);
             let turns = take_turns(peer.as_mut(), ROUNDS, || active = step(&layer, &x, tokens))?;
-            let after = ceiling(tokens * 3 / experts, dim, hidden, experts);
+            let after = ceiling(rows, dim, hidden, experts);
             let top = before.max(after);
             let flops = 12.0 * tokens as f64 * active * (dim * hidden) as f64;
             let ours = turns.ours();

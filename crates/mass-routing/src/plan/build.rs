@@ -387,7 +387,11 @@ impl Combine {
             // All selected probabilities may have underflowed (top-k after a hugely dominant expert was masked by a bias).
             if sum > 0.0 {
                 let scale = 1.0 / sum;
-                weights.iter_mut().for_each(|w| *w *= scale);
+                if scale.is_finite() {
+                    weights.iter_mut().for_each(|w| *w *= scale);
+                } else {
+                    weights.iter_mut().for_each(|w| *w /= sum);
+                }
             }
         }
     }
