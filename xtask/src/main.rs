@@ -21,7 +21,7 @@ Usage: cargo xtask <command> [arguments]
   data fetch MODEL    download a model from the Hugging Face Hub
   ci                  run what CI runs
 
-`cargo xtask <command> --help` lists the arguments of the first four.
+`cargo xtask <command> --help` lists a command's arguments.
 ";
 
 fn main() -> ExitCode {

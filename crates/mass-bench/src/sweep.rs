@@ -135,21 +135,13 @@ pub fn sweep<P: Sync>(
 
 fn write(ctx: &RunContext, store: &mut ResultStore, outcome: Outcome) -> Result<(), BenchError> {
     let key = outcome.run.key().to_string();
-    // Lines that it left before a crash, if it did.
-    store.forget_lines(&outcome.run.key())?;
-    for line in &outcome.metrics {
-        store.metric(line)?;
-    }
-    for event in &outcome.events {
-        store.event(&key, event)?;
-    }
     let figure = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let (loss, wall) = (
         figure(outcome.run.test_loss),
         outcome.run.wall_s.unwrap_or(0.0),
     );
     let experts = outcome.run.experts.unwrap_or(0);
-    store.push(outcome.run)?;
+    store.keep(outcome.run, &outcome.metrics, &outcome.events)?;
     ctx.progress.note(&format!(
         "{key}: loss {loss}, {experts} experts, {wall:.1} s"
     ));

@@ -105,15 +105,8 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         expansions: trainer.expansions(),
         ..run
     };
-    let key = run.key().to_string();
-    // Lines that it left before a crash, if it did.
-    store.forget_lines(&run.key())?;
-    for line in trainer.metrics() {
-        store.metric(line)?;
-    }
     let mut counts = BTreeMap::new();
     for event in trainer.events() {
-        store.event(&key, event)?;
         let kind = serde_json::to_value(event)
             .ok()
             .and_then(|v| v["kind"].as_str().map(str::to_owned));
@@ -139,7 +132,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         folder.display(),
     ));
     debug_assert!(checkpoint::exists(&folder));
-    store.push(run)?;
+    store.keep(run, trainer.metrics(), trainer.events())?;
     Ok(store.into_results())
 }
 

@@ -189,16 +189,28 @@ impl ResultStore {
         Ok(())
     }
 
-    /// Drops what a run left that a crash ended between its lines and its results.
+    /// Adds a finished run with all its lines, in place of those that it left if a crash ended it between them and its results.
     ///
     /// # Errors
-    /// [`ReportError::Io`].
-    pub fn forget_lines(&mut self, key: &RunKey) -> Result<(), ReportError> {
+    /// As [`push`](Self::push).
+    pub fn keep(
+        &mut self,
+        run: Run,
+        metrics: &[MetricLine],
+        events: &[impl Serialize],
+    ) -> Result<(), ReportError> {
+        let key = run.key();
         if self.resumed {
-            self.rewind(key, 0)
-        } else {
-            Ok(())
+            self.rewind(&key, 0)?;
         }
+        for line in metrics {
+            self.metric(line)?;
+        }
+        let key = key.to_string();
+        for event in events {
+            self.event(&key, event)?;
+        }
+        self.push(run).map(drop)
     }
 
     /// Every metric line written so far; unreadable lines are left out.

@@ -138,16 +138,7 @@ fn keep(
     (metrics, events): (&[MetricLine], &[Value]),
     checkpoint: &Path,
 ) -> Result<(), BenchError> {
-    let key = run.key().to_string();
-    // Lines that it left before a crash, if it did.
-    store.forget_lines(&run.key())?;
-    for line in metrics {
-        store.metric(line)?;
-    }
-    for event in events {
-        store.event(&key, event)?;
-    }
-    store.push(run)?;
+    store.keep(run, metrics, events)?;
     if checkpoint.is_dir() {
         std::fs::remove_dir_all(checkpoint)
             .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
