@@ -52,7 +52,7 @@ pub enum TextError {
     },
     /// Too little text for one window in each part.
     #[error(
-        "{}: {bytes} bytes are too few: the {part} part has {part_bytes}, a window needs {needed}; \
+        "{}: {bytes} bytes are too few: the {part} part has {part_bytes} and needs {needed}; \
          give a longer text or a shorter sequence", path.display()
     )]
     TooShort {
@@ -64,7 +64,7 @@ pub enum TextError {
         part: &'static str,
         /// Bytes in that part.
         part_bytes: usize,
-        /// Bytes a window and its last target take.
+        /// Bytes that it must have: those of a window and its last target, or, to score a run, of several.
         needed: usize,
     },
     /// A share of held-out text outside (0, 1).

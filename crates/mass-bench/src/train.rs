@@ -14,7 +14,7 @@ use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
 use crate::report::{Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
-use crate::text::{ByteText, VOCAB, bits_per_byte};
+use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
 use crate::{BenchError, variants};
 
@@ -37,11 +37,11 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     let config = config(args, run.key().to_string());
     check(&config)?;
     let data = format!("{:016x}", text.digest());
+    let (probe, test) = held_out(&text, args)?;
     let mut store = ctx.open_train_store(args, &serde_json::json!({ "text": data }))?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
-    let (probe, test) = held_out(&text, args)?;
     let folder = checkpoint_dir(&store, &run);
     let mut trainer = Trainer::open(config, &folder, args.resume)?;
     let pool = rayon::ThreadPoolBuilder::new()
@@ -147,27 +147,41 @@ fn check(config: &TrainerConfig) -> Result<(), BenchError> {
     made().map_err(|e| BenchError::Usage(e.to_string()))
 }
 
-/// Held-out windows, divided into a probe for the expansion engine and the windows that are scored.
+/// Windows of the held-out tail: every eighth (of a short tail every second), at most 64 of them, for the expansion engine to
+/// judge newcomers by, the others to be scored.
 fn held_out(
     text: &ByteText,
     args: &TrainArgs,
 ) -> Result<(TokenBatch, Vec<TokenBatch>), BenchError> {
-    let batches = text.held_out_batches(args.batch.max(2), args.seq, MAX_WINDOWS)?;
-    if batches.len() < 8 {
-        // Too short a tail to share: the probe is training text that no seed of a run draws in this order.
-        let probe = text.batch(args.seed ^ u64::MAX, 0, args.batch.max(8), args.seq)?;
-        return Ok((probe, batches));
+    let windows = text.held_out_batches(1, args.seq, MAX_WINDOWS)?;
+    // Two at least to judge newcomers by, since their losses need a spread.
+    let every = (windows.len() / 2).min(8);
+    if every < 2 {
+        return Err(BenchError::Text(TextError::TooShort {
+            path: args.text.clone(),
+            bytes: text.train().len() + text.held_out().len(),
+            part: "held-out",
+            part_bytes: text.held_out().len(),
+            needed: 4 * args.seq + 1,
+        }));
     }
     let mut probe = TokenBatch::with_capacity(0, args.seq);
-    let mut test = Vec::new();
-    for (i, batch) in batches.into_iter().enumerate() {
-        if i % 8 == 0 && probe.rows < 64 {
-            probe.rows += batch.rows;
-            probe.inputs.extend(batch.inputs);
-            probe.targets.extend(batch.targets);
+    let mut test: Vec<TokenBatch> = Vec::new();
+    for (i, window) in windows.into_iter().enumerate() {
+        let into = if i % every == 0 && probe.rows < 64 {
+            &mut probe
         } else {
-            test.push(batch);
-        }
+            if test.last().is_none_or(|batch| batch.rows >= args.batch) {
+                test.push(TokenBatch::with_capacity(0, args.seq));
+            }
+            let Some(last) = test.last_mut() else {
+                continue;
+            };
+            last
+        };
+        into.rows += window.rows;
+        into.inputs.extend(window.inputs);
+        into.targets.extend(window.targets);
     }
     Ok((probe, test))
 }
@@ -240,4 +254,55 @@ fn unigram_bits(text: &ByteText, test: &[TokenBatch]) -> f64 {
     let targets = || test.iter().flat_map(|b| &b.targets);
     let nats: f64 = targets().map(|&t| -(counts[t as usize] / total).ln()).sum();
     bits_per_byte(nats / targets().count() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn arguments(path: &std::path::Path) -> TrainArgs {
+        let path = path.to_str().unwrap();
+        let line = ["mass-bench", "train", "--text", path, "--seq", "8"];
+        match Cli::parse_from(line).command {
+            Command::Train(command) => command.check().unwrap(),
+            _ => panic!("another command"),
+        }
+    }
+
+    #[test]
+    fn newcomers_are_judged_by_text_that_is_neither_trained_on_nor_scored() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text");
+        // 200 held-out windows of 8 bytes, 16, 5 and 4; every four letters are a number, so that windows differ.
+        for (held_out, probes) in [(1601, 25), (129, 2), (41, 3), (33, 2)] {
+            let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
+            let word = |i: usize| [i / 17576, i / 676, i / 26, i].map(letter);
+            let all: String = (0..held_out * 10 / 4 + 10).flat_map(word).collect();
+            std::fs::write(&path, &all[..held_out * 10]).unwrap();
+            let args = arguments(&path);
+            let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
+            let (probe, test) = super::held_out(&text, &args).unwrap();
+            let windows = |batch: &TokenBatch| -> Vec<Vec<u32>> {
+                batch.inputs.chunks(8).map(<[u32]>::to_vec).collect()
+            };
+            let scored: Vec<_> = test.iter().flat_map(windows).collect();
+            assert_eq!(probe.rows, probes, "{held_out}");
+            assert_eq!(probe.rows + scored.len(), (held_out - 1) / 8);
+            assert!(test.iter().all(|b| b.rows * 8 == b.targets.len()));
+            let tail: Vec<u32> = text.held_out().iter().map(|&b| b.into()).collect();
+            for window in windows(&probe) {
+                assert!(!scored.contains(&window));
+                assert!(tail.windows(8).any(|w| w == window));
+            }
+        }
+        // Three windows cannot be shared.
+        std::fs::write(&path, "a".repeat(250)).unwrap();
+        let args = arguments(&path);
+        let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
+        let refused = super::held_out(&text, &args).unwrap_err().to_string();
+        assert!(refused.contains("25 and needs 33"), "{refused}");
+    }
 }

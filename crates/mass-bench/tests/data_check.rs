@@ -7,6 +7,9 @@ use std::{
 
 use mass_bench::data_check::{DataReport, Status, check};
 
+/// How a JPEG begins.
+const JPEG: [u8; 4] = [0xff, 0xd8, 0xff, 0xe0];
+
 fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = root.join(name);
     fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
@@ -58,11 +61,7 @@ fn good(root: &Path) {
     for class in [
         "dog", "elephant", "giraffe", "guitar", "horse", "house", "person",
     ] {
-        put(
-            root,
-            &format!("pacs/photo/{class}/1.jpg"),
-            [0xff, 0xd8, 0xff, 0xe0],
-        );
+        put(root, &format!("pacs/photo/{class}/1.jpg"), JPEG);
     }
     put(root, "tcpd/annotations.json", r#"{"nile": {"6": [28]}}"#);
     put(root, "tcpd/series/nile.csv", "t,Volume\n0,1120\n");
@@ -129,15 +128,33 @@ fn sets_are_found_where_studies_look_for_them() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     for domain in ["Caltech101", "LabelMe"] {
         for class in ["bird", "car"] {
-            put(dir.path(), &format!("VLCS/{domain}/{class}/1.jpg"), [0xff]);
+            put(dir.path(), &format!("VLCS/{domain}/{class}/1.jpg"), JPEG);
         }
     }
-    put(dir.path(), "office_home/Art/Bed/1.jpg", [0xff]);
+    put(dir.path(), "office_home/Art/Bed/1.jpg", JPEG);
     let report = check(Some(dir.path()), None).expect("a directory");
     let found = "2 domains, 2 classes, 4 images";
     assert_eq!(status(&report, "vlcs"), Status::Found(found.into()));
     broken(&report, "office_home", "1 domain(s)");
     assert_eq!(status(&report, "terra_incognita"), Status::Missing);
+    put(dir.path(), "VLCS/LabelMe/car/2.png", "");
+    let report = check(Some(dir.path()), None).expect("a directory");
+    broken(&report, "vlcs", "empty");
+}
+
+/// What macOS leaves beside files is passed over, and other formats are images too, as in the study.
+#[test]
+fn images_are_those_that_the_study_reads() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    good(dir.path());
+    put(dir.path(), "pacs/photo/dog/._1.jpg", "resource fork");
+    put(dir.path(), "pacs/photo/dog/2.jpg", "BM............");
+    put(dir.path(), "pacs/photo/dog/3.webp", b"RIFF\0\0\0\0WEBPVP8 ");
+    let report = check(Some(dir.path()), None).expect("a directory");
+    let Status::Found(counts) = status(&report, "pacs/photo") else {
+        panic!("{report}");
+    };
+    assert!(counts.contains("dog 3"), "{counts}");
 }
 
 #[test]

@@ -255,6 +255,28 @@ fn a_file_that_is_no_whole_image_is_refused_or_left_out_and_named() {
     }
 }
 
+/// A file that cannot be read today may be readable tomorrow, with the same name, length and time.
+#[cfg(unix)]
+#[test]
+fn files_that_could_not_be_read_are_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, cache) = (set(dir.path()), dir.path().join("cache"));
+    let link = root.join("night/cat/z.jpg");
+    std::os::unix::fs::symlink(dir.path().join("elsewhere.jpg"), &link).unwrap();
+    let error = read(&root, BadImages::Refuse, Some(&cache)).unwrap_err();
+    assert!(
+        matches!(&error, DgError::Io { path, .. } if *path == link),
+        "{error}"
+    );
+    for _ in 0..2 {
+        let images = read(&root, BadImages::LeaveOut, Some(&cache)).unwrap();
+        assert_eq!(images.source, Source::Decoded);
+        assert_eq!(images.left_out.len(), 1);
+        assert_eq!(images.left_out[0].path, link);
+    }
+    assert!(!cache.exists(), "kept without an image that may come back");
+}
+
 #[test]
 fn pixels_are_kept_until_the_files_change_and_checked_when_read() {
     let dir = tempfile::tempdir().unwrap();
@@ -520,6 +542,35 @@ fn features_are_kept_until_trunk_or_images_change_and_checked_when_read() {
     assert!(features(&model, &images).from_cache);
     change(&mut model, "blocks.1.");
     assert!(!features(&model, &images).from_cache);
+    // The same weights make something else with other heads, epsilon or activation.
+    let others = [
+        VitConfig {
+            num_attention_heads: 4,
+            ..config.clone()
+        },
+        VitConfig {
+            layer_norm_eps: 1e-3,
+            ..config.clone()
+        },
+        VitConfig {
+            hidden_act: mass_model::Activation::Relu,
+            ..config.clone()
+        },
+    ];
+    for other in others {
+        let mut rng = stream(1, Purpose::Weights, 0);
+        let other = VitClassifier::new(&other, 4, &mut rng).unwrap();
+        let made = features(&other, &images);
+        assert!(!made.from_cache && made.rows(&[7, 2]) != kept);
+    }
+    // Images have three channels; nothing is made of a third of one.
+    let grey = VitConfig {
+        num_channels: 1,
+        ..config.clone()
+    };
+    let grey = VitClassifier::new(&grey, 4, &mut stream(1, Purpose::Weights, 0)).unwrap();
+    let refused = Features::compute(&grey, &images, 2, None, &mut |_| true).unwrap_err();
+    assert!(refused.to_string().contains("channels"), "{refused}");
     fs::remove_dir_all(dir.path()).unwrap();
     let stopped = Features::compute(&model, &images, 2, Some(dir.path()), &mut |_| false);
     assert!(stopped.unwrap().is_none() && !dir.path().exists());

@@ -264,6 +264,26 @@ fn two_token_floor_of_a_chain_with_known_entropy() {
     assert!((floors.two_tokens - h).abs() < 1e-12);
 }
 
+/// The floor of a chain whose every step has the same entropy, and the spread of a sample's mean around it.
+#[test]
+fn bayes_floor_of_a_chain_with_known_entropy() {
+    // Two concepts that are the same one, so that strata count.
+    let start = array![[0.5, 0.5], [0.5, 0.5]];
+    let chain = [0.9, 0.1, 0.1, 0.9];
+    let transition = Array3::from_shape_vec((2, 2, 2), [chain, chain].concat()).unwrap();
+    let ginc = Ginc::from_tables(2, 2, start, transition, vec![0, 1]).unwrap();
+    let windows = Windows::sample(&ginc, 2000, 4, &mut stream(0, Purpose::Evaluation, 0)).unwrap();
+    let floor = bayes_floor(&BayesFilter::of(&ginc), &windows).unwrap();
+    let entropy = -(0.9f64 * 0.9f64.ln() + 0.1 * 0.1f64.ln());
+    let variance = 0.9 * 0.1 * 9f64.ln().powi(2);
+    let error = (variance / (4.0 * 4000.0)).sqrt();
+    assert!((floor.mean - entropy).abs() < 4.0 * error, "{floor:?}");
+    assert!(
+        (floor.standard_error / error - 1.0).abs() < 0.08,
+        "{floor:?}"
+    );
+}
+
 #[test]
 fn windows_are_stratified_and_reproducible() {
     let ginc = instance(50, 0);

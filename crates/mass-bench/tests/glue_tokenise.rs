@@ -188,7 +188,7 @@ mod real_data {
     }
 
     #[test]
-    fn golden_vocabulary_file_and_tokenizer_file_agree_on_every_task() {
+    fn golden_vocabulary_file_and_tokenizer_file_agree_on_every_task_that_is_there() {
         let (data, models) = (variable("MASS_DATA_DIR"), variable("MASS_MODELS_DIR"));
         let model = models.join("minilm-l6");
         let dir = tempfile::tempdir().unwrap();
@@ -209,6 +209,6 @@ mod real_data {
             assert!(a.iter().any(|e| e.types.contains(&1)) == task.layout().second.is_some());
             read += 1;
         }
-        assert!(read > 0, "no GLUE task under {}", data.display());
+        assert!(read >= 3, "{read} GLUE tasks under {}", data.display());
     }
 }

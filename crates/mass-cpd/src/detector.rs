@@ -105,7 +105,8 @@ impl AnyDetectorParams {
     /// Makes the detector.
     ///
     /// # Errors
-    /// [`CpdError::Parameter`] for the first parameter that is out of range.
+    /// [`CpdError::Parameter`] for the first parameter that is out of range; [`CpdError::NotFound`] where no threshold keeps the
+    /// level that is asked for.
     pub fn check(&self) -> Result<AnyDetector, CpdError> {
         Ok(match self {
             Self::WindowedZ(p) => AnyDetector::WindowedZ(p.check()?),

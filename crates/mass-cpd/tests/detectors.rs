@@ -79,6 +79,26 @@ fn as_json(detector: &AnyDetector) -> String {
     serde_json::to_string(detector).expect("serialises")
 }
 
+/// The score of `y` at `place`, by the documented formulas: least squares of a line through `window`, at places 0, 1, ..; the ratio `t`
+/// of the prediction's error to its standard error; and Wallace's normal score of `t` with two degrees of freedom less than targets.
+fn score_by_least_squares(window: &[f64], place: f64, y: f64) -> f64 {
+    let n = window.len() as f64;
+    let points = || window.iter().enumerate().map(|(j, &v)| (j as f64, v));
+    let sx: f64 = points().map(|(x, _)| x).sum();
+    let sxx: f64 = points().map(|(x, _)| x * x).sum();
+    let sv: f64 = points().map(|(_, v)| v).sum();
+    let sxv: f64 = points().map(|(x, v)| x * v).sum();
+    let det = n * sxx - sx * sx;
+    let (a, b) = ((sxx * sv - sx * sxv) / det, (n * sxv - sx * sv) / det);
+    let rest: f64 = points().map(|(x, v)| (v - a - b * x).powi(2)).sum();
+    // (1, place) times the inverse of the normal equations' matrix times (1, place).
+    let leverage = (sxx - 2.0 * place * sx + n * place * place) / det;
+    let dof = n - 2.0;
+    let t = (y - a - b * place) / (rest / dof * (1.0 + leverage)).sqrt();
+    let size = (dof * (t * t / dof).ln_1p()).sqrt();
+    ((8.0 * dof + 1.0) / (8.0 * dof + 3.0) * size).copysign(t)
+}
+
 fn noise() -> impl Strategy<Value = Vec<f64>> {
     prop::collection::vec(-3.0..3.0f64, 60..160)
 }
@@ -146,6 +166,65 @@ proptest! {
                     break;
                 }
                 prop_assert!((s - t).abs() <= 1e-6 * (1.0 + s.abs()), "{:?}: {s} {t}", params);
+            }
+        }
+    }
+
+    /// With drift taken off, a straight line added to a series changes none of its scores: regression on time takes it up in full.
+    #[test]
+    fn a_straight_line_added_changes_no_score_once_drift_is_removed(series in noise()) {
+        for reference in [Reference::SelfStarting, SMALL_LAG] {
+            for prewhiten in [false, true] {
+                let params = CalibratedCusumParams {
+                    reference,
+                    prewhiten,
+                    drift: Drift::Remove,
+                    after_alarm: AfterAlarm::Hold,
+                    warmup: 10,
+                    ..Default::default()
+                };
+                let (mut level, mut tilted) = (params.check().expect("valid"), params.check().expect("valid"));
+                for (t, &x) in series.iter().enumerate() {
+                    level.update(x).expect("finite");
+                    tilted.update(x + 3.0 + 0.2 * t as f64).expect("finite");
+                    let (Some(a), Some(b)) = (level.last_score(), tilted.last_score()) else {
+                        prop_assert_eq!(level.last_score(), tilted.last_score());
+                        prop_assert!(t < 28, "no score at {t}");
+                        continue;
+                    };
+                    prop_assert!((a - b).abs() <= 1e-6 * (1.0 + a.abs()), "{params:?} at {t}: {a} {b}");
+                }
+            }
+        }
+    }
+
+    /// Without prewhitening and with drift taken off, a score is that of a line fitted by least squares to the reference: the window
+    /// that ends `gap` steps back, or everything so far.
+    #[test]
+    fn a_score_is_that_of_a_line_by_least_squares(series in noise(), slope in -0.3..0.3f64) {
+        let series: Vec<f64> = series.iter().enumerate().map(|(t, x)| x + slope * t as f64).collect();
+        for reference in [SMALL_LAG, Reference::Lagged { window: 24, gap: 0 }, Reference::SelfStarting] {
+            let params = CalibratedCusumParams {
+                reference,
+                prewhiten: false,
+                drift: Drift::Remove,
+                after_alarm: AfterAlarm::Hold,
+                warmup: 10,
+                ..Default::default()
+            };
+            let mut detector = params.check().expect("valid");
+            for (t, &y) in series.iter().enumerate() {
+                detector.update(y).expect("finite");
+                let (first, window, gap) = match reference {
+                    Reference::SelfStarting => (10, t, 0),
+                    Reference::Lagged { window, gap } => (window + gap, window, gap),
+                };
+                prop_assert_eq!(detector.last_score().is_some(), t >= first, "{:?} at {}", reference, t);
+                if let Some(got) = detector.last_score() {
+                    let learned = &series[t - gap - window..t - gap];
+                    let want = score_by_least_squares(learned, (window + gap) as f64, y);
+                    prop_assert!((got - want).abs() <= 1e-7 * (1.0 + want.abs()), "{reference:?} at {t}: {got} for {want}");
+                }
             }
         }
     }
@@ -260,6 +339,27 @@ fn a_straight_line_is_no_change_once_drift_is_removed() {
                 "{t}"
             );
         }
+    }
+}
+
+/// At a level of exactly the p-value the paper's rule flags, and that of the authors' code does not.
+#[test]
+fn the_windowed_z_flags_at_its_level_as_its_rule_says() {
+    let series: Vec<f64> = (0..40).map(|t| f64::from(t * 37 % 11)).collect();
+    for (params, flags) in [
+        (WindowedZParams::paper(5, 10, 0.5), true),
+        (WindowedZParams::reference(5, 10, 0.5), false),
+    ] {
+        let last = |alpha: f64| {
+            let params = WindowedZParams { alpha, ..params };
+            run(&mut made(&params.into()), &series)[39]
+        };
+        let p = last(0.5).p_value.expect("the window is full");
+        assert!((0.01..0.99).contains(&p), "{p}");
+        assert_eq!(last(p).p_value, Some(p));
+        assert_eq!(last(p).alarm, flags, "{params:?}");
+        assert!(last(p.next_up()).alarm, "{params:?}");
+        assert!(!last(p.next_down()).alarm, "{params:?}");
     }
 }
 

@@ -72,6 +72,16 @@ pub enum ExpandError {
         /// What was wrong.
         reason: &'static str,
     },
+    /// A figure of an expert that none can have.
+    #[error("layer {layer}, expert {expert}: {problem}")]
+    Observation {
+        /// The layer.
+        layer: usize,
+        /// The expert.
+        expert: ExpertId,
+        /// What is wrong with it.
+        problem: Box<ExpandError>,
+    },
     /// The controller was called out of turn.
     #[error("{called} was called, but {expected}")]
     Protocol {

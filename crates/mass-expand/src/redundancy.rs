@@ -7,6 +7,8 @@
 //! At exactly equal rows the gradient is zero: the loss has its maximum there. The first decomposed update must
 //! therefore make the rows differ before this loss can act.
 //!
+//! `mass_routing::losses::redundancy` is the same for a gate in one matrix.
+//!
 //! # Which variant does what
 //! `paper` takes the mean, `reference` the sum, both with weight 0.01 and only while the layer may still expand. The
 //! sum grows with the number of pairs, the mean does not; `ours` takes the mean.

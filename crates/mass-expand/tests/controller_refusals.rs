@@ -80,8 +80,18 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
     experts[0].cosine = Some(1.5);
     assert!(matches!(
         begin_with(&mut controller, 7, 1.0, &[experts]),
-        Err(ExpandError::Parameter { .. })
+        Err(ExpandError::Observation { layer: 0, .. })
     ));
+    // Which expert's gradient has exploded is in the message.
+    let mut experts = observation(controller.active(0));
+    experts[1].gradient_norm = f64::NAN;
+    let exploded = begin_with(&mut controller, 7, 1.0, &[experts]).unwrap_err();
+    let which = controller.active(0)[1];
+    let said = exploded.to_string();
+    assert!(
+        said.starts_with(&format!("layer 0, expert {which}: gradient_norm")),
+        "{said}"
+    );
     let mut controller = ControllerParams::ours(1, 2, 4, 100).check().unwrap();
     let mut experts = observation(controller.active(0));
     experts[1].loss_share = None;

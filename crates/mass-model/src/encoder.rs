@@ -164,7 +164,6 @@ pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
     Ok((output.put_tape(tape), residual))
 }
 
-/// Refuses a masked expert of a mixture layer that is not there.
 /// Whether a model's mixtures are what its configuration says, which may have changed since it was made.
 pub(crate) fn check_mixtures<'a>(
     model: &impl Mixtures,
@@ -180,6 +179,7 @@ pub(crate) fn check_mixtures<'a>(
     Ok(())
 }
 
+/// Refuses a masked expert of a mixture layer that is not there.
 pub(crate) fn check_masked(masked: Option<Masked>, mixtures: usize) -> Result<(), ModelError> {
     match masked {
         Some(m) if m.layer >= mixtures => Err(ModelError::Config(format!(

@@ -99,8 +99,9 @@ impl LanguageModel {
             ..
         } = config;
         if vocab == 0 || max_seq == 0 || layers == 0 {
-            let sizes =
-                format!("a model of {layers} layers, {vocab} tokens, sequences of {max_seq}");
+            let sizes = format!(
+                "a model of {layers} layers, {vocab} tokens, sequences of {max_seq}; each must be at least 1"
+            );
             return Err(ModelError::Config(sizes));
         }
         let (dim, std) = (config.block.moe.dim, config.embedding_std);
@@ -135,9 +136,10 @@ impl LanguageModel {
     ) -> Result<Forwarded<T>, ModelError> {
         let longest = self.positions.shape()[0];
         if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
+            let what = "tokens and sequence (which divides them, and is at most as long as here)";
             return Err(ModelError::shape(
-                "tokens (batch x sequence)",
-                &[1, longest],
+                what,
+                &[tokens.len().max(1), longest],
                 &[tokens.len(), seq],
             ));
         }

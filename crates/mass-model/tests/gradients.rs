@@ -197,20 +197,42 @@ fn cross_entropy_agrees_with_dfdx() {
     assert_close("dlogits", &got, &want, 1e-5);
 }
 
+type Traced = ops::Rows<OwnedTape<f32, Cpu>>;
+
+/// A transposed view gives what a tensor of the same rows gives, and its gradient lies as the tensor that was transposed.
 #[test]
 fn operations_take_tensors_that_are_not_contiguous() {
     let dev = Cpu::default();
-    let x = dev.tensor_from_vec(values(12, 1.0), (4, 3));
     let w = Param::new(values(8, 2.0), &[2, 4], true).unwrap();
-    let transposed = x.leaky_trace().permute::<_, Axes2<1, 0>>();
-    let y = ops::linear(transposed, &w, None).unwrap();
-    let got = y.as_vec();
-    let plain: Vec<f32> = (0..12).map(|i| x.as_vec()[(i % 4) * 3 + i / 4]).collect();
-    let want = ops::linear(dev.tensor_from_vec(plain, (3, 4)), &w, None)
-        .unwrap()
-        .as_vec();
-    assert_close("y", &got, &want, 1e-6);
-    assert_eq!(probe(y).get(&x).as_vec().len(), 12);
+    let gamma = Param::new(values(4, 3.0), &[4], false).unwrap();
+    let beta = Param::new(values(4, 4.0), &[4], false).unwrap();
+    let router = RouterConfig::TopK {
+        k: 2,
+        combine: Combine::Renormalised,
+    };
+    let config = MoeConfig::new(4, 5, 2, Activation::GeluErf, router);
+    let layer = MoeLayer::new(&config, &mut seeded_rng(1)).unwrap();
+    let operations: [(&str, &dyn Fn(Traced) -> Traced); 3] = [
+        ("linear", &|x: Traced| ops::linear(x, &w, None).unwrap()),
+        ("layer norm", &|x: Traced| {
+            ops::layer_norm(x, &gamma, &beta, 1e-5).unwrap()
+        }),
+        ("mixture", &|x: Traced| layer.try_forward(x).unwrap()),
+    ];
+    let x: ops::Rows<NoneTape> = dev.tensor_from_vec(values(12, 1.0), (4, 3));
+    let data = x.as_vec();
+    let rows = (0..12).map(|i| data[(i % 4) * 3 + i / 4]).collect();
+    let plain: ops::Rows<NoneTape> = dev.tensor_from_vec(rows, (3, 4));
+    for (name, operation) in operations {
+        let got = operation(x.leaky_trace().permute::<_, Axes2<1, 0>>());
+        let want = operation(plain.leaky_trace());
+        assert_close(&format!("y, {name}"), &got.as_vec(), &want.as_vec(), 1e-6);
+        let (got, want) = (probe(got), probe(want));
+        let rows = want.get(&plain).as_vec();
+        let want: Vec<f32> = (0..12).map(|i| rows[(i % 3) * 4 + i / 3]).collect();
+        assert!(want.iter().any(|g| g.abs() > 1e-3), "{name}: {want:?}");
+        assert_close(&format!("dx, {name}"), &got.get(&x).as_vec(), &want, 1e-6);
+    }
 }
 
 fn tiny(router: RouterConfig, activation: Activation) -> LanguageModel {

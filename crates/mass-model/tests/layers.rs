@@ -41,7 +41,8 @@ fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
-/// Every parameter's and the input's gradient along a direction against central differences.
+/// Every parameter's and the input's gradient against central differences, along a fixed direction and along itself. Along itself
+/// it is its norm, which has to stand clear of the tolerance: of a gradient of almost nothing, any other would do as well.
 fn check_gradients<M: Parameters + Clone>(
     what: &str,
     model: &M,
@@ -51,65 +52,50 @@ fn check_gradients<M: Parameters + Clone>(
     let run =
         |model: &M, x: &Rows<NoneTape>| inner(&forward(model, x.clone().leaky_traced()).as_vec());
     let (_, mut gradients) = probe(forward(model, x.clone().leaky_traced()));
-    let close = |name: &str, analytic: f64, numeric: f64| {
-        let scale = 2e-3 + 1e-2 * analytic.abs();
-        assert!(
-            (analytic - numeric).abs() < scale,
-            "{what}, {name}: {analytic} against {numeric}"
-        );
-    };
     let h = 4e-3f32;
-    let mut names = Vec::new();
-    model.visit("", &mut |name, p| names.push((name, p.len())));
-    for (which, len) in names {
-        let direction = values(len, 0.7);
-        let norm = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let moved = |h: f32| {
+    let check = |name: &str, gradient: &[f32], fixed: Vec<f32>, moved: &dyn Fn(&[f32]) -> f64| {
+        let size = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let own = size(gradient);
+        assert!(own > 0.02, "{what}, {name}: a gradient of norm {own}");
+        for direction in [&fixed[..], gradient] {
+            let norm = size(direction);
+            let step = |h: f32| -> Vec<f32> { direction.iter().map(|d| h * d / norm).collect() };
+            let numeric = (moved(&step(h)) - moved(&step(-h))) / f64::from(2.0 * h);
+            let pairs = gradient.iter().zip(direction);
+            let analytic: f64 = pairs.map(|(g, d)| f64::from(g * d / norm)).sum();
+            let scale = 2e-3 + 1e-2 * analytic.abs();
+            assert!(
+                (analytic - numeric).abs() < scale,
+                "{what}, {name}: {analytic} against {numeric}"
+            );
+        }
+    };
+    let mut named = Vec::new();
+    model.visit("", &mut |name, p| {
+        named.push((name, p.gradient(&mut gradients).unwrap().clone()));
+    });
+    for (which, gradient) in &named {
+        let fixed = values(gradient.len(), 0.7);
+        check(which, gradient, fixed, &|step: &[f32]| {
             let mut moved = model.clone();
             moved.visit_mut("", &mut |name, p| {
-                if name == which {
-                    let pairs = p.values_mut().iter_mut().zip(&direction);
-                    pairs.for_each(|(x, d)| *x += h * d / norm);
+                if name == *which {
+                    let pairs = p.values_mut().iter_mut().zip(step);
+                    pairs.for_each(|(x, d)| *x += d);
                 }
             });
             run(&moved, x)
-        };
-        let numeric = (moved(h) - moved(-h)) / f64::from(2.0 * h);
-        let mut analytic = f64::NAN;
-        model.visit("", &mut |name, p| {
-            if name == which {
-                let g = p.gradient(&mut gradients).unwrap();
-                let pairs = g.iter().zip(&direction);
-                analytic = pairs.map(|(g, d)| f64::from(g * d / norm)).sum();
-            }
         });
-        close(&which, analytic, numeric);
     }
-    let direction = values(x.as_vec().len(), 0.9);
-    let norm = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
-    let moved = |h: f32| {
-        let data = x
-            .as_vec()
-            .iter()
-            .zip(&direction)
-            .map(|(x, d)| x + h * d / norm)
-            .collect();
+    let gradient = gradients.get(x).as_vec();
+    let fixed = values(gradient.len(), 0.9);
+    check("input", &gradient, fixed, &|step: &[f32]| {
+        let data = x.as_vec().iter().zip(step).map(|(x, d)| x + d).collect();
         run(
             model,
             &Cpu::default().tensor_from_vec::<(usize, usize)>(data, *x.shape()),
         )
-    };
-    let g = gradients.get(x).as_vec();
-    let analytic = g
-        .iter()
-        .zip(&direction)
-        .map(|(g, d)| f64::from(g * d / norm))
-        .sum();
-    close(
-        "input",
-        analytic,
-        (moved(h) - moved(-h)) / f64::from(2.0 * h),
-    );
+    });
 }
 
 fn all_of(k: usize) -> RouterConfig {

@@ -217,6 +217,10 @@ pub(crate) trait Task {
 
 /// Runs a task with the widest vectors the machine has.
 pub(crate) fn dispatch(task: impl Task) {
+    #[cfg(test)]
+    let Some(task) = forced::take(task) else {
+        return;
+    };
     #[cfg(target_arch = "x86_64")]
     {
         if let Some(v4) = pulp::x86::V4::try_new() {
@@ -366,9 +370,97 @@ impl AlignedRow {
     }
 }
 
+/// Lets a test run the instruction sets that a wider one of its machine hides.
+#[cfg(test)]
+mod forced {
+    use std::cell::Cell;
+
+    use super::{Other, Task};
+
+    /// What tasks run with.
+    #[derive(Clone, Copy, Debug)]
+    pub(super) enum Level {
+        /// The machine's widest vectors, as outside of tests.
+        Own,
+        /// AVX2.
+        #[cfg(target_arch = "x86_64")]
+        V3(pulp::x86::V3),
+        /// One value at a time: what is left where there is nothing else.
+        Portable,
+    }
+
+    thread_local! {
+        static LEVEL: Cell<Level> = const { Cell::new(Level::Own) };
+        /// Tasks that this thread has run.
+        static TASKS: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// Every level of this machine.
+    pub(super) fn all() -> Vec<Level> {
+        #[cfg(target_arch = "x86_64")]
+        let v3 = pulp::x86::V3::try_new().map(Level::V3);
+        #[cfg(not(target_arch = "x86_64"))]
+        let v3 = None;
+        [Some(Level::Own), v3, Some(Level::Portable)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// Does `work` with the tasks of this thread at that level. Fails if there were none: those of other threads are out of reach.
+    pub(super) fn at<R>(level: Level, work: impl FnOnce() -> R) -> R {
+        LEVEL.set(level);
+        TASKS.set(0);
+        let result = work();
+        LEVEL.set(Level::Own);
+        assert!(TASKS.get() > 0, "no task ran on this thread");
+        result
+    }
+
+    /// Runs the task, or hands it back where the level is the machine's own.
+    pub(super) fn take<T: Task>(task: T) -> Option<T> {
+        TASKS.set(TASKS.get() + 1);
+        match LEVEL.get() {
+            Level::Own => return Some(task),
+            #[cfg(target_arch = "x86_64")]
+            Level::V3(v3) => v3.vectorize(super::Run(task, v3)),
+            Level::Portable => pulp::WithSimd::with_simd(Other(task), pulp::Scalar),
+        }
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use ndarray::Array2;
+
+    use super::forced::Level;
     use super::*;
+    use crate::{BiasBalanced, Combine, NonFinite, Router, RoutingError, RoutingPlan, TopK, TopP};
+
+    struct Width<'a>(&'a mut usize);
+
+    impl Task for Width<'_> {
+        #[inline(always)]
+        fn run<M: Machine>(self, _: M) {
+            *self.0 = M::Simd::F32_LANES;
+        }
+    }
+
+    /// A level forced on `dispatch` is the one that its tasks run with.
+    #[test]
+    fn a_forced_level_decides_the_width_of_vectors() {
+        for level in forced::all() {
+            let mut width = 0;
+            forced::at(level, || dispatch(Width(&mut width)));
+            match level {
+                Level::Own => assert!(width > 0),
+                #[cfg(target_arch = "x86_64")]
+                Level::V3(_) => assert_eq!(width, 8),
+                Level::Portable => assert_eq!(width, 1),
+            }
+        }
+    }
 
     struct Exp<'a>(&'a [f32], &'a mut Vec<f32>);
 
@@ -383,21 +475,138 @@ mod tests {
         }
     }
 
+    /// Of every instruction set, `exp` is within 2 units in the last place, and zero below the normal numbers.
     #[test]
     fn exp_is_accurate_and_flushes_to_zero() {
         let x: Vec<f32> = (0..=873_000).map(|i| -(i as f32) * 1e-4).collect();
-        let mut got = Vec::new();
-        dispatch(Exp(&x, &mut got));
-        let error = |(&x, &got): (&f32, &f32)| (f64::from(got) / f64::from(x).exp() - 1.0).abs();
-        let worst = x.iter().zip(&got).map(error).fold(0.0, f64::max);
-        assert!(
-            worst < 2.0 * f64::from(f32::EPSILON),
-            "relative error {worst:e}"
-        );
-        assert_eq!(got[0], 1.0);
-        got.clear();
-        dispatch(Exp(&[-87.4, -1e4, f32::MIN, f32::NEG_INFINITY], &mut got));
-        assert_eq!(got, [0.0; 4]);
+        for level in forced::all() {
+            let mut got = Vec::new();
+            forced::at(level, || dispatch(Exp(&x, &mut got)));
+            let error =
+                |(&x, &got): (&f32, &f32)| (f64::from(got) / f64::from(x).exp() - 1.0).abs();
+            let worst = x.iter().zip(&got).map(error).fold(0.0, f64::max);
+            assert!(
+                worst < 2.0 * f64::from(f32::EPSILON),
+                "{level:?}: relative error {worst:e}"
+            );
+            assert_eq!(got.len(), x.len(), "{level:?}");
+            assert_eq!(got[0], 1.0, "{level:?}");
+            got.clear();
+            let far = [-87.4, -1e4, f32::MIN, f32::NEG_INFINITY];
+            forced::at(level, || dispatch(Exp(&far, &mut got)));
+            assert_eq!(got, [0.0; 4], "{level:?}");
+        }
+    }
+
+    /// Logits in [0, 8), a multiple of 1/512 each, so that some tie. No sum of probabilities is within 3e-6 of 0.3, 0.6 or 0.9.
+    fn some_logits(n: usize, k: usize) -> Array2<f32> {
+        Array2::from_shape_fn((n, k), |(t, e)| {
+            let x = ((t * k + e) as u32).wrapping_mul(2_654_435_761);
+            let x = (x ^ (x >> 15)).wrapping_mul(2_246_822_519);
+            (x >> 20) as f32 / 512.0
+        })
+    }
+
+    /// Every instruction set chooses the experts that the machine's own does, by probabilities that are the exact softmax to 1e-6:
+    /// in whole tiles of tokens and the rows after them, and row by row, as top-k and under a mask.
+    #[test]
+    fn every_instruction_set_routes_alike() {
+        let sizes = [33, 130]
+            .into_iter()
+            .flat_map(|n| [5, 16, 40, 128].map(|k| (n, k)));
+        for (n, k) in sizes {
+            let logits = some_logits(n, k);
+            let some: Vec<bool> = (0..k).map(|e| e % 5 != 3).collect();
+            let mut routers: Vec<Box<dyn Router>> = vec![
+                Box::new(TopK::new(3, Combine::Raw).unwrap()),
+                Box::new(BiasBalanced::new(3, 1e-3, Combine::Raw).unwrap()),
+            ];
+            for p in [0.3, 0.6, 0.9] {
+                routers.push(Box::new(TopP::new(p, Combine::Raw).unwrap()));
+            }
+            for (r, router) in routers.iter_mut().enumerate() {
+                for mask in [None, Some(&some[..])] {
+                    let mut plan_at = |level| {
+                        let mut plan = RoutingPlan::default();
+                        forced::at(level, || router.route(logits.view(), mask, &mut plan)).unwrap();
+                        plan
+                    };
+                    let own = plan_at(Level::Own);
+                    for level in forced::all() {
+                        let what = format!(
+                            "{n} x {k}, router {r}, masked {}, {level:?}",
+                            mask.is_some()
+                        );
+                        let plan = plan_at(level);
+                        assert_eq!(plan.token_offsets(), own.token_offsets(), "{what}");
+                        assert_eq!(plan.token_experts(), own.token_experts(), "{what}");
+                        let found = plan.probabilities();
+                        for (t, row) in logits.outer_iter().enumerate() {
+                            let power = |e: usize| {
+                                let used = mask.is_none_or(|m| m[e]);
+                                if used { f64::from(row[e]).exp() } else { 0.0 }
+                            };
+                            let total: f64 = (0..k).map(power).sum();
+                            for e in 0..k {
+                                let at = (t, e);
+                                let exact = power(e) / total;
+                                let (r, s) = (found[at], own.probabilities()[at]);
+                                assert!(
+                                    (f64::from(r) - exact).abs() <= 1e-6 * exact
+                                        && (r - s).abs() <= 1e-6 * s,
+                                    "{what}: {r} at {at:?} for {exact}, of the machine's own {s}"
+                                );
+                            }
+                        }
+                        for ((e, &t), &w) in plan.experts().zip(plan.tokens()).zip(plan.weights()) {
+                            assert_eq!(w, found[(t as usize, e as usize)], "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every instruction set finds the logit that is not finite, in a tile and in the row after the last one, and leaves the tokens
+    /// beside it alone.
+    #[test]
+    fn every_instruction_set_finds_what_is_not_finite() {
+        for level in forced::all() {
+            for k in [5, 16, 40] {
+                for (bad, token) in [(f32::NAN, 20), (f32::NEG_INFINITY, 5), (f32::INFINITY, 32)] {
+                    let clean = some_logits(33, k);
+                    let mut broken = clean.clone();
+                    broken[(token, k - 1)] = bad;
+                    let router = TopP::new(0.6, Combine::Raw).unwrap();
+                    let route = |mut router: TopP, logits: &Array2<f32>| {
+                        let mut plan = RoutingPlan::default();
+                        forced::at(level, || router.route(logits.view(), None, &mut plan))
+                            .map(|()| plan)
+                    };
+                    let what = format!("{level:?}, {k} experts, {bad} for token {token}");
+                    let error = route(router, &broken).unwrap_err();
+                    assert!(
+                        matches!(
+                            error,
+                            RoutingError::NonFiniteLogit { token: t, expert, .. }
+                                if (t, expert) == (token, k - 1)
+                        ),
+                        "{what}: {error}"
+                    );
+                    let whole = route(router, &clean).unwrap();
+                    let rest = route(router.with_non_finite(NonFinite::Skip), &broken).unwrap();
+                    assert_eq!((rest.skipped(), rest.k(token)), (1, 0), "{what}");
+                    for t in (0..33).filter(|&t| t != token) {
+                        let own = |plan: &RoutingPlan| {
+                            let own = plan.token_offsets()[t] as usize
+                                ..plan.token_offsets()[t + 1] as usize;
+                            plan.token_experts()[own].to_vec()
+                        };
+                        assert_eq!(own(&rest), own(&whole), "{what}, beside it token {t}");
+                    }
+                }
+            }
+        }
     }
 
     struct Compare<'a>(&'a mut Vec<String>);

@@ -1,8 +1,8 @@
 //! What every plan promises, against brute force on random and on extreme logits.
 
 use mass_routing::{
-    AnyRouter, BiasBalanced, Combine, ExpertChoice, NonFinite, Router, RouterConfig, RoutingError,
-    RoutingPlan, TargetK, TopAny, TopK, TopP,
+    AnyRouter, BiasBalanced, Combine, ExpertChoice, Noisy, NonFinite, Router, RouterConfig,
+    RoutingError, RoutingPlan, TargetK, TopAny, TopK, TopP,
 };
 use ndarray::{Array2, ArrayView2, array};
 use proptest::prelude::*;
@@ -300,6 +300,25 @@ fn ties_go_to_the_lower_index() {
     assert_eq!(plan.load(0), 3);
 }
 
+/// Experts whose mass is exactly p are enough: of equal logits over a power of two of experts, where every probability and every
+/// sum is exact in f32, Top-p with p = 1/2 takes the first half.
+#[test]
+fn a_mass_of_exactly_p_is_reached() {
+    for k in [4, 16, 64, 128] {
+        // A whole tile of tokens, and three after it.
+        let flat = Array2::<f32>::zeros((19, k));
+        let plan = route(
+            &mut TopP::new(0.5, Combine::Raw).unwrap(),
+            flat.view(),
+            None,
+        );
+        let half: Vec<u32> = (0..k as u32 / 2).collect();
+        for t in 0..19 {
+            assert_eq!(experts_of(&plan, t), half, "{k} experts, token {t}");
+        }
+    }
+}
+
 #[test]
 fn extreme_inputs_behave() {
     let mut top_p = TopP::new(0.9, Combine::Renormalised).unwrap();
@@ -505,8 +524,7 @@ fn the_balancing_bias_balances_and_noise_is_seeded() {
     );
     // An expert that leaves takes its bias along, also behind noise; one that comes has none.
     let learned = router.bias().to_vec();
-    let mut noisy =
-        mass_routing::Noisy::new(AnyRouter::BiasBalanced(router.clone()), 0.0, 1).unwrap();
+    let mut noisy = Noisy::new(AnyRouter::BiasBalanced(router.clone()), 0.0, 1).unwrap();
     router.remove_expert(0);
     noisy.remove_expert(0);
     assert_eq!(router.bias(), &learned[1..]);
@@ -531,6 +549,94 @@ fn the_balancing_bias_balances_and_noise_is_seeded() {
     assert_eq!(first(1, true), first(1, true));
     assert_ne!(first(1, true), first(2, true));
     assert_eq!(first(1, false), first(2, false));
+}
+
+/// The noise of the gate has mean zero and the standard deviation asked for while training, and there is none in evaluation.
+#[test]
+fn gate_noise_has_the_standard_deviation_asked_for() {
+    let zeros = Array2::<f32>::zeros((2000, 8));
+    let inner = AnyRouter::TopK(TopK::new(1, Combine::Raw).unwrap());
+    let mut router = Noisy::new(inner, 0.25, 7).unwrap();
+    route(&mut router, zeros.view(), None);
+    let noise: Vec<f64> = router
+        .noisy_logits()
+        .iter()
+        .map(|&l| f64::from(l))
+        .collect();
+    assert_eq!(noise.len(), zeros.len());
+    let n = noise.len() as f64;
+    let mean = noise.iter().sum::<f64>() / n;
+    let variance = noise.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+    // Standard errors: 0.002 and 0.0014.
+    assert!(mean.abs() < 0.01, "mean {mean}");
+    assert!(
+        (variance.sqrt() - 0.25).abs() < 0.01,
+        "standard deviation {}",
+        variance.sqrt()
+    );
+    router.set_training(false);
+    route(&mut router, zeros.view(), None);
+    assert!(router.noisy_logits().iter().all(|&l| l == 0.0));
+}
+
+/// Two steps of the controller are those of its formula: `x = ln(p / (1 - p))` moves by `K_p (e_t - e_{t-1}) + K_i e_t`, from `e_0 = 0`
+/// and with `e_t = ln(target / mean k_t)`.
+#[test]
+fn target_k_takes_the_steps_of_its_formula() {
+    let logits = Array2::from_shape_fn((6, 8), |(t, e)| ((t * 5 + e * 3) % 8) as f32);
+    let default = TargetK::new(3.0, 0.6, Combine::Raw).unwrap();
+    let other = default.clone().with_gains(0.5, 0.1).unwrap();
+    // Worked out with a calculator: after a batch of 4 experts per token, and after one of 2.
+    for (mut router, gains, by_hand) in [
+        (default, (0.2, 0.3), [0.565_035_48, 0.627_590_32]),
+        (other, (0.5, 0.1), [0.557_952_35, 0.650_213_08]),
+    ] {
+        let mut x = (0.6_f64 / 0.4).ln();
+        let mut previous = 0.0;
+        for (k, by_hand) in [4, 2].into_iter().zip(by_hand) {
+            let plan = route(
+                &mut TopK::new(k, Combine::Raw).unwrap(),
+                logits.view(),
+                None,
+            );
+            router.adapt(&plan).unwrap();
+            let error = (3.0_f64 / k as f64).ln();
+            x += gains.0 * (error - previous) + gains.1 * error;
+            previous = error;
+            let (got, want) = (f64::from(router.p()), 1.0 / (1.0 + (-x).exp()));
+            assert!((got - want).abs() < 1e-6, "k {k}: {got} for {want}");
+            assert!((got - by_hand).abs() < 1e-6, "k {k}: {got} for {by_hand}");
+        }
+    }
+}
+
+/// The balancing bias moves against loads as compared with their mean over the experts in use, and not at all where an expert is
+/// masked.
+#[test]
+fn the_balancing_bias_ignores_masked_experts() {
+    // Loads of 14, none, 7 and 3: their mean is 8 over the three in use, and would be 6 over all four.
+    let logits = Array2::from_shape_fn((24, 4), |(t, e)| {
+        let first = if t < 14 {
+            0
+        } else if t < 21 {
+            2
+        } else {
+            3
+        };
+        if e == 1 {
+            9.0
+        } else if e == first {
+            1.0
+        } else {
+            0.0
+        }
+    });
+    let rate = 0.01;
+    let mut router = BiasBalanced::new(1, rate, Combine::Raw).unwrap();
+    let plan = route(&mut router, logits.view(), Some(&[true, false, true, true]));
+    assert_eq!([0, 1, 2, 3].map(|e| plan.load(e)), [14, 0, 7, 3]);
+    router.adapt(&plan).unwrap();
+    assert_eq!(router.bias(), [-rate, 0.0, rate, rate]);
 }
 
 /// Probabilities so small that the reciprocal of their sum overflows are renormalised all the same.

@@ -247,7 +247,7 @@ pub(crate) fn directory(
         Ok(Some(path))
     } else {
         Err(BenchError::Usage(format!(
-            "{from} {}: no such directory; `mass-bench data check` lists what it should hold",
+            "{from} {}: no such directory; `cargo xtask data check` lists what it should hold",
             path.display()
         )))
     }

@@ -9,7 +9,7 @@ use crate::BenchError;
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
 pub struct TrainCommand {
-    /// The text: any file of text, whatever its encoding
+    /// The text: any file of text without NUL bytes (UTF-8, Latin-1 and so on, but not UTF-16)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// Training steps
@@ -71,7 +71,8 @@ pub struct TrainCommand {
 /// A checked `train`. Serialises as the settings that decide its figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// The text.
+    /// The text; results know it by a digest of its bytes, not by where it lies.
+    #[serde(skip)]
     pub text: PathBuf,
     /// Training steps.
     pub steps: usize,

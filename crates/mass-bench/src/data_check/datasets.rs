@@ -5,7 +5,8 @@ use std::{
 };
 
 use super::{Group, files, item, json, text};
-use crate::dg::folder::{ImageFolder, find_set};
+use crate::dg::decode;
+use crate::dg::folder::{ImageFolder, find_set, images};
 use crate::dg::reported::SETS;
 
 /// A GLUE task: its development files and the columns that are used.
@@ -207,7 +208,8 @@ fn rows<'a>(
 fn pacs_domain(dir: &Path) -> Result<String, String> {
     let mut counts = Vec::new();
     for class in PACS_CLASSES {
-        let images = files(&dir.join(class), &[".jpg", ".jpeg", ".png"])?;
+        // As the study lists them.
+        let images = images(&dir.join(class), &mut Vec::new()).map_err(|e| e.to_string())?;
         if images.is_empty() {
             return Err(format!("{}: no images", dir.join(class).display()));
         }
@@ -219,29 +221,27 @@ fn pacs_domain(dir: &Path) -> Result<String, String> {
     Ok(format!("images: {}", counts.join(", ")))
 }
 
-/// A whole set in DomainBed's layout, by its names.
+/// A whole set in DomainBed's layout.
 fn image_set(dir: &Path) -> Result<String, String> {
     let found = ImageFolder::open(dir).map_err(|e| e.to_string())?;
     let (domains, classes) = (found.domains.len(), found.classes.len());
+    for file in &found.files {
+        check_image(&file.path)?;
+    }
     let images = found.files.len();
     Ok(format!(
         "{domains} domains, {classes} classes, {images} images"
     ))
 }
 
-/// JPEG or PNG by the first bytes.
+/// Whether the first bytes are those of a format that is read.
 fn check_image(path: &Path) -> Result<(), String> {
     let mut magic = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(4).read_to_end(&mut magic))
+        .and_then(|file| file.take(16).read_to_end(&mut magic))
         .map_err(|e| format!("{}: {e}", path.display()))?;
-    if magic.is_empty() {
-        Err(format!("{}: the file is empty", path.display()))
-    } else if magic.starts_with(&[0xff, 0xd8]) || magic == *b"\x89PNG" {
-        Ok(())
-    } else {
-        Err(format!("{}: neither JPEG nor PNG", path.display()))
-    }
+    decode::format(&magic).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(())
 }
 
 fn tcpd(dir: &Path) -> Result<String, String> {

@@ -2,7 +2,7 @@
 //!
 //! The format is recognised by the first bytes, not by the name: a PNG called `.jpg` is read as what it is. Grey images have their
 //! value in all three channels, CMYK is converted, transparency is dropped, and an orientation in the metadata is not applied: as
-//! torchvision's `Image.open(path).convert("RGB")`.
+//! torchvision's `Image.open(path).convert("RGB")`, but for grey values of 16 bits, which are scaled to 8 where Pillow clips them.
 //!
 //! Decoders of JPEG fill in what is missing at the end of a file and report nothing; so whether a JPEG has its end is checked here.
 //! Damage within the compressed data of a JPEG that leaves a decodable stream cannot be told from a picture.
@@ -60,15 +60,8 @@ pub fn read_square(path: &Path, size: usize) -> Result<Square, DgError> {
 /// # Errors
 /// What is wrong, in words: no known format, a side of zero or larger than [`LARGEST_SIDE`], a truncated or damaged file.
 pub fn rgb(bytes: &[u8]) -> Result<RgbImage, String> {
-    if bytes.is_empty() {
-        return Err("the file is empty".into());
-    }
-    let mut reader = ImageReader::new(Cursor::new(bytes))
-        .with_guessed_format()
-        .map_err(|e| e.to_string())?;
-    let Some(format) = reader.format() else {
-        return Err("neither JPEG, PNG, BMP nor WebP by its first bytes".into());
-    };
+    let format = format(bytes)?;
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     if format == ImageFormat::Jpeg {
         whole_jpeg(bytes)?;
     }
@@ -81,6 +74,16 @@ pub fn rgb(bytes: &[u8]) -> Result<RgbImage, String> {
         return Err("an image without pixels".into());
     }
     Ok(image)
+}
+
+/// The format that a file has by its first bytes, of those that are read.
+pub(crate) fn format(start: &[u8]) -> Result<ImageFormat, String> {
+    use ImageFormat::{Bmp, Jpeg, Png, WebP};
+    match image::guess_format(start) {
+        _ if start.is_empty() => Err("the file is empty".into()),
+        Ok(format @ (Jpeg | Png | Bmp | WebP)) => Ok(format),
+        _ => Err("neither JPEG, PNG, BMP nor WebP by its first bytes".into()),
+    }
 }
 
 /// Whether a JPEG goes on to its end-of-image marker.

@@ -14,6 +14,9 @@ use super::{DgError, cache};
 use crate::BenchError;
 use crate::fnv::Fnv;
 
+/// Goes up when the model computes something else with the same weights, so that features kept before are not used.
+const COMPUTATION: u32 = 1;
+
 /// Images that pass the trunk at a time.
 const BATCH: usize = 32;
 
@@ -79,7 +82,7 @@ impl Features {
     /// The features of every image after the first `blocks` blocks, from `dir` if they are there, else computed on all threads
     /// and kept there. `progress` is told how many images are done; it returns whether to go on.
     ///
-    /// The file is named after digests of the [images](DomainImages::digest) and of the trunk's weights. One that is damaged is replaced.
+    /// The file is named after digests of the [images](DomainImages::digest) and of the trunk's configuration and weights. One that is damaged is replaced.
     ///
     /// # Errors
     /// [`BenchError`]: the model's errors, a cache that cannot be written; `Ok(None)` when told to stop.
@@ -158,7 +161,14 @@ fn computed(
             return Ok(None);
         }
     }
-    Ok(Some(rows))
+    if rows.len() == values {
+        Ok(Some(rows))
+    } else {
+        Err(BenchError::Usage(format!(
+            "{} values of features where {values} belong: the model is not one of images with three channels",
+            rows.len()
+        )))
+    }
 }
 
 /// Normalised pixels of some images, `[images, 3, size, size]`.
@@ -171,9 +181,11 @@ pub fn pixels(images: &DomainImages, which: &[usize]) -> Vec<f32> {
     pixels
 }
 
-/// Of the values of everything below block `blocks`.
+/// Of the configuration, and of the values of everything below block `blocks`.
 fn trunk_digest(model: &VitClassifier, blocks: usize) -> u64 {
     let mut digest = Fnv::default();
+    // Heads, activation and epsilon are in no weight.
+    digest.eat(format!("{COMPUTATION} {:?}", model.config()).as_bytes());
     model.visit("", &mut |name, param| {
         let block = name
             .strip_prefix("blocks.")

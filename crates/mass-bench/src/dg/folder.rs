@@ -79,13 +79,15 @@ impl ImageFolder {
                 }
                 let before = files.len();
                 for path in images(&dir, &mut passed_over)? {
-                    let metadata = fs::metadata(&path).map_err(DgError::io(&path))?;
-                    let modified = metadata.modified().ok();
+                    // A link to nothing is an image that cannot be read: the reader's affair.
+                    let metadata = fs::metadata(&path).ok();
+                    let length = metadata.as_ref().map_or(0, fs::Metadata::len);
+                    let modified = metadata.and_then(|m| m.modified().ok());
                     let since = modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
                     let relative = path.strip_prefix(root).unwrap_or(&path);
                     digest.eat(relative.as_os_str().as_encoded_bytes());
                     digest.eat(&[0]);
-                    digest.eat(&metadata.len().to_le_bytes());
+                    digest.eat(&length.to_le_bytes());
                     digest.eat(&since.map_or(0, |t| t.as_nanos()).to_le_bytes());
                     files.push(ImageFile {
                         path,
@@ -149,7 +151,7 @@ fn directories(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<String>
 }
 
 /// Images, by their names, in a directory, but for hidden ones.
-fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, DgError> {
+pub(crate) fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, DgError> {
     let is_image = |path: &Path| {
         let hidden = path
             .file_name()

@@ -90,7 +90,7 @@ impl DomainImages {
     ///
     /// With `cache` the decoded pixels are kept there, in a file named after the set, the size and a digest of the listing
     /// (names, lengths and times of change), and read back from it next time, checked against a CRC-32. A new file replaces
-    /// those of the same set and size with another listing.
+    /// those of the same set and size with another listing. None is kept while a file could not be read at all.
     ///
     /// # Errors
     /// As [`ImageFolder::open`]; [`DgError::Image`] and [`DgError::Io`] naming the first file that is no whole image, unless
@@ -132,8 +132,10 @@ impl DomainImages {
                 }
             }
         }
-        let (header, pixels) = Self::decode(&folder, size, bad, progress)?;
-        if let Some(path) = &stored {
+        let (header, pixels, all_read) = Self::decode(&folder, size, bad, progress)?;
+        // A file that could not be read may be readable next time, and the listing would not tell.
+        if let Some(path) = stored.filter(|_| all_read) {
+            let path = &path;
             let fill = |file: &mut dyn std::io::Write| file.write_all(&pixels);
             cache::write(path, &header, fill).map_err(DgError::cache(path))?;
             cache::remove_older(path).map_err(DgError::cache(path))?;
@@ -173,8 +175,9 @@ impl DomainImages {
         size: usize,
         bad: BadImages,
         progress: &mut dyn FnMut(usize, usize) -> bool,
-    ) -> Result<(Header, Vec<u8>), DgError> {
+    ) -> Result<(Header, Vec<u8>, bool), DgError> {
         let files = &folder.files;
+        let mut all_read = true;
         let mut pixels = Vec::with_capacity(files.len() * size * size * 3);
         let (mut left_out, mut aspects) = (Vec::new(), Vec::with_capacity(files.len()));
         for (piece, some) in files.chunks(PIECE).enumerate() {
@@ -193,6 +196,7 @@ impl DomainImages {
                     (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
                     (Err(DgError::Io { source, .. }), _) => {
                         left_out.push((index, source.to_string()));
+                        all_read = false;
                     }
                     (Err(e), _) => return Err(e),
                 }
@@ -208,7 +212,7 @@ impl DomainImages {
             left_out,
             aspects,
         };
-        Ok((header, pixels))
+        Ok((header, pixels, all_read))
     }
 
     fn assemble(

@@ -82,7 +82,7 @@ pub enum ReportError {
         problem: String,
     },
     /// `--resume` into a directory that holds something else.
-    #[error("{}: holds results of another {what}; choose another --out or drop --resume", path.display())]
+    #[error("{}: holds results of another {what}; choose another --out (without --resume they would be deleted and made anew)", path.display())]
     OtherSettings {
         /// The directory.
         path: PathBuf,

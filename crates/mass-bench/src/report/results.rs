@@ -147,7 +147,8 @@ pub struct Expansion {
     pub source: usize,
     /// The newcomer's index.
     pub new: usize,
-    /// p-value of the change in the source's gradient.
+    /// p-value of the alarm that set it off: the smallest among those that the detectors of its source, its layer and the loss
+    /// raised in that step. (In events.jsonl a split's own is that of its source alone.)
     pub p_value: Option<f64>,
     /// Cosine between the source's gradient and weights.
     pub cosine: Option<f64>,

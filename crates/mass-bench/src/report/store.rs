@@ -276,7 +276,7 @@ fn prior(
     let (new_settings, new_data) = without_data(settings.clone());
     if old_settings != new_settings {
         return Err(differs(format!(
-            "settings ({})",
+            "setting ({})",
             first_difference(&old_settings, &new_settings)
         )));
     }
@@ -418,21 +418,22 @@ fn io_error(path: &Path, source: io::Error) -> ReportError {
     }
 }
 
-/// The first key whose value differs, for the message.
+/// Where two values first differ, and how, for the message.
 fn first_difference(old: &Value, new: &Value) -> String {
-    let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else {
-        return "as a whole".to_owned();
-    };
-    old.keys()
-        .chain(new.keys())
-        .find(|key| old.get(*key) != new.get(*key))
-        .map_or_else(
-            || "as a whole".to_owned(),
-            |key| {
-                let show = |map: &serde_json::Map<String, Value>| {
-                    map.get(key).map_or("absent".to_owned(), Value::to_string)
-                };
-                format!("{key} was {}, now {}", show(old), show(new))
-            },
-        )
+    fn find(path: &str, old: Option<&Value>, new: Option<&Value>) -> Option<String> {
+        if old == new {
+            return None;
+        }
+        if let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) {
+            let below = |key: &String| match path {
+                "" => key.clone(),
+                _ => format!("{path}.{key}"),
+            };
+            let mut keys = a.keys().chain(b.keys());
+            return keys.find_map(|key| find(&below(key), a.get(key), b.get(key)));
+        }
+        let show = |value: Option<&Value>| value.map_or("absent".to_owned(), Value::to_string);
+        Some(format!("{path} was {}, now {}", show(old), show(new)))
+    }
+    find("", Some(old), Some(new)).unwrap_or_default()
 }

@@ -17,6 +17,7 @@ mod tests;
 mod trainer;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use crate::BenchError;
@@ -29,8 +30,8 @@ use data::Set;
 use plan::{Plan, Planned};
 use trainer::Trainer;
 
-/// What `--methods` may name.
-pub const METHODS: &[&str] = &["mass", "erm", "gmoe", "dynmoe"];
+/// What `--methods` may name; `dense` is another name of `erm`.
+pub const METHODS: &[&str] = &["mass", "erm", "dense", "gmoe", "dynmoe"];
 
 /// What `--task` may name: a set, or a set and the domain that is left out. Other folders in DomainBed's layout may be named too.
 pub const TASKS: &[&str] = &[
@@ -77,6 +78,17 @@ fn planned(args: &ReproduceArgs) -> Result<(Plan, Vec<Planned>), BenchError> {
     let plan = Plan::of(args)?;
     let runs = plan.runs(args)?;
     super::some_run(!runs.is_empty())?;
+    let mut folders = BTreeMap::new();
+    for run in &runs {
+        let key = run.run.key();
+        let folder = RunContext::checkpoint_dir(Path::new(""), &key);
+        if let Some(other) = folders.insert(folder, key.to_string()) {
+            return Err(BenchError::Usage(format!(
+                "{other} and {key} would share a folder for what they keep; give one of the domains a name that differs in more \
+                 than punctuation"
+            )));
+        }
+    }
     Ok((plan, runs))
 }
 
@@ -104,6 +116,9 @@ pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchE
     for name in sets {
         let set = plan.read(args, name, ctx)?;
         settings["data"][name] = super::data_settings(set.digest);
+        for planned in runs.iter().filter(|r| r.set == name) {
+            trainer::check(&plan.config(planned, &set), &set)?;
+        }
     }
     let mut store = ctx.open_store(args, &settings)?;
     runs.retain(|planned| store.finished(&planned.run.key()).is_none());

@@ -53,10 +53,10 @@ pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
             .find(|f| !f.is_file())
     };
     match runs.iter().find_map(|r| missing(r.task)) {
-        Some(path) => Err(BenchError::Input {
+        Some(path) => Err(BenchError::Glue(GlueError::Io {
             path,
-            problem: "no such file; `mass-bench data check` lists what should be there".into(),
-        }),
+            source: std::io::ErrorKind::NotFound.into(),
+        })),
         None => Ok(()),
     }
 }

@@ -90,12 +90,12 @@ impl MassSetting {
 }
 
 /// Whether a run is among those that `--methods` and `--variant` ask for; a variant is MASS's alone. Without one, `quick` has the
-/// paper's and the other presets have all.
+/// paper's and the other presets have all. `dense` is ERM too, as the dense model is called in domain generalisation.
 pub(super) fn wanted(run: &Run, args: &ReproduceArgs) -> bool {
-    let by_name = args
-        .methods
-        .as_ref()
-        .is_none_or(|m| m.contains(&run.method));
+    let named = |method: &String| {
+        *method == run.method || (method.as_str(), run.method.as_str()) == ("dense", "erm")
+    };
+    let by_name = args.methods.as_ref().is_none_or(|m| m.iter().any(named));
     let quick = (args.preset == Preset::Quick).then_some(Variant::Paper);
     let asked = args.variant.or(quick).map(|v| v.to_string());
     by_name && (asked.is_none() || run.variant.is_none() || run.variant == asked)
@@ -112,6 +112,15 @@ mod tests {
     struct Line {
         #[command(flatten)]
         command: ReproduceCommand,
+    }
+
+    #[test]
+    fn the_dense_model_has_two_names_in_domain_generalisation() {
+        for (method, kept) in [("dense", true), ("erm", true), ("gmoe", false)] {
+            let line = ["reproduce", "dg", "--preset", "smoke", "--methods", method];
+            let args = Line::parse_from(line).command.check().unwrap().remove(0);
+            assert_eq!(wanted(&Run::new("erm", 0), &args), kept, "{method}");
+        }
     }
 
     #[test]

@@ -11,8 +11,8 @@ use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
-    Combine, LabelUsage, LabelWeighting, RouterConfig, jensen_shannon_divergence,
-    normalized_mutual_information,
+    Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
+    jensen_shannon_divergence, normalized_mutual_information,
 };
 use serde::Serialize;
 
@@ -444,16 +444,58 @@ struct Score {
     nmi: Option<f64>,
 }
 
+/// Which experts the tokens of each hidden state went to.
+struct Specialisation {
+    by_entity: LabelUsage,
+    by_property: LabelUsage,
+    by_state: LabelUsage,
+}
+
+impl Specialisation {
+    fn new(ginc: &Ginc, experts: usize) -> Self {
+        Self {
+            by_entity: LabelUsage::new(ginc.entities(), experts),
+            by_property: LabelUsage::new(ginc.properties(), experts),
+            by_state: LabelUsage::new(ginc.states(), experts),
+        }
+    }
+
+    /// Adds a plan whose token `t` was emitted by `states[t]`.
+    fn record(
+        &mut self,
+        plan: &RoutingPlan,
+        states: &[u32],
+        ginc: &Ginc,
+    ) -> Result<(), RoutingError> {
+        let labels = |f: &dyn Fn(u32) -> usize| states.iter().map(|&s| f(s)).collect::<Vec<_>>();
+        self.by_entity
+            .record(plan, &labels(&|s| ginc.entity_of(s)))?;
+        self.by_property
+            .record(plan, &labels(&|s| ginc.property_of(s)))?;
+        self.by_state.record(plan, &labels(&|s| s as usize))
+    }
+
+    /// How far experts differ between entities, and between properties: Jensen-Shannon divergence.
+    fn divergences(&self) -> [Option<f64>; 2] {
+        [&self.by_entity, &self.by_property].map(|usage| {
+            jensen_shannon_divergence(usage.contingency().view(), LabelWeighting::Uniform).ok()
+        })
+    }
+
+    /// Mutual information of experts and states.
+    fn information(&self) -> Option<f64> {
+        normalized_mutual_information(self.by_state.contingency().view()).ok()
+    }
+}
+
 /// Test loss, active experts a token, and how far experts specialise on the hidden states behind the tokens.
 fn evaluate(trainer: &Trainer, data: &Data) -> Result<Score, BenchError> {
     const WINDOWS: usize = 50;
     let failed = |e: Box<dyn std::error::Error + Send + Sync>| BenchError::failed("evaluation", e);
     let (windows, ginc) = (&data.windows, &data.ginc);
-    let experts = trainer.experts();
-    let mut by_entity = LabelUsage::new(ginc.entities(), experts);
-    let mut by_property = LabelUsage::new(ginc.properties(), experts);
-    let mut by_state = LabelUsage::new(ginc.states(), experts);
-    let (mut total, mut tokens, mut assignments) = (0.0, 0, 0);
+    let mut specialisation = Specialisation::new(ginc, trainer.experts());
+    let (mut total, mut tokens) = (0.0, 0);
+    let (mut assignments, mut routed) = (0, 0);
     for start in (0..windows.len()).step_by(WINDOWS) {
         let range = start..(start + WINDOWS).min(windows.len());
         let batch = windows.batch(range.clone());
@@ -464,28 +506,65 @@ fn evaluate(trainer: &Trainer, data: &Data) -> Result<Score, BenchError> {
         total += mean(&nll) * nll.len() as f64;
         tokens += nll.len();
         let states = windows.input_states(range);
-        let labels = |f: &dyn Fn(u32) -> usize| states.iter().map(|&s| f(s)).collect::<Vec<_>>();
         for trace in &layers {
             assignments += trace.plan.num_assignments();
-            for (usage, labels) in [
-                (&mut by_entity, labels(&|s| ginc.entity_of(s))),
-                (&mut by_property, labels(&|s| ginc.property_of(s))),
-                (&mut by_state, labels(&|s| s as usize)),
-            ] {
-                usage
-                    .record(&trace.plan, &labels)
-                    .map_err(|e| failed(e.into()))?;
-            }
+            routed += trace.plan.num_tokens();
+            specialisation
+                .record(&trace.plan, &states, ginc)
+                .map_err(|e| failed(e.into()))?;
         }
     }
-    let jsd = |usage: &LabelUsage| {
-        jensen_shannon_divergence(usage.contingency().view(), LabelWeighting::Uniform).ok()
-    };
+    let [jsd_entity, jsd_property] = specialisation.divergences();
     Ok(Score {
         loss: total / tokens as f64,
-        mean_k: assignments as f64 / tokens as f64,
-        jsd_entity: jsd(&by_entity),
-        jsd_property: jsd(&by_property),
-        nmi: normalized_mutual_information(by_state.contingency().view()).ok(),
+        mean_k: assignments as f64 / routed as f64,
+        jsd_entity,
+        jsd_property,
+        nmi: specialisation.information(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::ginc::GincParams;
+
+    /// Experts that know the entity and nothing else differ between entities as far as they can, and not between properties.
+    #[test]
+    fn experts_of_entities_are_told_from_experts_of_properties() {
+        let ginc = Ginc::generate(&GincParams::new(50).check().unwrap());
+        let (entities, properties) = (ginc.entities(), ginc.properties());
+        let states: Vec<u32> = (0..ginc.states() as u32).collect();
+        let top_1 = RouterConfig::TopK {
+            k: 1,
+            combine: Combine::Raw,
+        };
+        let specialised = |experts: usize, expert: &dyn Fn(u32) -> usize| {
+            let mut logits = Array2::<f32>::zeros((states.len(), experts));
+            for &s in &states {
+                logits[[s as usize, expert(s)]] = 9.0;
+            }
+            let mut router = top_1.build().unwrap();
+            let mut plan = RoutingPlan::default();
+            router.route(logits.view(), None, &mut plan).unwrap();
+            let mut specialisation = Specialisation::new(&ginc, experts);
+            specialisation.record(&plan, &states, &ginc).unwrap();
+            (specialisation.divergences(), specialisation.information())
+        };
+        let most = |labels: usize| (labels as f64).ln();
+        let ([by_entity, by_property], _) = specialised(entities, &|s| ginc.entity_of(s));
+        assert!((by_entity.unwrap() - most(entities)).abs() < 1e-9);
+        assert!(by_property.unwrap().abs() < 1e-9, "{by_property:?}");
+        let ([by_entity, by_property], _) = specialised(properties, &|s| ginc.property_of(s));
+        assert!(by_entity.unwrap().abs() < 1e-9, "{by_entity:?}");
+        assert!((by_property.unwrap() - most(properties)).abs() < 1e-9);
+        // An expert for each state tells all there is to know of it, one for each entity a part.
+        let (_, all) = specialised(states.len(), &|s| s as usize);
+        assert!((all.unwrap() - 1.0).abs() < 1e-9, "{all:?}");
+        let (_, part) = specialised(entities, &|s| ginc.entity_of(s));
+        let expected = 2.0 * most(entities) / (most(entities) + most(states.len()));
+        assert!((part.unwrap() - expected).abs() < 1e-9, "{part:?}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use mass_cpd::{CpdError, Detector};
 
-use super::observation::{LayerObservation, StepObservation};
+use super::observation::{ExpertObservation, LayerObservation, StepObservation};
 use super::params::Choice;
 use super::{Controller, validate};
 use crate::ExpandError;
@@ -52,10 +52,11 @@ impl Controller {
                         reason: "another expert was expected at this place",
                     });
                 }
-                check_not_negative("gradient_norm", expert.gradient_norm)?;
-                if let Some(cosine) = expert.cosine {
-                    check_cosine(cosine)?;
-                }
+                check_figures(expert).map_err(|problem| ExpandError::Observation {
+                    layer: index,
+                    expert: id,
+                    problem: Box::new(problem),
+                })?;
                 match (choice, expert.loss_share, expert.routing_entropy) {
                     (Choice::LossShare, None, _) => Err(ExpandError::Missing {
                         what: "loss_share",
@@ -65,10 +66,7 @@ impl Controller {
                         what: "routing_entropy",
                         layer: index,
                     }),
-                    (_, share, entropy) => {
-                        check_not_negative("loss_share", share.unwrap_or(0.0))?;
-                        check_not_negative("routing_entropy", entropy.unwrap_or(0.0))
-                    }
+                    _ => Ok(()),
                 }?;
             }
             check_monitored("gradient norm of a layer", pooled(observed))?;
@@ -86,6 +84,15 @@ impl Controller {
         let mut detectors = watches.filter_map(|watch| watch.loss.as_ref());
         detectors.any(validate::logarithmic)
     }
+}
+
+fn check_figures(expert: &ExpertObservation) -> Result<(), ExpandError> {
+    check_not_negative("gradient_norm", expert.gradient_norm)?;
+    if let Some(cosine) = expert.cosine {
+        check_cosine(cosine)?;
+    }
+    check_not_negative("loss_share", expert.loss_share.unwrap_or(0.0))?;
+    check_not_negative("routing_entropy", expert.routing_entropy.unwrap_or(0.0))
 }
 
 pub(super) fn check_finite(what: &'static str, value: f64) -> Result<(), ExpandError> {

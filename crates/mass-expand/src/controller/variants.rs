@@ -164,6 +164,9 @@ impl ControllerParams {
 
     /// Continual mode: after the first phase expansion goes on, with detectors that have a false-alarm probability of
     /// `alpha` in every `horizon` steps, whatever was spent before.
+    ///
+    /// Experts without tokens are then not observed ([`Unused::Skip`]) in the first phase either, whatever the variant, since the
+    /// detectors of the second have no use for their zeros.
     #[must_use]
     pub fn continual(mut self, alpha: f64, horizon: u64) -> Self {
         self.phase.continual = Some(Self::calibrated_watch(alpha, horizon));

@@ -87,6 +87,7 @@ impl Watch {
             match &mut detector {
                 AnyDetectorParams::WindowedZ(p) => p.alpha /= share,
                 AnyDetectorParams::CalibratedCusum(p) => p.alpha /= share,
+                AnyDetectorParams::TrainingMonitor(p) => p.alpha /= share,
                 _ => {
                     return Err(ExpandError::Parameter {
                         name: "watch.level",

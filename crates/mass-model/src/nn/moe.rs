@@ -50,11 +50,11 @@ pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
     Linear,
-    /// `logit_e = cos(P x + b, w_e) / temperature`; DynMoE's without both, GMoE's with projection 256 and temperature 0.5.
+    /// `logit_e = cos(P x + b, w_e) / temperature`. `None` for both gives DynMoE's gate; GMoE's has projection 256 and temperature 0.5.
     Cosine {
-        /// Width of the projection; none without.
+        /// Width of the projection; `None`: no projection.
         projection: Option<usize>,
-        /// Temperature at the start, learned; one and fixed without.
+        /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
 }
@@ -105,7 +105,8 @@ impl MoeConfig {
         };
         if projection == Some(0) || temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
             return Err(ModelError::Config(format!(
-                "a cosine gate with projection {projection:?} and temperature {temperature:?}"
+                "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be positive \
+                 and finite"
             )));
         }
         let bound = 1.0 / (self.dim as f32).sqrt();
@@ -193,8 +194,9 @@ impl MoeLayer {
             ..
         } = config;
         if dim == 0 || hidden == 0 || experts == 0 {
-            let sizes =
-                format!("a mixture layer of {experts} experts, width {dim}, hidden width {hidden}");
+            let sizes = format!(
+                "a mixture layer of {experts} experts, width {dim}, hidden width {hidden}; each must be at least 1"
+            );
             return Err(ModelError::Config(sizes));
         }
         let experts = (0..experts)
@@ -282,7 +284,9 @@ impl MoeLayer {
             )));
         }
         if let Some(loss) = config.losses.iter().find(|l| !l.weight().is_finite()) {
-            return Err(ModelError::Config(format!("routing loss {loss:?}")));
+            return Err(ModelError::Config(format!(
+                "routing loss {loss:?}; its weight must be finite"
+            )));
         }
         let router = config.router.build()?;
         for loss in &config.losses {

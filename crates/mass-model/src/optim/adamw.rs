@@ -162,7 +162,9 @@ impl AdamW {
             return Err(ModelError::NonFinite(format!("the learning rate {lr}")));
         }
         if lr < 0.0 {
-            return Err(ModelError::Config(format!("a learning rate of {lr}")));
+            return Err(ModelError::Config(format!(
+                "a learning rate of {lr}; it must not be negative"
+            )));
         }
         let mut squares = 0.0;
         let mut failed = None;

@@ -51,6 +51,18 @@ fn unsupported(path: &Path, field: &str, value: impl std::fmt::Display) -> Pretr
     field_error(path, field, &format!("{value} is not supported"))
 }
 
+/// A size under the name that the file has for it.
+fn size(path: &Path, field: &str, value: usize) -> Result<usize, PretrainedError> {
+    match value {
+        0 => Err(field_error(path, field, "it is zero")),
+        _ if u32::try_from(value).is_err() => {
+            let why = format!("{value} is larger than any model's");
+            Err(field_error(path, field, &why))
+        }
+        _ => Ok(value),
+    }
+}
+
 fn hidden_width(path: &Path, dim: usize, ratio: f64) -> Result<usize, PretrainedError> {
     let width = dim as f64 * ratio;
     if !(1.0..=f64::from(u32::MAX)).contains(&width) {
@@ -143,7 +155,8 @@ impl HuggingFace {
             return Err(unsupported(path, "hidden_dropout_prob", rate));
         }
         let intermediate_size = if dino {
-            hidden_width(path, self.hidden_size, self.mlp_ratio.unwrap_or(4.0))?
+            let dim = size(path, "hidden_size", self.hidden_size)?;
+            hidden_width(path, dim, self.mlp_ratio.unwrap_or(4.0))?
         } else {
             self.intermediate_size.unwrap_or(3072)
         };

@@ -34,7 +34,11 @@ pub(super) fn patch_rows(
     let image = channels
         .checked_mul(height)
         .and_then(|n| n.checked_mul(width))
-        .ok_or_else(|| ModelError::Config(format!("images of {height} x {width}")))?;
+        .ok_or_else(|| {
+            ModelError::Config(format!(
+                "images of {height} x {width} do not fit into memory"
+            ))
+        })?;
     if pixels.is_empty() || !pixels.len().is_multiple_of(image) {
         let what = "pixels of the images";
         return Err(ModelError::shape(

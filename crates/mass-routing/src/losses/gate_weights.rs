@@ -77,6 +77,9 @@ pub enum Reduction {
 
 /// Redundancy of chosen pairs of gate rows: mean or sum of `cos(w_i, w_j)^2`.
 ///
+/// For a gate in one matrix, weighted and accumulated like the other losses here. (`mass_expand::redundancy_loss` is the same for rows
+/// that lie in separate allocations, beside the rest of what a split takes.)
+///
 /// `gate` is `K x d`. Pushes an expert and its duplicate apart. The gradient is exactly zero while two rows are equal, so something
 /// else has to part them first. No pairs: loss zero. A row of zeros has cosine zero with everything.
 ///

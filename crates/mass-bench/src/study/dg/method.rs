@@ -69,7 +69,7 @@ pub(super) fn growth(
 
 impl Method {
     /// Rules of the mixtures of a model with these sizes; `None` for the dense one.
-    fn mixture(&self, model: &VitClassifier, seed: u64) -> Option<MoeConfig> {
+    pub(super) fn mixture(&self, model: &VitClassifier, seed: u64) -> Option<MoeConfig> {
         let c = model.config();
         let moe = |experts, router| {
             let (d, hidden) = (c.hidden_size, c.intermediate_size);
@@ -128,6 +128,12 @@ impl Method {
             }
         }
         Ok(())
+    }
+
+    /// The first block that becomes a mixture in a model of `depth` blocks; `None` for the dense model.
+    pub(super) fn first_mixture(&self, depth: usize) -> Option<usize> {
+        let blocks = mixture_blocks(depth);
+        blocks.first().copied().filter(|_| *self != Self::Erm)
     }
 
     /// Whether it needs images that it is not trained on, to judge newcomers by.

@@ -301,6 +301,13 @@ impl Plan {
         };
         let base = base.map_err(|e| self.model.problem(e))?;
         let (patch, size) = (base.config().patch_size, self.size);
+        if base.config().num_channels != 3 {
+            let problem = format!(
+                "a model of images with {} channels; these have three",
+                base.config().num_channels
+            );
+            return Err(self.model.problem(ModelError::Config(problem)));
+        }
         if !size.is_multiple_of(patch) || self.frozen > base.config().num_hidden_layers {
             return Err(BenchError::Usage(format!(
                 "a model of {} blocks with patches of {patch} pixels does not fit this preset, which has images of {size} pixels \

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::data::{Input, Set};
 use super::layerwise::LayerwiseDynMoe;
-use super::method::{Method, growth};
+use super::method::{Method, growth, mixture_blocks};
 use super::patches::{self, PatchRouting};
 use super::score::{Score, evaluate};
 use super::selected::Selected;
@@ -85,6 +85,40 @@ struct Saved {
     waited_s: f64,
 }
 
+/// The images of a run.
+fn split(config: &TrainerConfig, set: &Set) -> Result<Split, BenchError> {
+    let split = Split::leave_out(&set.images, config.target, config.held_out, config.seed)?;
+    if !config.method.needs_probe() {
+        return Ok(split);
+    }
+    let split = split.with_probe(PROBE);
+    // The spread of their losses is needed too.
+    if split.probe.len() < 2 {
+        return Err(BenchError::Usage(format!(
+            "{}: the source domains of {} are too small to keep two training images for judging newcomers by, which MASS's \
+             variant `ours` does; --methods or --variant leave it out",
+            config.run, set.name
+        )));
+    }
+    Ok(split)
+}
+
+/// Refuses a run that its set or its model does not allow, before anything is computed for it.
+pub(super) fn check(config: &TrainerConfig, set: &Set) -> Result<(), BenchError> {
+    let depth = set.base.config().num_hidden_layers;
+    let first = config.method.first_mixture(depth);
+    if first.is_some_and(|block| block < set.frozen) {
+        return Err(BenchError::Usage(format!(
+            "{}: in a model of {depth} blocks the mixtures are blocks {:?}, counted from 0, and this preset does not train the \
+             first {}; it needs a deeper model",
+            config.run,
+            mixture_blocks(depth),
+            set.frozen
+        )));
+    }
+    split(config, set).map(drop)
+}
+
 /// A run under way.
 pub(super) struct Trainer<'a> {
     config: TrainerConfig,
@@ -139,10 +173,7 @@ impl<'a> Trainer<'a> {
             .method
             .convert(&mut model, config.seed, &mut rng)
             .map_err(made)?;
-        let mut split = Split::leave_out(&set.images, config.target, config.held_out, config.seed)?;
-        if config.method.needs_probe() {
-            split = split.with_probe(PROBE);
-        }
+        let split = split(&config, set)?;
         let layers = model.mixtures();
         let (mut grower, mut dynmoe) = (None, None);
         match &config.method {

@@ -370,7 +370,7 @@ impl<'a> FineTuner<'a> {
 }
 
 /// The examples that a method is trained on.
-fn train_of<'a>(config: &FineTuneConfig, data: &'a TaskData) -> &'a Examples {
+pub(super) fn train_of<'a>(config: &FineTuneConfig, data: &'a TaskData) -> &'a Examples {
     if config.method.needs_probe() {
         &data.held_out.0
     } else {

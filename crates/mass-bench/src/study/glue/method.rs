@@ -135,7 +135,7 @@ pub(super) fn authors_layer(task: Task) -> usize {
 }
 
 /// The layer at the same part of another depth than BERT-large's 24.
-fn at_depth(authors_layer: usize, depth: usize) -> usize {
+pub(super) fn at_depth(authors_layer: usize, depth: usize) -> usize {
     let layer = (authors_layer as f64 / 24.0 * depth as f64).round() as usize;
     layer.min(depth.saturating_sub(1))
 }

@@ -6,8 +6,8 @@ use mass_model::optim::AdamWConfig;
 use serde_json::json;
 
 use super::data::TaskData;
-use super::finetune::{FineTuneConfig, FineTuner};
-use super::method::{Method, Pretrained};
+use super::finetune::{FineTuneConfig, FineTuner, train_of};
+use super::method::{Method, Pretrained, at_depth};
 use crate::cli::Variant;
 use crate::glue::sample;
 use crate::glue::task::Task;
@@ -153,6 +153,40 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
     let (rest, probe) = &data.held_out;
     assert_eq!(rest.len() + probe.len(), data.train.len());
     assert_eq!(probe.len(), data.train.len().div_ceil(20));
+    let mass = |variant| {
+        Method::Mass(MassSetting {
+            variant,
+            p: 0.5,
+            live_percent: None,
+            experts: 3,
+            experts_max: 5,
+            loose: false,
+        })
+    };
+    let of = |method| train_of(&config(method, Task::Rte, 9), &data);
+    assert!(std::ptr::eq(of(mass(Variant::Ours)), rest));
+    for method in [
+        Method::Dense,
+        mass(Variant::Paper),
+        mass(Variant::Reference),
+    ] {
+        assert!(std::ptr::eq(of(method), &data.train));
+    }
+}
+
+#[test]
+fn the_mixture_is_at_the_authors_part_of_the_depth() {
+    let layers = [
+        (10, 24),
+        (11, 24),
+        (10, 12),
+        (11, 12),
+        (10, 6),
+        (11, 6),
+        (11, 1),
+    ];
+    let found = layers.map(|(layer, depth)| at_depth(layer, depth));
+    assert_eq!(found, [10, 11, 5, 6, 3, 3, 0]);
 }
 
 #[test]

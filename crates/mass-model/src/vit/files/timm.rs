@@ -148,9 +148,14 @@ impl Arguments {
                 let why = "it is missing, and the architecture's name does not say it";
                 field_error(path, name, why)
             };
-            given.or(named).ok_or_else(missing)
+            super::size(path, name, given.or(named).ok_or_else(missing)?)
         };
         let hidden_size = size("embed_dim", self.embed_dim, named.embed_dim)?;
+        let num_attention_heads = size("num_heads", self.num_heads, named.num_heads)?;
+        if !hidden_size.is_multiple_of(num_attention_heads) {
+            let why = format!("{num_attention_heads} does not divide embed_dim {hidden_size}");
+            return Err(field_error(path, "num_heads", &why));
+        }
         let hidden_act = match self.act_layer.as_deref() {
             None | Some("gelu") => Activation::GeluErf,
             Some("gelu_tanh") => Activation::GeluTanh,
@@ -159,17 +164,24 @@ impl Arguments {
             Some(other) => return Err(unsupported(path, "act_layer", format!("{other:?}"))),
         };
         let base = VitConfig::default();
-        let (image_size, patch_size) = (base.image_size, base.patch_size);
         Ok(VitConfig {
             hidden_size,
             num_hidden_layers: size("depth", self.depth, named.depth)?,
-            num_attention_heads: size("num_heads", self.num_heads, named.num_heads)?,
+            num_attention_heads,
             intermediate_size: hidden_width(path, hidden_size, self.mlp_ratio.unwrap_or(4.0))?,
             hidden_act,
             layer_norm_eps: self.layer_norm_eps.unwrap_or(1e-6),
-            image_size: self.img_size.or(named.img_size).unwrap_or(image_size),
-            patch_size: self.patch_size.or(named.patch_size).unwrap_or(patch_size),
-            num_channels: self.in_chans.unwrap_or(base.num_channels),
+            image_size: size(
+                "img_size",
+                self.img_size.or(named.img_size),
+                Some(base.image_size),
+            )?,
+            patch_size: size(
+                "patch_size",
+                self.patch_size.or(named.patch_size),
+                Some(base.patch_size),
+            )?,
+            num_channels: size("in_chans", self.in_chans, Some(base.num_channels))?,
             qkv_bias: self.qkv_bias.unwrap_or(true),
             layer_scale: self
                 .init_values

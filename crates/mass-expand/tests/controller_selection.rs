@@ -1,0 +1,153 @@
+//! Which expert is split, when a schedule says so, and which one leaves.
+
+mod drive;
+
+use drive::{begin_with, every_step, observation};
+use mass_expand::*;
+
+/// A step of one layer in which each expert has this load, and as much of the loss and of the entropy.
+fn step(controller: &mut Controller, at: u64, load: impl Fn(ExpertId) -> u64) -> Vec<Action> {
+    let mut experts = observation(controller.active(0));
+    for expert in &mut experts {
+        expert.load = load(expert.id);
+        expert.loss_share = Some(expert.load as f64);
+        expert.routing_entropy = Some(expert.load as f64);
+    }
+    begin_with(controller, at, 1.0, &[experts]).unwrap();
+    controller.finish_step().unwrap()
+}
+
+/// The expert that is split.
+fn source(actions: &[Action]) -> Option<u32> {
+    actions.iter().find_map(|action| match action {
+        Action::Split { source, .. } => Some(source.0),
+        _ => None,
+    })
+}
+
+/// Averages choose the source, not the last figures, and both halves of a split begin theirs anew.
+#[test]
+fn averages_choose_the_source_and_a_split_forgets_them() {
+    for choice in [
+        Choice::MostLoaded,
+        Choice::LossShare,
+        Choice::RoutingEntropy,
+    ] {
+        for (last, expected) in [([0, 1, 0], 1), ([0, 1, 7], 2)] {
+            let params = ControllerParams {
+                averaging_steps: 4.0,
+                choice,
+                ..every_step(2, 8).with_schedule(1, 1)
+            };
+            let mut controller = params.check().unwrap();
+            let mut split = |at: u64, figures: &[u64]| {
+                source(&step(&mut controller, at, |id| figures[id.0 as usize]))
+            };
+            assert_eq!(split(0, &[30, 9]), None);
+            // Each older figure weighs 3/4 of the next: (3/4 30 + 0) / (3/4 + 1) = 12.9 against 9.
+            assert_eq!(split(1, &[0, 9]), Some(0), "{choice:?}");
+            // The second has 5.5. The source, had it kept its average, would have 7.3; a newcomer's one figure counts in full.
+            assert_eq!(split(2, &last), Some(expected), "{choice:?}");
+        }
+    }
+}
+
+/// Removals in 40 steps, with one split at step 5 if `splits`.
+fn removals(
+    experts: usize,
+    splits: bool,
+    min_age: u64,
+    load: impl Fn(u64, ExpertId) -> u64,
+) -> Vec<(u64, u32)> {
+    let unused = PruneUnused {
+        share: 0.1,
+        steps: 2,
+    };
+    let first = if splits { 5 } else { 1000 };
+    let params = ControllerParams {
+        pruning: Some(Pruning {
+            min_experts: 1,
+            min_age,
+            unused: Some(unused),
+            redundant: None,
+        }),
+        ..every_step(experts, 8).with_schedule(first, 1000)
+    };
+    let mut controller = params.check().unwrap();
+    let mut removed = Vec::new();
+    for at in 0..40 {
+        let actions = step(&mut controller, at, |id| load(at, id));
+        assert_eq!(source(&actions).is_some(), splits && at == 5);
+        for action in actions {
+            if let Action::Remove { expert, reason, .. } = action {
+                assert_eq!(reason, RemovalReason::Unused);
+                removed.push((at, expert.0));
+            }
+        }
+    }
+    removed
+}
+
+/// Unused is who stays under the share of the mean load, neither of the sum nor of the mean itself.
+#[test]
+fn an_expert_is_unused_under_a_share_of_the_mean_load() {
+    let with = |loads: &[u64]| removals(loads.len(), false, 1, |_, id| loads[id.0 as usize]);
+    assert!(with(&[10, 4, 4, 4]).is_empty());
+    assert!(with(&[10, 1, 1, 1]).is_empty());
+    // A tenth of the mean is 5.3, then 5.15.
+    assert!(with(&[100, 6]).is_empty());
+    assert_eq!(with(&[100, 3]), [(1, 1)]);
+}
+
+/// Steps without tokens count only in a row.
+#[test]
+fn a_step_with_tokens_starts_the_count_of_unused_steps_again() {
+    let every_other = |at: u64, id: ExpertId| if id.0 == 1 { 10 * (at % 2) } else { 10 };
+    assert!(removals(2, false, 1, every_other).is_empty());
+}
+
+/// An expert that has never had a token leaves once it has the least age: not a step before, not a step after.
+#[test]
+fn an_unused_newcomer_leaves_at_the_least_age() {
+    let newcomer_idle = |_: u64, id: ExpertId| if id.0 == 2 { 0 } else { 10 };
+    assert_eq!(removals(2, true, 20, newcomer_idle), [(25, 2)]);
+    assert_eq!(removals(2, true, 1, newcomer_idle), [(7, 2)]);
+}
+
+/// A choice at random is even over the experts, the same for the same seed, and drawn anew for each split.
+#[test]
+fn a_random_choice_is_even_and_repeats_with_its_seed() {
+    let draws = |seed: u64| {
+        let mut controller = every_step(4, 8).random_expert(seed).check().unwrap();
+        [0, 1].map(|at| source(&step(&mut controller, at, |_| 10)).unwrap())
+    };
+    let mut chosen = [0; 4];
+    let mut falls = 0;
+    for seed in 0..400 {
+        let [first, second] = draws(seed);
+        assert_eq!(draws(seed), [first, second], "seed {seed}");
+        chosen[first as usize] += 1;
+        falls += usize::from(second < first);
+    }
+    assert!(
+        chosen.iter().all(|times| (60..=140).contains(times)),
+        "{chosen:?}"
+    );
+    // The same draw, scaled to five experts in place of four, would never name an earlier one.
+    assert!(falls > 60, "{falls}");
+}
+
+/// A schedule splits at its steps, or at the first step observed after each.
+#[test]
+fn a_schedule_splits_at_its_steps_or_as_soon_after_as_it_is_asked() {
+    for (stride, expected) in [(1, [100, 150, 200]), (7, [105, 154, 203])] {
+        let mut controller = every_step(2, 8).with_schedule(100, 50).check().unwrap();
+        let mut splits = Vec::new();
+        for at in (0..230).step_by(stride) {
+            if source(&step(&mut controller, at, |_| 10)).is_some() {
+                splits.push(at);
+            }
+        }
+        assert_eq!(splits, expected, "every {stride} steps");
+    }
+}

@@ -1,0 +1,150 @@
+//! The settings of the named variants, written out once more.
+
+use mass_cpd::{
+    AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform, WindowedZParams,
+    WindowedZRule,
+};
+use mass_expand::*;
+
+/// Every expert's norm, and nothing else, at a level of its own.
+fn windowed_z(warmup: usize, window: usize, rule: WindowedZRule) -> Watch {
+    let detector = WindowedZParams {
+        warmup,
+        window,
+        alpha: 0.01,
+        rule,
+    };
+    Watch {
+        expert: Some(detector.into()),
+        layer: None,
+        loss: None,
+        level: Level::PerStream,
+    }
+}
+
+/// `paper(2, 6, 16, 2000)`: 5 % and 9 % of the steps are 100 and 180.
+fn paper() -> ControllerParams {
+    ControllerParams {
+        experts: vec![6, 6],
+        k_max: 16,
+        phase: Phase {
+            live_from: 0,
+            live_until: 200,
+            continual: None,
+        },
+        watch: windowed_z(100, 180, WindowedZRule::Paper),
+        unused: Unused::ObserveZero,
+        trigger: Trigger::DetectorAndAlignment,
+        alignment: AlignmentThreshold::Absolute(0.001),
+        choice: Choice::TriggeredLowestIndex,
+        averaging_steps: 50.0,
+        operator: SplitOperator::Clone {
+            decomposition: Some(Decomposition::Whole),
+            preserve_mass: false,
+        },
+        moments: Moments::Zero,
+        after_split: AfterSplit::Keep,
+        stop: StopRule::Consecutive { gamma: 3 },
+        pruning: None,
+        seed: 0,
+    }
+}
+
+/// `paper` is what the paper writes: windowed z at 0.01, delta 0.001, whole matrices, gamma 3, a tenth of the steps.
+#[test]
+fn the_papers_settings_are_those_of_the_paper() {
+    assert_eq!(ControllerParams::paper(2, 6, 16, 2000), paper());
+}
+
+/// `reference` differs from `paper` where the released code does, and nowhere else.
+#[test]
+fn the_references_settings_are_those_of_the_released_code() {
+    let reference = ControllerParams {
+        watch: windowed_z(100, 180, WindowedZRule::Reference),
+        operator: SplitOperator::Clone {
+            decomposition: Some(Decomposition::Rowwise),
+            preserve_mass: false,
+        },
+        after_split: AfterSplit::ResetSourceCount,
+        stop: StopRule::Patience {
+            patience: 3,
+            checks_after_expansions: 1,
+        },
+        ..paper()
+    };
+    assert_eq!(ControllerParams::reference(2, 6, 16, 2000), reference);
+}
+
+/// `ours` watches all three kinds of stream for sudden rises, bisects, checks on held-out data and re-warms.
+#[test]
+fn our_settings_are_the_documented_ones() {
+    let detector = CalibratedCusumParams {
+        horizon: 600,
+        alpha: 0.05,
+        k: 2.0,
+        score_limit: Some(4.0),
+        transform: Transform::Log,
+        reference: Reference::Lagged {
+            window: 128,
+            gap: 16,
+        },
+        prewhiten: true,
+        drift: Drift::Remove,
+        direction: Direction::Up,
+        warmup: 200,
+        after_alarm: AfterAlarm::Relearn,
+    };
+    let ours = ControllerParams {
+        phase: Phase {
+            live_from: 0,
+            live_until: 600,
+            continual: None,
+        },
+        watch: Watch {
+            expert: Some(detector.into()),
+            layer: Some(detector.into()),
+            loss: Some(detector.into()),
+            level: Level::Shared,
+        },
+        unused: Unused::Skip,
+        trigger: Trigger::DetectorOnly,
+        choice: Choice::LossShare,
+        operator: SplitOperator::Bisect,
+        after_split: AfterSplit::Rewarm,
+        stop: StopRule::HeldOut {
+            margin: 0.0,
+            z: 1.0,
+            wait: 50,
+            patience: 2,
+            remove: true,
+        },
+        ..paper()
+    };
+    assert_eq!(ControllerParams::ours(2, 6, 16, 2000), ours);
+}
+
+/// Warm-up and window are 5 % and 9 % of the steps but at least 30 and 60; the phase has at least one step.
+#[test]
+fn shares_of_the_steps_have_their_least_values() {
+    for (steps, live_until, warmup, window) in [
+        (5, 1, 30, 60),
+        (600, 60, 30, 60),
+        (700, 70, 35, 63),
+        (10_000, 1000, 500, 900),
+    ] {
+        let paper = ControllerParams::paper(1, 8, 16, steps);
+        let reference = ControllerParams::reference(1, 8, 16, steps);
+        for (params, rule) in [
+            (paper, WindowedZRule::Paper),
+            (reference, WindowedZRule::Reference),
+        ] {
+            assert_eq!(params.experts, [8]);
+            assert_eq!(params.phase.live_until, live_until, "{steps} steps");
+            assert_eq!(
+                params.watch,
+                windowed_z(warmup, window, rule),
+                "{steps} steps"
+            );
+        }
+    }
+}
