@@ -51,7 +51,7 @@ const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GradientNorm {
-    /// Both matrices, both biases and the gate row (the paper: all its parameters).
+    /// Every matrix and bias of its network and its gate row, but not a threshold of its own (the paper: all its parameters).
     AllParameters,
     /// The first matrix alone (the authors' code).
     Fc1,

@@ -526,6 +526,7 @@ fn evaluate(trainer: &Trainer, data: &Data) -> Result<Score, BenchError> {
 
 #[cfg(test)]
 mod tests {
+    use mass_routing::Router;
     use ndarray::Array2;
 
     use super::*;
