@@ -6,26 +6,27 @@
 //!             optimizer.step(model, gradients, lr)
 //! ```
 
+mod observe;
 mod shift;
+mod split;
 
-use dfdx::prelude::NoneTape;
 use mass_expand::{
-    Action, Answer, BisectParams, Controller, ControllerParams, Event, ExpandError, ExpertId,
-    ExpertObservation, LayerObservation, Reduction, RemovalReason, Request, SplitOperator,
-    StepObservation, StopRule, alignment, bisect, divide_gradient, preserve_mass,
+    Action, Answer, Controller, ControllerParams, Event, ExpertId, LayerObservation, Reduction,
+    RemovalReason, Request, SplitOperator, StepObservation, StopRule, alignment,
     redundancy_gradient,
 };
 use mass_routing::Router;
-use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::lm::{LayerTrace, Masked, TrainPass};
+use crate::lm::{Masked, TrainPass};
 use crate::nn::{GateConfig, MoeLayer};
-use crate::ops::{MoeExpert, Rows};
 use crate::optim::AdamW;
-use crate::param::{CpuGradients, Param, Parameters};
+use crate::param::{CpuGradients, Parameters};
+pub use observe::observe;
+use observe::observe_with;
 pub use shift::GateShift;
+pub use split::{remove_expert, split_expert};
 
 /// A model with mixture layers.
 pub trait Mixtures: Parameters {
@@ -358,213 +359,11 @@ impl Grower {
     }
 }
 
-/// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
-///
-/// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
-///
-/// # Errors
-/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced.
-pub fn observe(
-    layer: &MoeLayer,
-    trace: &LayerTrace,
-    token_losses: &[f32],
-    gradients: &mut CpuGradients,
-    norm: GradientNorm,
-) -> Result<Vec<ExpertObservation>, ModelError> {
-    observe_with(layer, trace, token_losses, gradients, Some(norm))
-}
-
-/// [`observe`], with gradient norms of zero where nobody asks for them: they cost a pass over all gradients.
-fn observe_with(
-    layer: &MoeLayer,
-    trace: &LayerTrace,
-    token_losses: &[f32],
-    gradients: &mut CpuGradients,
-    norm: Option<GradientNorm>,
-) -> Result<Vec<ExpertObservation>, ModelError> {
-    let plan = &trace.plan;
-    if token_losses.len() != plan.num_tokens() {
-        return Err(ModelError::shape(
-            "token losses",
-            &[plan.num_tokens()],
-            &[token_losses.len()],
-        ));
-    }
-    let (traced, experts) = (plan.num_experts(), layer.experts().len());
-    if traced != experts {
-        return Err(ModelError::shape("experts traced", &[experts], &[traced]));
-    }
-    let shares: Vec<f64> = (0..plan.num_experts())
-        .map(|e| {
-            let segment = plan.segment(e);
-            let tokens = &plan.tokens()[segment.clone()];
-            let weights = &plan.weights()[segment];
-            tokens
-                .iter()
-                .zip(weights)
-                .map(|(&t, &w)| f64::from(w) * f64::from(token_losses[t as usize]))
-                .sum()
-        })
-        .collect();
-    let total: f64 = shares.iter().sum();
-    let mut observed = Vec::with_capacity(shares.len());
-    for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
-        let mut squares = match norm {
-            Some(_) => square_norm(&expert.fc1.0, gradients)?,
-            None => 0.0,
-        };
-        if norm == Some(GradientNorm::AllParameters) {
-            let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
-            let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
-            for param in rest.into_iter().chain(up) {
-                squares += square_norm(param, gradients)?;
-            }
-        }
-        observed.push(ExpertObservation {
-            id,
-            gradient_norm: squares.sqrt(),
-            cosine: None,
-            load: plan.load(e) as u64,
-            loss_share: (total > 0.0).then(|| shares[e] / total),
-            routing_entropy: None,
-        });
-    }
-    Ok(observed)
-}
-
 fn mean(losses: &[f64]) -> Result<f64, ModelError> {
     match losses.len() {
         0 => Err(ModelError::shape("losses", &[1], &[0])),
         n => Ok(losses.iter().sum::<f64>() / n as f64),
     }
-}
-
-fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {
-    Ok(crate::optim::sum_of_squares(param.gradient(gradients)?))
-}
-
-/// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
-///
-/// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
-/// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
-/// back to a clone that preserves the pair's routing mass.
-///
-/// # Errors
-/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it
-/// came after the trace, [`ModelError::Expand`] for gradients that are not finite.
-pub fn split_expert(
-    layer: &mut MoeLayer,
-    source: ExpertId,
-    operator: SplitOperator,
-    trace: &LayerTrace,
-    gradients: &mut CpuGradients,
-) -> Result<GateShift, ModelError> {
-    let index = layer.index_of(source)?;
-    let mut newcomer = layer.experts()[index].clone();
-    let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
-    let linear_gate = layer.config().gate == GateConfig::Linear;
-    let old = layer.expert_mut(source)?;
-    match operator {
-        SplitOperator::Clone {
-            decomposition,
-            preserve_mass: preserve,
-        } => {
-            let matrix = (old.fc1.0.shape()[0], old.fc1.0.shape()[1]);
-            // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
-            for (a, b, shape) in [
-                (&old.fc1.0, &newcomer.fc1.0, matrix),
-                (&old.gate, &newcomer.gate, (1, old.gate.len())),
-            ] {
-                let mut whole = std::mem::take(a.gradient(gradients)?);
-                let copy = b.gradient(gradients);
-                let divided = copy.and_then(|copy| {
-                    let rows = a.values();
-                    Ok(divide_gradient(
-                        &mut whole,
-                        copy,
-                        rows,
-                        shape,
-                        decomposition,
-                    )?)
-                });
-                // Back in its place whatever became of it: a gradient that is lost would look like one of zero.
-                *a.gradient(gradients)? = whole;
-                divided?;
-            }
-            copy_gradients(old, &newcomer, gradients, false)?;
-            if preserve {
-                newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
-            }
-        }
-        SplitOperator::Bisect if !linear_gate => {
-            return Err(ModelError::Config(BISECT_NEEDS.into()));
-        }
-        SplitOperator::Bisect if index >= trace.plan.num_experts() => {
-            let traced = trace.plan.num_experts();
-            return Err(ModelError::shape("experts traced", &[index + 1], &[traced]));
-        }
-        SplitOperator::Bisect => {
-            copy_gradients(old, &newcomer, gradients, true)?;
-            let inputs = tokens_of(index, trace);
-            match bisect(
-                inputs.view(),
-                old.gate.values(),
-                old.logit_offset,
-                BisectParams::default(),
-            ) {
-                Ok(halves) => {
-                    old.gate.values_mut().copy_from_slice(&halves.source_row);
-                    newcomer
-                        .gate
-                        .values_mut()
-                        .copy_from_slice(&halves.newcomer_row);
-                    old.logit_offset = halves.source_offset;
-                    newcomer.logit_offset = halves.newcomer_offset;
-                }
-                Err(ExpandError::NoSpread { .. } | ExpandError::Empty { .. }) => {
-                    newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
-                }
-                Err(e) => return Err(e.into()),
-            }
-        }
-        other => {
-            return Err(ModelError::Config(format!(
-                "split operator {other:?} is not known here"
-            )));
-        }
-    }
-    let halves = [&*old, &newcomer];
-    let (rows, offsets) = shift::between(&row, offset, halves);
-    Ok(GateShift {
-        source,
-        newcomer: layer.push(newcomer)?,
-        rows,
-        offsets,
-    })
-}
-
-/// Takes an expert out of a layer. What the split by which it came about did to the gate of its other half, `shift`, is undone.
-///
-/// # Errors
-/// [`ModelError::NoSuchExpert`] if it is not in the pool, [`ModelError::Config`] if it is the last one, or the shift is that of
-/// another expert or of a gate of another width.
-pub fn remove_expert(
-    layer: &mut MoeLayer,
-    expert: ExpertId,
-    shift: Option<&GateShift>,
-) -> Result<(), ModelError> {
-    if let Some(shift) = shift {
-        let Some(other) = shift.other(expert) else {
-            let what = format!("the split of another expert than {expert}");
-            return Err(ModelError::Config(what));
-        };
-        if layer.ids().len() > 1 && layer.index_of(other).is_ok() {
-            layer.index_of(expert)?;
-            shift.undo(layer, other)?;
-        }
-    }
-    layer.remove(expert)?;
-    Ok(())
 }
 
 /// Adds the gradient of the redundancy loss over pairs of gate rows; returns the loss, unweighted.
@@ -594,45 +393,4 @@ fn add_redundancy(
         *expert.gate.gradient(gradients)? = gradient;
     }
     Ok(loss?)
-}
-
-fn copy_gradients(
-    from: &MoeExpert,
-    to: &MoeExpert,
-    gradients: &mut CpuGradients,
-    with_fc1_and_gate: bool,
-) -> Result<(), ModelError> {
-    let mut pairs = vec![
-        (&from.fc1.1, &to.fc1.1),
-        (&from.fc2.0, &to.fc2.0),
-        (&from.fc2.1, &to.fc2.1),
-    ];
-    if let (Some(a), Some(b)) = (&from.threshold, &to.threshold) {
-        pairs.push((a, b));
-    }
-    if let (Some(a), Some(b)) = (&from.up, &to.up) {
-        pairs.extend([(&a.0, &b.0), (&a.1, &b.1)]);
-    }
-    if with_fc1_and_gate {
-        pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
-    }
-    for (a, b) in pairs {
-        let copy = a.gradient(gradients)?.clone();
-        *b.gradient(gradients)? = copy;
-    }
-    Ok(())
-}
-
-/// The gate inputs of the tokens routed to an expert.
-fn tokens_of(index: usize, trace: &LayerTrace) -> Array2<f32> {
-    let tokens = &trace.plan.tokens()[trace.plan.segment(index)];
-    let input = values_of(&trace.gate_input);
-    let dim = input.ncols();
-    Array2::from_shape_fn((tokens.len(), dim), |(i, j)| input[[tokens[i] as usize, j]])
-}
-
-fn values_of(x: &Rows<NoneTape>) -> Array2<f32> {
-    use dfdx::prelude::HasShape;
-    Array2::from_shape_vec(*x.shape(), x.as_vec())
-        .expect("a tensor has as many values as its shape says")
 }

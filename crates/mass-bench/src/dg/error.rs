@@ -3,6 +3,10 @@ use std::path::{Path, PathBuf};
 
 use crate::BenchError;
 
+const MEND_LAYOUT: &str =
+    "a set is laid out as <domain>/<class>/<image>, with every class in every domain";
+const MEND_IMAGE: &str = "replace the file, or remove it from the set";
+
 /// What is wrong with a set of images.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -27,7 +31,7 @@ pub enum DgError {
     #[error("interrupted while reading images")]
     Stopped,
     /// A directory that is not laid out as `<domain>/<class>/<image>`.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {problem}; {}", path.display(), MEND_LAYOUT)]
     Layout {
         /// Which one.
         path: PathBuf,
@@ -35,7 +39,7 @@ pub enum DgError {
         problem: String,
     },
     /// A file that is no whole image.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {problem}; {}", path.display(), MEND_IMAGE)]
     Image {
         /// Which one.
         path: PathBuf,
@@ -78,9 +82,14 @@ impl From<DgError> for BenchError {
                 path,
                 problem: source.to_string(),
             },
-            DgError::Layout { path, problem } | DgError::Image { path, problem } => {
-                Self::Input { path, problem }
-            }
+            DgError::Layout { path, problem } => Self::Input {
+                path,
+                problem: format!("{problem}; {MEND_LAYOUT}"),
+            },
+            DgError::Image { path, problem } => Self::Input {
+                path,
+                problem: format!("{problem}; {MEND_IMAGE}"),
+            },
             DgError::Split(problem) => Self::Usage(problem),
             DgError::Cache { path, source } => {
                 Self::failed(format!("writing {}", path.display()), source)

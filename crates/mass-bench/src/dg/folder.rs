@@ -53,9 +53,7 @@ impl ImageFolder {
             let found = domains.len();
             return Err(DgError::layout(
                 root,
-                format!(
-                    "{found} domain(s); at least two are needed, laid out as <domain>/<class>/<image>"
-                ),
+                format!("{found} domain(s); at least two are needed"),
             ));
         }
         let mut by_domain = Vec::new();
