@@ -405,7 +405,18 @@ fn configurations_of_three_libraries_are_read() {
     assert!(with(base.clone(), "mlp_ratio", json!(-4)).contains("mlp_ratio"));
     assert!(with(base.clone(), "hidden_act", json!("maxout")).contains("\"hidden_act\""));
     assert!(with(base.clone(), "image_size", json!([224, 224])).contains("\"image_size\""));
+    // A size is named as its file names it.
+    assert!(with(base.clone(), "hidden_size", json!(0)).contains("\"hidden_size\""));
     assert!(with(base, "model_type", json!("deit")).contains("deit"));
+    for (field, value) in [
+        ("embed_dim", 0),
+        ("depth", 0),
+        ("num_heads", 5),
+        ("in_chans", 0),
+    ] {
+        let why = with(timm.clone(), field, json!(value));
+        assert!(why.contains(&format!("\"{field}\"")), "{why}");
+    }
     assert!(with(timm.clone(), "class_token", json!(false)).contains("class_token"));
     assert!(with(timm.clone(), "global_pool", json!("avg")).contains("global_pool"));
     assert!(with(timm, "depth", json!("12")).contains("\"depth\""));

@@ -96,6 +96,35 @@ fn a_set_has_one_name_however_domainbed_writes_it() {
     assert_eq!((delta("pacs"), delta("terra_incognita")), (0.002, 0.001));
 }
 
+/// Runs keep what is theirs in folders named after their domains, less punctuation.
+#[test]
+fn domains_that_differ_in_punctuation_alone_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = dir.path().join("vit-s14");
+    std::fs::create_dir_all(&models).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::write(models.join(file), "").unwrap();
+    }
+    let at = dir.path().to_str().unwrap();
+    let full = ["mass-bench", "reproduce", "dg", "--preset", "full"];
+    let places = ["--task", "toy", "--data", at, "--models", at];
+    let checked = |domain: &str| {
+        let class = dir.path().join("toy").join(domain).join("dog");
+        std::fs::create_dir_all(&class).unwrap();
+        std::fs::write(class.join("a.png"), "").unwrap();
+        let cli = Cli::try_parse_from(full.into_iter().chain(places)).unwrap();
+        let Command::Reproduce(command) = cli.command else {
+            panic!("another command");
+        };
+        super::check(&command.check().unwrap()[0])
+    };
+    assert!(checked("real world").is_err(), "one domain");
+    checked("clip art").unwrap();
+    let refused = checked("real_world").unwrap_err();
+    assert_eq!(refused.exit_code(), 2);
+    assert!(refused.to_string().contains("share a folder"), "{refused}");
+}
+
 fn model(blocks: usize) -> VitClassifier {
     let config = VitConfig {
         hidden_size: 8,

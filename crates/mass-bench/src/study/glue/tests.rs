@@ -1,5 +1,6 @@
 //! A run that stops at any step and goes on ends as one that never stopped.
 
+use clap::Parser;
 use mass_model::Parameters;
 use mass_model::bert::BertConfig;
 use mass_model::optim::AdamWConfig;
@@ -8,7 +9,7 @@ use serde_json::json;
 use super::data::TaskData;
 use super::finetune::{FineTuneConfig, FineTuner, train_of};
 use super::method::{Method, Pretrained, at_depth};
-use crate::cli::Variant;
+use crate::cli::{Cli, Command, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
@@ -215,4 +216,30 @@ fn a_checkpoint_does_not_hold_where_the_model_lies() {
     assert_eq!(digest(&set), before);
     set.train.swap(0, 1);
     assert_ne!(digest(&set), before);
+}
+
+#[test]
+fn a_missing_file_is_named_with_its_layout_and_its_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("minilm-l6");
+    std::fs::create_dir_all(&model).unwrap();
+    for file in ["config.json", "model.safetensors", "vocab.txt"] {
+        std::fs::write(model.join(file), "").unwrap();
+    }
+    let at = dir.path().to_str().unwrap();
+    let full = ["mass-bench", "reproduce", "glue", "--preset", "full"];
+    let cli = Cli::parse_from(full.into_iter().chain(["--data", at, "--models", at]));
+    let Command::Reproduce(command) = cli.command else {
+        panic!("another command");
+    };
+    let error = super::check(&command.check().unwrap()[0]).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let error = error.to_string();
+    for part in [
+        "glue/CoLA/train.tsv",
+        "DATA/glue/<Task>",
+        "gluebenchmark.com",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
 }
