@@ -41,6 +41,17 @@ impl TokenBatch {
         self.rows += 1;
     }
 
+    /// Batches of one length as one, window after window.
+    pub(crate) fn joined(length: usize, batches: &[Self]) -> Self {
+        let mut all = Self::with_capacity(batches.iter().map(|b| b.rows).sum(), length);
+        for batch in batches {
+            all.rows += batch.rows;
+            all.inputs.extend(&batch.inputs);
+            all.targets.extend(&batch.targets);
+        }
+        all
+    }
+
     /// Tokens to predict in the whole batch.
     #[must_use]
     pub fn tokens(&self) -> usize {

@@ -165,25 +165,20 @@ fn held_out(
             needed: 4 * args.seq + 1,
         }));
     }
-    let mut probe = TokenBatch::with_capacity(0, args.seq);
-    let mut test: Vec<TokenBatch> = Vec::new();
+    let mut probe = Vec::new();
+    let mut test = Vec::new();
     for (i, window) in windows.into_iter().enumerate() {
-        let into = if i % every == 0 && probe.rows < 64 {
-            &mut probe
+        if i % every == 0 && probe.len() < 64 {
+            probe.push(window);
         } else {
-            if test.last().is_none_or(|batch| batch.rows >= args.batch) {
-                test.push(TokenBatch::with_capacity(0, args.seq));
-            }
-            let Some(last) = test.last_mut() else {
-                continue;
-            };
-            last
-        };
-        into.rows += window.rows;
-        into.inputs.extend(window.inputs);
-        into.targets.extend(window.targets);
+            test.push(window);
+        }
     }
-    Ok((probe, test))
+    let joined = |windows: &[TokenBatch]| TokenBatch::joined(args.seq, windows);
+    Ok((
+        joined(&probe),
+        test.chunks(args.batch).map(joined).collect(),
+    ))
 }
 
 fn config(args: &TrainArgs, run: String) -> TrainerConfig {

@@ -131,6 +131,19 @@ impl Shard {
     }
 }
 
+#[cfg(test)]
+impl ReproduceArgs {
+    /// What `reproduce` makes of these arguments, for its first study.
+    pub(crate) fn parsed(arguments: &[&str]) -> Self {
+        use clap::Parser;
+        let line = ["mass-bench", "reproduce"].iter().chain(arguments);
+        match super::Cli::try_parse_from(line).unwrap().command {
+            super::Command::Reproduce(command) => command.check().unwrap().remove(0),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 impl ReproduceCommand {
     /// Checks everything; `all` becomes one entry for each study there is.
     ///

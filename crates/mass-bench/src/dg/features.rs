@@ -85,7 +85,7 @@ impl Features {
     /// The file is named after digests of the [images](DomainImages::digest) and of the trunk's configuration and weights. One that is damaged is replaced.
     ///
     /// # Errors
-    /// [`BenchError`]: the model's errors, a cache that cannot be written; `Ok(None)` when told to stop.
+    /// [`BenchError`]: a model of other than three channels, its own errors, a cache that cannot be written; `Ok(None)` when told to stop.
     pub fn compute(
         model: &VitClassifier,
         images: &DomainImages,
@@ -93,6 +93,12 @@ impl Features {
         dir: Option<&Path>,
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Option<Self>, BenchError> {
+        let channels = model.config().num_channels;
+        if channels != 3 {
+            return Err(BenchError::Usage(format!(
+                "a model of images with {channels} channels; these have three"
+            )));
+        }
         let header = Header::of(model, images, blocks)?;
         let Some(values) = header.values() else {
             return Err(BenchError::Usage(
@@ -161,14 +167,7 @@ fn computed(
             return Ok(None);
         }
     }
-    if rows.len() == values {
-        Ok(Some(rows))
-    } else {
-        Err(BenchError::Usage(format!(
-            "{} values of features where {values} belong: the model is not one of images with three channels",
-            rows.len()
-        )))
-    }
+    Ok(Some(rows))
 }
 
 /// Normalised pixels of some images, `[images, 3, size, size]`.

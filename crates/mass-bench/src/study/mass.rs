@@ -103,22 +103,12 @@ pub(super) fn wanted(run: &Run, args: &ReproduceArgs) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
-    use crate::cli::ReproduceCommand;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        command: ReproduceCommand,
-    }
 
     #[test]
     fn the_dense_model_has_two_names_in_domain_generalisation() {
         for (method, kept) in [("dense", true), ("erm", true), ("gmoe", false)] {
-            let line = ["reproduce", "dg", "--preset", "smoke", "--methods", method];
-            let args = Line::parse_from(line).command.check().unwrap().remove(0);
+            let args = ReproduceArgs::parsed(&["dg", "--preset", "smoke", "--methods", method]);
             assert_eq!(wanted(&Run::new("erm", 0), &args), kept, "{method}");
         }
     }
@@ -131,8 +121,7 @@ mod tests {
         };
         let all = [Variant::Paper, Variant::Reference, Variant::Ours];
         let kept = |line: &str| {
-            let line = Line::parse_from(["reproduce"].into_iter().chain(line.split(' ')));
-            let args = line.command.check().unwrap().remove(0);
+            let args = ReproduceArgs::parsed(&line.split(' ').collect::<Vec<_>>());
             assert!(wanted(&run(None), &args));
             all.map(|v| wanted(&run(Some(v)), &args))
         };

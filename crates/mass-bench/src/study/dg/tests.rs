@@ -1,4 +1,5 @@
-use clap::Parser;
+use std::path::Path;
+
 use mass_cpd::AnyDetectorParams;
 use mass_expand::AlignmentThreshold;
 use mass_model::nn::{GateConfig, MoeConfig};
@@ -11,7 +12,7 @@ use super::data::Set;
 use super::method::{Method, growth, mixture_blocks};
 use super::plan::{Plan, delta};
 use super::trainer::{TrainerConfig, check};
-use crate::cli::{Cli, Command, Variant};
+use crate::cli::{ReproduceArgs, Variant};
 use crate::dg::images::{BadImages, DomainImages};
 use crate::dg::sample;
 use crate::rng::{Purpose, stream};
@@ -57,36 +58,38 @@ fn rules_are_those_of_vision_and_short_runs_shorten_them() {
     }
 }
 
+/// An empty file, with the directories that it is in.
+fn put(dir: &Path, name: &str) {
+    let path = dir.join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, "").unwrap();
+}
+
+/// A directory with what looks like the model, for sets to be put beside.
+fn models() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "vit-s14/config.json");
+    put(dir.path(), "vit-s14/model.safetensors");
+    dir
+}
+
+/// The full preset on a set of that directory.
+fn full(dir: &Path, task: &str) -> ReproduceArgs {
+    let at = dir.to_str().unwrap();
+    ReproduceArgs::parsed(&[
+        "dg", "--preset", "full", "--task", task, "--data", at, "--models", at,
+    ])
+}
+
 #[test]
 fn a_set_has_one_name_however_domainbed_writes_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let models = dir.path().join("vit-s14");
-    std::fs::create_dir_all(&models).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::write(models.join(file), "").unwrap();
-    }
+    let dir = models();
     for domain in ["here", "there"] {
-        let class = dir.path().join("PACS").join(domain).join("dog");
-        std::fs::create_dir_all(&class).unwrap();
-        std::fs::write(class.join("a.png"), "").unwrap();
+        put(dir.path(), &format!("PACS/{domain}/dog/a.png"));
     }
-    let at = dir.path().to_str().unwrap();
     for task in ["pacs", "PACS", "PACS/there"] {
-        let arguments = [
-            "mass-bench",
-            "reproduce",
-            "dg",
-            "--data",
-            at,
-            "--models",
-            at,
-        ];
-        let cli = Cli::try_parse_from(arguments.into_iter().chain(["--task", task])).unwrap();
-        let Command::Reproduce(command) = cli.command else {
-            panic!("another command");
-        };
-        let args = &command.check().unwrap()[0];
-        let runs = Plan::of(args).unwrap().runs(args).unwrap();
+        let args = full(dir.path(), task);
+        let runs = Plan::of(&args).unwrap().runs(&args).unwrap();
         assert!(!runs.is_empty());
         for planned in runs {
             assert_eq!(planned.set, "pacs", "{task}");
@@ -99,24 +102,10 @@ fn a_set_has_one_name_however_domainbed_writes_it() {
 /// Runs keep what is theirs in folders named after their domains, less punctuation.
 #[test]
 fn domains_that_differ_in_punctuation_alone_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let models = dir.path().join("vit-s14");
-    std::fs::create_dir_all(&models).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::write(models.join(file), "").unwrap();
-    }
-    let at = dir.path().to_str().unwrap();
-    let full = ["mass-bench", "reproduce", "dg", "--preset", "full"];
-    let places = ["--task", "toy", "--data", at, "--models", at];
+    let dir = models();
     let checked = |domain: &str| {
-        let class = dir.path().join("toy").join(domain).join("dog");
-        std::fs::create_dir_all(&class).unwrap();
-        std::fs::write(class.join("a.png"), "").unwrap();
-        let cli = Cli::try_parse_from(full.into_iter().chain(places)).unwrap();
-        let Command::Reproduce(command) = cli.command else {
-            panic!("another command");
-        };
-        super::check(&command.check().unwrap()[0])
+        put(dir.path(), &format!("toy/{domain}/dog/a.png"));
+        super::check(&full(dir.path(), "toy"))
     };
     assert!(checked("real world").is_err(), "one domain");
     checked("clip art").unwrap();

@@ -1,6 +1,5 @@
 //! A run that stops at any step and goes on ends as one that never stopped.
 
-use clap::Parser;
 use mass_model::Parameters;
 use mass_model::bert::BertConfig;
 use mass_model::optim::AdamWConfig;
@@ -9,7 +8,7 @@ use serde_json::json;
 use super::data::TaskData;
 use super::finetune::{FineTuneConfig, FineTuner, train_of};
 use super::method::{Method, Pretrained, at_depth};
-use crate::cli::{Cli, Command, Variant};
+use crate::cli::{ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
@@ -227,12 +226,8 @@ fn a_missing_file_is_named_with_its_layout_and_its_source() {
         std::fs::write(model.join(file), "").unwrap();
     }
     let at = dir.path().to_str().unwrap();
-    let full = ["mass-bench", "reproduce", "glue", "--preset", "full"];
-    let cli = Cli::parse_from(full.into_iter().chain(["--data", at, "--models", at]));
-    let Command::Reproduce(command) = cli.command else {
-        panic!("another command");
-    };
-    let error = super::check(&command.check().unwrap()[0]).unwrap_err();
+    let full = ["glue", "--preset", "full", "--data", at, "--models", at];
+    let error = super::check(&ReproduceArgs::parsed(&full)).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     let error = error.to_string();
     for part in [
