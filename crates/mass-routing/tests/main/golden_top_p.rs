@@ -1,9 +1,7 @@
 //! Top-p against values computed elsewhere; every size and every p comes from the files.
 #![cfg(feature = "real-data")]
 
-mod golden;
-
-use golden::Golden;
+use crate::golden::Golden;
 use mass_routing::{Combine, Router, RoutingPlan, TopP};
 
 #[test]

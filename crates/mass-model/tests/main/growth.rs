@@ -14,9 +14,7 @@ use mass_model::nn::MoeLayer;
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_routing::{Combine, RouterConfig};
 
-use growing::{SEQ, advance, all_values, batch, grower, model};
-
-mod growing;
+use crate::growing::{SEQ, advance, all_values, batch, grower, model};
 
 fn clone_operator(decomposition: Option<Decomposition>, preserve_mass: bool) -> SplitOperator {
     SplitOperator::Clone {
@@ -577,7 +575,7 @@ fn rules_that_a_model_cannot_follow_are_refused_before_anything_is_done() {
     let pruning = pruned.controller.pruning.as_mut().unwrap();
     pruning.min_experts = 2;
     refused(top_k(), pruned, "masked to check");
-    let mut config = growing::config(RouterConfig::TopP {
+    let mut config = crate::growing::config(RouterConfig::TopP {
         p: 0.6,
         combine: Combine::Renormalised,
     });

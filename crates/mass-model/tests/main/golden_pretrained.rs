@@ -1,12 +1,10 @@
 //! Pretrained models against values computed by PyTorch and transformers, read from $MASS_GOLDEN_DIR.
 #![cfg(feature = "real-data")]
 
-mod hf_names;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use hf_names::{bert_names, timm_names, vit_names};
+use crate::hf_names::{bert_names, timm_names, vit_names};
 use mass_model::bert::{BertClassifier, Targets, TextBatch};
 use mass_model::vit::{ImageBatch, VitClassifier};
 use mass_model::{Parameters, lm::TrainPass, seeded_rng};

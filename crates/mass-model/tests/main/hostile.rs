@@ -5,9 +5,9 @@ use std::path::Path;
 use mass_model::checkpoint::CheckpointError as E;
 use serde_json::json;
 
-use saved::damage::{VICTIM, bytes, case, f64_of, manifest, only, refuse_all, rewrite, seal};
-
-mod saved;
+use crate::saved::damage::{
+    VICTIM, bytes, case, f64_of, manifest, only, refuse_all, rewrite, seal,
+};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";

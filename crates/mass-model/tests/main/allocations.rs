@@ -1,25 +1,16 @@
-//! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool. Alone in its
-//! file: the allocator counts for the whole process.
-
-use std::alloc::System;
+//! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool.
 
 use mass_model::kernels::attention::{self, AttentionShape};
 use mass_model::kernels::gemm::Store;
 use mass_model::kernels::moe_ffn::{self, ExpertGradients, ExpertWeights, FfnShape, Grouped};
 use mass_model::kernels::{adamw, cross_entropy, dropout, layer_norm, linear};
 use mass_model::{Activation, DropoutKeys};
-use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
-#[global_allocator]
-static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
-
-/// Bytes that the third run asks for.
-fn steady(mut run: impl FnMut()) -> usize {
+/// Bytes that the third run asks for on this thread.
+fn steady(mut run: impl FnMut()) -> u64 {
     run();
     run();
-    let region = Region::new(ALLOCATOR);
-    run();
-    region.change().bytes_allocated
+    allocation_counter::measure(run).bytes_total
 }
 
 #[test]

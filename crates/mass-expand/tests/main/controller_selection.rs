@@ -1,8 +1,6 @@
 //! Which expert is split, when a schedule says so, and which one leaves.
 
-mod drive;
-
-use drive::{begin_with, every_step, observation};
+use crate::drive::{begin_with, every_step, observation};
 use mass_expand::*;
 
 /// A step of one layer in which each expert has this load, and as much of the loss and of the entropy.

@@ -4,10 +4,8 @@ use mass_model::ModelError;
 use mass_model::checkpoint::{self, CheckpointError as E, Files};
 use mass_model::lm::LanguageModel;
 
-use saved::damage::{bytes, case, refuse_all, seal};
-use saved::{saved, snapshot, trained};
-
-mod saved;
+use crate::saved::damage::{bytes, case, refuse_all, seal};
+use crate::saved::{saved, snapshot, trained};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";

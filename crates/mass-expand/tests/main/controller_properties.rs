@@ -1,8 +1,6 @@
 //! What holds for the controller whatever rules it is made of.
 
-mod drive;
-
-use drive::{Figures, Pools};
+use crate::drive::{Figures, Pools};
 use mass_cpd::{CalibratedCusumParams, Direction, Transform, WindowedZParams};
 use mass_expand::*;
 use proptest::prelude::*;
@@ -225,11 +223,11 @@ proptest! {
         for bad in [f64::NAN, f64::INFINITY, -1.0] {
             let mut experts = good.clone();
             experts.last_mut().unwrap().last_mut().unwrap().gradient_norm = bad;
-            prop_assert!(drive::begin_with(&mut controller, at, 2.0, &experts).is_err());
+            prop_assert!(crate::drive::begin_with(&mut controller, at, 2.0, &experts).is_err());
             prop_assert_eq!(text(&controller), before.clone());
         }
-        prop_assert!(drive::begin_with(&mut controller, at, f64::NAN, &good).is_err());
-        prop_assert!(drive::begin_with(&mut controller, at, 2.0, &good[1..]).is_err());
+        prop_assert!(crate::drive::begin_with(&mut controller, at, f64::NAN, &good).is_err());
+        prop_assert!(crate::drive::begin_with(&mut controller, at, 2.0, &good[1..]).is_err());
         prop_assert_eq!(text(&controller), before.clone());
     }
 

@@ -1,8 +1,6 @@
 //! The controller's detectors: how the level is shared among them, when they start afresh, and what they cause.
 
-mod drive;
-
-use drive::{Figures, begin_with, observation};
+use crate::drive::{Figures, begin_with, observation};
 use mass_cpd::{
     AnyDetectorParams, CalibratedCusumParams, Direction, Reference, TrainingMonitorParams,
     WindowedZParams,

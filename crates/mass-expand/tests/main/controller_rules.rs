@@ -1,8 +1,6 @@
 //! Each rule of the controller, and what it refuses.
 
-mod drive;
-
-use drive::{Figures, begin_with, every_step, observation, step_with_worth};
+use crate::drive::{Figures, begin_with, every_step, observation, step_with_worth};
 use mass_cpd::{CalibratedCusumParams, Direction, Reference, WindowedZParams};
 use mass_expand::*;
 

@@ -16,9 +16,7 @@ use mass_model::{ModelError, Parameters, seeded_rng};
 use mass_routing::{Router, RoutingPlan};
 use serde_json::json;
 
-use saved::{SEQ, batch, config, saved, snapshot, trained};
-
-mod saved;
+use crate::saved::{SEQ, batch, config, saved, snapshot, trained};
 
 fn values(model: &impl Parameters) -> BTreeMap<String, Vec<u32>> {
     let mut values = BTreeMap::new();

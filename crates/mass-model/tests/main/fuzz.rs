@@ -2,9 +2,9 @@
 
 use checkpoint::{Harness, Outcome};
 
-#[path = "../fuzz/checkpoint.rs"]
+#[path = "../../fuzz/checkpoint.rs"]
 mod checkpoint;
-#[path = "../fuzz/mutate.rs"]
+#[path = "../../fuzz/mutate.rs"]
 mod mutate;
 
 #[test]

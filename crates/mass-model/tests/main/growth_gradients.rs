@@ -16,9 +16,7 @@ use mass_model::optim::{AdamW, AdamWConfig};
 use mass_model::{CpuGradients, ModelError, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
-use growing::{SEQ, batch};
-
-mod growing;
+use crate::growing::{SEQ, batch};
 
 fn top_p() -> RouterConfig {
     RouterConfig::TopP {
@@ -52,10 +50,10 @@ fn gradients_of(
 /// Models with plain and with gated experts behind a linear gate, and with learned thresholds behind a cosine gate; and how many
 /// parameters each of their experts has.
 fn kinds() -> [(LanguageModelConfig, usize); 3] {
-    let plain = growing::config(top_p());
+    let plain = crate::growing::config(top_p());
     let mut gated = plain.clone();
     gated.block.moe.gated = true;
-    let mut any = growing::config(RouterConfig::TopAny { experts: 3 });
+    let mut any = crate::growing::config(RouterConfig::TopAny { experts: 3 });
     any.block.moe.gate = GateConfig::Cosine {
         projection: None,
         temperature: None,
@@ -155,7 +153,7 @@ fn what_is_observed_follows_from_gradients_weights_and_losses() {
     };
     for (router, sums_to_one) in [(top_p(), true), (raw, false)] {
         for gated in [false, true] {
-            let mut config = growing::config(router.clone());
+            let mut config = crate::growing::config(router.clone());
             config.block.moe.gated = gated;
             let model = LanguageModel::new(&config, &mut seeded_rng(5)).unwrap();
             let (tokens, targets) = batch(0);
@@ -220,7 +218,7 @@ fn what_is_observed_follows_from_gradients_weights_and_losses() {
 /// The alignment test is of each expert's own fc1 gradient with its own fc1 weights, and the split reports that cosine.
 #[test]
 fn an_expert_is_split_by_the_cosine_of_its_own_first_matrix() {
-    let mut model = growing::model(top_p());
+    let mut model = crate::growing::model(top_p());
     let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
     let (tokens, targets) = batch(0);
     let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
@@ -304,7 +302,7 @@ struct Grown {
 
 /// No weight is updated, so that gradients alone can differ between runs.
 fn grow(weight: f64, reduction: Reduction, k_max: usize, last: u64) -> Grown {
-    let mut model = growing::model(top_p());
+    let mut model = crate::growing::model(top_p());
     let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
     let params = ControllerParams::paper(2, 3, k_max, 40);
     let mut params = params.with_schedule(0, 5).most_loaded();

@@ -1,9 +1,7 @@
 //! Cosine and top-any gates against values computed elsewhere; every size comes from the files.
 #![cfg(feature = "real-data")]
 
-mod golden;
-
-use golden::Golden;
+use crate::golden::Golden;
 use mass_routing::losses::{BalanceCount, diverse_and_simple, gshard_balance, importance, load};
 use mass_routing::{Combine, CosineGate, Router, RoutingPlan, TopAny, TopK};
 use ndarray::{Array1, Array2, ArrayBase, Axis, Data, Dimension};

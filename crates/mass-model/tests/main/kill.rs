@@ -17,9 +17,7 @@ use ndarray_rand::rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use growing::{advance, all_values, grower, model};
-
-mod growing;
+use crate::growing::{advance, all_values, grower, model};
 
 /// Tells this test binary to be the process that is killed: the directory to train in.
 const DIRECTORY: &str = "MASS_MODEL_KILL_TEST_DIRECTORY";
@@ -120,7 +118,12 @@ fn training_process() {
 
 fn start(dir: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "training_process", "--nocapture", "--quiet"])
+        .args([
+            "--exact",
+            "kill::training_process",
+            "--nocapture",
+            "--quiet",
+        ])
         .env(DIRECTORY, dir)
         .stdout(Stdio::piped())
         .spawn()

@@ -1,11 +1,9 @@
 //! Files of pretrained vision transformers: every layout is read back as the model that was written.
 
-mod hf_names;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use hf_names::{timm_names, vit_names};
+use crate::hf_names::{timm_names, vit_names};
 use mass_model::vit::{Resampling, VitClassifier, VitConfig};
 use mass_model::{ModelError, Parameters, seeded_rng};
 use safetensors::Dtype;

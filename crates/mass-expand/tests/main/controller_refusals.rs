@@ -1,8 +1,6 @@
 //! What the controller refuses: parameters, observations, answers, stored states.
 
-mod drive;
-
-use drive::{Figures, begin_with, every_step, observation, step_with_worth};
+use crate::drive::{Figures, begin_with, every_step, observation, step_with_worth};
 use mass_cpd::{CalibratedCusumParams, Transform, WindowedZParams};
 use mass_expand::*;
 

@@ -1,12 +1,10 @@
 //! Files of pretrained weights: those that are read, and those that are refused.
 
-mod hf_names;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::hf_names::bert_names;
 use half::{bf16, f16};
-use hf_names::bert_names;
 use mass_model::bert::{BertClassifier, BertConfig, TextBatch};
 use mass_model::pretrained::{PretrainedError, Weights, read_config};
 use mass_model::{ModelError, Parameters, seeded_rng};

@@ -1,0 +1,17 @@
+//! Tests of `mass-bench` from outside, in one binary: each binary is linked by itself.
+
+mod cli;
+mod data_check;
+mod dg_data;
+mod dg_study;
+mod dynmoe;
+mod ginc;
+mod glue_data;
+mod glue_metrics;
+mod glue_study;
+mod glue_tokenise;
+mod golden;
+mod hub;
+mod report;
+mod synthetic;
+mod text;

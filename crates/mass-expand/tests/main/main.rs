@@ -1,0 +1,12 @@
+//! Tests of `mass-expand` from outside, in one binary: each binary is linked by itself.
+
+mod arithmetic;
+mod controller_detectors;
+mod controller_properties;
+mod controller_refusals;
+mod controller_rules;
+mod controller_selection;
+mod controller_variants;
+mod drive;
+mod golden_controller;
+mod golden_decompose;

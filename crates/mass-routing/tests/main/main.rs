@@ -1,0 +1,10 @@
+//! Tests of `mass-routing` from outside, in one binary: each binary is linked by itself.
+
+mod golden;
+mod golden_gates;
+mod golden_top_p;
+mod gradients;
+mod losses;
+mod routing;
+mod statistics;
+mod steady_state;
