@@ -117,7 +117,7 @@ fn run_kernels() {
         })
         .collect();
     let mut d_weights = vec![0.0; n];
-    let lists = 64 * experts * size_of::<ExpertGradients<'_>>();
+    let lists = (64 * experts * size_of::<ExpertGradients<'_>>()) as u64;
     reports.push((
         "expert network",
         steady(|| {
@@ -179,7 +179,7 @@ fn run_kernels() {
     // The matrix product packs its operands into buffers of its own, call by call; everything else is nothing at all. Without
     // the pool the expert network would ask for some 2 MiB more, the others for what they are given.
     for (name, bytes) in reports {
-        let packing = match name {
+        let packing: u64 = match name {
             "linear" => 128 << 10,
             "attention" => 640 << 10,
             "expert network" => (1600 << 10) + lists,
