@@ -26,11 +26,22 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// Replaces `pre` by its activation.
+    #[inline(always)]
+    pub(crate) fn apply(self, pre: &mut [f32]) {
+        match self {
+            Self::Relu => each_value(pre, relu),
+            Self::GeluErf => each_value(pre, gelu_erf),
+            Self::GeluTanh => each_value(pre, gelu_tanh),
+            Self::Silu => each_value(pre, silu),
+        }
+    }
+
     /// Replaces `pre` by its activation and writes the derivative at each element to `slope`.
     #[inline(always)]
     pub(crate) fn apply_with_slope(self, pre: &mut [f32], slope: &mut [f32]) {
         match self {
-            Self::Relu => each(pre, slope, |x| if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }),
+            Self::Relu => each(pre, slope, relu),
             Self::GeluErf => each(pre, slope, gelu_erf),
             Self::GeluTanh => each(pre, slope, gelu_tanh),
             Self::Silu => each(pre, slope, silu),
@@ -43,6 +54,18 @@ fn each(pre: &mut [f32], slope: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
     for (x, s) in pre.iter_mut().zip(slope) {
         (*x, *s) = f(*x);
     }
+}
+
+#[inline(always)]
+fn each_value(pre: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
+    for x in pre {
+        *x = f(*x).0;
+    }
+}
+
+#[inline(always)]
+fn relu(x: f32) -> (f32, f32) {
+    if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }
 }
 
 #[inline(always)]

@@ -1,5 +1,7 @@
 //! Matrix products on strided views.
 
+use super::product::{Extras, product};
+
 /// A read-only strided matrix view; `data[i * row_stride + j * col_stride]` is element (i, j).
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a> {
@@ -59,6 +61,19 @@ impl<'a> Mat<'a> {
         }
     }
 
+    /// Rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// The values, the distance of rows (of columns, if transposed), and whether it is stored transposed.
+    pub(crate) fn layout(&self) -> (&'a [f32], usize, bool) {
+        match self.col_stride {
+            1 => (self.data, self.row_stride, false),
+            stride => (self.data, stride, true),
+        }
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Self {
@@ -100,6 +115,29 @@ impl<'a> MatMut<'a> {
             row_stride,
         }
     }
+
+    /// Rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// The distance of rows.
+    pub(crate) fn stride(&self) -> usize {
+        self.row_stride
+    }
+
+    /// The values.
+    pub(crate) fn into_data(self) -> &'a mut [f32] {
+        self.data
+    }
+
+    /// The same view for a shorter time.
+    pub(crate) fn reborrow(&mut self) -> MatMut<'_> {
+        MatMut {
+            data: self.data,
+            ..*self
+        }
+    }
 }
 
 /// Whether a product replaces the destination or is added to it.
@@ -116,6 +154,16 @@ pub enum Store {
 /// # Panics
 /// If the shapes do not fit.
 pub fn gemm(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, store: Store) {
+    let extras = Extras {
+        scale,
+        store,
+        ..Extras::default()
+    };
+    product(dst, a, b, extras, |_| {});
+}
+
+/// The same by the `gemm` crate.
+pub(super) fn portable(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, store: Store) {
     assert_eq!(a.cols, b.rows, "inner sizes differ");
     assert_eq!(
         (dst.rows, dst.cols),

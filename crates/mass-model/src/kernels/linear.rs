@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Store, gemm};
-use super::vector;
+use super::product::{Extras, product};
 
 /// Rows handled by one task: enough to repay the packing of the weights.
 const ROWS: usize = 512;
@@ -19,23 +19,12 @@ pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>, y: &mut [f32], inp: usiz
         .zip(x.par_chunks(ROWS * inp))
         .for_each(|(y, x)| {
             let rows = y.len() / out;
-            if let Some(b) = b {
-                for row in y.chunks_exact_mut(out) {
-                    row.copy_from_slice(b);
-                }
-            }
-            let store = if b.is_some() {
-                Store::Add
-            } else {
-                Store::Replace
+            let extras = Extras {
+                bias: b,
+                ..Extras::default()
             };
-            gemm(
-                MatMut::new(y, rows, out),
-                Mat::new(x, rows, inp),
-                Mat::new(w, out, inp).t(),
-                1.0,
-                store,
-            );
+            let (x, w) = (Mat::new(x, rows, inp), Mat::new(w, out, inp).t());
+            product(MatMut::new(y, rows, out), x, w, extras, |_| {});
         });
 }
 
@@ -66,20 +55,21 @@ pub fn backward_weight(
 ) {
     let n = dy.len() / out;
     let block = out_block(out);
-    let product = |i: usize, dw: &mut [f32]| {
+    let part = |i: usize, dw: &mut [f32], sums: Option<&mut [f32]>| {
         let (first, rows) = (i * block, dw.len() / inp);
         let dy = Mat::strided(&dy[first.min(dy.len())..], n, rows, out).t();
-        let x = Mat::new(x, n, inp);
-        gemm(MatMut::new(dw, rows, inp), dy, x, 1.0, store);
+        let extras = Extras {
+            store,
+            sums,
+            ..Extras::default()
+        };
+        product(MatMut::new(dw, rows, inp), dy, Mat::new(x, n, inp), extras, |_| {});
     };
     let dw = dw.par_chunks_mut(block * inp).enumerate();
     match db {
-        None => dw.for_each(|(i, dw)| product(i, dw)),
-        Some(db) => dw.zip(db.par_chunks_mut(block)).for_each(|((i, dw), db)| {
-            product(i, dw);
-            for dy in dy.chunks_exact(out) {
-                vector::add_assign(db, &dy[i * block..][..db.len()]);
-            }
-        }),
+        None => dw.for_each(|(i, dw)| part(i, dw, None)),
+        Some(db) => dw
+            .zip(db.par_chunks_mut(block))
+            .for_each(|((i, dw), db)| part(i, dw, Some(db))),
     }
 }

@@ -15,6 +15,7 @@ pub mod gemm;
 pub mod layer_norm;
 pub mod linear;
 pub mod moe_ffn;
+pub(crate) mod product;
 pub mod scratch;
 pub mod transpose;
 pub mod vector;

@@ -7,10 +7,9 @@
 //!
 //! and for gated experts (SwiGLU with SiLU; Shazeer, arXiv 2002.05202) `h(a) = act(W1 x + b1) ⊙ (W3 x + b3)`.
 //!
-//! Each expert's segment is computed in blocks of rows. Within a block, hidden values are stored **feature by feature**
-//! (`[hidden, rows]`): the products with `W1` and `W2` then read the weights as they lie, where row-major activations would
-//! make the matrix product pack a transposed copy of them. At widths that are a multiple of 1024 that packing falls on one
-//! set of the first-level cache and costs a third of the speed.
+//! Each expert's segment is computed in blocks of rows. What surrounds a product is applied to its result panel by panel, while
+//! that is in cache: bias, activation and slope; in the backward pass routing weight, slope and the gradient of the routing
+//! weight. Rows whose length would make them fall on few sets of the cache are kept a cache line further apart.
 //!
 //! Outputs are kept per assignment and then summed token by token in a fixed order, so there are no atomics. The gradient of
 //! a routing weight needs no stored expert output: `∂L/∂w(a) = <dy W2, h(a)> + <dy, b2>`. The work is cut by the plan, never
@@ -19,16 +18,13 @@
 use rayon::prelude::*;
 
 use super::activation::Activation;
-use super::gemm::{Mat, MatMut, Store, gemm};
+use super::gemm::{Mat, MatMut, Store};
+use super::product::{Extras, each_part, prefetch, product, row_stride};
 use super::scratch::Scratch;
-use super::transpose::transpose;
 use super::{ROW_BLOCK, vector, vectorised};
 
-/// Most rows of a block: enough to repay the packing of the weights, few enough that a block's tiles stay in cache.
-const BLOCK_ROWS: usize = 384;
-
-/// Rows of the matrix product's register tile on AVX-512; a remainder of them costs nearly as much as a whole tile.
-const TILE_ROWS: usize = 64;
+/// Most rows of a block: enough to repay the packing of the weights.
+const BLOCK_ROWS: usize = 512;
 
 /// Tasks that one of the weight gradients of all experts is cut into, roughly: each packs its inputs anew.
 const GRADIENT_TASKS: usize = 8;
@@ -109,16 +105,39 @@ pub struct FfnShape {
 }
 
 impl FfnShape {
-    /// Values of `slope` that [`forward`] writes for each assignment.
-    pub fn slopes(&self) -> usize {
-        self.hidden * (1 + usize::from(self.gated))
+    /// Values from the hidden activations of one assignment to those of the next.
+    fn kept(&self) -> usize {
+        row_stride(self.hidden)
+    }
+
+    /// Slopes kept of each assignment. The slope of a ReLU shows in its value.
+    fn slopes(&self) -> usize {
+        match (self.gated, self.activation) {
+            (true, _) => 2 * self.kept(),
+            (false, Activation::Relu) => 0,
+            (false, _) => self.kept(),
+        }
     }
 }
 
-/// Rows of each block of a segment but the last, which is shorter.
-fn block_rows(segment: usize) -> usize {
-    let blocks = segment.div_ceil(BLOCK_ROWS).max(1);
-    segment.div_ceil(blocks).next_multiple_of(TILE_ROWS)
+/// What [`forward`] keeps for [`backward`], in memory from the pool.
+#[derive(Debug)]
+pub struct Hidden {
+    /// Hidden activations, `shape.kept()` of each assignment.
+    h: Scratch,
+    /// Derivatives by the values before the nonlinearity, then, for gated experts, by the factor on the activation;
+    /// `shape.slopes()` of each assignment.
+    slope: Scratch,
+}
+
+impl Hidden {
+    /// Room for this many assignments.
+    pub fn take(shape: FfnShape, assignments: usize) -> Self {
+        Self {
+            h: Scratch::take(assignments * shape.kept()),
+            slope: Scratch::take(assignments * shape.slopes()),
+        }
+    }
 }
 
 /// Cuts the front of `n` elements off a slice.
@@ -128,120 +147,151 @@ fn cut<'a>(rest: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
     front
 }
 
+fn cut_some<'a>(rest: &mut Option<&'a mut [f32]>, n: usize) -> Option<&'a mut [f32]> {
+    rest.as_mut().map(|rest| cut(rest, n))
+}
+
+/// Nearly equal blocks of every segment: expert, and positions in the grouped order.
+fn blocks(plan: Grouped<'_>, experts: usize) -> Vec<(usize, std::ops::Range<usize>)> {
+    let mut blocks = Vec::with_capacity(experts + plan.tokens.len() / BLOCK_ROWS);
+    for e in 0..experts {
+        let segment = plan.segment(e);
+        let rows = segment
+            .len()
+            .div_ceil(segment.len().div_ceil(BLOCK_ROWS).max(1))
+            .max(1);
+        for first in segment.clone().step_by(rows) {
+            blocks.push((e, first..segment.end.min(first + rows)));
+        }
+    }
+    blocks
+}
+
 fn gather(x: &[f32], tokens: &[u32], dim: usize, out: &mut [f32]) {
-    for (row, &t) in out.chunks_exact_mut(dim).zip(tokens) {
-        row.copy_from_slice(&x[t as usize * dim..][..dim]);
+    for (row, &t) in out.chunks_exact_mut(row_stride(dim)).zip(tokens) {
+        row[..dim].copy_from_slice(&x[t as usize * dim..][..dim]);
     }
 }
 
-/// Writes `y` (`[tokens, dim]`). `h` receives the hidden activations and `slope`, if given, the derivatives by the values
-/// before the nonlinearity (and by the factor, for gated experts): what [`backward`] needs. Their sizes are
-/// `assignments * hidden` and `assignments * shape.slopes()`.
+/// Writes `y` (`[tokens, dim]`), and what [`backward`] needs to `kept`.
 pub fn forward(
     x: &[f32],
     experts: &[ExpertWeights<'_>],
     plan: Grouped<'_>,
     shape: FfnShape,
-    h: &mut [f32],
-    slope: Option<&mut [f32]>,
+    kept: Option<&mut Hidden>,
     y: &mut [f32],
 ) {
     struct Task<'a> {
         expert: ExpertWeights<'a>,
         tokens: &'a [u32],
-        h: &'a mut [f32],
-        slope: Option<&'a mut [f32]>,
+        h: Option<&'a mut [f32]>,
+        by_pre: Option<&'a mut [f32]>,
+        by_factor: Option<&'a mut [f32]>,
         out: &'a mut [f32],
     }
     let FfnShape { dim, hidden, .. } = shape;
-    let mut outputs = Scratch::take(plan.tokens.len() * dim);
-    let (mut h_rest, mut slope_rest, mut out_rest): (&mut [f32], _, &mut [f32]) =
-        (h, slope, &mut outputs);
-    let mut tasks = Vec::with_capacity(experts.len() + plan.tokens.len() / BLOCK_ROWS);
-    for (e, &expert) in experts.iter().enumerate() {
-        let segment = plan.segment(e);
-        let rows = block_rows(segment.len());
-        for tokens in plan.tokens[segment].chunks(rows.max(1)) {
-            tasks.push(Task {
-                expert,
-                tokens,
-                h: cut(&mut h_rest, tokens.len() * hidden),
-                slope: slope_rest
-                    .as_mut()
-                    .map(|s| cut(s, tokens.len() * shape.slopes())),
-                out: cut(&mut out_rest, tokens.len() * dim),
-            });
+    let (apart, kept_apart) = (row_stride(dim), shape.kept());
+    let assigned = plan.tokens.len();
+    let mut outputs = Scratch::take(assigned * apart);
+    let mut out_rest: &mut [f32] = &mut outputs;
+    let (mut h_rest, mut pre_rest, mut factor_rest) = match kept {
+        None => (None, None, None),
+        Some(Hidden { h, slope }) => {
+            let pre = slope.len().min(assigned * kept_apart);
+            let (pre, factor) = slope.split_at_mut(pre);
+            let pre = (!pre.is_empty()).then_some(pre);
+            let factor = (!factor.is_empty()).then_some(factor);
+            (Some(&mut h[..]), pre, factor)
         }
+    };
+    let mut tasks = Vec::new();
+    for (e, block) in blocks(plan, experts.len()) {
+        let rows = block.len();
+        let size = rows * kept_apart;
+        tasks.push(Task {
+            expert: experts[e],
+            tokens: &plan.tokens[block],
+            h: cut_some(&mut h_rest, size),
+            by_pre: cut_some(&mut pre_rest, size),
+            by_factor: cut_some(&mut factor_rest, size),
+            out: cut(&mut out_rest, rows * apart),
+        });
     }
     tasks.into_par_iter().with_max_len(1).for_each(|task| {
         let Task {
             expert,
             tokens,
             h,
-            slope,
+            mut by_pre,
+            mut by_factor,
             out,
         } = task;
         let rows = tokens.len();
-        let mut xs = Scratch::take(rows * dim);
+        let mut xs = Scratch::take(rows * apart);
         gather(x, tokens, dim, &mut xs);
-        let features = |w: &[f32], out: &mut [f32]| {
-            let xt = Mat::new(&xs, rows, dim).t();
-            let w = Mat::new(w, hidden, dim);
-            gemm(MatMut::new(out, hidden, rows), w, xt, 1.0, Store::Replace);
-        };
-        features(expert.w1, h);
-        let mut factor = expert.up.map(|(w3, b3)| {
-            let mut factor = Scratch::take(rows * hidden);
-            features(w3, &mut factor);
-            (factor, b3)
-        });
-        let mut unused = slope
-            .is_none()
-            .then(|| Scratch::take(shape.slopes() * rows));
-        let slope = match (slope, &mut unused) {
-            (Some(slope), _) => slope,
-            (None, Some(unused)) => unused,
+        let xs = Mat::strided(&xs, rows, dim, apart);
+        let mut unkept = h.is_none().then(|| Scratch::take(rows * kept_apart));
+        let h = match (h, &mut unkept) {
+            (Some(h), _) => h,
+            (None, Some(h)) => h,
             (None, None) => unreachable!("one of them was made"),
         };
-        vectorised(
-            #[inline(always)]
-            || {
-                for (j, h) in h.chunks_exact_mut(rows).enumerate() {
-                    for x in h.iter_mut() {
-                        *x += expert.b1[j];
-                    }
-                    let by_pre = &mut slope[j * rows..][..rows];
-                    shape.activation.apply_with_slope(h, by_pre);
-                    if let Some((factor, b3)) = &mut factor {
-                        let (by_pre, by_factor) = slope.split_at_mut(hidden * rows);
-                        let by_pre = &mut by_pre[j * rows..][..rows];
-                        let by_factor = &mut by_factor[j * rows..][..rows];
-                        let factor = &factor[j * rows..][..rows];
-                        by_factor.copy_from_slice(h);
-                        for r in 0..rows {
-                            let u = factor[r] + b3[j];
-                            by_pre[r] *= u;
-                            h[r] *= u;
+        let biased = |b| Extras {
+            bias: Some(b),
+            ..Extras::default()
+        };
+        let first = MatMut::strided(h, rows, hidden, kept_apart);
+        let w1 = Mat::new(expert.w1, hidden, dim).t();
+        product(first, xs, w1, biased(expert.b1), |mut done| {
+            let at = done.part.cols.start;
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (r, row) in done.rows() {
+                        match &mut by_pre {
+                            None => shape.activation.apply(row),
+                            Some(slope) => {
+                                let slope = &mut slope[r * kept_apart + at..][..row.len()];
+                                shape.activation.apply_with_slope(row, slope);
+                            }
                         }
                     }
-                }
-            },
-        );
-        let mut features = Scratch::take(dim * rows);
-        let (w2, hidden_values) = (Mat::new(expert.w2, dim, hidden), Mat::new(h, hidden, rows));
-        let out_features = MatMut::new(&mut features, dim, rows);
-        gemm(out_features, w2, hidden_values, 1.0, Store::Replace);
-        vectorised(
-            #[inline(always)]
-            || {
-                for (row, b) in features.chunks_exact_mut(rows).zip(expert.b2) {
-                    for x in row {
-                        *x += b;
-                    }
-                }
-                transpose(&features, dim, rows, out);
-            },
-        );
+                },
+            );
+        });
+        if let Some((w3, b3)) = expert.up {
+            let w3 = Mat::new(w3, hidden, dim).t();
+            each_part(
+                xs,
+                w3,
+                |_| {},
+                |mut done| {
+                    let cols = done.part.cols.clone();
+                    vectorised(
+                        #[inline(always)]
+                        || {
+                            for (r, factor) in done.rows() {
+                                vector::add_assign(factor, &b3[cols.clone()]);
+                                let at = r * kept_apart + cols.start;
+                                let h = &mut h[at..][..factor.len()];
+                                if let (Some(by_pre), Some(by_factor)) =
+                                    (&mut by_pre, &mut by_factor)
+                                {
+                                    by_factor[at..][..h.len()].copy_from_slice(h);
+                                    vector::mul_assign(&mut by_pre[at..][..h.len()], factor);
+                                }
+                                vector::mul_assign(h, factor);
+                            }
+                        },
+                    );
+                },
+            );
+        }
+        let h = Mat::strided(h, rows, hidden, kept_apart);
+        let w2 = Mat::new(expert.w2, dim, hidden).t();
+        let out = MatMut::strided(out, rows, dim, apart);
+        product(out, h, w2, biased(expert.b2), |_| {});
     });
     y.par_chunks_mut(ROW_BLOCK * dim)
         .enumerate()
@@ -252,11 +302,8 @@ pub fn forward(
                     for (i, row) in y.chunks_exact_mut(dim).enumerate() {
                         row.fill(0.0);
                         for &a in plan.assignments_of(block * ROW_BLOCK + i) {
-                            vector::axpy(
-                                plan.weights[a as usize],
-                                &outputs[a as usize * dim..][..dim],
-                                row,
-                            );
+                            let a = a as usize;
+                            vector::axpy(plan.weights[a], &outputs[a * apart..][..dim], row);
                         }
                     }
                 },
@@ -266,34 +313,47 @@ pub fn forward(
 
 /// Adds to `dx`, adds to or replaces `gradients`, and writes `d_weights` (per assignment), for an upstream gradient `dy`.
 ///
-/// `h` and `slope` are what [`forward`] wrote; `slope` is used up.
+/// `kept` is what [`forward`] wrote; its slopes are used up.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     x: &[f32],
     experts: &[ExpertWeights<'_>],
     plan: Grouped<'_>,
     shape: FfnShape,
-    (h, slope): (&[f32], &mut [f32]),
+    kept: &mut Hidden,
     dy: &[f32],
     dx: &mut [f32],
     gradients: &mut [ExpertGradients<'_>],
     d_weights: &mut [f32],
 ) {
     let (dim, assigned) = (shape.dim, plan.tokens.len());
+    let apart = row_stride(dim);
     // Per assignment: gathered inputs, weighted upstream gradients, gradients of the inputs.
     let (mut xs, mut dys, mut dxs) = (
-        Scratch::take(assigned * dim),
-        Scratch::take(assigned * dim),
-        Scratch::take(assigned * dim),
+        Scratch::take(assigned * apart),
+        Scratch::take(assigned * apart),
+        Scratch::take(assigned * apart),
     );
+    let mut unkept = Scratch::take(if shape.slopes() == 0 {
+        assigned * shape.kept()
+    } else {
+        0
+    });
+    let d = if shape.slopes() == 0 {
+        &mut *unkept
+    } else {
+        &mut *kept.slope
+    };
+    let h = &*kept.h;
     let per_assignment = PerAssignment {
+        d,
         xs: &mut xs,
         dys: &mut dys,
         dxs: &mut dxs,
         d_weights,
     };
-    backward_rows(x, experts, plan, shape, (h, slope), dy, per_assignment);
-    backward_weights(plan, shape, (h, slope), (&xs, &dys), gradients);
+    backward_rows(x, experts, plan, shape, h, dy, per_assignment);
+    backward_weights(plan, shape, (h, d), (&xs, &dys), gradients);
     dx.par_chunks_mut(ROW_BLOCK * dim)
         .enumerate()
         .for_each(|(block, dx)| {
@@ -302,7 +362,7 @@ pub fn backward(
                 || {
                     for (i, row) in dx.chunks_exact_mut(dim).enumerate() {
                         for &a in plan.assignments_of(block * ROW_BLOCK + i) {
-                            vector::add_assign(row, &dxs[a as usize * dim..][..dim]);
+                            vector::add_assign(row, &dxs[a as usize * apart..][..dim]);
                         }
                     }
                 },
@@ -311,20 +371,22 @@ pub fn backward(
 }
 
 struct PerAssignment<'a> {
+    /// Slopes, or without any, room for as many: receives the gradients of the hidden values before the nonlinearity, then of the
+    /// factors.
+    d: &'a mut [f32],
     xs: &'a mut [f32],
     dys: &'a mut [f32],
     dxs: &'a mut [f32],
     d_weights: &'a mut [f32],
 }
 
-/// First half: everything that belongs to an assignment. Replaces `slope` by the gradients of the hidden values before the
-/// nonlinearity.
+/// First half: everything that belongs to an assignment.
 fn backward_rows(
     x: &[f32],
     experts: &[ExpertWeights<'_>],
     plan: Grouped<'_>,
     shape: FfnShape,
-    (h, slope): (&[f32], &mut [f32]),
+    h: &[f32],
     dy: &[f32],
     out: PerAssignment<'_>,
 ) {
@@ -333,48 +395,49 @@ fn backward_rows(
         tokens: &'a [u32],
         routing: &'a [f32],
         h: &'a [f32],
-        slope: &'a mut [f32],
+        by_pre: &'a mut [f32],
+        by_factor: Option<&'a mut [f32]>,
         xs: &'a mut [f32],
         dys: &'a mut [f32],
         dxs: &'a mut [f32],
         d_weights: &'a mut [f32],
     }
     let FfnShape { dim, hidden, .. } = shape;
+    let (apart, kept_apart) = (row_stride(dim), shape.kept());
     let PerAssignment {
+        d,
         mut xs,
         mut dys,
         mut dxs,
         mut d_weights,
     } = out;
-    let mut slope_rest = slope;
-    let mut tasks = Vec::with_capacity(experts.len() + plan.tokens.len() / BLOCK_ROWS);
-    for (e, &expert) in experts.iter().enumerate() {
-        let segment = plan.segment(e);
-        let mut done = segment.start;
-        let rows = block_rows(segment.len());
-        for tokens in plan.tokens[segment].chunks(rows.max(1)) {
-            let rows = tokens.len();
-            tasks.push(Task {
-                expert,
-                tokens,
-                routing: &plan.weights[done..][..rows],
-                h: &h[done * hidden..][..rows * hidden],
-                slope: cut(&mut slope_rest, rows * shape.slopes()),
-                xs: cut(&mut xs, rows * dim),
-                dys: cut(&mut dys, rows * dim),
-                dxs: cut(&mut dxs, rows * dim),
-                d_weights: cut(&mut d_weights, rows),
-            });
-            done += rows;
-        }
+    let (mut pre_rest, factor) = d.split_at_mut(plan.tokens.len() * kept_apart);
+    let mut factor_rest = shape.gated.then_some(factor);
+    let mut tasks = Vec::new();
+    for (e, block) in blocks(plan, experts.len()) {
+        let rows = block.len();
+        tasks.push(Task {
+            expert: experts[e],
+            tokens: &plan.tokens[block.clone()],
+            routing: &plan.weights[block.clone()],
+            h: &h[block.start * kept_apart..block.end * kept_apart],
+            by_pre: cut(&mut pre_rest, rows * kept_apart),
+            by_factor: cut_some(&mut factor_rest, rows * kept_apart),
+            xs: cut(&mut xs, rows * apart),
+            dys: cut(&mut dys, rows * apart),
+            dxs: cut(&mut dxs, rows * apart),
+            d_weights: cut(&mut d_weights, rows),
+        });
     }
+    let slope_is_kept = shape.slopes() > 0;
     tasks.into_par_iter().with_max_len(1).for_each(|task| {
         let Task {
             expert,
             tokens,
             routing,
             h,
-            slope,
+            by_pre,
+            mut by_factor,
             xs,
             dys,
             dxs,
@@ -383,51 +446,85 @@ fn backward_rows(
         let rows = tokens.len();
         gather(x, tokens, dim, xs);
         gather(dy, tokens, dim, dys);
-        let mut dh = Scratch::take(rows * hidden);
-        gemm(
-            MatMut::new(&mut dh, hidden, rows),
-            Mat::new(expert.w2, dim, hidden).t(),
-            Mat::new(dys, rows, dim).t(),
-            1.0,
-            Store::Replace,
-        );
-        let (by_pre, by_factor) = slope.split_at_mut(rows * hidden);
         vectorised(
             #[inline(always)]
             || {
-                for ((d, dy), &w) in d_weights
-                    .iter_mut()
-                    .zip(dys.chunks_exact_mut(dim))
-                    .zip(routing)
-                {
-                    *d = vector::dot(dy, expert.b2);
-                    for dy in dy {
-                        *dy *= w;
+                for (d, dy) in d_weights.iter_mut().zip(dys.chunks_exact(apart)) {
+                    *d = vector::dot(&dy[..dim], expert.b2);
+                }
+            },
+        );
+        let span = |r: usize, cols: &std::ops::Range<usize>| {
+            r * kept_apart + cols.start..r * kept_apart + cols.end
+        };
+        // Shared between the two closures, which are never run at the same time.
+        let slopes = std::cell::RefCell::new(by_pre);
+        each_part(
+            Mat::strided(dys, rows, dim, apart),
+            Mat::new(expert.w2, dim, hidden),
+            |next| {
+                for r in next.rows.clone() {
+                    prefetch(&h[span(r, &next.cols)]);
+                    if slope_is_kept {
+                        prefetch(&slopes.borrow()[span(r, &next.cols)]);
                     }
                 }
-                for (j, (dh, h)) in dh.chunks_exact(rows).zip(h.chunks_exact(rows)).enumerate() {
-                    let by_pre = &mut by_pre[j * rows..][..rows];
-                    for r in 0..rows {
-                        d_weights[r] += dh[r] * h[r];
-                        by_pre[r] *= dh[r] * routing[r];
-                    }
-                    if shape.gated {
-                        let by_factor = &mut by_factor[j * rows..][..rows];
-                        for r in 0..rows {
-                            by_factor[r] *= dh[r] * routing[r];
+            },
+            |mut done| {
+                let cols = done.part.cols.clone();
+                let mut by_pre = slopes.borrow_mut();
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (r, dh) in done.rows() {
+                            let (h, w) = (&h[span(r, &cols)], routing[r]);
+                            let by_pre = &mut by_pre[span(r, &cols)];
+                            d_weights[r] += vector::dot(dh, h);
+                            if slope_is_kept {
+                                for (d, dh) in by_pre.iter_mut().zip(&*dh) {
+                                    *d *= dh * w;
+                                }
+                            } else {
+                                for ((d, dh), h) in by_pre.iter_mut().zip(&*dh).zip(h) {
+                                    *d = if *h > 0.0 { dh * w } else { 0.0 };
+                                }
+                            }
+                            if let Some(by_factor) = &mut by_factor {
+                                for (d, dh) in by_factor[span(r, &cols)].iter_mut().zip(&*dh) {
+                                    *d *= dh * w;
+                                }
+                            }
                         }
+                    },
+                );
+            },
+        );
+        let by_pre = slopes.into_inner();
+        vectorised(
+            #[inline(always)]
+            || {
+                for (dy, &w) in dys.chunks_exact_mut(apart).zip(routing) {
+                    for dy in &mut dy[..dim] {
+                        *dy *= w;
                     }
                 }
             },
         );
         let mut store = Store::Replace;
         let mut add = |d: &[f32], w: &[f32]| {
-            let (d, w) = (Mat::new(d, hidden, rows).t(), Mat::new(w, hidden, dim));
-            gemm(MatMut::new(dxs, rows, dim), d, w, 1.0, store);
+            let extras = Extras {
+                store,
+                ..Extras::default()
+            };
+            let (d, w) = (
+                Mat::strided(d, rows, hidden, kept_apart),
+                Mat::new(w, hidden, dim),
+            );
+            product(MatMut::strided(dxs, rows, dim, apart), d, w, extras, |_| {});
             store = Store::Add;
         };
         add(by_pre, expert.w1);
-        if let Some((w3, _)) = expert.up {
+        if let (Some(by_factor), Some((w3, _))) = (by_factor, expert.up) {
             add(by_factor, w3);
         }
     });
@@ -437,41 +534,49 @@ fn backward_rows(
 fn backward_weights(
     plan: Grouped<'_>,
     shape: FfnShape,
-    (h, d_pre): (&[f32], &[f32]),
+    (h, d): (&[f32], &[f32]),
     (xs, dys): (&[f32], &[f32]),
     gradients: &mut [ExpertGradients<'_>],
 ) {
-    /// Rows `first..` of one of an expert's matrices.
+    /// Rows `first..` of one of an expert's matrices: the sums of `left[.., first..]` times `right`.
     struct Task<'a> {
         expert: usize,
-        /// `None` for the second matrix, else which of the two first ones.
-        part: Option<usize>,
+        left: (&'a [f32], usize),
+        right: (&'a [f32], usize),
         first: usize,
+        cols: usize,
         matrix: &'a mut [f32],
         bias: &'a mut [f32],
         store: Store,
     }
     let FfnShape { dim, hidden, .. } = shape;
-    let assigned = plan.tokens.len().max(1);
+    let (apart, kept_apart) = (row_stride(dim), shape.kept());
+    let assigned = plan.tokens.len();
+    let (by_pre, by_factor) = d.split_at(assigned * kept_apart);
     let mut tasks = Vec::with_capacity(2 * gradients.len() + 2 * GRADIENT_TASKS);
     for (expert, g) in gradients.iter_mut().enumerate() {
         let store = g.store;
         let load = plan.segment(expert).len();
-        let chunks = (load * GRADIENT_TASKS).div_ceil(assigned).max(1);
-        let mut pieces = Vec::new();
-        pieces.push((Some(0), &mut *g.w1, &mut *g.b1, dim));
-        if let Some((w3, b3)) = &mut g.up {
-            pieces.push((Some(1), &mut **w3, &mut **b3, dim));
-        }
-        pieces.push((None, &mut *g.w2, &mut *g.b2, hidden));
-        for (part, matrix, bias, cols) in pieces {
-            let rows = bias.len().div_ceil(chunks).max(GRADIENT_ROWS);
+        let chunks = (load * GRADIENT_TASKS).div_ceil(assigned.max(1)).max(1);
+        let (inputs, hidden_values) = ((xs, apart), (h, kept_apart));
+        let first = ((by_pre, kept_apart), inputs, dim, &mut *g.w1, &mut *g.b1);
+        let second = ((dys, apart), hidden_values, hidden, &mut *g.w2, &mut *g.b2);
+        let up = g.up.as_mut();
+        let up = up.map(|(w3, b3)| ((by_factor, kept_apart), inputs, dim, &mut **w3, &mut **b3));
+        for (left, right, cols, matrix, bias) in [first, second].into_iter().chain(up) {
+            let rows = bias
+                .len()
+                .div_ceil(chunks)
+                .max(GRADIENT_ROWS)
+                .next_multiple_of(16);
             let cuts = matrix.chunks_mut(rows * cols).zip(bias.chunks_mut(rows));
             for (i, (matrix, bias)) in cuts.enumerate() {
                 tasks.push(Task {
                     expert,
-                    part,
+                    left,
+                    right,
                     first: i * rows,
+                    cols,
                     matrix,
                     bias,
                     store,
@@ -483,59 +588,35 @@ fn backward_weights(
     tasks.sort_by_key(|t| std::cmp::Reverse(plan.segment(t.expert).len() * t.matrix.len()));
     tasks.into_par_iter().with_max_len(1).for_each(|task| {
         let Task {
-            expert,
-            part,
+            left: (left, left_apart),
+            right: (right, right_apart),
             first,
+            cols,
             matrix,
             bias,
-            mut store,
+            store,
+            ..
         } = task;
+        let segment = plan.segment(task.expert);
         if store == Store::Replace {
             bias.fill(0.0);
         }
-        let segment = plan.segment(expert);
-        if segment.is_empty() && store == Store::Replace {
-            matrix.fill(0.0);
-        }
-        let block = block_rows(segment.len()).max(1);
-        let out = bias.len();
-        for start in segment.clone().step_by(block) {
-            let rows = block.min(segment.end - start);
-            match part {
-                Some(part) => {
-                    let d = &d_pre[start * shape.slopes() + part * rows * hidden..];
-                    let d = &d[first * rows..][..out * rows];
-                    gemm(
-                        MatMut::new(matrix, out, dim),
-                        Mat::new(d, out, rows),
-                        Mat::new(&xs[start * dim..], rows, dim),
-                        1.0,
-                        store,
-                    );
-                    vectorised(
-                        #[inline(always)]
-                        || {
-                            for (b, d) in bias.iter_mut().zip(d.chunks_exact(rows)) {
-                                *b += vector::sum(d);
-                            }
-                        },
-                    );
-                }
-                None => {
-                    let dy = &dys[start * dim + first..(start + rows) * dim];
-                    gemm(
-                        MatMut::new(matrix, out, hidden),
-                        Mat::strided(dy, rows, out, dim).t(),
-                        Mat::new(&h[start * hidden..], hidden, rows).t(),
-                        1.0,
-                        store,
-                    );
-                    for dy in dy.chunks(dim) {
-                        vector::add_assign(bias, &dy[..out]);
-                    }
-                }
-            }
-            store = Store::Add;
-        }
+        let (rows, out) = (segment.len(), bias.len());
+        let left = left
+            .get(segment.start * left_apart + first..)
+            .unwrap_or_default();
+        let right = right.get(segment.start * right_apart..).unwrap_or_default();
+        let extras = Extras {
+            store,
+            sums: Some(bias),
+            ..Extras::default()
+        };
+        product(
+            MatMut::new(matrix, out, cols),
+            Mat::strided(left, rows, out, left_apart).t(),
+            Mat::strided(right, rows, cols, right_apart),
+            extras,
+            |_| {},
+        );
     });
 }

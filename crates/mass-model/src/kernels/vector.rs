@@ -105,6 +105,14 @@ pub fn add_assign(y: &mut [f32], x: &[f32]) {
     }
 }
 
+/// `y *= x`.
+#[inline(always)]
+pub fn mul_assign(y: &mut [f32], x: &[f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y *= x;
+    }
+}
+
 /// Replaces a row of logits by its softmax and returns the log of the sum of exponentials (including the maximum).
 #[inline(always)]
 pub fn softmax_in_place(row: &mut [f32]) -> f32 {

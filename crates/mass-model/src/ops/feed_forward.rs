@@ -5,7 +5,7 @@ use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFr
 use super::{Rows, expect_width, read, take_gradient};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::kernels::moe_ffn::{self as kernel, FfnShape, Grouped};
+use crate::kernels::moe_ffn::{self as kernel, FfnShape, Grouped, Hidden};
 use crate::kernels::scratch::Scratch;
 use crate::ops::moe::{Held, MoeExpert};
 
@@ -64,22 +64,19 @@ pub fn feed_forward<T: Tape<f32, Cpu>>(
         gated: network.up.is_some(),
     };
     let plan = Arc::new(Everyone::new(n));
-    let mut h = Scratch::take(n * hidden);
-    let mut slope = T::OWNS_TAPE.then(|| Scratch::take(n * shape.slopes()));
+    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
     let mut y = vec![0.0; n * dim];
     let weights = [network.weights()];
-    let slopes = slope.as_deref_mut();
     kernel::forward(
         &input,
         &weights,
         plan.grouped(),
         shape,
-        &mut h,
-        slopes,
+        hidden.as_mut(),
         &mut y,
     );
     let y = x.device().try_tensor_from_vec(y, (n, dim))?;
-    if let Some(mut slope) = slope {
+    if let Some(mut hidden) = hidden {
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
         let held = Held::of(network);
         tape.add_backward_op(move |g| {
@@ -91,7 +88,7 @@ pub fn feed_forward<T: Tape<f32, Cpu>>(
                 &[held.weights()],
                 plan.grouped(),
                 shape,
-                (&h, &mut slope),
+                &mut hidden,
                 &dy,
                 &mut dx,
                 &mut [taken.gradients()],

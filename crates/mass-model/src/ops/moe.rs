@@ -10,7 +10,9 @@ use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::gemm::Store;
-use crate::kernels::moe_ffn::{self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped};
+use crate::kernels::moe_ffn::{
+    self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
+};
 use crate::kernels::scratch::Scratch;
 use crate::param::{CpuGradients, Param, ParamHandle};
 
@@ -253,21 +255,19 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
         gated: factor,
     };
     let weights: Vec<ExpertWeights<'_>> = experts.iter().map(MoeExpert::weights).collect();
-    let mut h = Scratch::take(plan.num_assignments() * hidden);
-    let mut slope = T::OWNS_TAPE.then(|| Scratch::take(plan.num_assignments() * shape.slopes()));
+    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
     let mut y = vec![0.0; n * dim];
     kernel::forward(
         &input,
         &weights,
         grouped(&plan),
         shape,
-        &mut h,
-        slope.as_deref_mut(),
+        hidden.as_mut(),
         &mut y,
     );
     let y = x.device().try_tensor_from_vec(y, (n, dim))?;
 
-    if let Some(mut slope) = slope {
+    if let Some(mut hidden) = hidden {
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
         let held: Vec<Held> = experts.iter().map(Held::of).collect();
         let plan = Arc::clone(&plan);
@@ -282,14 +282,13 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
             let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
             let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
             let mut d_weights = Scratch::take(plan.num_assignments());
-            let saved = (&*h, &mut *slope);
             let groups = grouped(&plan);
             kernel::backward(
                 &input,
                 &weights,
                 groups,
                 shape,
-                saved,
+                &mut hidden,
                 &dy,
                 &mut dx,
                 &mut gradients,

@@ -2,7 +2,9 @@
 
 use mass_model::kernels::attention::{self, AttentionShape};
 use mass_model::kernels::gemm::Store;
-use mass_model::kernels::moe_ffn::{self, ExpertGradients, ExpertWeights, FfnShape, Grouped};
+use mass_model::kernels::moe_ffn::{
+    self, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
+};
 use mass_model::kernels::{adamw, cross_entropy, dropout, layer_norm, linear};
 use mass_model::{Activation, DropoutKeys};
 
@@ -103,7 +105,7 @@ fn run_kernels() {
         up: Some((&w, &b)),
     };
     let pool = vec![expert; experts];
-    let (mut h, mut slope) = (vec![0.0; n * hidden], vec![0.0; n * ffn.slopes()]);
+    let mut hidden = Hidden::take(ffn, n);
     let mut grads: Vec<[Vec<f32>; 6]> = (0..experts)
         .map(|_| {
             [
@@ -121,7 +123,7 @@ fn run_kernels() {
     reports.push((
         "expert network",
         steady(|| {
-            moe_ffn::forward(&x, &pool, plan, ffn, &mut h, Some(&mut slope), &mut out);
+            moe_ffn::forward(&x, &pool, plan, ffn, Some(&mut hidden), &mut out);
             let mut gradients: Vec<ExpertGradients<'_>> = grads
                 .iter_mut()
                 .map(|[w1, b1, w2, b2, w3, b3]| ExpertGradients {
@@ -138,7 +140,7 @@ fn run_kernels() {
                 &pool,
                 plan,
                 ffn,
-                (&h, &mut slope),
+                &mut hidden,
                 &x,
                 &mut dx,
                 &mut gradients,

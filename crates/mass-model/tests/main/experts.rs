@@ -3,17 +3,19 @@
 
 use dfdx::prelude::*;
 use mass_model::kernels::gemm::Store;
-use mass_model::kernels::moe_ffn::{self, ExpertGradients, ExpertWeights, FfnShape, Grouped};
+use mass_model::kernels::moe_ffn::{
+    self, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
+};
 use mass_model::nn::FeedForward;
 use mass_model::ops::Rows;
 use mass_model::{Activation, Param, Parameters, seeded_rng};
 
-/// More rows of the second matrix than one piece of its gradient has (64), so that a piece begins past the first row.
-const DIM: usize = 96;
-/// The same of the first matrix.
-const HIDDEN: usize = 80;
-/// More than two blocks of rows (of up to 384).
-const TOKENS: usize = 900;
+/// More rows of each matrix than one piece of its gradient has (64), so that a piece begins past the first row; the second
+/// time of a width at which rows are kept apart.
+const SHAPES: [(usize, usize); 2] = [(96, 80), (256, 264)];
+/// More than a block of rows (of up to 512).
+const TOKENS: usize = 700;
+const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::Relu];
 
 fn drawn(n: usize, bound: f32, seed: u64) -> Vec<f32> {
     let param = Param::uniform(&[n], bound, false, &mut seeded_rng(seed)).unwrap();
@@ -74,18 +76,20 @@ impl Affine {
     }
 }
 
-/// An expert with SiLU, as the formulas of its kernel say.
+/// An expert with SiLU or ReLU, as the formulas of its kernel say.
 struct Expert {
     fc1: Affine,
     fc2: Affine,
     up: Option<Affine>,
+    activation: Activation,
 }
 
 impl Expert {
     /// From its matrices, each followed by its bias, the factor's last.
-    fn new(values: &[Vec<f32>]) -> Self {
+    fn new(values: &[Vec<f32>], activation: Activation) -> Self {
         let pair = |i: usize| Affine::new(&values[i], &values[i + 1]);
         Self {
+            activation,
             fc1: pair(0),
             fc2: pair(2),
             up: (values.len() > 4).then(|| pair(4)),
@@ -99,17 +103,22 @@ impl Expert {
             Some(up) => up.forward(x),
             None => vec![1.0; pre.len()],
         };
-        let sigmoid: Vec<f64> = pre.iter().map(|p| 1.0 / (1.0 + (-p).exp())).collect();
-        let activated: Vec<f64> = pre.iter().zip(&sigmoid).map(|(p, s)| p * s).collect();
+        let value_and_slope = |p: &f64| match self.activation {
+            Activation::Relu if *p > 0.0 => (*p, 1.0),
+            Activation::Relu => (0.0, 0.0),
+            _ => {
+                let s = 1.0 / (1.0 + (-p).exp());
+                (p * s, s * (1.0 + p * (1.0 - s)))
+            }
+        };
+        let (activated, slope): (Vec<f64>, Vec<f64>) = pre.iter().map(value_and_slope).unzip();
         let hidden: Vec<f64> = activated.iter().zip(&factor).map(|(a, u)| a * u).collect();
         let y = self.fc2.forward(&hidden);
 
         let dy: Vec<f64> = dy.iter().map(|d| weight * d).collect();
         let mut d_hidden = vec![0.0; hidden.len()];
         self.fc2.backward(&hidden, &dy, &mut d_hidden);
-        let slope = pre.iter().zip(&sigmoid);
-        let slope = slope.map(|(p, s)| s * (1.0 + p * (1.0 - s)));
-        let d_pre = slope.zip(&factor).zip(&d_hidden);
+        let d_pre = slope.iter().zip(&factor).zip(&d_hidden);
         let d_pre: Vec<f64> = d_pre.map(|((s, u), d)| s * u * d).collect();
         self.fc1.backward(x, &d_pre, dx);
         if let Some(up) = &mut self.up {
@@ -129,27 +138,33 @@ impl Expert {
     }
 }
 
+/// Shapes and activations, gated and not.
+fn cases() -> impl Iterator<Item = (((usize, usize), Activation), bool)> {
+    let shapes = SHAPES.into_iter().flat_map(|s| ACTIVATIONS.map(|a| (s, a)));
+    shapes.flat_map(|case| [(case, false), (case, true)])
+}
+
 /// A network that has more rows than a block and more features than a piece of a gradient has the gradients of its formula.
 #[test]
 fn a_network_of_many_rows_has_the_gradients_of_plain_loops() {
-    for gated in [false, true] {
-        let activation = Activation::Silu;
-        let network = FeedForward::new(DIM, HIDDEN, activation, gated, &mut seeded_rng(1)).unwrap();
-        let (input, upstream) = (drawn(TOKENS * DIM, 1.0, 2), drawn(TOKENS * DIM, 1.0, 3));
+    for (case, gated) in cases() {
+        let ((dim, hidden), activation) = case;
+        let network = FeedForward::new(dim, hidden, activation, gated, &mut seeded_rng(1)).unwrap();
+        let (input, upstream) = (drawn(TOKENS * dim, 1.0, 2), drawn(TOKENS * dim, 1.0, 3));
         let dev = Cpu::default();
-        let x: Rows<NoneTape> = dev.tensor_from_vec(input.clone(), (TOKENS, DIM));
-        let dy: Rows<NoneTape> = dev.tensor_from_vec(upstream.clone(), (TOKENS, DIM));
+        let x: Rows<NoneTape> = dev.tensor_from_vec(input.clone(), (TOKENS, dim));
+        let dy: Rows<NoneTape> = dev.tensor_from_vec(upstream.clone(), (TOKENS, dim));
         let y = network.try_forward(x.leaky_trace()).unwrap();
         let found = y.as_vec();
         let mut gradients = (y * dy).sum::<Rank0, _>().backward();
 
         let mut values = Vec::new();
         network.visit("", &mut |_, p| values.push(p.values().to_vec()));
-        let mut expert = Expert::new(&values);
+        let mut expert = Expert::new(&values, activation);
         let (input, upstream) = (doubled(&input), doubled(&upstream));
-        let (mut wanted, mut dx) = (Vec::new(), vec![0.0; TOKENS * DIM]);
+        let (mut wanted, mut dx) = (Vec::new(), vec![0.0; TOKENS * dim]);
         for t in 0..TOKENS {
-            let row = t * DIM..(t + 1) * DIM;
+            let row = t * dim..(t + 1) * dim;
             let (x, dy) = (&input[row.clone()], &upstream[row.clone()]);
             wanted.extend(expert.pass(x, 1.0, dy, &mut dx[row]));
         }
@@ -157,7 +172,7 @@ fn a_network_of_many_rows_has_the_gradients_of_plain_loops() {
         assert_close("dx", &gradients.get(&x).as_vec(), &dx);
         let mut parts = expert.gradients().into_iter();
         network.visit("", &mut |name, p| {
-            let what = format!("{name}, gated {gated}");
+            let what = format!("{name}, gated {gated}, {case:?}");
             let found = p.gradient(&mut gradients).unwrap();
             assert_close(&what, found, parts.next().unwrap());
         });
@@ -244,9 +259,14 @@ fn gradients_into(values: &mut [Vec<f32>], store: Store) -> ExpertGradients<'_> 
 }
 
 /// Values for each part of three experts.
-fn experts_drawn(gated: bool, bound: f32, seed: u64) -> Vec<Vec<Vec<f32>>> {
-    let matrix = DIM * HIDDEN;
-    let all = [matrix, HIDDEN, matrix, DIM, matrix, HIDDEN];
+fn experts_drawn(
+    (dim, hidden): (usize, usize),
+    gated: bool,
+    bound: f32,
+    seed: u64,
+) -> Vec<Vec<Vec<f32>>> {
+    let matrix = dim * hidden;
+    let all = [matrix, hidden, matrix, dim, matrix, hidden];
     let sizes = &all[..if gated { 6 } else { 4 }];
     let expert = |e: u64| {
         let seeds = seed + 10 * e..;
@@ -260,27 +280,28 @@ fn experts_drawn(gated: bool, bound: f32, seed: u64) -> Vec<Vec<Vec<f32>>> {
 /// replace whatever was there or are added to it.
 #[test]
 fn experts_of_uneven_load_have_the_gradients_of_plain_loops() {
-    // 700 tokens, none and 129; some tokens have two experts, and some have none.
+    // Most tokens, none and a seventh; some tokens have two experts, and some have none.
     let of = |keep: fn(&u32) -> bool| (0..TOKENS as u32).filter(keep).collect::<Vec<u32>>();
     let by_expert = [of(|t| t % 9 > 1), Vec::new(), of(|t| t % 7 == 0)];
     let plan = Plan::new(&by_expert);
     let assigned = plan.tokens.len();
-    let (input, upstream) = (drawn(TOKENS * DIM, 1.0, 2), drawn(TOKENS * DIM, 1.0, 3));
-    let (rows, d_rows) = (doubled(&input), doubled(&upstream));
-    for gated in [false, true] {
+    for (case, gated) in cases() {
+        let ((dim, hidden), activation) = case;
+        let (input, upstream) = (drawn(TOKENS * dim, 1.0, 2), drawn(TOKENS * dim, 1.0, 3));
+        let (rows, d_rows) = (doubled(&input), doubled(&upstream));
         let shape = FfnShape {
-            dim: DIM,
-            hidden: HIDDEN,
-            activation: Activation::Silu,
+            dim,
+            hidden,
+            activation,
             gated,
         };
-        let values = experts_drawn(gated, 0.15, 100);
-        let mut experts: Vec<Expert> = values.iter().map(|v| Expert::new(v)).collect();
-        let (mut y, mut dx) = (vec![0.0f64; TOKENS * DIM], vec![0.5f64; TOKENS * DIM]);
+        let values = experts_drawn((dim, hidden), gated, 0.15, 100);
+        let mut experts: Vec<Expert> = values.iter().map(|v| Expert::new(v, activation)).collect();
+        let (mut y, mut dx) = (vec![0.0f64; TOKENS * dim], vec![0.5f64; TOKENS * dim]);
         let mut d_weights = Vec::new();
         for (expert, chosen) in experts.iter_mut().zip(&by_expert) {
             for &t in chosen {
-                let row = t as usize * DIM..(t as usize + 1) * DIM;
+                let row = t as usize * dim..(t as usize + 1) * dim;
                 let weight = f64::from(plan.weights[d_weights.len()]);
                 let (x, dy) = (&rows[row.clone()], &d_rows[row.clone()]);
                 let output = expert.pass(x, weight, dy, &mut dx[row.clone()]);
@@ -291,32 +312,29 @@ fn experts_of_uneven_load_have_the_gradients_of_plain_loops() {
             }
         }
         for store in [Store::Replace, Store::Add] {
-            let what = format!("gated {gated}, {store:?}");
+            let what = format!("gated {gated}, {case:?}, {store:?}");
             let weights: Vec<_> = values.iter().map(|v| weights_of(v)).collect();
-            let mut h = vec![7.0; assigned * HIDDEN];
-            let mut slope = vec![7.0; assigned * shape.slopes()];
-            let mut found = vec![7.0; TOKENS * DIM];
-            let slopes = Some(&mut slope[..]);
+            let mut kept = Hidden::take(shape, assigned);
+            let mut found = vec![7.0; TOKENS * dim];
             moe_ffn::forward(
                 &input,
                 &weights,
                 plan.grouped(),
                 shape,
-                &mut h,
-                slopes,
+                Some(&mut kept),
                 &mut found,
             );
             assert_close(&format!("y, {what}"), &found, &y);
-            let before = experts_drawn(gated, 1.0, 200);
+            let before = experts_drawn((dim, hidden), gated, 1.0, 200);
             let mut held = before.clone();
             let mut gradients: Vec<_> = held.iter_mut().map(|g| gradients_into(g, store)).collect();
-            let (mut found_dx, mut found_weights) = (vec![0.5; TOKENS * DIM], vec![7.0; assigned]);
+            let (mut found_dx, mut found_weights) = (vec![0.5; TOKENS * dim], vec![7.0; assigned]);
             moe_ffn::backward(
                 &input,
                 &weights,
                 plan.grouped(),
                 shape,
-                (&h, &mut slope),
+                &mut kept,
                 &upstream,
                 &mut found_dx,
                 &mut gradients,
