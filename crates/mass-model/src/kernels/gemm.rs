@@ -66,11 +66,12 @@ impl<'a> Mat<'a> {
         (self.rows, self.cols)
     }
 
-    /// The values, the distance of rows (of columns, if transposed), and whether it is stored transposed.
+    /// The values, whether they are stored transposed, and the distance of rows (of columns, if transposed). A single row or
+    /// column without gaps counts as transposed: it is stored alike.
     pub(crate) fn layout(&self) -> (&'a [f32], usize, bool) {
-        match self.col_stride {
-            1 => (self.data, self.row_stride, false),
-            stride => (self.data, stride, true),
+        match self.row_stride {
+            1 => (self.data, self.col_stride, true),
+            stride => (self.data, stride, false),
         }
     }
 
