@@ -1,4 +1,5 @@
 //! Register tile and packing with AVX-512F.
+#![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
