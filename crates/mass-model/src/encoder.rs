@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, Module, NoneTape, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, NoneTape, PutTape, SplitTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::growth::Mixtures;
 use crate::kernels::activation::Activation;
-use crate::lm::{LayerTrace, Masked};
+use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
 use crate::ops::{self, Rows};
 use crate::param::{Param, Parameters, join};
+use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
 
 /// Everything that fixes a classifier but for its values: the encoder, the number of outputs, and which feed-forward
@@ -87,13 +87,6 @@ impl Mlp {
         }
     }
 
-    pub(crate) fn mixture_mut(&mut self) -> Option<&mut MoeLayer> {
-        match self {
-            Self::Dense(_) => None,
-            Self::Mixture(layer) => Some(layer),
-        }
-    }
-
     /// Rows `keep` may be picked before this sublayer only if it is dense: what a mixture routes and reports is every token.
     pub(crate) fn keep_early<'a>(&self, keep: Option<&'a [usize]>) -> Option<&'a [usize]> {
         keep.filter(|_| self.mixture().is_none())
@@ -118,25 +111,10 @@ impl Mlp {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        let layer = match self {
-            Self::Dense(network) => return network.try_forward(x),
-            Self::Mixture(layer) => layer,
-        };
-        let mask = match masked {
-            Some(m) if m.layer == traces.len() => {
-                layer.index_of(m.expert)?;
-                let others = layer.ids().iter().map(|&id| id != m.expert);
-                Some(others.collect::<Vec<_>>())
-            }
-            _ => None,
-        };
-        let (gate_input, tape) = x.split_tape();
-        let routed = layer.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
-        traces.push(LayerTrace {
-            plan: routed.plan,
-            gate_input,
-        });
-        Ok(routed.output)
+        match self {
+            Self::Dense(network) => network.try_forward(x),
+            Self::Mixture(layer) => layer.forward_traced(x, masked, traces),
+        }
     }
 }
 
@@ -164,32 +142,6 @@ pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
     Ok((output.put_tape(tape), residual))
 }
 
-/// Whether a model's mixtures are what its configuration says, which may have changed since it was made.
-pub(crate) fn check_mixtures<'a>(
-    model: &impl Mixtures,
-    configured: impl Iterator<Item = &'a MoeConfig>,
-) -> Result<(), ModelError> {
-    for (layer, configured) in configured.enumerate() {
-        if layer >= model.mixtures() || model.mixture(layer).config() != configured {
-            return Err(ModelError::Config(format!(
-                "mixture layer {layer} is not what the model's configuration says, which a checkpoint would not keep"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Refuses a masked expert of a mixture layer that is not there.
-pub(crate) fn check_masked(masked: Option<Masked>, mixtures: usize) -> Result<(), ModelError> {
-    match masked {
-        Some(m) if m.layer >= mixtures => Err(ModelError::Config(format!(
-            "an expert of mixture layer {} is masked, there are {mixtures}",
-            m.layer
-        ))),
-        _ => Ok(()),
-    }
-}
-
 impl Parameters for Mlp {
     fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
         match self {
@@ -202,6 +154,24 @@ impl Parameters for Mlp {
         match self {
             Self::Dense(network) => network.visit_mut(&join(prefix, "ffn"), f),
             Self::Mixture(layer) => layer.visit_mut(&join(prefix, "moe"), f),
+        }
+    }
+}
+
+impl Mixtures for Mlp {
+    fn visit_mixtures<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a MoeLayer)) {
+        if let Self::Mixture(layer) = self {
+            f(join(prefix, "moe"), layer);
+        }
+    }
+
+    fn visit_mixtures_mut<'a>(
+        &'a mut self,
+        prefix: &str,
+        f: &mut dyn FnMut(String, &'a mut MoeLayer),
+    ) {
+        if let Self::Mixture(layer) = self {
+            f(join(prefix, "moe"), layer);
         }
     }
 }

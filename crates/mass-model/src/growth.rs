@@ -19,32 +19,16 @@ use mass_routing::Router;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::lm::{Masked, TrainPass};
+use crate::gradients::CpuGradients;
+pub use crate::mixtures::Mixtures;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::optim::AdamW;
-use crate::param::{CpuGradients, Parameters};
+use crate::param::join;
+use crate::pass::{Masked, TrainPass};
 pub use observe::observe;
 use observe::observe_with;
 pub use shift::GateShift;
 pub use split::{remove_expert, split_expert};
-
-/// A model with mixture layers.
-pub trait Mixtures: Parameters {
-    /// Number of mixture layers.
-    fn mixtures(&self) -> usize;
-
-    /// One of them, counted from the bottom.
-    ///
-    /// # Panics
-    /// If there are no more than `layer` of them; so do the other two.
-    fn mixture(&self, layer: usize) -> &MoeLayer;
-
-    /// One of them, to be changed.
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer;
-
-    /// The prefix of its parameters' names.
-    fn mixture_name(&self, layer: usize) -> String;
-}
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 
@@ -236,8 +220,10 @@ impl Grower {
                 Request::Alignment { layer, expert } => {
                     let moe = model.mixture(layer);
                     let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
-                    let cosine =
-                        alignment(fc1.gradient(&mut pass.gradients)?, fc1.values())?.cosine;
+                    let gradient = fc1.find_gradient(&mut pass.gradients)?;
+                    let gradient = gradient
+                        .ok_or_else(|| ModelError::NoGradient(format!("expert {expert}")))?;
+                    let cosine = alignment(gradient, fc1.values())?.cosine;
                     Answer::Alignment {
                         layer,
                         expert,
@@ -292,7 +278,7 @@ impl Grower {
                         )));
                     }
                     self.shifts.push((layer, shift));
-                    let prefix = |id: ExpertId| format!("{name}.experts.{}", id.0);
+                    let prefix = |id: ExpertId| join(&name, &format!("experts.{}", id.0));
                     optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
                 }
                 Action::Remove {
@@ -307,7 +293,7 @@ impl Grower {
                     remove_expert(model.mixture_mut(layer), expert, latest)?;
                     let of = |(l, s): &(usize, GateShift)| *l == layer && s.other(expert).is_some();
                     self.shifts.retain(|s| !of(s));
-                    optimizer.forget(&format!("{name}.experts.{}", expert.0));
+                    optimizer.forget(&join(&name, &format!("experts.{}", expert.0)));
                 }
                 _ => {}
             }
@@ -379,7 +365,8 @@ fn add_redundancy(
     let rows: Vec<&[f32]> = layer.experts().iter().map(|e| e.gate.values()).collect();
     let mut taken = Vec::with_capacity(rows.len());
     for expert in layer.experts() {
-        taken.push(std::mem::take(expert.gate.gradient(gradients)?));
+        let own = expert.gate.take_gradient(gradients)?;
+        taken.push(own.unwrap_or_else(|| vec![0.0; expert.gate.len()]));
     }
     let mut views: Vec<&mut [f32]> = taken.iter_mut().map(Vec::as_mut_slice).collect();
     let loss = redundancy_gradient(
@@ -390,7 +377,7 @@ fn add_redundancy(
         &mut views,
     );
     for (expert, gradient) in layer.experts().iter().zip(taken) {
-        *expert.gate.gradient(gradients)? = gradient;
+        expert.gate.set_gradient(gradients, gradient)?;
     }
     Ok(loss?)
 }

@@ -45,9 +45,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{
-    AsArray, Backward, Cpu, Module, NoneTape, OwnedTape, PutTape, SplitTape, Tape,
-};
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, SplitTape, Tape};
 use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
@@ -55,14 +53,14 @@ pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
-use crate::encoder::{Wanted, check_masked};
+use crate::encoder::Wanted;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
-use crate::lm::{LayerTrace, Masked, TrainPass};
+use crate::mixtures::{Mixtures, check_masked};
 use crate::nn::{LayerNorm, Linear, MoeConfig};
 use crate::ops::{self, Rows, read};
 use crate::param::Param;
+use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
 use layer::BertLayer;
 
@@ -319,24 +317,12 @@ impl BertClassifier {
     ) -> Result<TrainPass, ModelError> {
         let (logits, layers) = self.forward(batch, None, dropout, OwnedTape::default())?;
         let (loss, losses) = loss::loss(logits, targets)?;
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
-        let mut gradients = loss.try_backward()?;
-        let words = self.words.handle();
-        let mut gradient = words.take(&mut gradients)?;
-        gradient[self.padding()].fill(0.0);
-        words.put(&mut gradients, gradient)?;
         let spans = batch.offsets.windows(2).zip(losses);
-        Ok(TrainPass {
-            loss: value,
-            token_losses: spans
-                .flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]))
-                .collect(),
-            gradients,
-            layers,
-        })
+        let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
+        let mut pass = TrainPass::new(loss, rows.collect(), layers)?;
+        let words = self.words.gradient(&mut pass.gradients)?;
+        words[self.padding()].fill(0.0);
+        Ok(pass)
     }
 
     /// Logits `[batch, labels]` without dropout, and what each mixture layer did.

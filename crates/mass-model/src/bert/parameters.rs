@@ -2,69 +2,21 @@
 
 use super::{BertClassifier, BertConfig, ClassifierConfig};
 use crate::checkpoint::Checkpointed;
-use crate::encoder::check_mixtures;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
-use crate::nn::MoeLayer;
-use crate::param::{Param, Parameters, join};
+use crate::mixtures::check_mixtures;
 use crate::pretrained::Blank;
+use crate::{mixtures, parameters};
 
-impl Parameters for BertClassifier {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        f(join(prefix, "embeddings.words"), &self.words);
-        f(join(prefix, "embeddings.positions"), &self.positions);
-        f(join(prefix, "embeddings.types"), &self.types);
-        self.norm.visit(&join(prefix, "embeddings.norm"), f);
-        for (l, layer) in self.layers.iter().enumerate() {
-            layer.visit(&join(prefix, &format!("layers.{l}")), f);
-        }
-        self.pooler.visit(&join(prefix, "pooler"), f);
-        self.head.visit(&join(prefix, "head"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        f(join(prefix, "embeddings.words"), &mut self.words);
-        f(join(prefix, "embeddings.positions"), &mut self.positions);
-        f(join(prefix, "embeddings.types"), &mut self.types);
-        self.norm.visit_mut(&join(prefix, "embeddings.norm"), f);
-        for (l, layer) in self.layers.iter_mut().enumerate() {
-            layer.visit_mut(&join(prefix, &format!("layers.{l}")), f);
-        }
-        self.pooler.visit_mut(&join(prefix, "pooler"), f);
-        self.head.visit_mut(&join(prefix, "head"), f);
-    }
-}
-
-impl BertClassifier {
-    fn layers_with_mixture(&self) -> impl Iterator<Item = (usize, &MoeLayer)> {
-        let layers = self.layers.iter().enumerate();
-        layers.filter_map(|(l, layer)| Some((l, layer.mlp.mixture()?)))
-    }
-}
-
-/// Mixture layers are counted among themselves, bottom first.
-impl Mixtures for BertClassifier {
-    fn mixtures(&self) -> usize {
-        self.layers_with_mixture().count()
-    }
-
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        let found = self.layers_with_mixture().nth(layer);
-        found.expect("a mixture layer of the model").1
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        let layers = self.layers.iter_mut();
-        let mut mixtures = layers.filter_map(|l| l.mlp.mixture_mut());
-        mixtures.nth(layer).expect("a mixture layer of the model")
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        let found = self.layers_with_mixture().nth(layer);
-        let (index, _) = found.expect("a mixture layer of the model");
-        format!("layers.{index}.moe")
-    }
-}
+parameters!(BertClassifier {
+    words as "embeddings.words",
+    positions as "embeddings.positions",
+    types as "embeddings.types",
+    norm as "embeddings.norm",
+    layers,
+    pooler,
+    head,
+});
+mixtures!(BertClassifier { layers });
 
 impl Checkpointed for BertClassifier {
     const KIND: &'static str = "BERT classifier";

@@ -6,9 +6,9 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use super::error::CheckpointError;
 use super::seal::Seals;
 use super::{FORMAT, LATEST, SEALS, STATE, broken, manifest};
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 
 pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> ModelError + '_ {

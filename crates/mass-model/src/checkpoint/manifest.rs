@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::broken;
-use super::error::CheckpointError;
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 use crate::optim::{AdamWConfig, EmaConfig};
 

@@ -18,7 +18,8 @@
 //!
 //! [`load`] resumes a run to the bit: model, optimiser, averages, routers with their noise, and whatever the caller
 //! keeps in `state` (controller, data position, random generators). [`load_model`] reads weights alone, for
-//! inference, and [`load_into`] reads them into a model that exists.
+//! inference, and [`load_into`] reads them into a model that exists. [`save_safetensors`] and [`load_safetensors`] are for
+//! the values of any [`Parameters`](crate::Parameters) alone, in one file.
 //!
 //! ```
 //! use mass_model::checkpoint::{self, Snapshot};
@@ -41,8 +42,8 @@
 //! ```
 
 mod directory;
-mod error;
 mod manifest;
+mod plain;
 mod pool;
 mod seal;
 mod size;
@@ -57,15 +58,17 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
 use crate::error::ModelError;
-use crate::growth::Mixtures;
+use crate::mixtures::Mixtures;
 use crate::optim::{AdamW, Ema, ParameterState};
+use crate::param::join;
 use directory::{Sink, Source};
 use manifest::{Manifest, Pool};
 use pool::Reading;
 use seal::Seals;
 use tensors::{F32View, TensorFile};
 
-pub use error::{CheckpointError, ExpertCounts};
+pub use crate::error::{CheckpointError, ExpertCounts};
+pub use plain::{load_safetensors, save_safetensors};
 pub use pool::{LoadOptions, PoolMismatch};
 
 const FORMAT: u64 = 2;
@@ -103,8 +106,12 @@ pub trait Checkpointed: Mixtures + Sized {
     }
 
     /// How many values a model of a configuration holds at the least, with the pools it starts with; `None` if there is no
-    /// such number. It is compared with the size of the file, so that a false configuration does not exhaust memory.
-    fn values_at_least(config: &Self::Config) -> Option<u64>;
+    /// such number. It is compared with the size of the file, so that a false configuration does not exhaust memory. Without it
+    /// the configuration is believed.
+    fn values_at_least(config: &Self::Config) -> Option<u64> {
+        let _ = config;
+        Some(0)
+    }
 }
 
 /// What a checkpoint is made of.
@@ -199,8 +206,8 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         let moe = model.mixture(layer);
         for (expert, id) in moe.experts().iter().zip(moe.ids()) {
             if !expert.logit_offset.is_finite() {
-                let (offset, name) = (expert.logit_offset, model.mixture_name(layer));
-                let what = format!("the logit offset {offset} of {name}.experts.{}", id.0);
+                let name = join(&model.mixture_name(layer), &format!("experts.{}", id.0));
+                let what = format!("the logit offset {} of {name}", expert.logit_offset);
                 return Err(ModelError::NonFinite(what));
             }
         }

@@ -4,16 +4,18 @@ use mass_expand::ExpertObservation;
 
 use super::GradientNorm;
 use crate::error::ModelError;
-use crate::lm::LayerTrace;
+use crate::gradients::CpuGradients;
 use crate::nn::MoeLayer;
-use crate::param::{CpuGradients, Param};
+use crate::param::Param;
+use crate::pass::LayerTrace;
 
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
 ///
 /// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced.
+/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced;
+/// [`ModelError::NoGradient`] if an expert has tokens but no gradient: the gradients are not those of the pass that was traced.
 pub fn observe(
     layer: &MoeLayer,
     trace: &LayerTrace,
@@ -59,15 +61,20 @@ pub(super) fn observe_with(
     let total: f64 = shares.iter().sum();
     let mut observed = Vec::with_capacity(shares.len());
     for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
+        let mut square_norm = |param: &Param| match param.find_gradient(gradients)? {
+            Some(gradient) => Ok(crate::optim::sum_of_squares(gradient)),
+            None if plan.load(e) == 0 => Ok(0.0),
+            None => Err(ModelError::NoGradient(format!("expert {id}"))),
+        };
         let mut squares = match norm {
-            Some(_) => square_norm(&expert.fc1.0, gradients)?,
+            Some(_) => square_norm(&expert.fc1.0)?,
             None => 0.0,
         };
         if norm == Some(GradientNorm::AllParameters) {
             let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
             let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
             for param in rest.into_iter().chain(up) {
-                squares += square_norm(param, gradients)?;
+                squares += square_norm(param)?;
             }
         }
         observed.push(ExpertObservation {
@@ -80,8 +87,4 @@ pub(super) fn observe_with(
         });
     }
     Ok(observed)
-}
-
-fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {
-    Ok(crate::optim::sum_of_squares(param.gradient(gradients)?))
 }

@@ -9,10 +9,10 @@ use ndarray::Array2;
 use super::BISECT_NEEDS;
 use super::shift::{self, GateShift};
 use crate::error::ModelError;
-use crate::lm::LayerTrace;
+use crate::gradients::CpuGradients;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::{MoeExpert, Rows};
-use crate::param::CpuGradients;
+use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
@@ -46,21 +46,15 @@ pub fn split_expert(
                 (&old.fc1.0, &newcomer.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
-                let mut whole = std::mem::take(a.gradient(gradients)?);
-                let copy = b.gradient(gradients);
-                let divided = copy.and_then(|copy| {
-                    let rows = a.values();
-                    Ok(divide_gradient(
-                        &mut whole,
-                        copy,
-                        rows,
-                        shape,
-                        decomposition,
-                    )?)
-                });
-                // Back in its place whatever became of it: a gradient that is lost would look like one of zero.
-                *a.gradient(gradients)? = whole;
+                let Some(mut whole) = a.take_gradient(gradients)? else {
+                    continue;
+                };
+                let (mut copy, rows) = (vec![0.0; whole.len()], a.values());
+                let divided = divide_gradient(&mut whole, &mut copy, rows, shape, decomposition);
+                // Back in its place whatever became of it.
+                a.set_gradient(gradients, whole)?;
                 divided?;
+                b.set_gradient(gradients, copy)?;
             }
             copy_gradients(old, &newcomer, gradients, false)?;
             if preserve {
@@ -159,8 +153,9 @@ fn copy_gradients(
         pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
     }
     for (a, b) in pairs {
-        let copy = a.gradient(gradients)?.clone();
-        *b.gradient(gradients)? = copy;
+        if let Some(copy) = a.find_gradient(gradients)?.map(|g| g.clone()) {
+            b.set_gradient(gradients, copy)?;
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-use dfdx::prelude::{Cpu, Module, Tape};
+use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 
 use super::Linear;
@@ -142,11 +142,11 @@ impl Parameters for FeedForward {
     }
 }
 
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for FeedForward {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
+impl FeedForward {
+    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+    ) -> Result<Rows<T>, ModelError> {
         ops::feed_forward(x, &self.0, self.1)
     }
 }

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, Shape, SplitTape, Tape, Tensor};
 use mass_expand::ExpertId;
 use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
 use ndarray::ArrayView2;
@@ -10,10 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use super::FeedForward;
 use super::feed_forward::{visit_network, visit_network_mut};
+use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, RoutingLoss, Rows};
 use crate::param::{Param, Parameters, join};
+use crate::pass::{LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -506,6 +508,46 @@ impl MoeLayer {
         let output = ops::add(both, &output, None)?;
         Ok(Routed { output, plan })
     }
+
+    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+    ) -> Result<Rows<T>, ModelError> {
+        Ok(self.forward_routed(x, None)?.output)
+    }
+
+    /// The forward pass over the last axis of a tensor, as part of a model: `traces` are those of the mixture layers below, which
+    /// this layer's own is appended to. If `masked` is an expert of this layer, it takes no part.
+    ///
+    /// # Errors
+    /// As [`forward_routed`](Self::forward_routed); [`ModelError::NoSuchExpert`] for a masked expert that is not there.
+    pub fn forward_traced<S: Shape, T: Tape<f32, Cpu>>(
+        &self,
+        x: Tensor<S, f32, Cpu, T>,
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Tensor<S, f32, Cpu, T>, ModelError> {
+        let mask = match masked {
+            Some(m) if m.layer == traces.len() => {
+                self.index_of(m.expert)?;
+                Some(
+                    self.ids
+                        .iter()
+                        .map(|&id| id != m.expert)
+                        .collect::<Vec<_>>(),
+                )
+            }
+            _ => None,
+        };
+        let shape = *x.shape();
+        let (gate_input, tape) = rows(x)?.split_tape();
+        let routed = self.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
+        traces.push(LayerTrace {
+            plan: routed.plan,
+            gate_input,
+        });
+        Ok(routed.output.try_reshape_like(&shape)?)
+    }
 }
 
 impl Parameters for MoeLayer {
@@ -561,14 +603,5 @@ impl Parameters for MoeLayer {
         if let Some(shared) = &mut self.shared {
             shared.visit_mut(&join(prefix, "shared"), f);
         }
-    }
-}
-
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for MoeLayer {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
-        Ok(self.forward_routed(x, None)?.output)
     }
 }

@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use super::MoeExpert;
 use crate::error::ModelError;
+use crate::gradients::CpuGradients;
 use crate::kernels::gemm::Store;
 use crate::kernels::linear;
 use crate::kernels::scratch::Scratch;
 use crate::kernels::vector::{add_assign, softmax_in_place};
-use crate::param::{CpuGradients, Param, ParamHandle};
+use crate::param::{Param, ParamHandle};
 
 /// What a mixture layer's logits are made of, beside the gate row of each expert.
 #[derive(Clone, Debug, Default)]

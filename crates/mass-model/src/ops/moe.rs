@@ -7,12 +7,13 @@ use ndarray::ArrayView2;
 
 use super::gate::set_thresholds;
 use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
-use crate::error::ModelError;
+use crate::error::{ModelError, into_dfdx};
+use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
 use crate::kernels::gemm::Store;
 use crate::kernels::moe_ffn::{self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped};
 use crate::kernels::scratch::Scratch;
-use crate::param::{CpuGradients, Param, ParamHandle};
+use crate::param::{Param, ParamHandle};
 
 /// The parameters of one expert: gate row (`[d]`, or as wide as the gate's projection), `fc1: [h, d]`, `[h]`, `fc2: [d, h]`,
 /// `[d]`, and a fixed offset on its logit.
@@ -302,8 +303,7 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
             let given = (&*input, &*d_weights);
             gated
                 .backward(&router, &plan, &losses, given, &mut dx, g)
-                // dfdx lets a backward operation fail only with its own errors.
-                .map_err(|_| CpuError::WrongNumElements)?;
+                .map_err(into_dfdx)?;
             **g.get_or_alloc_mut(&x_ghost)? = dx;
             Ok(())
         });

@@ -65,12 +65,12 @@ pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
 use crate::checkpoint::Checkpointed;
-use crate::encoder::check_mixtures;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
-use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
-use crate::param::{Param, Parameters, join};
+use crate::mixtures::check_mixtures;
+use crate::nn::{LayerNorm, Linear, MoeConfig};
+use crate::param::Param;
 use crate::pretrained::{Blank, Drawn, Kind, Source, Stored, Weights};
+use crate::{mixtures, parameters};
 use block::VitBlock;
 
 /// What a model is given: images, or what a frozen trunk made of them.
@@ -293,60 +293,17 @@ impl VitClassifier {
             blocks,
         })
     }
-
-    fn blocks_with_mixture(&self) -> impl Iterator<Item = (usize, &MoeLayer)> {
-        let blocks = self.blocks.iter().enumerate();
-        blocks.filter_map(|(b, block)| Some((b, block.mlp.mixture()?)))
-    }
 }
 
-impl Parameters for VitClassifier {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.patch.visit(&join(prefix, "embeddings.patch"), f);
-        f(join(prefix, "embeddings.class"), &self.class);
-        f(join(prefix, "embeddings.positions"), &self.positions);
-        for (b, block) in self.blocks.iter().enumerate() {
-            block.visit(&join(prefix, &format!("blocks.{b}")), f);
-        }
-        self.norm.visit(&join(prefix, "norm"), f);
-        self.head.visit(&join(prefix, "head"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.patch.visit_mut(&join(prefix, "embeddings.patch"), f);
-        f(join(prefix, "embeddings.class"), &mut self.class);
-        f(join(prefix, "embeddings.positions"), &mut self.positions);
-        for (b, block) in self.blocks.iter_mut().enumerate() {
-            block.visit_mut(&join(prefix, &format!("blocks.{b}")), f);
-        }
-        self.norm.visit_mut(&join(prefix, "norm"), f);
-        self.head.visit_mut(&join(prefix, "head"), f);
-    }
-}
-
-/// Mixture layers are counted among themselves, bottom first.
-impl Mixtures for VitClassifier {
-    fn mixtures(&self) -> usize {
-        self.blocks_with_mixture().count()
-    }
-
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        let found = self.blocks_with_mixture().nth(layer);
-        found.expect("a mixture layer of the model").1
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        let blocks = self.blocks.iter_mut();
-        let mut mixtures = blocks.filter_map(|b| b.mlp.mixture_mut());
-        mixtures.nth(layer).expect("a mixture layer of the model")
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        let found = self.blocks_with_mixture().nth(layer);
-        let (index, _) = found.expect("a mixture layer of the model");
-        format!("blocks.{index}.moe")
-    }
-}
+parameters!(VitClassifier {
+    patch as "embeddings.patch",
+    class as "embeddings.class",
+    positions as "embeddings.positions",
+    blocks,
+    norm,
+    head,
+});
+mixtures!(VitClassifier { blocks });
 
 impl Checkpointed for VitClassifier {
     const KIND: &'static str = "vision transformer";

@@ -71,7 +71,8 @@ impl Bag {
     fn gradients(&self, value: f32) -> CpuGradients {
         let mut gradients = CpuGradients::leaky();
         for (_, p) in &self.0 {
-            p.gradient(&mut gradients).unwrap().fill(value);
+            p.set_gradient(&mut gradients, vec![value; p.len()])
+                .unwrap();
         }
         gradients
     }
