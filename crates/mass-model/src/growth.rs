@@ -65,6 +65,19 @@ pub struct GrowerConfig {
     pub redundancy_reduction: Reduction,
 }
 
+impl GrowerConfig {
+    /// What the paper monitors and adds, around a controller: the norm of all parameters, and the mean redundancy loss at
+    /// weight 0.01.
+    pub fn new(controller: ControllerParams) -> Self {
+        Self {
+            controller,
+            gradient_norm: GradientNorm::AllParameters,
+            redundancy_weight: 0.01,
+            redundancy_reduction: Reduction::Mean,
+        }
+    }
+}
+
 /// Watches a model's experts, and splits and removes them as its controller decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Grower {
