@@ -9,9 +9,9 @@
 use dfdx::nn::modules::{Linear, ReLU};
 use dfdx::optim::{Adam, AdamConfig};
 use dfdx::prelude::*;
-use mass_expand::{Choice, ControllerParams, EventKind, Reduction, Trigger};
+use mass_expand::{Choice, ControllerParams, EventKind};
 use mass_model::checkpoint::{self, Checkpointed, Snapshot};
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig};
+use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::nn::{MoeConfig, MoeLayer};
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_model::{Activation, LayerTrace, Masked, ModelError, TrainPass, seeded_rng};
@@ -125,19 +125,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     let mut adamw = AdamW::new(AdamWConfig::default())?;
     // A split every thirty steps; see `ControllerParams` for triggers that decide by themselves.
-    let mut controller = ControllerParams::paper(1, 2, 5, STEPS);
-    controller.trigger = Trigger::Schedule {
-        first: 30,
-        every: 30,
-    };
+    let mut controller = ControllerParams::paper(1, 2, 5, STEPS).with_schedule(30, 30);
     controller.choice = Choice::MostLoaded;
     (controller.phase.live_from, controller.phase.live_until) = (0, STEPS);
-    let mut grower = Grower::new(GrowerConfig {
-        controller,
-        gradient_norm: GradientNorm::AllParameters,
-        redundancy_weight: 0.01,
-        redundancy_reduction: Reduction::Mean,
-    })?;
+    let mut grower = Grower::new(GrowerConfig::new(controller))?;
 
     let (x, target) = data(&Cpu::seed_from_u64(1), 512);
     let squares = |y: Values| (y - target.clone()).square().as_vec();
@@ -177,14 +168,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert!(after < 0.2 * before && experts > 2);
 
     let dir = std::env::temp_dir().join(format!("mass-in-dfdx-{}", std::process::id()));
-    let saved = Snapshot {
-        step: STEPS,
-        model: &model,
-        optimizer: &adamw,
-        ema: None,
-        state: &(model.rest_values(), &grower),
-    };
-    checkpoint::save(&dir, &saved)?;
+    let state = (model.rest_values(), &grower);
+    checkpoint::save(&dir, &Snapshot::new(STEPS, &model, &adamw, &state))?;
     let restored = checkpoint::load::<Model, ([Vec<f32>; 4], Grower)>(&dir);
     std::fs::remove_dir_all(&dir)?;
     let mut restored = restored?;

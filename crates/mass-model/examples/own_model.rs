@@ -3,7 +3,7 @@
 //!     cargo run --release -p mass-model --example own_model
 
 use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, Tape, TensorFromVec};
-use mass_expand::{Choice, ControllerParams, Trigger};
+use mass_expand::{Choice, ControllerParams};
 use mass_model::checkpoint::{self, Checkpointed, Snapshot};
 use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::nn::{Linear, MoeConfig, MoeLayer};
@@ -14,20 +14,20 @@ use mass_routing::{Combine, RouterConfig};
 
 struct Model {
     input: Linear,
-    layers: Vec<MoeLayer>,
+    mixture: MoeLayer,
     head: Linear,
     config: MoeConfig,
 }
 
 mass_model::parameters!(Model {
     input,
-    layers,
+    mixture,
     head
 });
-mass_model::mixtures!(Model { layers });
+mass_model::mixtures!(Model { mixture });
 
 impl Checkpointed for Model {
-    const KIND: &'static str = "two mixtures between linear layers";
+    const KIND: &'static str = "a mixture between linear layers";
     type Config = MoeConfig;
 
     fn checkpoint_config(&self) -> &MoeConfig {
@@ -38,7 +38,7 @@ impl Checkpointed for Model {
         let rng = &mut mass_model::seeded_rng(0);
         Ok(Self {
             input: Linear::new(2, config.dim, true, rng)?,
-            layers: vec![MoeLayer::new(config, rng)?, MoeLayer::new(config, rng)?],
+            mixture: MoeLayer::new(config, rng)?,
             head: Linear::new(config.dim, 4, true, rng)?,
             config: config.clone(),
         })
@@ -52,10 +52,8 @@ impl Model {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        let mut h = self.input.try_forward(x)?;
-        for layer in &self.layers {
-            h = layer.forward_traced(h, masked, traces)?;
-        }
+        let h = self.input.try_forward(x)?;
+        let h = self.mixture.forward_traced(h, masked, traces)?;
         self.head.try_forward(h)
     }
 }
@@ -66,20 +64,19 @@ fn main() -> Result<(), ModelError> {
     let config = MoeConfig::new(16, 24, 2, Activation::GeluErf, router);
     let mut model = Model::from_checkpoint_config(&config)?;
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
-    let mut controller = ControllerParams::paper(2, 2, 4, 60);
-    controller.trigger = Trigger::Schedule {
-        first: 20,
-        every: 20,
-    };
+    let mut controller = ControllerParams::paper(1, 2, 4, 60).with_schedule(20, 20);
     controller.choice = Choice::MostLoaded;
     (controller.phase.live_from, controller.phase.live_until) = (0, 60);
     let mut grower = Grower::new(GrowerConfig::new(controller))?;
-
     // Points of a spiral, and the quarter of it that they are in.
     let point = |t: f32| [t * t.sin() / 16.0, t * t.cos() / 16.0];
     let points = (0..256).flat_map(|i| point(i as f32 / 16.0)).collect();
     let classes: Vec<u32> = (0..256).map(|i| i / 64).collect();
     let x: Rows<NoneTape> = Cpu::default().try_tensor_from_vec(points, (256, 2))?;
+    let losses_of = |m: &Model, _, masked| {
+        let each = token_losses(m.forward(x.clone(), masked, &mut Vec::new())?, &classes)?;
+        Ok(each.into_iter().map(f64::from).collect())
+    };
     let mut losses = Vec::new();
     for step in 0..60 {
         let mut traces = Vec::new();
@@ -87,40 +84,16 @@ fn main() -> Result<(), ModelError> {
         let (loss, each) = cross_entropy(logits, &classes)?;
         let mut pass = TrainPass::new(loss, each, traces)?;
         losses.push(pass.loss);
-        grower.step(
-            step,
-            &mut model,
-            &mut optimizer,
-            &mut pass,
-            |m, _, masked| {
-                let each = token_losses(m.forward(x.clone(), masked, &mut Vec::new())?, &classes)?;
-                Ok(each.into_iter().map(f64::from).collect())
-            },
-        )?;
+        grower.step(step, &mut model, &mut optimizer, &mut pass, losses_of)?;
         optimizer.step(&mut model, &mut pass.gradients, 1e-2)?;
     }
-    let experts: Vec<usize> = model.layers.iter().map(|l| l.ids().len()).collect();
-    println!(
-        "loss {:.3} -> {:.3}, experts {experts:?}",
-        losses[0], losses[59]
-    );
-    assert!(losses[59] < 0.5 * losses[0] && experts.iter().sum::<usize>() > 4);
-
+    let (first, last, experts) = (losses[0], losses[59], model.mixture.ids());
+    println!("loss {first:.3} -> {last:.3}, experts {experts:?}");
+    assert!(last < 0.5 * first && experts.len() > 2);
     let dir = std::env::temp_dir().join(format!("mass-own-model-{}", std::process::id()));
-    let (step, model, optimizer, state) = (60, &model, &optimizer, &grower);
-    let ema = None;
-    checkpoint::save(
-        &dir,
-        &Snapshot {
-            step,
-            model,
-            optimizer,
-            ema,
-            state,
-        },
-    )?;
+    checkpoint::save(&dir, &Snapshot::new(60, &model, &optimizer, &grower))?;
     let restored: Model = checkpoint::load_model(&dir)?;
     let logits = |m: &Model| m.forward(x.clone(), None, &mut Vec::new());
-    assert_eq!(logits(&restored)?.as_vec(), logits(model)?.as_vec());
+    assert_eq!(logits(&restored)?.as_vec(), logits(&model)?.as_vec());
     std::fs::remove_dir_all(&dir).map_err(|source| ModelError::Io { path: dir, source })
 }

@@ -24,14 +24,14 @@ type Slot = dyn for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Stora
     + Sync;
 
 /// Names the lifetime that ties a slot's result to its argument, which a closure alone cannot.
-fn link<F>(f: F) -> Arc<Slot>
+fn link<F>(f: F) -> Box<Slot>
 where
     F: for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Storage<f32>>::Vec, CpuError>
         + Send
         + Sync
         + 'static,
 {
-    Arc::new(f)
+    Box::new(f)
 }
 
 /// The identity under which dfdx keeps a gradient.
@@ -39,8 +39,10 @@ where
 /// Its buffer has one of three lengths: that of the gradient, none once the gradient was taken, and another before any
 /// operation wrote one.
 #[derive(Clone)]
-pub(crate) struct Identity {
-    slot: Arc<Slot>,
+pub(crate) struct Identity(Arc<Place>);
+
+struct Place {
+    slot: Box<Slot>,
     id: UniqueId,
     len: usize,
 }
@@ -55,16 +57,21 @@ impl Identity {
         let mut ids = UnusedTensors::default();
         ids.add(&tensor);
         let ghost = tensor.ghost();
-        Ok(Self {
+        Ok(Self(Arc::new(Place {
             slot: link(move |g| g.get_or_alloc_mut(&ghost)),
             id: ids.ids[0],
             len,
-        })
+        })))
+    }
+
+    /// Number of values of the gradient.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len
     }
 
     /// The buffer, whatever its length.
     fn buffer<'g>(&self, g: &'g mut CpuGradients) -> Result<&'g mut Vec<f32>, CpuError> {
-        Ok(&mut **(self.slot)(g)?)
+        Ok(&mut **(self.0.slot)(g)?)
     }
 
     /// The gradient, if an operation has written one.
@@ -73,7 +80,7 @@ impl Identity {
         g: &'g mut CpuGradients,
     ) -> Result<Option<&'g mut Vec<f32>>, CpuError> {
         let buffer = self.buffer(g)?;
-        Ok((buffer.len() == self.len).then_some(buffer))
+        Ok((buffer.len() == self.0.len).then_some(buffer))
     }
 
     /// Takes the gradient out, if there is one.
@@ -84,10 +91,10 @@ impl Identity {
     /// Writes the gradient, which `backward` keeps from now on.
     pub(crate) fn put(&self, g: &mut CpuGradients, gradient: Vec<f32>) -> Result<(), CpuError> {
         let buffer = self.buffer(g)?;
-        let first = buffer.len() != self.len && !buffer.is_empty();
+        let first = buffer.len() != self.0.len && !buffer.is_empty();
         *buffer = gradient;
         if first && leaves_are_named(g)? {
-            name_leaf(g, self.id)?;
+            name_leaf(g, self.0.id)?;
         }
         Ok(())
     }
@@ -109,7 +116,7 @@ pub(crate) fn leaves_are_named(g: &mut CpuGradients) -> Result<bool, CpuError> {
         copy.drop_non_leafs();
         if answer.buffer(&mut copy)?[0] != UNNAMED {
             answer.buffer(g)?[0] = NAMED;
-            name_leaf(g, answer.id)?;
+            name_leaf(g, answer.0.id)?;
         }
     }
     Ok(answer.buffer(g)?[0] == NAMED)

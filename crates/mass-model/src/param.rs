@@ -85,8 +85,11 @@ impl Param {
         decays: bool,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let d =
-            Uniform::new_inclusive(-bound, bound).map_err(|e| ModelError::Config(e.to_string()))?;
+        let d = Uniform::new_inclusive(-bound, bound).map_err(|_| {
+            ModelError::Config(format!(
+                "values cannot be drawn from U(-b, b) with b {bound}: it must be finite and at least 0"
+            ))
+        })?;
         Self::new(
             (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
@@ -104,7 +107,11 @@ impl Param {
         decays: bool,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let d = Normal::new(0.0, std).map_err(|e| ModelError::Config(e.to_string()))?;
+        let d = Normal::new(0.0, std).map_err(|_| {
+            ModelError::Config(format!(
+                "values cannot be drawn from N(0, s²) with s {std}: it must be finite"
+            ))
+        })?;
         Self::new(
             (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
@@ -209,10 +216,7 @@ impl Param {
     }
 
     pub(crate) fn handle(&self) -> ParamHandle {
-        ParamHandle {
-            identity: self.identity.clone(),
-            len: self.len(),
-        }
+        ParamHandle(self.identity.clone())
     }
 }
 
@@ -234,10 +238,7 @@ impl fmt::Debug for Param {
 
 /// A parameter's place among the gradients, for use inside a backward operation.
 #[derive(Clone)]
-pub(crate) struct ParamHandle {
-    identity: Identity,
-    len: usize,
-}
+pub(crate) struct ParamHandle(Identity);
 
 /// A parameter's gradient, taken out to be added to.
 pub(crate) struct Taken {
@@ -257,19 +258,19 @@ fn zeros(len: usize) -> Vec<f32> {
 impl ParamHandle {
     /// Takes the gradient out (zeros if there is none yet); give it back with [`put`](Self::put).
     pub(crate) fn take(&self, gradients: &mut CpuGradients) -> Result<Vec<f32>, CpuError> {
-        let gradient = self.identity.take(gradients)?;
-        Ok(gradient.unwrap_or_else(|| zeros(self.len)))
+        let gradient = self.0.take(gradients)?;
+        Ok(gradient.unwrap_or_else(|| zeros(self.0.len())))
     }
 
     /// Takes the gradient out without clearing it if it is new; give it back with [`put`](Self::put).
     pub(crate) fn take_stored(&self, gradients: &mut CpuGradients) -> Result<Taken, CpuError> {
-        Ok(match self.identity.take(gradients)? {
+        Ok(match self.0.take(gradients)? {
             Some(values) => Taken {
                 values,
                 store: Store::Add,
             },
             None => Taken {
-                values: take_vec(self.len),
+                values: take_vec(self.0.len()),
                 store: Store::Replace,
             },
         })
@@ -281,7 +282,7 @@ impl ParamHandle {
         gradients: &mut CpuGradients,
         gradient: Vec<f32>,
     ) -> Result<(), CpuError> {
-        self.identity.put(gradients, gradient)
+        self.0.put(gradients, gradient)
     }
 }
 

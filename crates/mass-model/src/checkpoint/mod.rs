@@ -130,6 +130,19 @@ pub struct Snapshot<'a, M, S: ?Sized> {
     pub state: &'a S,
 }
 
+impl<'a, M, S: ?Sized> Snapshot<'a, M, S> {
+    /// Of a run without averaged weights.
+    pub fn new(step: u64, model: &'a M, optimizer: &'a AdamW, state: &'a S) -> Self {
+        Self {
+            step,
+            model,
+            optimizer,
+            ema: None,
+            state,
+        }
+    }
+}
+
 /// A checkpoint read back.
 #[derive(Debug)]
 pub struct Checkpoint<M, S> {

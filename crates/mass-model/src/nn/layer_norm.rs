@@ -24,7 +24,7 @@ impl LayerNorm {
     pub fn new(dim: usize, eps: f32) -> Result<Self, ModelError> {
         if dim == 0 || !eps.is_finite() || eps <= 0.0 {
             return Err(ModelError::Config(format!(
-                "layer norm over {dim} values with eps {eps}"
+                "layer norm over {dim} values with eps {eps}: it needs at least one value, and an eps that is positive and finite"
             )));
         }
         Ok(Self {

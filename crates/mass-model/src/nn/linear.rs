@@ -37,7 +37,7 @@ impl Linear {
     ) -> Result<Self, ModelError> {
         if inp == 0 || out == 0 {
             return Err(ModelError::Config(format!(
-                "a linear layer from {inp} to {out} values"
+                "a linear layer cannot lead from {inp} to {out} values: each must be at least 1"
             )));
         }
         let bound = 1.0 / (inp as f32).sqrt();

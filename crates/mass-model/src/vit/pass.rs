@@ -222,7 +222,12 @@ impl VitClassifier {
     pub fn tokens(&self, size: (usize, usize)) -> Result<usize, ModelError> {
         let (rows, cols) = patch_grid(size, self.config.encoder.patch_size)?;
         let patches = rows.checked_mul(cols).and_then(|n| n.checked_add(1));
-        patches.ok_or_else(|| ModelError::Config(format!("images of {} x {}", size.0, size.1)))
+        patches.ok_or_else(|| {
+            ModelError::Config(format!(
+                "images of {} x {} do not fit into memory",
+                size.0, size.1
+            ))
+        })
     }
 
     /// Mean cross-entropy over the images of a batch, nats, and its gradients; without `dropout` nothing is dropped.

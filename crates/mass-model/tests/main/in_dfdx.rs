@@ -120,12 +120,12 @@ fn every_layer_keeps_its_gradients() {
         let h = cosine.try_forward(h).unwrap();
         let h: Tensor<(usize, Const<D>), f32, Cpu, _> = h.reshape_like(&(9, Const));
         let mut g = above.forward(h).square().mean().backward();
-        let mut all = Vec::new();
-        all.push(bits(&linear, &mut g));
-        all.push(bits(&norm, &mut g));
-        all.push(bits(&network, &mut g));
-        all.push(bits(&cosine, &mut g));
-        all
+        [
+            bits(&linear, &mut g),
+            bits(&norm, &mut g),
+            bits(&network, &mut g),
+            bits(&cosine, &mut g),
+        ]
     };
     let expected = run(CpuGradients::leaky());
     assert!(expected.iter().flatten().all(|(_, g)| g.is_some()));

@@ -325,3 +325,50 @@ fn a_loss_that_is_no_number_makes_no_pass() {
         assert!(matches!(pass.err(), Some(ModelError::NonFinite(_))));
     }
 }
+
+/// What a refusal of a size says: the size, and what it has to be.
+#[test]
+fn sizes_that_cannot_be_are_refused_with_the_rule() {
+    let rng = &mut seeded_rng(0);
+    let zero = "at least 1";
+    let large = "larger than memory";
+    let cases = [
+        (Param::zeros(&[0, 3], true).map(drop), "[0, 3]", zero),
+        (Param::ones(&[2, 0], true).map(drop), "[2, 0]", zero),
+        (Param::uniform(&[0], 1.0, true, rng).map(drop), "[0]", zero),
+        (Param::zeros(&[usize::MAX, 2], true).map(drop), "2]", large),
+        (
+            Param::zeros(&[usize::MAX / 4, 1], true).map(drop),
+            "1]",
+            large,
+        ),
+        (
+            Param::uniform(&[2], -1.0, true, rng).map(drop),
+            "-1",
+            "at least 0",
+        ),
+        (
+            Param::uniform(&[2], f32::NAN, true, rng).map(drop),
+            "NaN",
+            "finite",
+        ),
+        (
+            Param::normal(&[2], f32::INFINITY, true, rng).map(drop),
+            "inf",
+            "finite",
+        ),
+        (Linear::new(0, 3, true, rng).map(drop), "0 to 3", zero),
+        (
+            LayerNorm::new(0, 1e-5).map(drop),
+            "0 values",
+            "at least one",
+        ),
+        (LayerNorm::new(3, -1.0).map(drop), "eps -1", "positive"),
+    ];
+    for (refused, size, rule) in cases {
+        let Err(ModelError::Config(words)) = refused else {
+            panic!("{size} is not refused");
+        };
+        assert!(words.contains(size) && words.contains(rule), "{words}");
+    }
+}
