@@ -44,6 +44,87 @@ impl<C> ClassifierConfig<C> {
     }
 }
 
+/// What every classifier has: feed-forward networks that become mixtures, and a form in checkpoints.
+///
+/// `$layers` is the field with its layers, which have an [`Mlp`] each, and `$layer` the word for one of them. The encoder's
+/// configuration has `hidden_size`, `intermediate_size`, `hidden_act` and `num_hidden_layers`.
+macro_rules! classifier {
+    ($model:ident, $encoder:ty, $kind:literal, $layers:ident $layer:literal) => {
+        impl $model {
+            #[doc = concat!("Makes the feed-forward network of a ", $layer, ", counted from zero, a mixture whose experts are")]
+            /// copies of it, with a gate drawn at random. With weights that sum to one the outputs are at first the same.
+            ///
+            /// # Errors
+            #[doc = concat!("[`ModelError::Config`](crate::ModelError::Config) if there is no such ", $layer, ", it is a mixture")]
+            /// already, or `experts` is zero; [`ModelError::Routing`](crate::ModelError::Routing) if the router's parameters are not
+            /// valid.
+            pub fn convert(
+                &mut self,
+                layer: usize,
+                experts: usize,
+                router: mass_routing::RouterConfig,
+                rng: &mut rand_chacha::ChaCha8Rng,
+            ) -> Result<(), crate::ModelError> {
+                let c = &self.config.encoder;
+                let (dim, hidden) = (c.hidden_size, c.intermediate_size);
+                let mixture = crate::nn::MoeConfig::new(dim, hidden, experts, c.hidden_act, router);
+                self.convert_to(layer, &mixture, rng)
+            }
+
+            /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
+            ///
+            /// # Errors
+            /// As [`convert`](Self::convert); [`ModelError::Config`](crate::ModelError::Config) for a mixture that the network cannot
+            /// become.
+            pub fn convert_to(
+                &mut self,
+                layer: usize,
+                mixture: &crate::nn::MoeConfig,
+                rng: &mut rand_chacha::ChaCha8Rng,
+            ) -> Result<(), crate::ModelError> {
+                let layers = self.$layers.len();
+                let Some(found) = self.$layers.get_mut(layer) else {
+                    let what = format!("there is no {} {layer}, there are {layers}", $layer);
+                    return Err(crate::ModelError::Config(what));
+                };
+                found.mlp.convert(mixture, rng)?;
+                self.config.mixtures.insert(layer, mixture.clone());
+                Ok(())
+            }
+        }
+
+        impl crate::checkpoint::Checkpointed for $model {
+            const KIND: &'static str = $kind;
+            type Config = crate::encoder::ClassifierConfig<$encoder>;
+
+            fn checkpoint_config(&self) -> &Self::Config {
+                &self.config
+            }
+
+            fn from_checkpoint_config(config: &Self::Config) -> Result<Self, crate::ModelError> {
+                let blank = &mut crate::pretrained::Blank;
+                let mut model = Self::build(&config.encoder, config.outputs, blank)?;
+                for (&layer, mixture) in &config.mixtures {
+                    model.convert_to(layer, mixture, &mut crate::seeded_rng(0))?;
+                }
+                Ok(model)
+            }
+
+            fn check_config(&self) -> Result<(), crate::ModelError> {
+                crate::mixtures::check_mixtures(self, self.config.mixtures.values())
+            }
+
+            fn values_at_least(config: &Self::Config) -> Option<u64> {
+                let c = &config.encoder;
+                let (dim, hidden) = (c.hidden_size, c.intermediate_size);
+                let layers = config.layers_at_least(c.num_hidden_layers, dim, hidden)?;
+                layers.checked_add(Self::outer_values(c)?)
+            }
+        }
+    };
+}
+pub(crate) use classifier;
+
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
 pub(crate) enum Mlp {

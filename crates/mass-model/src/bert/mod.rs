@@ -46,7 +46,6 @@ use std::ops::Range;
 use std::path::Path;
 
 use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, SplitTape, Tape};
-use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
@@ -57,7 +56,7 @@ use crate::encoder::Wanted;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
-use crate::nn::{LayerNorm, Linear, MoeConfig};
+use crate::nn::{LayerNorm, Linear};
 use crate::ops::{self, Rows, read};
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
@@ -173,49 +172,6 @@ impl BertClassifier {
     /// Number of outputs.
     pub fn labels(&self) -> usize {
         self.config.outputs
-    }
-
-    /// Makes the feed-forward network of a layer, counted from zero, a mixture whose experts are copies of it, with a gate
-    /// drawn at random. With weights that sum to one the outputs are at first the same.
-    ///
-    /// # Errors
-    /// [`ModelError::Config`] if there is no such layer, it is a mixture already, or `experts` is zero;
-    /// [`ModelError::Routing`] if the router's parameters are not valid.
-    pub fn convert(
-        &mut self,
-        layer: usize,
-        experts: usize,
-        router: RouterConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let BertConfig {
-            hidden_size,
-            intermediate_size,
-            hidden_act,
-            ..
-        } = self.config.encoder;
-        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
-        self.convert_to(layer, &config, rng)
-    }
-
-    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
-    ///
-    /// # Errors
-    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
-    pub fn convert_to(
-        &mut self,
-        layer: usize,
-        mixture: &MoeConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let layers = self.layers.len();
-        let Some(found) = self.layers.get_mut(layer) else {
-            let what = format!("there is no layer {layer}, there are {layers}");
-            return Err(ModelError::Config(what));
-        };
-        found.mlp.convert(mixture, rng)?;
-        self.config.mixtures.insert(layer, mixture.clone());
-        Ok(())
     }
 
     fn encode<T: Tape<f32, Cpu>>(

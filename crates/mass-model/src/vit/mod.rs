@@ -57,19 +57,17 @@ mod trainable;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
+use crate::encoder::classifier;
 pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
-use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
-use crate::mixtures::check_mixtures;
-use crate::nn::{LayerNorm, Linear, MoeConfig};
+use crate::nn::{LayerNorm, Linear};
 use crate::param::Param;
-use crate::pretrained::{Blank, Drawn, Kind, Source, Stored, Weights};
+use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
 use crate::{mixtures, parameters};
 use block::VitBlock;
 
@@ -239,49 +237,6 @@ impl VitClassifier {
         self.config.outputs
     }
 
-    /// Makes the feed-forward network of a block, counted from zero, a mixture whose experts are copies of it, with a gate
-    /// drawn at random. With weights that sum to one the outputs are at first the same.
-    ///
-    /// # Errors
-    /// [`ModelError::Config`] if there is no such block, it is a mixture already, or `experts` is zero;
-    /// [`ModelError::Routing`] if the router's parameters are not valid.
-    pub fn convert(
-        &mut self,
-        block: usize,
-        experts: usize,
-        router: RouterConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let VitConfig {
-            hidden_size,
-            intermediate_size,
-            hidden_act,
-            ..
-        } = self.config.encoder;
-        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
-        self.convert_to(block, &config, rng)
-    }
-
-    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
-    ///
-    /// # Errors
-    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
-    pub fn convert_to(
-        &mut self,
-        block: usize,
-        mixture: &MoeConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let blocks = self.blocks.len();
-        let Some(found) = self.blocks.get_mut(block) else {
-            let what = format!("there is no block {block}, there are {blocks}");
-            return Err(ModelError::Config(what));
-        };
-        found.mlp.convert(mixture, rng)?;
-        self.config.mixtures.insert(block, mixture.clone());
-        Ok(())
-    }
-
     /// The parameters above the first `blocks` blocks: what is trained on [`ImageBatch::Features`].
     ///
     /// # Errors
@@ -305,36 +260,15 @@ parameters!(VitClassifier {
 });
 mixtures!(VitClassifier { blocks });
 
-impl Checkpointed for VitClassifier {
-    const KIND: &'static str = "vision transformer";
-    type Config = ClassifierConfig<VitConfig>;
+classifier!(VitClassifier, VitConfig, "vision transformer", blocks "block");
 
-    fn checkpoint_config(&self) -> &Self::Config {
-        &self.config
-    }
-
-    fn from_checkpoint_config(config: &Self::Config) -> Result<Self, ModelError> {
-        let mut model = Self::build(&config.encoder, config.outputs, &mut Blank)?;
-        for (&block, mixture) in &config.mixtures {
-            model.convert_to(block, mixture, &mut crate::seeded_rng(0))?;
-        }
-        Ok(model)
-    }
-
-    fn check_config(&self) -> Result<(), ModelError> {
-        check_mixtures(self, self.config.mixtures.values())
-    }
-
-    fn values_at_least(config: &Self::Config) -> Option<u64> {
-        let c = &config.encoder;
-        let (d, hidden) = (c.hidden_size, c.intermediate_size);
-        let layers = config.layers_at_least(c.num_hidden_layers, d, hidden)?;
-        let (side, grid) = (
-            c.patch_size as u64,
-            c.image_size.checked_div(c.patch_size)? as u64,
-        );
+impl VitClassifier {
+    /// Values outside the blocks and the head.
+    fn outer_values(c: &VitConfig) -> Option<u64> {
+        let side = c.patch_size as u64;
+        let grid = c.image_size.checked_div(c.patch_size)? as u64;
         let pixels = side.checked_mul(side)?.checked_mul(c.num_channels as u64)?;
         let rows = grid.checked_mul(grid)?.checked_add(pixels)?;
-        layers.checked_add(rows.checked_mul(d as u64)?)
+        rows.checked_mul(c.hidden_size as u64)
     }
 }
