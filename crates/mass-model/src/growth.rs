@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! each step:  pass = train_pass(batch)                  loss and gradients
+//!             model.adapt(pass.layers)                  routers that balance themselves learn
 //!             grower.step(model, optimizer, pass, ..)   observe, decide, split or remove
 //!             optimizer.step(model, gradients, lr)
 //! ```
@@ -19,7 +20,7 @@ use mass_routing::Router;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::lm::{Masked, TrainPass};
+use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::nn::{GateConfig, MoeLayer};
 use crate::optim::AdamW;
 use crate::param::{CpuGradients, Parameters};
@@ -44,6 +45,27 @@ pub trait Mixtures: Parameters {
 
     /// The prefix of its parameters' names.
     fn mixture_name(&self, layer: usize) -> String;
+
+    /// Lets every router that balances itself learn from the plans of a training pass (a balancing bias, a controlled p). Call it
+    /// once a step, before a [`Grower`] changes the pools that the plans are of.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if the traces are of another number of mixture layers, [`ModelError::Routing`] if a plan is of another
+    /// number of experts than its layer.
+    fn adapt(&mut self, layers: &[LayerTrace]) -> Result<(), ModelError> {
+        let (expected, found) = (self.mixtures(), layers.len());
+        if expected != found {
+            return Err(ModelError::shape(
+                "mixture layers traced",
+                &[expected],
+                &[found],
+            ));
+        }
+        for (l, trace) in layers.iter().enumerate() {
+            self.mixture_mut(l).adapt(&trace.plan)?;
+        }
+        Ok(())
+    }
 }
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
@@ -236,8 +258,11 @@ impl Grower {
                 Request::Alignment { layer, expert } => {
                     let moe = model.mixture(layer);
                     let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
-                    let cosine =
-                        alignment(fc1.gradient(&mut pass.gradients)?, fc1.values())?.cosine;
+                    // An expert without tokens has none, and is not to be given one.
+                    let cosine = match fc1.gradient_if_any(&mut pass.gradients)? {
+                        Some(gradient) => alignment(gradient, fc1.values())?.cosine,
+                        None => alignment(&vec![0.0; fc1.len()], fc1.values())?.cosine,
+                    };
                     Answer::Alignment {
                         layer,
                         expert,
@@ -335,9 +360,14 @@ impl Grower {
             return losses(model, masked);
         };
         let moe = model.mixture_mut(layer);
-        let before = moe.expert_mut(half)?;
-        let (row, offset) = (before.gate.values().to_vec(), before.logit_offset);
-        shift.undo(moe, half)?;
+        let gate = moe.expert_mut(half)?;
+        let (row, offset) = (gate.gate.values().to_vec(), gate.logit_offset);
+        // For a look only: no move that averages of weights would have to follow.
+        let (single, single_offset) = shift.without(half, gate)?;
+        gate.gate
+            .values_mut()
+            .copy_from_slice(single.as_deref().unwrap_or(&row));
+        gate.logit_offset = single_offset;
         let found = losses(model, masked);
         let after = model.mixture_mut(layer).expert_mut(half)?;
         after.gate.values_mut().copy_from_slice(&row);

@@ -6,6 +6,7 @@ mod encoder;
 mod error;
 pub mod growth;
 pub mod kernels;
+mod lineage;
 pub mod lm;
 pub mod nn;
 pub mod ops;

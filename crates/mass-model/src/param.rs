@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use crate::error::ModelError;
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::{give_back, take_vec};
+use crate::lineage::Lineage;
 
 /// Gradients of one backward pass, as dfdx hands them out.
 pub type CpuGradients = Gradients<f32, Cpu>;
@@ -54,6 +55,7 @@ pub struct Param {
     shape: Vec<usize>,
     decays: bool,
     slot: Arc<Slot>,
+    lineage: Lineage,
 }
 
 impl Param {
@@ -66,15 +68,20 @@ impl Param {
         if values.len() != count(shape)? {
             return Err(ModelError::shape("parameter", shape, &[values.len()]));
         }
-        // A dfdx tensor made for its identity alone. It has one element, so that dfdx neither allocates nor clears a
-        // gradient of the parameter's size: the first operation that adds to it brings the buffer, and overwrites it.
-        let ghost = Cpu::default().try_tensor_from_vec(vec![0.0], (1,))?.ghost();
+        // A dfdx tensor made for its identity alone. It is tiny, so that dfdx neither allocates nor clears a gradient of the
+        // parameter's size: the first operation that adds to it brings the buffer, and overwrites it. It has another length than
+        // the parameter, so that what dfdx allocates is not taken for a gradient.
+        let len = if values.len() == 1 { 2 } else { 1 };
+        let ghost = Cpu::default()
+            .try_tensor_from_vec(vec![0.0; len], (len,))?
+            .ghost();
         let slot = link(move |g| g.get_or_alloc_mut(&ghost));
         Ok(Self {
             values: Arc::new(values),
             shape: shape.to_vec(),
             decays,
             slot,
+            lineage: Lineage::new(),
         })
     }
 
@@ -146,6 +153,38 @@ impl Param {
         Arc::make_mut(&mut self.values).as_mut_slice()
     }
 
+    /// Gives it other values at once, by no step of an optimiser: a split that parts two gate rows, or the undoing of one.
+    ///
+    /// Averages of weights ([`Ema`](crate::optim::Ema)) are moved by the same difference at once, where what is learnt reaches them
+    /// little by little.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] for another number of values.
+    pub fn move_to(&mut self, values: &[f32]) -> Result<(), ModelError> {
+        if values.len() != self.len() {
+            let (expected, found) = ([self.len()], [values.len()]);
+            return Err(ModelError::shape("values to move to", &expected, &found));
+        }
+        let pairs = values.iter().zip(self.values());
+        let by: Vec<f32> = pairs.map(|(new, old)| new - old).collect();
+        self.values_mut().copy_from_slice(values);
+        self.lineage.moved(by);
+        Ok(())
+    }
+
+    /// A parameter of the same values that is split off this one, in the same model: unlike a clone it begins with the average of
+    /// weights ([`Ema`](crate::optim::Ema)) that this one has.
+    pub fn offspring(&self) -> Self {
+        Self {
+            lineage: self.lineage.of_a_newcomer(),
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn lineage(&self) -> &Lineage {
+        &self.lineage
+    }
+
     /// The sizes: one for a vector, two for a matrix.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -181,13 +220,26 @@ impl Param {
         Ok(slot)
     }
 
+    /// This parameter's gradient, if an operation has added to it: `None` for one that took no part, such as those of an expert
+    /// that no token was routed to.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory is exhausted.
+    pub fn gradient_if_any<'g>(
+        &self,
+        gradients: &'g mut CpuGradients,
+    ) -> Result<Option<&'g mut Vec<f32>>, ModelError> {
+        let slot = &mut **(self.slot)(gradients)?;
+        Ok((slot.len() == self.len()).then_some(slot))
+    }
+
     /// Frees this parameter's gradient; its memory serves the next backward pass.
     ///
     /// # Errors
     /// [`ModelError::Tensor`] if memory is exhausted.
     pub fn clear_gradient(&self, gradients: &mut CpuGradients) -> Result<(), ModelError> {
         let slot = &mut **(self.slot)(gradients)?;
-        give_back(std::mem::replace(slot, vec![0.0]));
+        give_back(std::mem::take(slot));
         Ok(())
     }
 
@@ -201,8 +253,12 @@ impl Param {
 
 impl Clone for Param {
     fn clone(&self) -> Self {
-        Self::new(self.values.to_vec(), &self.shape, self.decays)
-            .expect("the shape was checked when self was made")
+        let copy = Self::new(self.values.to_vec(), &self.shape, self.decays)
+            .expect("the shape was checked when self was made");
+        Self {
+            lineage: self.lineage.of_a_copy(),
+            ..copy
+        }
     }
 }
 

@@ -16,7 +16,8 @@ use crate::param::CpuGradients;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
-/// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
+/// The newcomer gets the source's weights, biases, gate row, full gradient and what its router has learned of it (a balancing
+/// bias). What happens to the source's gradient and
 /// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
 /// back to a clone that preserves the pair's routing mass.
 ///
@@ -31,7 +32,7 @@ pub fn split_expert(
     gradients: &mut CpuGradients,
 ) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
-    let mut newcomer = layer.experts()[index].clone();
+    let mut newcomer = layer.experts()[index].offspring();
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
@@ -46,7 +47,11 @@ pub fn split_expert(
                 (&old.fc1.0, &newcomer.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
-                let mut whole = std::mem::take(a.gradient(gradients)?);
+                // No token, no gradient: neither half gets one.
+                let Some(whole) = a.gradient_if_any(gradients)? else {
+                    continue;
+                };
+                let mut whole = std::mem::take(whole);
                 let copy = b.gradient(gradients);
                 let divided = copy.and_then(|copy| {
                     let rows = a.values();
@@ -84,11 +89,8 @@ pub fn split_expert(
                 BisectParams::default(),
             ) {
                 Ok(halves) => {
-                    old.gate.values_mut().copy_from_slice(&halves.source_row);
-                    newcomer
-                        .gate
-                        .values_mut()
-                        .copy_from_slice(&halves.newcomer_row);
+                    old.gate.move_to(&halves.source_row)?;
+                    newcomer.gate.move_to(&halves.newcomer_row)?;
                     old.logit_offset = halves.source_offset;
                     newcomer.logit_offset = halves.newcomer_offset;
                 }
@@ -108,7 +110,7 @@ pub fn split_expert(
     let (rows, offsets) = shift::between(&row, offset, halves);
     Ok(GateShift {
         source,
-        newcomer: layer.push(newcomer)?,
+        newcomer: layer.push_split(newcomer, source)?,
         rows,
         offsets,
     })
@@ -159,8 +161,10 @@ fn copy_gradients(
         pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
     }
     for (a, b) in pairs {
-        let copy = a.gradient(gradients)?.clone();
-        *b.gradient(gradients)? = copy;
+        if let Some(gradient) = a.gradient_if_any(gradients)? {
+            let copy = gradient.clone();
+            *b.gradient(gradients)? = copy;
+        }
     }
     Ok(())
 }

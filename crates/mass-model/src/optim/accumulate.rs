@@ -10,7 +10,8 @@ use crate::param::{CpuGradients, Parameters};
 /// alone passes through without a change of a bit.
 ///
 /// Gradients are kept by parameter name. One that appears between two micro-batches (an expert just split off) counts as
-/// zero in those before, and one that vanishes is dropped.
+/// zero in those before, and one that vanishes is dropped. A micro-batch in which a parameter has no gradient (that of an expert
+/// which is routed no token there) counts as zero for it; a parameter without a gradient in all of them has none in the end.
 ///
 /// ```
 /// use mass_model::optim::GradientAccumulator;
@@ -86,23 +87,29 @@ impl GradientAccumulator {
             if outcome.is_err() {
                 return;
             }
-            let g = match param.gradient(gradients) {
+            let g = match param.gradient_if_any(gradients) {
                 Ok(g) => g,
                 Err(e) => {
                     outcome = Err(e);
                     return;
                 }
             };
-            let mut mean = before
-                .remove(&name)
-                .unwrap_or_else(|| vec![0.0; param.len()]);
-            if share == 1.0 {
-                mean.copy_from_slice(g);
-            } else {
-                for (mean, g) in mean.iter_mut().zip(g.iter()) {
-                    *mean += (g - *mean) * share;
+            let mean = match (before.remove(&name), g) {
+                (None, None) => return,
+                (_, Some(g)) if share == 1.0 => g.clone(),
+                (Some(mut mean), None) => {
+                    mean.iter_mut()
+                        .for_each(|mean| *mean += (0.0 - *mean) * share);
+                    mean
                 }
-            }
+                (mean, Some(g)) => {
+                    let mut mean = mean.unwrap_or_else(|| vec![0.0; param.len()]);
+                    for (mean, g) in mean.iter_mut().zip(g.iter()) {
+                        *mean += (g - *mean) * share;
+                    }
+                    mean
+                }
+            };
             self.means.insert(name, mean);
         });
         outcome
@@ -128,20 +135,17 @@ impl GradientAccumulator {
             if outcome.is_err() {
                 return;
             }
-            match param.gradient(gradients) {
-                Ok(g) => match means.remove(&name) {
-                    Some(mean) if mean.len() == g.len() => *g = mean,
-                    Some(mean) => {
-                        outcome = Err(ModelError::shape(
-                            format!("accumulated gradient of {name}"),
-                            &[g.len()],
-                            &[mean.len()],
-                        ));
-                    }
-                    None => g.fill(0.0),
-                },
-                Err(e) => outcome = Err(e),
-            }
+            outcome = match means.remove(&name) {
+                Some(mean) if mean.len() == param.len() => {
+                    param.gradient(gradients).map(|g| *g = mean)
+                }
+                Some(mean) => Err(ModelError::shape(
+                    format!("accumulated gradient of {name}"),
+                    &[param.len()],
+                    &[mean.len()],
+                )),
+                None => param.clear_gradient(gradients),
+            };
         });
         outcome
     }

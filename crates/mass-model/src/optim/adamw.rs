@@ -29,6 +29,7 @@ use crate::param::{CpuGradients, Parameters};
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,
@@ -89,6 +90,12 @@ pub struct ParameterState {
 /// updates of that very parameter: a newcomer's first update is as large as anyone's first, where one global count would
 /// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
 /// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
+///
+/// A parameter without a gradient ([`Param::gradient_if_any`](crate::Param::gradient_if_any)) is passed over, as PyTorch passes over
+/// one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and biases of
+/// an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move on by
+/// momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a gradient in
+/// every batch, zero or not; like a row of PyTorch's `Linear` it decays and moves. A gradient of zero is a gradient.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -145,7 +152,7 @@ impl AdamW {
         &self.config
     }
 
-    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. The gradients are used up: their memory
+    /// Updates every parameter of `model` that has a gradient, at learning rate `lr`. The gradients are used up: their memory
     /// serves the next backward pass. Returns the norm of all gradients.
     ///
     /// # Errors
@@ -172,8 +179,9 @@ impl AdamW {
             if failed.is_some() {
                 return;
             }
-            match param.gradient(gradients) {
-                Ok(g) => {
+            match param.gradient_if_any(gradients) {
+                Ok(None) => {}
+                Ok(Some(g)) => {
                     let own = sum_of_squares(g);
                     if !own.is_finite() {
                         failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
@@ -210,6 +218,14 @@ impl AdamW {
             if outcome.is_err() {
                 return;
             }
+            let g = match param.gradient_if_any(gradients) {
+                Ok(Some(g)) => std::mem::take(g),
+                Ok(None) => return,
+                Err(e) => {
+                    outcome = Err(e);
+                    return;
+                }
+            };
             let n = param.len();
             let (decay, lr_scale) = decide(groups, weight_decay, &name, param);
             let state = self.state.entry(name).or_insert_with(|| ParameterState {
@@ -231,10 +247,8 @@ impl AdamW {
                 bias2: (1.0 - beta2.powi(t)) as f32,
                 gradient_scale: gradient_scale as f32,
             };
-            outcome = param.gradient(gradients).map(std::mem::take).map(|g| {
-                update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
-                give_back(g);
-            });
+            update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
+            give_back(g);
         });
         outcome.map(|()| norm)
     }
