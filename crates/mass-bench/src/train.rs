@@ -8,7 +8,6 @@ use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{Activation, ModelError};
-use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
@@ -33,9 +32,15 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let mut run = Run::new("mass", args.seed);
     run.variant = Some(args.variant.to_string());
+    run.setting = args.router.as_ref().map(ToString::to_string);
     run.experts_init = Some(args.experts);
     let config = config(args, run.key().to_string());
     check(&config)?;
+    variants::check_router(
+        &config.model.block.moe.router,
+        args.experts,
+        config.growth.as_ref(),
+    )?;
     let data = format!("{:016x}", text.digest());
     let (probe, test) = held_out(&text, args)?;
     let mut store = ctx.open_train_store(args, &serde_json::json!({ "text": data }))?;
@@ -182,17 +187,18 @@ fn held_out(
 }
 
 fn config(args: &TrainArgs, run: String) -> TrainerConfig {
-    let combine = variants::combine(args.variant);
-    let moe = MoeConfig::new(
-        args.dim,
-        args.hidden,
-        args.experts,
-        Activation::GeluErf,
-        RouterConfig::TopP {
-            p: args.p as f32,
-            combine,
-        },
-    );
+    let router = variants::router(args.router.as_ref(), args.variant, args.p as f32);
+    let router = router.with_experts(args.experts);
+    let moe = MoeConfig {
+        gate: variants::gate(&router),
+        ..MoeConfig::new(
+            args.dim,
+            args.hidden,
+            args.experts,
+            Activation::GeluErf,
+            router,
+        )
+    };
     let steps = args.steps as u64;
     let mut growth = variants::growth(
         args.variant,

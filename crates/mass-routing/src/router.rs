@@ -84,9 +84,10 @@ pub trait Router: Send {
             RoutingError::NoExperts
         } else {
             let tokens = logits.len() / experts;
+            // A view would take a slice that is longer than it.
             match ArrayView2::from_shape((tokens, experts), logits) {
-                Ok(logits) => return self.route(logits, mask, plan),
-                Err(_) => RoutingError::ShapeMismatch {
+                Ok(view) if view.len() == logits.len() => return self.route(view, mask, plan),
+                _ => RoutingError::ShapeMismatch {
                     what: "logits (whole rows of one for each expert)",
                     expected: tokens * experts,
                     found: logits.len(),

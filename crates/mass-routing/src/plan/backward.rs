@@ -90,6 +90,8 @@ impl RoutingPlan {
             expected: n * k,
             found,
         };
+        // A view would take a slice that is longer than it.
+        same("d_logits (tokens x experts)", n * k, found)?;
         ArrayViewMut2::from_shape((n, k), d_logits).map_err(wrong)
     }
 

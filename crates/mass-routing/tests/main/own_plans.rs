@@ -280,6 +280,10 @@ fn slices_route_as_views_do_and_are_checked() {
     let short = router
         .backward_slice(&a, &d_weights, &mut vec![0.0; n * k - 1])
         .unwrap_err();
+    for wrong in [0, n * k + 1, n * k + k] {
+        let refused = router.backward_slice(&a, &d_weights, &mut vec![0.0; wrong]);
+        assert!(refused.is_err(), "{wrong}");
+    }
     assert!(
         matches!(
             short,

@@ -76,6 +76,7 @@ fn every_method_resumes_to_the_same_bits() {
         Method::Mass(MassSetting {
             variant,
             p: 0.5,
+            router: None,
             live_percent: Some(90),
             experts: 3,
             experts_max: 5,
@@ -84,7 +85,11 @@ fn every_method_resumes_to_the_same_bits() {
     };
     let methods = [
         Method::Dense,
-        Method::Static { experts: 3, k: 2 },
+        Method::Static {
+            experts: 3,
+            k: 2,
+            router: None,
+        },
         Method::DynMoe {
             experts: 3,
             experts_max: 5,
@@ -157,6 +162,7 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
         Method::Mass(MassSetting {
             variant,
             p: 0.5,
+            router: None,
             live_percent: None,
             experts: 3,
             experts_max: 5,
