@@ -571,6 +571,56 @@ mod tests {
 
     /// Experts that know the entity and nothing else differ between entities as far as they can, and not between properties.
     #[test]
+    fn a_chosen_router_makes_one_run_of_those_that_differ_by_their_routing() {
+        let runs = |more: &[&str]| {
+            let line = [
+                "synthetic",
+                "--preset",
+                "full",
+                "--seeds",
+                "1",
+                "--task",
+                "vocab50",
+            ];
+            let args = ReproduceArgs::parsed(&[&line[..], more].concat());
+            (
+                Plan::chosen(&args),
+                Plan::chosen(&args).runs(&args),
+                check(&args),
+            )
+        };
+        let (plan, own, _) = runs(&[]);
+        assert!(serde_json::to_value(&plan).unwrap().get("router").is_none());
+        let (plan, chosen, checked) = runs(&["--router", "expert_choice:capacity=1.5"]);
+        checked.unwrap();
+        assert_eq!(
+            serde_json::to_value(&plan).unwrap()["router"]["capacity"],
+            1.5
+        );
+        // 4 sizes of the static pool, each with up to 4 k, and MASS with two p, each in 5 ways.
+        assert_eq!((own.len(), chosen.len()), (4 * 4 - 1 + 10, 4 + 5));
+        for planned in &chosen {
+            assert!(
+                planned
+                    .run
+                    .key()
+                    .to_string()
+                    .contains("expert_choice:capacity=1.5")
+            );
+            let router = config(&plan, planned).model.block.moe.router;
+            assert_eq!(
+                router.to_string(),
+                "expert_choice:capacity=1.5,combine=renormalised"
+            );
+        }
+        let refused = runs(&["--router", "top_k:k=6"]).2.unwrap_err().to_string();
+        assert!(
+            refused.contains("takes 6 experts a token, and the pool begins with 5"),
+            "{refused}"
+        );
+    }
+
+    #[test]
     fn experts_of_entities_are_told_from_experts_of_properties() {
         let ginc = Ginc::generate(&GincParams::new(50).check().unwrap());
         let (entities, properties) = (ginc.entities(), ginc.properties());
