@@ -187,14 +187,14 @@ impl AdamW {
                         failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
                     }
                     squares += own;
-                    if let Some(s) = self.state.get(&name)
-                        && s.m.len() != param.len()
-                    {
-                        let what = format!("moments of {name}");
-                        failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
-                    }
                 }
                 Err(e) => failed = Some(e),
+            }
+            if let Some(s) = self.state.get(&name)
+                && s.m.len() != param.len()
+            {
+                let what = format!("moments of {name}");
+                failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
         });
         if let Some(e) = failed {

@@ -150,20 +150,20 @@ impl Ema {
         model.visit("", &mut |name, param| {
             names.insert(param.lineage().id, name);
         });
-        let mut births = Vec::new();
+        // In the order of their births: a newcomer may itself be the source of the next.
+        let mut births = BTreeMap::new();
         model.visit("", &mut |name, param| {
-            let parent = param.lineage().parent.and_then(|id| names.get(&id));
-            if let Some(parent) = parent
-                && !self.shadow.contains_key(&name)
-                && let Some(average) = self.shadow.get(parent)
-                && average.len() == param.len()
-            {
-                births.push((name, parent.clone(), average.clone()));
+            let Lineage { id, parent, .. } = param.lineage();
+            let parent = parent.and_then(|id| names.get(&id));
+            if let (Some(parent), false) = (parent, self.shadow.contains_key(&name)) {
+                births.insert(*id, (name, parent.clone()));
             }
         });
-        for (name, parent, average) in births {
-            self.shadow.insert(name.clone(), average);
-            self.adopted.insert(name, parent);
+        for (name, parent) in births.into_values() {
+            if let Some(average) = self.shadow.get(&parent) {
+                self.shadow.insert(name.clone(), average.clone());
+                self.adopted.insert(name, parent);
+            }
         }
         model.visit("", &mut |name, param| {
             if let Some(average) = self.shadow.get_mut(&name) {

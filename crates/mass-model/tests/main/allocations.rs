@@ -242,7 +242,7 @@ fn run_operations() {
     let found = [
         (
             "linear",
-            OPS[0],
+            3.5,
             of(&mut || {
                 back(
                     ops::linear(x.leaky_trace(), &square, Some(&bias)).unwrap(),
@@ -252,7 +252,7 @@ fn run_operations() {
         ),
         (
             "layer norm",
-            OPS[1],
+            3.5,
             of(&mut || {
                 back(
                     ops::layer_norm(x.leaky_trace(), &bias, &bias, 1e-5).unwrap(),
@@ -262,7 +262,7 @@ fn run_operations() {
         ),
         (
             "attention",
-            OPS[2],
+            7.8,
             of(&mut || {
                 back(
                     ops::self_attention(qkv.leaky_trace(), &sequences, attention).unwrap(),
@@ -272,17 +272,17 @@ fn run_operations() {
         ),
         (
             "feed-forward",
-            OPS[3],
+            10.0,
             of(&mut || back(network.try_forward(x.leaky_trace()).unwrap(), &of_network)),
         ),
         (
             "mixture",
-            OPS[4],
+            13.0,
             of(&mut || back(mixture.try_forward(x.leaky_trace()).unwrap(), &of_mixture)),
         ),
         (
             "embedding",
-            OPS[5],
+            2.5,
             of(&mut || {
                 back(
                     ops::embedding(&[(&square, &ids)], OwnedTape::default()).unwrap(),
@@ -292,18 +292,17 @@ fn run_operations() {
         ),
         (
             "dropout",
-            OPS[6],
+            3.5,
             of(&mut || back(ops::dropout(x.leaky_trace(), keys).unwrap(), &[])),
         ),
         (
             "residual",
-            OPS[7],
+            3.5,
             of(&mut || back(ops::add(x.leaky_trace(), &x, keys).unwrap(), &[])),
         ),
     ];
-    for (name, limit, units) in found {
-        println!("{name}: {units:.3} of {limit}");
-    }
+    // The result, its gradient and the input's are three units, but for attention, whose input is of three, and the embedding,
+    // which has none. The matrix product's packing comes on top, as in the kernels above.
     for (name, limit, units) in found {
         assert!(
             units <= limit,
@@ -311,5 +310,3 @@ fn run_operations() {
         );
     }
 }
-
-const OPS: [f64; 8] = [0.0; 8];

@@ -132,15 +132,13 @@ impl Batch<'_> {
             blocks[0].fill(self, kernel, offsets, &mut plan.scores);
         }
         #[cfg(feature = "rayon")]
-        if count == 1 {
-            // Done.
-        } else if self.keep_scores {
+        if count > 1 && self.keep_scores {
             let parts = blocks
                 .par_iter_mut()
                 .zip(offsets.par_chunks_mut(size))
                 .zip(plan.scores.par_chunks_mut(size * k));
             parts.for_each(|((block, offsets), scores)| block.fill(self, kernel, offsets, scores));
-        } else {
+        } else if count > 1 {
             let parts = blocks.par_iter_mut().zip(offsets.par_chunks_mut(size));
             parts.for_each(|(block, offsets)| block.fill(self, kernel, offsets, &mut []));
         }
