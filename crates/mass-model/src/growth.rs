@@ -259,7 +259,7 @@ impl Grower {
                     let moe = model.mixture(layer);
                     let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
                     // An expert without tokens has none, and is not to be given one.
-                    let cosine = match fc1.gradient_if_any(&mut pass.gradients)? {
+                    let cosine = match fc1.find_gradient(&mut pass.gradients)? {
                         Some(gradient) => alignment(gradient, fc1.values())?.cosine,
                         None => alignment(&vec![0.0; fc1.len()], fc1.values())?.cosine,
                     };

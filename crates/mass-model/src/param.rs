@@ -225,12 +225,29 @@ impl Param {
     ///
     /// # Errors
     /// [`ModelError::Tensor`] if memory is exhausted.
-    pub fn gradient_if_any<'g>(
+    pub fn find_gradient<'g>(
         &self,
         gradients: &'g mut CpuGradients,
     ) -> Result<Option<&'g mut Vec<f32>>, ModelError> {
         let slot = &mut **(self.slot)(gradients)?;
         Ok((slot.len() == self.len()).then_some(slot))
+    }
+
+    /// Gives this parameter a gradient, in place of any that it has.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if there is not one value for each of the parameter's.
+    pub fn set_gradient(
+        &self,
+        gradients: &mut CpuGradients,
+        gradient: Vec<f32>,
+    ) -> Result<(), ModelError> {
+        if gradient.len() != self.len() {
+            let (expected, actual) = ([self.len()], [gradient.len()]);
+            return Err(ModelError::shape("gradient", &expected, &actual));
+        }
+        **(self.slot)(gradients)? = gradient;
+        Ok(())
     }
 
     /// Frees this parameter's gradient; its memory serves the next backward pass.

@@ -84,6 +84,6 @@ pub(super) fn observe_with(
 
 fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {
     // An expert without tokens has no gradient, and is not to be given one: an optimiser passes it over.
-    let gradient = param.gradient_if_any(gradients)?;
+    let gradient = param.find_gradient(gradients)?;
     Ok(gradient.map_or(0.0, |g| crate::optim::sum_of_squares(g)))
 }

@@ -48,7 +48,7 @@ pub fn split_expert(
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
                 // No token, no gradient: neither half gets one.
-                let Some(whole) = a.gradient_if_any(gradients)? else {
+                let Some(whole) = a.find_gradient(gradients)? else {
                     continue;
                 };
                 let mut whole = std::mem::take(whole);
@@ -161,7 +161,7 @@ fn copy_gradients(
         pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
     }
     for (a, b) in pairs {
-        if let Some(gradient) = a.gradient_if_any(gradients)? {
+        if let Some(gradient) = a.find_gradient(gradients)? {
             let copy = gradient.clone();
             *b.gradient(gradients)? = copy;
         }

@@ -204,7 +204,7 @@ fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 /// `y[t] = Σ_e w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`. Gradients reach the experts, the gate rows and `x`, the
 /// latter both through the experts and through the gate, where the gradients of the routing `losses` join. `mask`, if
 /// given, says which experts are in use. The matrices and biases of an expert that no token is routed to get no gradient, not one
-/// of zero ([`Param::gradient_if_any`]); its gate row gets one.
+/// of zero ([`Param::find_gradient`]); its gate row gets one.
 ///
 /// Returns the output and the plan that made it.
 ///

@@ -87,7 +87,7 @@ impl GradientAccumulator {
             if outcome.is_err() {
                 return;
             }
-            let g = match param.gradient_if_any(gradients) {
+            let g = match param.find_gradient(gradients) {
                 Ok(g) => g,
                 Err(e) => {
                     outcome = Err(e);
@@ -136,9 +136,7 @@ impl GradientAccumulator {
                 return;
             }
             outcome = match means.remove(&name) {
-                Some(mean) if mean.len() == param.len() => {
-                    param.gradient(gradients).map(|g| *g = mean)
-                }
+                Some(mean) if mean.len() == param.len() => param.set_gradient(gradients, mean),
                 Some(mean) => Err(ModelError::shape(
                     format!("accumulated gradient of {name}"),
                     &[param.len()],

@@ -91,7 +91,7 @@ pub struct ParameterState {
 /// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
 /// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
 ///
-/// A parameter without a gradient ([`Param::gradient_if_any`](crate::Param::gradient_if_any)) is passed over, as PyTorch passes over
+/// A parameter without a gradient ([`Param::find_gradient`](crate::Param::find_gradient)) is passed over, as PyTorch passes over
 /// one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and biases of
 /// an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move on by
 /// momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a gradient in
@@ -179,7 +179,7 @@ impl AdamW {
             if failed.is_some() {
                 return;
             }
-            match param.gradient_if_any(gradients) {
+            match param.find_gradient(gradients) {
                 Ok(None) => {}
                 Ok(Some(g)) => {
                     let own = sum_of_squares(g);
@@ -218,7 +218,7 @@ impl AdamW {
             if outcome.is_err() {
                 return;
             }
-            let g = match param.gradient_if_any(gradients) {
+            let g = match param.find_gradient(gradients) {
                 Ok(Some(g)) => std::mem::take(g),
                 Ok(None) => return,
                 Err(e) => {

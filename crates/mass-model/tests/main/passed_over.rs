@@ -35,7 +35,7 @@ fn step(optimizer: &mut AdamW, values: &mut Values, gradients: &[Option<f32>]) {
     let mut all = CpuGradients::leaky();
     for ((_, param), gradient) in values.0.iter().zip(gradients) {
         if let Some(g) = gradient {
-            param.gradient(&mut all).unwrap()[0] = *g;
+            param.set_gradient(&mut all, vec![*g]).unwrap();
         }
     }
     optimizer.step(values, &mut all, 0.1).unwrap();
@@ -114,11 +114,12 @@ fn a_parameter_without_a_gradient_stays_as_it_is_to_the_bit() {
     // One that was cleared is none.
     let mut gradients = CpuGradients::leaky();
     let param = &values.0[0].1;
-    assert!(param.gradient_if_any(&mut gradients).unwrap().is_none());
-    param.gradient(&mut gradients).unwrap();
-    assert!(param.gradient_if_any(&mut gradients).unwrap().is_some());
+    assert!(param.find_gradient(&mut gradients).unwrap().is_none());
+    param.set_gradient(&mut gradients, vec![0.0]).unwrap();
+    assert!(param.set_gradient(&mut gradients, vec![0.0; 2]).is_err());
+    assert!(param.find_gradient(&mut gradients).unwrap().is_some());
     param.clear_gradient(&mut gradients).unwrap();
-    assert!(param.gradient_if_any(&mut gradients).unwrap().is_none());
+    assert!(param.find_gradient(&mut gradients).unwrap().is_none());
 }
 
 /// A layer, and its gradients for inputs that leave the experts of `idle` without tokens.
@@ -185,11 +186,11 @@ fn one_pass_in_which_an_expert_has_tokens_is_enough() {
     let mut accumulator = GradientAccumulator::new();
     accumulator.add(&layer, &mut first, 1.0).unwrap();
     let mut second = pass(&layer, &[1, 2]);
-    assert!(fc1(1).gradient_if_any(&mut second).unwrap().is_none());
+    assert!(fc1(1).find_gradient(&mut second).unwrap().is_none());
     accumulator.add(&layer, &mut second, 3.0).unwrap();
     accumulator.mean_into(&layer, &mut second).unwrap();
     // A quarter of the rows had tokens for it.
-    let mean = fc1(1).gradient_if_any(&mut second).unwrap().unwrap();
+    let mean = fc1(1).find_gradient(&mut second).unwrap().unwrap();
     for (mean, alone) in mean.iter().zip(&alone) {
         assert!((mean - alone * 0.25).abs() < 1e-7);
     }
@@ -201,6 +202,6 @@ fn one_pass_in_which_an_expert_has_tokens_is_enough() {
     }
     let mut mean = pass(&layer, &[]);
     accumulator.mean_into(&layer, &mut mean).unwrap();
-    assert!(fc1(1).gradient_if_any(&mut mean).unwrap().is_none());
-    assert!(fc1(0).gradient_if_any(&mut mean).unwrap().is_some());
+    assert!(fc1(1).find_gradient(&mut mean).unwrap().is_none());
+    assert!(fc1(0).find_gradient(&mut mean).unwrap().is_some());
 }
