@@ -155,6 +155,7 @@ impl Trainer {
             .model
             .train_pass(&batch.inputs, &batch.targets, batch.length)
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.progress.grower {
             let losses =
                 |model: &LanguageModel, on, masked| losses(model, (on, masked), &batch, feed.probe);

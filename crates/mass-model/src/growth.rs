@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! each step:  pass = train_pass(batch)                  loss and gradients
+//!             model.adapt(pass.layers)                  routers that balance themselves learn
 //!             grower.step(model, optimizer, pass, ..)   observe, decide, split or remove
 //!             optimizer.step(model, gradients, lr)
 //! ```
@@ -232,11 +233,16 @@ impl Grower {
             let answer = match request {
                 Request::Alignment { layer, expert } => {
                     let moe = model.mixture(layer);
-                    let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
+                    let place = moe.index_of(expert)?;
+                    let load = pass.layers[layer].plan.load(place);
+                    let fc1 = &moe.experts()[place].fc1.0;
                     let gradient = fc1.find_gradient(&mut pass.gradients)?;
-                    let gradient = gradient
-                        .ok_or_else(|| ModelError::NoGradient(format!("expert {expert}")))?;
-                    let cosine = alignment(gradient, fc1.values())?.cosine;
+                    let cosine = match gradient {
+                        Some(gradient) => alignment(gradient, fc1.values())?.cosine,
+                        // An expert without tokens has none.
+                        None if load == 0 => alignment(&vec![0.0; fc1.len()], fc1.values())?.cosine,
+                        None => return Err(ModelError::NoGradient(format!("expert {expert}"))),
+                    };
                     Answer::Alignment {
                         layer,
                         expert,
@@ -334,9 +340,14 @@ impl Grower {
             return losses(model, masked);
         };
         let moe = model.mixture_mut(layer);
-        let before = moe.expert_mut(half)?;
-        let (row, offset) = (before.gate.values().to_vec(), before.logit_offset);
-        shift.undo(moe, half)?;
+        let gate = moe.expert_mut(half)?;
+        let (row, offset) = (gate.gate.values().to_vec(), gate.logit_offset);
+        // For a look only: no move that averages of weights would have to follow.
+        let (single, single_offset) = shift.without(half, gate)?;
+        gate.gate
+            .values_mut()
+            .copy_from_slice(single.as_deref().unwrap_or(&row));
+        gate.logit_offset = single_offset;
         let found = losses(model, masked);
         let after = model.mixture_mut(layer).expert_mut(half)?;
         after.gate.values_mut().copy_from_slice(&row);

@@ -8,6 +8,7 @@ mod gradients;
 pub mod growth;
 #[doc(hidden)]
 pub mod kernels;
+mod lineage;
 pub mod lm;
 mod mixtures;
 pub mod nn;

@@ -3,7 +3,7 @@
 use crate::error::ModelError;
 use crate::nn::{Block, MoeConfig, MoeLayer};
 use crate::param::{Parameters, join};
-use crate::pass::Masked;
+use crate::pass::{LayerTrace, Masked};
 
 /// A model with mixture layers, counted among themselves, bottom first.
 ///
@@ -68,6 +68,23 @@ pub trait Mixtures: Parameters {
         let mut all = Vec::new();
         self.visit_mixtures_mut("", &mut |_, moe| all.push(moe));
         all.into_iter().nth(layer).expect(MISSING)
+    }
+
+    /// Lets every router that balances itself learn from the plans of a training pass (a balancing bias, a controlled p). Call it
+    /// once a step, before a [`Grower`](crate::growth::Grower) changes the pools that the plans are of.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if the traces are of another number of mixture layers, [`ModelError::Routing`] if a plan is of another
+    /// number of experts than its layer.
+    fn adapt(&mut self, layers: &[LayerTrace]) -> Result<(), ModelError> {
+        let (expected, found) = (self.mixtures(), layers.len());
+        if expected != found {
+            return Err(ModelError::shape("mixture layers traced", &[expected], &[found]));
+        }
+        for (l, trace) in layers.iter().enumerate() {
+            self.mixture_mut(l).adapt(&trace.plan)?;
+        }
+        Ok(())
     }
 
     /// The prefix of its parameters' names; empty if the layer is all there is.

@@ -12,6 +12,7 @@ use crate::error::ModelError;
 use crate::gradients::{CpuGradients, Identity};
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::{give_back, take_vec};
+use crate::lineage::Lineage;
 
 /// Number of values of a shape.
 fn count(shape: &[usize]) -> Result<usize, ModelError> {
@@ -39,6 +40,7 @@ pub struct Param {
     shape: Vec<usize>,
     decays: bool,
     identity: Identity,
+    lineage: Lineage,
 }
 
 impl Param {
@@ -56,6 +58,7 @@ impl Param {
             values: Arc::new(values),
             shape: shape.to_vec(),
             decays,
+            lineage: Lineage::new(),
         })
     }
 
@@ -134,6 +137,38 @@ impl Param {
         Arc::make_mut(&mut self.values).as_mut_slice()
     }
 
+    /// Gives it other values at once, by no step of an optimiser: a split that parts two gate rows, or the undoing of one.
+    ///
+    /// Averages of weights ([`Ema`](crate::optim::Ema)) are moved by the same difference at once, where what is learnt reaches them
+    /// little by little.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] for another number of values.
+    pub fn move_to(&mut self, values: &[f32]) -> Result<(), ModelError> {
+        if values.len() != self.len() {
+            let (expected, found) = ([self.len()], [values.len()]);
+            return Err(ModelError::shape("values to move to", &expected, &found));
+        }
+        let pairs = values.iter().zip(self.values());
+        let by: Vec<f32> = pairs.map(|(new, old)| new - old).collect();
+        self.values_mut().copy_from_slice(values);
+        self.lineage.moved(by);
+        Ok(())
+    }
+
+    /// A parameter of the same values that is split off this one, in the same model: unlike a clone it begins with the average of
+    /// weights ([`Ema`](crate::optim::Ema)) that this one has.
+    pub fn offspring(&self) -> Self {
+        Self {
+            lineage: self.lineage.of_a_newcomer(),
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn lineage(&self) -> &Lineage {
+        &self.lineage
+    }
+
     /// The sizes: one for a vector, two for a matrix.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -166,7 +201,8 @@ impl Param {
         self.find_gradient(gradients)?.ok_or_else(missing)
     }
 
-    /// This parameter's gradient, if there is one: see [`gradient`](Self::gradient).
+    /// This parameter's gradient, if an operation has written one: see [`gradient`](Self::gradient). There is none for a parameter
+    /// that took no part, such as those of an expert that no token was routed to.
     ///
     /// # Errors
     /// [`ModelError::Tensor`] if memory is exhausted.
@@ -222,8 +258,12 @@ impl Param {
 
 impl Clone for Param {
     fn clone(&self) -> Self {
-        Self::new(self.values.to_vec(), &self.shape, self.decays)
-            .expect("the shape was checked when self was made")
+        let copy = Self::new(self.values.to_vec(), &self.shape, self.decays)
+            .expect("the shape was checked when self was made");
+        Self {
+            lineage: self.lineage.of_a_copy(),
+            ..copy
+        }
     }
 }
 

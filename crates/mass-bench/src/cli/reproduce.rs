@@ -1,11 +1,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use mass_routing::RouterConfig;
 
 use super::{Device, Preset, Variant, threads, usable, within};
 use crate::{
     BenchError,
     study::{self, Study},
+    variants,
 };
 
 /// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
@@ -30,6 +32,9 @@ pub struct ReproduceCommand {
     /// Whose expansion rules [default: all that the preset has; quick of glue and dg: paper]
     #[arg(long, value_enum)]
     pub variant: Option<Variant>,
+    /// How tokens choose experts in the methods mass and static, as for `train`; the others are what their routing is
+    #[arg(long, value_name = "ROUTER")]
+    pub router: Option<String>,
     /// Data sets [default: $MASS_DATA_DIR]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -57,7 +62,7 @@ pub struct ReproduceCommand {
 }
 
 /// A checked `reproduce`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ReproduceArgs {
     /// A study that exists.
     pub study: String,
@@ -71,6 +76,8 @@ pub struct ReproduceArgs {
     pub task: Option<String>,
     /// Whose rules; `None`: all that the preset has, of the studies that fine-tune in `quick` the paper's.
     pub variant: Option<Variant>,
+    /// How tokens choose experts in the methods mass and static; `None`: as the method says.
+    pub router: Option<RouterConfig>,
     /// Data sets: an existing directory, from --data or $MASS_DATA_DIR.
     pub data: Option<PathBuf>,
     /// Models: an existing directory, from --models or $MASS_MODELS_DIR.
@@ -202,6 +209,7 @@ impl ReproduceCommand {
             methods: self.methods.clone(),
             task: self.task.clone(),
             variant: self.variant,
+            router: variants::parse_router(self.router.as_deref())?,
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
             models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
             out: self.out_dir(study.name, shard, all)?,

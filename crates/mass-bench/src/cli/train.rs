@@ -1,10 +1,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
 use super::{Variant, reproduce::not_a_file, threads, within};
-use crate::BenchError;
+use crate::{BenchError, variants};
 
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
@@ -18,6 +19,10 @@ pub struct TrainCommand {
     /// Routing mass p of Top-p, in (0, 1]
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub p: f64,
+    /// How tokens choose experts, instead of Top-p of mass --p: NAME:SETTING=VALUE,... with top_p, top_k, top_any, bias_balanced,
+    /// target_k, expert_choice or noisy, such as bias_balanced:k=2,rate=0.001 or noisy:std=0.25/top_k:k=2,combine=raw
+    #[arg(long, value_name = "ROUTER", conflicts_with = "p")]
+    pub router: Option<String>,
     /// Experts at the start
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub experts: usize,
@@ -78,6 +83,9 @@ pub struct TrainArgs {
     pub steps: usize,
     /// Routing mass p, in (0, 1].
     pub p: f64,
+    /// How tokens choose experts; `None`: Top-p of mass `p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterConfig>,
     /// Experts at the start.
     pub experts: usize,
     /// Experts at most, not below `experts`.
@@ -171,6 +179,7 @@ impl TrainCommand {
             text: self.text.clone(),
             steps: self.steps,
             p: self.p,
+            router: variants::parse_router(self.router.as_deref())?,
             experts: self.experts,
             experts_max: self.experts_max,
             dim: self.dim,

@@ -3,8 +3,10 @@
 use mass_cpd::{AnyDetectorParams, Reference};
 use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::growth::GrowerConfig;
+use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::report::Run;
 use crate::variants;
@@ -14,6 +16,9 @@ use crate::variants;
 pub(super) struct MassSetting {
     pub(super) variant: Variant,
     pub(super) p: f32,
+    /// What routes instead of Top-p of mass `p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) router: Option<RouterConfig>,
     /// Part of the run in which splits may happen, in percent; `None` for the variant's own.
     pub(super) live_percent: Option<u64>,
     pub(super) experts: usize,
@@ -32,10 +37,29 @@ impl MassSetting {
     }
 
     fn name(&self) -> String {
+        let routing = match &self.router {
+            Some(router) => router.to_string(),
+            None => format!("p {}", self.p),
+        };
         match self.live_percent {
-            Some(percent) => format!("p {}, live {percent} %", self.p),
-            None => format!("p {}, own timing", self.p),
+            Some(percent) => format!("{routing}, live {percent} %"),
+            None => format!("{routing}, own timing"),
         }
+    }
+
+    /// What routes.
+    pub(super) fn router(&self) -> RouterConfig {
+        let router = variants::router(self.router.as_ref(), self.variant, self.p);
+        router.with_experts(self.experts)
+    }
+
+    /// Refuses a router that no run of these settings can have.
+    pub(super) fn check_router(&self) -> Result<(), BenchError> {
+        let Some(router) = &self.router else {
+            return Ok(());
+        };
+        let rules = self.rules(1, 1000, 0);
+        variants::check_router(router, self.experts, Some(&rules))
     }
 
     /// The variant's rules for `layers` mixtures in a run of so many steps, before [`fit`](Self::fit).

@@ -260,6 +260,17 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
     });
     seal_and_sink(OPTIMIZER, tensors::encode(OPTIMIZER, moments.collect())?)?;
 
+    // A move that the averages have not made yet would be lost: it is the parameter in memory that knows of it.
+    let followed;
+    let ema = match ema {
+        Some(behind) if behind.lags(model) => {
+            let mut ema = behind.clone();
+            ema.follow(model)?;
+            followed = ema;
+            Some(&followed)
+        }
+        other => other,
+    };
     if let Some(ema) = ema {
         let averages = ema.shadow().iter().map(|(name, values)| {
             let shape = shapes.get(name).cloned();
@@ -366,8 +377,9 @@ pub fn load_into<M: Checkpointed>(
     let file = TensorFile::parse(&path, &bytes)?;
     let state = source.path(STATE);
     for (layer, pool) in manifest.pools.iter().enumerate().take(model.mixtures()) {
-        for loss in &model.mixture(layer).config().losses {
-            if let Some(needed) = loss.lacks(&pool.router) {
+        let config = model.mixture(layer).config();
+        for loss in &config.losses {
+            if let Some(needed) = loss.lacks(&pool.router, &config.gate) {
                 let what = format!("mixture layer {layer} has a router, but {loss:?} {needed}");
                 return Err(broken(&state, CheckpointError::Settings(what)));
             }

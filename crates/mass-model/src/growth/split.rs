@@ -16,7 +16,8 @@ use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
-/// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
+/// The newcomer gets the source's weights, biases, gate row, full gradient and what its router has learned of it (a balancing
+/// bias). What happens to the source's gradient and
 /// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
 /// back to a clone that preserves the pair's routing mass.
 ///
@@ -31,7 +32,7 @@ pub fn split_expert(
     gradients: &mut CpuGradients,
 ) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
-    let mut newcomer = layer.experts()[index].clone();
+    let mut newcomer = layer.experts()[index].offspring();
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
@@ -78,11 +79,8 @@ pub fn split_expert(
                 BisectParams::default(),
             ) {
                 Ok(halves) => {
-                    old.gate.values_mut().copy_from_slice(&halves.source_row);
-                    newcomer
-                        .gate
-                        .values_mut()
-                        .copy_from_slice(&halves.newcomer_row);
+                    old.gate.move_to(&halves.source_row)?;
+                    newcomer.gate.move_to(&halves.newcomer_row)?;
                     old.logit_offset = halves.source_offset;
                     newcomer.logit_offset = halves.newcomer_offset;
                 }
@@ -102,7 +100,7 @@ pub fn split_expert(
     let (rows, offsets) = shift::between(&row, offset, halves);
     Ok(GateShift {
         source,
-        newcomer: layer.push(newcomer)?,
+        newcomer: layer.push_split(newcomer, source)?,
         rows,
         offsets,
     })

@@ -457,6 +457,9 @@ fn backward_weights(
     for (expert, g) in gradients.iter_mut().enumerate() {
         let store = g.store;
         let load = plan.segment(expert).len();
+        if load == 0 && store == Store::Add {
+            continue;
+        }
         let chunks = (load * GRADIENT_TASKS).div_ceil(assigned).max(1);
         let mut pieces = Vec::new();
         pieces.push((Some(0), &mut *g.w1, &mut *g.b1, dim));

@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, Shape, SplitTape, Tape, Tensor};
 use mass_expand::ExpertId;
-use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
+use mass_routing::{AnyRouter, Router, RouterConfig, RoutingError, RoutingPlan};
 use ndarray::ArrayView2;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,7 @@ use crate::pass::{LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MoeConfig {
     /// Token width d.
     pub dim: usize,
@@ -47,7 +48,7 @@ pub struct MoeConfig {
 
 /// How a mixture layer scores tokens for experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "gate", rename_all = "snake_case")]
+#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
 pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
@@ -59,6 +60,20 @@ pub enum GateConfig {
         /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
+    /// Bounded scores in a space of low rank: see [`LowRankGate`](mass_routing::LowRankGate).
+    LowRank {
+        /// Rank r of the query projection, at least 1.
+        rank: usize,
+        /// Anchors of each expert, at least 1.
+        anchors: usize,
+        /// The largest absolute score, positive.
+        #[serde(default = "scale_one")]
+        scale: f32,
+    },
+}
+
+fn scale_one() -> f32 {
+    1.0
 }
 
 impl MoeConfig {
@@ -85,33 +100,65 @@ impl MoeConfig {
 }
 
 impl MoeConfig {
+    /// Refuses a gate that cannot be made, before anything is drawn.
+    fn check_gate(&self) -> Result<(), ModelError> {
+        let positive = |x: f32| x.is_finite() && x > 0.0;
+        match self.gate {
+            GateConfig::Cosine {
+                projection,
+                temperature,
+            } if projection == Some(0) || temperature.is_some_and(|t| !positive(t)) => {
+                Err(ModelError::Config(format!(
+                    "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be \
+                     positive and finite"
+                )))
+            }
+            GateConfig::LowRank {
+                rank,
+                anchors,
+                scale,
+            } if rank == 0 || anchors == 0 || !positive(scale) => Err(ModelError::Config(format!(
+                "a low-rank gate with rank {rank}, {anchors} anchors an expert and scale {scale}; they must be positive and finite"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// A gate row as PyTorch's `Linear` draws it.
     fn gate_row(&self, rng: &mut ChaCha8Rng) -> Result<Param, ModelError> {
-        let width = match self.gate {
+        self.check_gate()?;
+        let (width, inputs) = match self.gate {
             GateConfig::Cosine {
                 projection: Some(width),
                 ..
-            } => width,
-            _ => self.dim,
+            } => (width, width),
+            GateConfig::LowRank { rank, anchors, .. } => (rank.saturating_mul(anchors), rank),
+            _ => (self.dim, self.dim),
         };
-        Param::uniform(&[width], 1.0 / (width as f32).sqrt(), true, rng)
+        Param::uniform(&[width], 1.0 / (inputs as f32).sqrt(), true, rng)
     }
 
     fn new_gate(&self, rng: &mut ChaCha8Rng) -> Result<Gate, ModelError> {
-        let GateConfig::Cosine {
-            projection,
-            temperature,
-        } = self.gate
-        else {
-            return Ok(Gate::Linear);
-        };
-        if projection == Some(0) || temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
-            return Err(ModelError::Config(format!(
-                "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be positive \
-                 and finite"
-            )));
-        }
+        self.check_gate()?;
         let bound = 1.0 / (self.dim as f32).sqrt();
+        let (projection, temperature) = match self.gate {
+            GateConfig::Linear => return Ok(Gate::Linear),
+            GateConfig::LowRank {
+                rank,
+                anchors,
+                scale,
+            } => {
+                return Ok(Gate::LowRank {
+                    query: Param::uniform(&[rank, self.dim], bound, true, rng)?,
+                    anchors,
+                    scale,
+                });
+            }
+            GateConfig::Cosine {
+                projection,
+                temperature,
+            } => (projection, temperature),
+        };
         Ok(Gate::Cosine {
             projection: projection
                 .map(|width| {
@@ -285,17 +332,19 @@ impl MoeLayer {
                 config.experts
             )));
         }
-        if let Some(loss) = config.losses.iter().find(|l| !l.weight().is_finite()) {
-            return Err(ModelError::Config(format!(
-                "routing loss {loss:?}; its weight must be finite"
-            )));
+        for loss in &config.losses {
+            if let Some(problem) = loss.problem() {
+                return Err(ModelError::Config(format!(
+                    "routing loss {loss:?}; {problem}"
+                )));
+            }
         }
         let router = config.router.build()?;
         for loss in &config.losses {
-            if let Some(needed) = loss.lacks(&router) {
+            if let Some(needed) = loss.lacks(&router, &config.gate) {
                 return Err(ModelError::Config(format!(
-                    "routing loss {loss:?} {needed}, not {:?}",
-                    config.router
+                    "routing loss {loss:?} {needed}, not {:?} behind {:?}",
+                    config.router, config.gate
                 )));
             }
         }
@@ -361,11 +410,21 @@ impl MoeLayer {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a router that balances itself learn from a plan; call it after each training step.
+    /// Lets a router that balances itself learn from a plan: a balancing bias moves, a controlled p is steered. Call it once for each
+    /// training step, while the pool is the one that the plan is of; [`Mixtures::adapt`](crate::growth::Mixtures::adapt) does it for
+    /// every layer of a model.
     ///
     /// # Errors
     /// [`ModelError::Routing`] if the plan is of another number of experts.
     pub fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), ModelError> {
+        let (expected, found) = (self.experts.len(), plan.num_experts());
+        if expected != found {
+            return Err(ModelError::Routing(RoutingError::ShapeMismatch {
+                what: "experts of the plan to adapt to",
+                expected,
+                found,
+            }));
+        }
         Ok(self.router_mut().adapt(plan)?)
     }
 
@@ -417,6 +476,23 @@ impl MoeLayer {
         self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
         self.experts.push(expert);
         self.ids.push(id);
+        Ok(id)
+    }
+
+    /// Adds an expert that was split off one of the pool ([`MoeExpert::offspring`]): as [`push`](Self::push), and what the router
+    /// has learned of the source, such as its balancing bias, is the newcomer's too.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push), and [`ModelError::NoSuchExpert`] if the source is not in the pool.
+    pub fn push_split(
+        &mut self,
+        newcomer: MoeExpert,
+        source: ExpertId,
+    ) -> Result<ExpertId, ModelError> {
+        let index = self.index_of(source)?;
+        let id = self.push(newcomer)?;
+        let last = self.experts.len() - 1;
+        self.router_mut().split_expert(index, last);
         Ok(id)
     }
 
@@ -560,18 +636,8 @@ impl Parameters for MoeLayer {
             }
             visit_network(expert, &prefix, f);
         }
-        if let Gate::Cosine {
-            projection,
-            log_scale,
-        } = &self.gate
-        {
-            if let Some((weight, bias)) = projection {
-                f(join(prefix, "gate.projection.weight"), weight);
-                f(join(prefix, "gate.projection.bias"), bias);
-            }
-            if let Some(scale) = log_scale {
-                f(join(prefix, "gate.log_scale"), scale);
-            }
+        for (name, param) in self.gate.params() {
+            f(join(prefix, name), param);
         }
         if let Some(shared) = &self.shared {
             shared.visit(&join(prefix, "shared"), f);
@@ -587,18 +653,8 @@ impl Parameters for MoeLayer {
             }
             visit_network_mut(expert, &prefix, f);
         }
-        if let Gate::Cosine {
-            projection,
-            log_scale,
-        } = &mut self.gate
-        {
-            if let Some((weight, bias)) = projection {
-                f(join(prefix, "gate.projection.weight"), weight);
-                f(join(prefix, "gate.projection.bias"), bias);
-            }
-            if let Some(scale) = log_scale {
-                f(join(prefix, "gate.log_scale"), scale);
-            }
+        for (name, param) in self.gate.params_mut() {
+            f(join(prefix, name), param);
         }
         if let Some(shared) = &mut self.shared {
             shared.visit_mut(&join(prefix, "shared"), f);

@@ -6,6 +6,7 @@ use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
 use super::gate::set_thresholds;
+use super::routing_loss::LossGradients;
 use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
@@ -40,6 +41,19 @@ impl MoeExpert {
         [&self.fc1.0, &self.fc1.1, &self.fc2.0, &self.fc2.1]
             .into_iter()
             .chain(up)
+    }
+
+    /// The same expert, to be split off this one: see [`Param::offspring`].
+    pub fn offspring(&self) -> Self {
+        let pair = |(w, b): &(Param, Param)| (w.offspring(), b.offspring());
+        Self {
+            gate: self.gate.offspring(),
+            logit_offset: self.logit_offset,
+            threshold: self.threshold.as_ref().map(Param::offspring),
+            fc1: pair(&self.fc1),
+            fc2: pair(&self.fc2),
+            up: self.up.as_ref().map(pair),
+        }
     }
 
     pub(crate) fn weights(&self) -> ExpertWeights<'_> {
@@ -140,6 +154,14 @@ impl Held {
         })
     }
 
+    /// The gradients of an expert without tokens: empty, so that nothing is computed for it.
+    fn nothing(&self) -> TakenExpert {
+        TakenExpert {
+            values: vec![Vec::new(); self.handles.len()],
+            store: Store::Add,
+        }
+    }
+
     pub(crate) fn put(&self, g: &mut CpuGradients, taken: TakenExpert) -> Result<(), CpuError> {
         for (handle, gradient) in self.handles.iter().zip(taken.values) {
             handle.put(g, gradient)?;
@@ -182,13 +204,14 @@ fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 /// Logits `z = gate(x) + offset`, for a linear gate `x W_gᵀ + offset`; `router` turns them into assignments with weights w;
 /// `y[t] = Σ_e w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`. Gradients reach the experts, the gate rows and `x`, the
 /// latter both through the experts and through the gate, where the gradients of the routing `losses` join. `mask`, if
-/// given, says which experts are in use.
+/// given, says which experts are in use. The matrices and biases of an expert that no token is routed to get no gradient, not one
+/// of zero ([`Param::find_gradient`]); its gate row gets one.
 ///
 /// Returns the output and the plan that made it.
 ///
 /// # Errors
 /// [`ModelError::Shape`] if an expert does not fit the input's width, [`ModelError::Routing`] if the router refuses the
-/// logits (a NaN among them, or no expert in use).
+/// logits (a NaN among them, or no expert in use), or with a tape cannot run backward, or a routing loss is undefined.
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     experts: &[MoeExpert],
@@ -245,6 +268,13 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
     let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
         .expect("the buffer has this size");
     let router = route(view, &mut plan)?;
+    // What the backward pass cannot do is said now, in the router's or the loss's own words.
+    let losses = if T::OWNS_TAPE {
+        router.check_backward(&plan)?;
+        LossGradients::of(losses, &router, &plan, &gated)?
+    } else {
+        LossGradients::default()
+    };
     let plan = Arc::new(plan);
 
     let shape = FfnShape {
@@ -272,13 +302,17 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
         let held: Vec<Held> = experts.iter().map(Held::of).collect();
         let plan = Arc::clone(&plan);
-        let losses = losses.to_vec();
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             let mut dx = take_gradient!(g, x_ghost);
+            // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
             let mut taken = held
                 .iter()
-                .map(|expert| expert.take(g))
+                .enumerate()
+                .map(|(e, expert)| match plan.load(e) {
+                    0 => Ok(expert.nothing()),
+                    _ => expert.take(g),
+                })
                 .collect::<Result<Vec<_>, _>>()?;
             let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
             let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
@@ -297,8 +331,10 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
                 &mut d_weights,
             );
 
-            for (expert, taken) in held.iter().zip(taken) {
-                expert.put(g, taken)?;
+            for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
+                if plan.load(e) > 0 {
+                    expert.put(g, taken)?;
+                }
             }
             let given = (&*input, &*d_weights);
             gated

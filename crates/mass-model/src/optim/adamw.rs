@@ -30,6 +30,7 @@ use crate::param::Parameters;
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,
@@ -90,6 +91,12 @@ pub struct ParameterState {
 /// updates of that very parameter: a newcomer's first update is as large as anyone's first, where one global count would
 /// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
 /// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
+///
+/// A parameter without a gradient ([`Param::find_gradient`](crate::Param::find_gradient)) is passed over, as PyTorch passes over
+/// one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and biases of
+/// an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move on by
+/// momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a gradient in
+/// every batch, zero or not; like a row of PyTorch's `Linear` it decays and moves. A gradient of zero is a gradient.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -146,7 +153,7 @@ impl AdamW {
         &self.config
     }
 
-    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. The gradients are used up: their memory
+    /// Updates every parameter of `model` that has a gradient, at learning rate `lr`. The gradients are used up: their memory
     /// serves the next backward pass. Returns the norm of all gradients.
     ///
     /// A parameter that has no gradient, because no operation of the backward pass read it, stays as it is with its moments and
@@ -187,14 +194,14 @@ impl AdamW {
                         failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
                     }
                     squares += own;
-                    if let Some(s) = self.state.get(&name)
-                        && s.m.len() != param.len()
-                    {
-                        let what = format!("moments of {name}");
-                        failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
-                    }
                 }
                 Err(e) => failed = Some(e),
+            }
+            if let Some(s) = self.state.get(&name)
+                && s.m.len() != param.len()
+            {
+                let what = format!("moments of {name}");
+                failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
         });
         if let Some(e) = failed {

@@ -99,16 +99,19 @@ impl Method {
                     ..moe(experts, noisy)
                 })
             }
-            Self::DynMoe { experts, .. } => Some(MoeConfig {
-                gate: GateConfig::Cosine {
-                    projection: None,
-                    temperature: None,
-                },
-                ..moe(experts, RouterConfig::TopAny { experts })
-            }),
+            Self::DynMoe { experts, .. } => {
+                let router = RouterConfig::TopAny { experts };
+                Some(MoeConfig {
+                    gate: variants::gate(&router),
+                    ..moe(experts, router)
+                })
+            }
             Self::Mass(ref m) => {
-                let combine = variants::combine(m.variant);
-                Some(moe(m.experts, RouterConfig::TopP { p: m.p, combine }))
+                let router = m.router();
+                Some(MoeConfig {
+                    gate: variants::gate(&router),
+                    ..moe(m.experts, router)
+                })
             }
         }
     }

@@ -100,6 +100,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.3,
+                router: None,
                 live_percent,
                 experts: 6,
                 experts_max: 8,
@@ -161,6 +162,16 @@ impl Plan {
             },
         };
         plan.only(args)?;
+        if let Some(router) = &args.router {
+            for method in &mut plan.methods {
+                if let Method::Mass(m) = method {
+                    m.router = Some(router.clone());
+                    if wanted(&named(&Method::Mass(m.clone()), 0), args) {
+                        m.check_router()?;
+                    }
+                }
+            }
+        }
         Ok(plan)
     }
 
@@ -170,6 +181,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.3,
+                router: None,
                 live_percent: Some(90),
                 experts: 3,
                 experts_max: 5,

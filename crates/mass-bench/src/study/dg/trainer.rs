@@ -290,6 +290,7 @@ impl<'a> Trainer<'a> {
             .model
             .train_pass(batch, &input.classes, Some(&mut keys))
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.split.probe;
             let losses =

@@ -229,6 +229,7 @@ impl<'a> FineTuner<'a> {
             .model
             .train_pass(&batch, labels.targets(), Some(&mut keys))
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.data.held_out.1;
             let size = self.config.batch;
