@@ -29,7 +29,7 @@ pub enum BenchError {
     /// Results that could not be written or read back.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// Ctrl-C: what was finished is on disk.
+    /// Ctrl-C or SIGTERM: what was finished is on disk.
     #[error("interrupted; the same command with --resume continues from {}", out.display())]
     Interrupted {
         /// The output directory that holds the checkpoint.

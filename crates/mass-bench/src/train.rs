@@ -12,7 +12,7 @@ use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{ResultStore, Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
@@ -30,6 +30,7 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    ResultStore::check_kept(&args.out, args.existing())?;
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let mut run = Run::new("mass", args.seed);
     run.variant = Some(args.variant.to_string());
@@ -278,6 +279,7 @@ mod tests {
             let all: String = (0..held_out * 10 / 4 + 10).flat_map(word).collect();
             std::fs::write(&path, &all[..held_out * 10]).unwrap();
             let args = arguments(&path);
+            ResultStore::check_kept(&args.out, args.existing())?;
             let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
             let (probe, test) = super::held_out(&text, &args).unwrap();
             let windows = |batch: &TokenBatch| -> Vec<Vec<u32>> {
@@ -296,6 +298,7 @@ mod tests {
         // Three windows cannot be shared.
         std::fs::write(&path, "a".repeat(250)).unwrap();
         let args = arguments(&path);
+        ResultStore::check_kept(&args.out, args.existing())?;
         let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
         let refused = super::held_out(&text, &args).unwrap_err().to_string();
         assert!(refused.contains("25 and needs 33"), "{refused}");
