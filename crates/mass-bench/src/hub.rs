@@ -91,9 +91,16 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     let api = api.model(repository.to_owned());
     let listed = api.info().map_err(failed("asking for"))?;
     let there = |name: &str| listed.siblings.iter().any(|s| s.rfilename == name);
+    // Nothing can go on from what was got of such a repository.
+    let unusable = |problem: String| {
+        fs::remove_dir_all(&partial).ok();
+        fs::remove_dir(models.join(PARTIAL)).ok();
+        input(&dir, problem)
+    };
     let has_no = |missing: &str| {
-        let problem = format!("the repository {repository} has no {missing}");
-        Err(input(&dir, problem))
+        Err(unusable(format!(
+            "the repository {repository} has no {missing}"
+        )))
     };
     let mut files = Vec::new();
     let mut get = |file: &str| {
@@ -113,11 +120,11 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
         get(SINGLE)?;
     } else if there(INDEX) {
         let index = get(INDEX)?;
-        let shards = pretrained::shards(&index).map_err(|e| input(&dir, e))?;
+        let shards = pretrained::shards(&index).map_err(|e| unusable(e.to_string()))?;
+        if let Some(missing) = shards.keys().find(|shard| !there(shard)) {
+            return has_no(missing);
+        }
         for shard in shards.keys() {
-            if !there(shard) {
-                return has_no(shard);
-            }
             get(shard)?;
         }
     } else {

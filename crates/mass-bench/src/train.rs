@@ -279,7 +279,6 @@ mod tests {
             let all: String = (0..held_out * 10 / 4 + 10).flat_map(word).collect();
             std::fs::write(&path, &all[..held_out * 10]).unwrap();
             let args = arguments(&path);
-            ResultStore::check_kept(&args.out, args.existing())?;
             let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
             let (probe, test) = super::held_out(&text, &args).unwrap();
             let windows = |batch: &TokenBatch| -> Vec<Vec<u32>> {
@@ -298,7 +297,6 @@ mod tests {
         // Three windows cannot be shared.
         std::fs::write(&path, "a".repeat(250)).unwrap();
         let args = arguments(&path);
-        ResultStore::check_kept(&args.out, args.existing())?;
         let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
         let refused = super::held_out(&text, &args).unwrap_err().to_string();
         assert!(refused.contains("25 and needs 33"), "{refused}");

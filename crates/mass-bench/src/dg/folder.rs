@@ -150,36 +150,44 @@ fn directories(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<String>
 }
 
 /// Images, by their names, in a directory and in those below it, but for hidden ones, in the order of torchvision's
-/// `ImageFolder`: directory by directory, each before those whose paths come after its own as text, and in each by name.
+/// `ImageFolder`: directory by directory in the order of their paths as text, and in each by name.
 pub(crate) fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, DgError> {
     let mut found = Vec::new();
-    let mut waiting = vec![dir.to_owned()];
-    // Links are followed, as torchvision does; one that leads back would be followed for ever.
-    let mut seen = BTreeSet::new();
-    while let Some(dir) = waiting.pop() {
-        let place = fs::canonicalize(&dir).map_err(DgError::io(&dir))?;
-        if !seen.insert(place) {
-            passed_over.push(dir);
-            continue;
-        }
-        let mut images = Vec::new();
-        for path in entries(&dir)? {
-            let name = path.file_name().unwrap_or_default();
-            if name.as_encoded_bytes().starts_with(b".") {
-                passed_over.push(path);
-            } else if path.is_dir() {
-                waiting.push(path);
-            } else if is_image(&path) {
-                images.push(path);
-            } else {
-                passed_over.push(path);
-            }
-        }
-        found.push((dir, images));
-    }
-    let text = |dir: &PathBuf| dir.as_os_str().as_encoded_bytes().to_owned();
-    found.sort_by_cached_key(|(dir, _)| text(dir));
+    walk(dir, &mut Vec::new(), &mut found, passed_over)?;
+    found.sort_by(|(a, _), (b, _)| a.as_os_str().cmp(b.as_os_str()));
     Ok(found.into_iter().flat_map(|(_, images)| images).collect())
+}
+
+/// Lists a directory and those below it, each with its images; `above` holds the directories on the way to it.
+fn walk(
+    dir: &Path,
+    above: &mut Vec<PathBuf>,
+    found: &mut Vec<(PathBuf, Vec<PathBuf>)>,
+    passed_over: &mut Vec<PathBuf>,
+) -> Result<(), DgError> {
+    // Links are followed, as torchvision does; one that leads back would be followed for ever.
+    let place = fs::canonicalize(dir).map_err(DgError::io(dir))?;
+    if above.contains(&place) {
+        passed_over.push(dir.to_owned());
+        return Ok(());
+    }
+    above.push(place);
+    let mut images = Vec::new();
+    for path in entries(dir)? {
+        let name = path.file_name().unwrap_or_default();
+        if name.as_encoded_bytes().starts_with(b".") {
+            passed_over.push(path);
+        } else if path.is_dir() {
+            walk(&path, above, found, passed_over)?;
+        } else if is_image(&path) {
+            images.push(path);
+        } else {
+            passed_over.push(path);
+        }
+    }
+    found.push((dir.to_owned(), images));
+    above.pop();
+    Ok(())
 }
 
 /// Whether a file is one by its name.

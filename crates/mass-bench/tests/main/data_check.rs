@@ -395,7 +395,7 @@ fn models_that_the_study_refuses_are_broken() {
             b"\x08\0\0\0\0\0\0\0{not json",
             "m/model.safetensors",
         ),
-        ("vocab.txt", b"[PAD]\n", "`[UNK]` is missing"),
+        ("vocab.txt", b"[PAD]\n", "`[CLS]` is missing"),
         (
             "tokenizer_config.json",
             b"{\"strip_accents\": 3}",

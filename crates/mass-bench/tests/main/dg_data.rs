@@ -194,7 +194,7 @@ fn images_below_a_class_are_read_in_torchvisions_order() {
     assert_eq!(
         names,
         [
-            "a.png",
+            "a.jpg",
             "b.JPEG",
             "z.jpg",
             "A/f.jpg",
@@ -202,8 +202,8 @@ fn images_below_a_class_are_read_in_torchvisions_order() {
             "sub/b.jpg",
             "sub-1/d.jpg",
             "sub.jpg/h.jpg",
-            "sub/deep/er/c.jpg",
             "sub/deep-1/e.jpg",
+            "sub/deep/er/c.jpg",
             "é/g.jpg",
         ]
     );
@@ -232,9 +232,10 @@ fn links_among_folders_end() {
     fs::create_dir(&outside).unwrap();
     fs::copy(root.join("day/cat/b.JPEG"), outside.join("o.jpg")).unwrap();
     symlink(&outside, root.join("day/cat/linked")).unwrap();
+    symlink(&outside, root.join("day/cat/again")).unwrap();
     symlink(root.join("day/cat"), root.join("day/cat/back")).unwrap();
     let listed = ImageFolder::open(&root).unwrap();
-    assert_eq!(listed.files.len(), 9);
+    assert_eq!(listed.files.len(), 10);
     assert!(
         listed
             .files
@@ -248,7 +249,7 @@ fn links_among_folders_end() {
 fn several_damaged_images_are_named_together() {
     let dir = tempfile::tempdir().unwrap();
     let (root, cache) = (set(dir.path()), dir.path().join("cache"));
-    let damaged = ["day/dog/a.png", "night/cat/b.JPEG", "night/dog/a.png"];
+    let damaged = ["day/dog/a.jpg", "night/cat/b.JPEG", "night/dog/a.jpg"];
     for name in damaged {
         fs::write(root.join(name), "<html>").unwrap();
     }

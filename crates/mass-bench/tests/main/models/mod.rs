@@ -46,7 +46,7 @@ fn write(path: &Path, tensors: &Tensors) {
     fs::write(path, serialize(views, None).unwrap()).unwrap();
 }
 
-pub fn bert_config() -> BertConfig {
+pub(crate) fn bert_config() -> BertConfig {
     BertConfig {
         vocab_size: sample::vocabulary().len(),
         hidden_size: 8,
@@ -59,7 +59,7 @@ pub fn bert_config() -> BertConfig {
 }
 
 /// A classifier of as many labels, with the vocabulary of the built-in sample.
-pub fn bert(dir: &Path, labels: usize) {
+pub(crate) fn bert(dir: &Path, labels: usize) {
     fs::create_dir_all(dir).unwrap();
     let model = BertClassifier::new(&bert_config(), labels, &mut seeded_rng(1)).unwrap();
     let mut config = serde_json::to_value(bert_config()).unwrap();
@@ -73,7 +73,7 @@ pub fn bert(dir: &Path, labels: usize) {
 }
 
 /// A model of images with patches of 14 pixels.
-pub fn vit(dir: &Path) {
+pub(crate) fn vit(dir: &Path) {
     fs::create_dir_all(dir).unwrap();
     let config = VitConfig {
         hidden_size: 8,
@@ -97,7 +97,7 @@ pub fn vit(dir: &Path) {
 }
 
 /// Replaces the one file of weights by two and their index; what they are called.
-pub fn split(dir: &Path) -> Vec<String> {
+pub(crate) fn split(dir: &Path) -> Vec<String> {
     let bytes = fs::read(dir.join("model.safetensors")).unwrap();
     let all = SafeTensors::deserialize(&bytes).unwrap();
     let mut parts = [Tensors::new(), Tensors::new()];
