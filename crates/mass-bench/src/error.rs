@@ -30,7 +30,10 @@ pub enum BenchError {
     #[error(transparent)]
     Report(#[from] ReportError),
     /// Ctrl-C or SIGTERM: what was finished is on disk.
-    #[error("interrupted; the same command with --resume continues from {}", out.display())]
+    #[error(
+        "interrupted; the same command with --resume continues from {} (in place of --fresh, where that was given)",
+        out.display()
+    )]
     Interrupted {
         /// The output directory that holds the checkpoint.
         out: PathBuf,
