@@ -15,6 +15,7 @@ use crate::{mixtures, parameters};
 
 /// Sizes of a [`LanguageModel`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LanguageModelConfig {
     /// Number of token ids.
     pub vocab: usize,

@@ -10,7 +10,9 @@
 //! ```
 //!
 //! A checkpoint is written under a temporary name, synced and renamed, and only then named in `latest` (itself replaced
-//! by a rename); older ones are removed last. A process killed at any moment leaves the last complete checkpoint readable.
+//! by a rename). The one before it stays, for a reader who has read `latest` and not yet the files; older ones are removed
+//! last. A process killed, or a machine that loses its power, at any moment leaves the last complete checkpoint readable; a
+//! full disk leaves it too, and nothing of the one that did not fit.
 //!
 //! Every file is compared with its checksum before it is parsed, and nothing is allocated by a size that a file claims
 //! until its contents bear it out. What does not fit is a [`CheckpointError`] that names the tensor where there is one,
@@ -47,6 +49,7 @@ mod plain;
 mod pool;
 mod seal;
 mod size;
+mod storage;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -65,6 +68,7 @@ use directory::{Sink, Source};
 use manifest::{Manifest, Pool};
 use pool::Reading;
 use seal::Seals;
+use storage::Disk;
 use tensors::{F32View, TensorFile};
 
 pub use crate::error::{CheckpointError, ExpertCounts};
@@ -179,7 +183,7 @@ pub fn save<M: Checkpointed, S: Serialize + ?Sized>(
     dir: &Path,
     snapshot: &Snapshot<'_, M, S>,
 ) -> Result<PathBuf, ModelError> {
-    directory::write(dir, snapshot.step, |sink| produce(snapshot, sink))
+    directory::write(&Disk, dir, snapshot.step, |sink| produce(snapshot, sink))
 }
 
 /// The files that [`save`] would write.
@@ -333,7 +337,7 @@ pub fn exists(dir: &Path) -> bool {
 pub fn load<M: Checkpointed, S: DeserializeOwned>(
     dir: &Path,
 ) -> Result<Checkpoint<M, S>, ModelError> {
-    read_all(&Source::Folder(directory::newest(dir)?))
+    read_all(&Source::Folder(directory::newest(&Disk, dir)?))
 }
 
 /// Reads a checkpoint from memory.
@@ -351,7 +355,7 @@ pub fn decode<M: Checkpointed, S: DeserializeOwned>(
 /// # Errors
 /// As [`load`].
 pub fn load_model<M: Checkpointed>(dir: &Path) -> Result<M, ModelError> {
-    let source = Source::Folder(directory::newest(dir)?);
+    let source = Source::Folder(directory::newest(&Disk, dir)?);
     let seals = source.seals()?;
     let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
     read_model(&source, &seals, &manifest.model, manifest.pools)
@@ -369,7 +373,7 @@ pub fn load_into<M: Checkpointed>(
     model: &mut M,
     options: LoadOptions,
 ) -> Result<Vec<ExpertCounts>, ModelError> {
-    let source = Source::Folder(directory::newest(dir)?);
+    let source = Source::Folder(directory::newest(&Disk, dir)?);
     let seals = source.seals()?;
     let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
     let bytes = source.verified(&seals, MODEL)?;

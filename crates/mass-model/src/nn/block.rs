@@ -10,6 +10,7 @@ use crate::pass::{LayerTrace, Masked};
 
 /// Sizes of a transformer block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// Attention heads; divides the width.
     pub heads: usize,

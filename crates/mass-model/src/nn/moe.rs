@@ -48,7 +48,11 @@ pub struct MoeConfig {
 
 /// How a mixture layer scores tokens for experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+<<<<<<< HEAD
 #[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
+=======
+#[serde(tag = "gate", rename_all = "snake_case", from = "WrittenGate")]
+>>>>>>> h7
 pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
@@ -74,6 +78,32 @@ pub enum GateConfig {
 
 fn scale_one() -> f32 {
     1.0
+}
+
+/// A gate as it is read: of a variant without fields serde would pass over those that do not belong to it.
+#[derive(Deserialize)]
+#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
+enum WrittenGate {
+    Linear {},
+    Cosine {
+        projection: Option<usize>,
+        temperature: Option<f32>,
+    },
+}
+
+impl From<WrittenGate> for GateConfig {
+    fn from(written: WrittenGate) -> Self {
+        match written {
+            WrittenGate::Linear {} => Self::Linear,
+            WrittenGate::Cosine {
+                projection,
+                temperature,
+            } => Self::Cosine {
+                projection,
+                temperature,
+            },
+        }
+    }
 }
 
 impl MoeConfig {
