@@ -10,7 +10,7 @@
 
 use mass_expand::ExpertId;
 use mass_model::growth::Mixtures;
-use mass_model::lm::{LayerTrace, TrainPass};
+use mass_model::pass::{LayerTrace, TrainPass};
 use mass_model::nn::MoeLayer;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;

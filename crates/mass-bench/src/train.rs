@@ -48,6 +48,10 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
+    let growth = config.growth.as_ref();
+    if let Some(diagnosis) = growth.and_then(|g| g.controller.unreachable()) {
+        ctx.progress.note(&format!("as set, {diagnosis}"));
+    }
     let folder = checkpoint_dir(&store, &run);
     let mut trainer = Trainer::open(config, &folder, args.resume)?;
     let pool = rayon::ThreadPoolBuilder::new()
@@ -109,6 +113,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..run
     };
     let mut counts = BTreeMap::new();
@@ -137,6 +142,9 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         if events.is_empty() { "none".into() } else { events.join(", ") },
         folder.display(),
     ));
+    for diagnosis in &run.diagnoses {
+        ctx.progress.note(&diagnosis.to_string());
+    }
     debug_assert!(checkpoint::exists(&folder));
     store.keep(run, trainer.metrics(), trainer.events())?;
     Ok(store.into_results())

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::Event;
+use mass_expand::{Diagnosis, Event};
 use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
@@ -243,6 +243,12 @@ impl Trainer {
     /// The splits, each with the alarm that set it off.
     pub fn expansions(&self) -> Vec<Expansion> {
         expansions(&self.progress.events)
+    }
+
+    /// Known ways to fail that the controller saw; empty for a static pool.
+    pub fn diagnoses(&self) -> Vec<Diagnosis> {
+        let grower = self.progress.grower.as_ref();
+        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
     }
 }
 

@@ -44,6 +44,7 @@ mod error;
 mod normal;
 #[cfg(feature = "offline")]
 pub mod offline;
+mod readiness;
 mod ring;
 pub mod run_length;
 pub mod training_monitor;

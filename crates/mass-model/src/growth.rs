@@ -27,7 +27,7 @@ use crate::optim::AdamW;
 use crate::param::join;
 use crate::pass::{Masked, TrainPass};
 pub use observe::observe;
-use observe::observe_with;
+use observe::{observe_routing, observe_with};
 pub use shift::GateShift;
 pub use split::{remove_expert, split_expert};
 
@@ -110,7 +110,7 @@ impl Grower {
         })
     }
 
-    /// The controller: live steps, active experts, whether a layer has stopped.
+    /// The controller: live steps, active experts, whether a layer has stopped, and the known ways to fail that it sees.
     pub fn controller(&self) -> &Controller {
         &self.controller
     }
@@ -137,7 +137,8 @@ impl Grower {
     ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
         // Only while losses may be asked for can anything but the observation itself be refused.
-        let asks = (0..model.mixtures()).any(|l| self.watches(l, step))
+        let judges = |l: usize| self.controller.awaiting_check(l).is_some();
+        let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
             || self.controller.params().pruning.is_some();
         let before = asks.then(|| self.controller.clone());
         let actions = match self.decide(step, model, pass, losses) {
@@ -230,6 +231,10 @@ impl Grower {
             layers: &layers,
         };
         let mut requests = self.controller.begin_step(&observation)?;
+        for (l, trace) in pass.layers.iter().enumerate() {
+            let routing = observe_routing(model.mixture(l), &trace.plan);
+            self.controller.observe_routing(l, &routing)?;
+        }
         while let Some(request) = requests.pop() {
             let answer = match request {
                 Request::Alignment { layer, expert } => {

@@ -292,6 +292,7 @@ fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..planned.run.clone()
     }
 }

@@ -215,6 +215,7 @@ fn finished(planned: &Planned, tuner: &FineTuner<'_>) -> Run {
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: tuner.expansions(),
+        diagnoses: tuner.diagnoses(),
         ..planned.run.clone()
     }
 }

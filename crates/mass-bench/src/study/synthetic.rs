@@ -391,6 +391,7 @@ fn one(
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..planned.run.clone()
     };
     Ok(Some(Outcome {

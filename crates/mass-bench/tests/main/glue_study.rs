@@ -76,6 +76,12 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
             run["method"] != "mass"
         );
         grown += run["expansions"].as_array().unwrap().len();
+        for split in run["expansions"].as_array().unwrap() {
+            // A detector's alarm has a p-value, whoever was split; a schedule has none.
+            let by_alarm = run["variant"] != "ours";
+            assert_eq!(split["p_value"].is_f64(), by_alarm, "{split}");
+            assert_eq!(split["watched"] == "expert", by_alarm, "{split}");
+        }
         live += run["detection_live_steps"].as_u64().unwrap_or(0);
         if run["method"] == "static" {
             assert_eq!(

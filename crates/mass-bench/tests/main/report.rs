@@ -4,6 +4,7 @@ use mass_bench::report::{
     EventLine, Existing, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run,
     reported, table,
 };
+use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -26,6 +27,8 @@ fn mass(seed: u64, loss: f64) -> Run {
             layer: 0,
             source: 2,
             new: 5,
+            watched: Some(Watched::Expert),
+            flagged: Some(2),
             p_value: Some(0.004),
             cosine: Some(0.0007),
         }],
@@ -67,7 +70,7 @@ fn results_json_has_every_key_of_the_contract_and_null_for_what_is_absent() {
     }
     assert_eq!(
         run["expansions"][0],
-        json!({"step": 61, "layer": 0, "source": 2, "new": 5, "p_value": 0.004, "cosine": 0.0007})
+        json!({"step": 61, "layer": 0, "source": 2, "new": 5, "watched": "expert", "flagged": 2, "p_value": 0.004, "cosine": 0.0007})
     );
     let summary = &value["summary"][0];
     assert_eq!(summary["method"], "mass");
@@ -370,6 +373,55 @@ proptest! {
         let again = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
         prop_assert_eq!(again.results(), store.results());
     }
+}
+
+#[test]
+fn a_split_is_shown_with_its_stream_and_a_run_with_its_diagnoses() {
+    let mut run = mass(0, 2.15);
+    let split = run.expansions[0].clone();
+    for (watched, flagged, p_value) in [
+        (Some(Watched::Loss), None, Some(1e-5)),
+        (Some(Watched::Layer), None, Some(2e-5)),
+        (Some(Watched::Expert), Some(4), Some(3e-5)),
+        (None, None, None),
+    ] {
+        run.expansions.push(Expansion {
+            watched,
+            flagged,
+            p_value,
+            ..split.clone()
+        });
+    }
+    run.diagnoses = vec![Diagnosis::NoSplitReachable {
+        ready: Some(72),
+        end: 60,
+        room: 2,
+    }];
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    store.push(run.clone()).expect("a run");
+    store.push(mass(1, 2.2)).expect("a run");
+    let shown = table(store.results());
+    for text in [
+        "step 61: 2 -> 5 p 4.00e-3 (expert 2);",
+        "p 1.00e-5 (loss);",
+        "p 2.00e-5 (layer);",
+        "p 3.00e-5 (expert 4); step 61: 2 -> 5\n",
+        "mass/paper/K5/seed0: no split can be reached: the trigger cannot be satisfied before step 72",
+    ] {
+        assert!(shown.contains(text), "{text} is not in\n{shown}");
+    }
+    assert!(read(dir.path(), "report.html").contains("no split can be reached"));
+    // Absent where there is nothing to say, and read back as it was.
+    let written: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+    assert!(written["runs"][1].get("diagnoses").is_none());
+    let again: Results = serde_json::from_value(written).expect("results");
+    assert_eq!(again.runs[0], run);
+    let healthy = Results {
+        runs: vec![mass(1, 2.2)],
+        ..again
+    };
+    assert!(!table(&healthy).contains("Diagnoses"));
 }
 
 #[test]

@@ -166,9 +166,19 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
         "--json",
     ];
     arguments.extend(sizes);
-    run(&arguments);
+    let output = run(&arguments);
     let run = &results(&out)["runs"][0];
     assert_eq!(run["metric_name"], "bits_per_byte");
+    // The paper's window of 60 steps is not full when splits end, after 30 % of so short a run.
+    let said = String::from_utf8(output.stderr).unwrap();
+    let unreachable = "no split can be reached: the trigger cannot be satisfied before step 59";
+    assert!(said.contains(unreachable), "{said}");
+    let diagnosis = &run["diagnoses"][0];
+    assert_eq!(diagnosis["diagnosis"], "no_split_reachable");
+    assert_eq!(
+        (&diagnosis["ready"], &diagnosis["end"]),
+        (&59.into(), &18.into())
+    );
     // Byte frequencies alone give about 4.3 bits.
     let (bits, nats) = (&run["metric"], run["test_loss"].as_f64().unwrap());
     let bits = bits.as_f64().unwrap();

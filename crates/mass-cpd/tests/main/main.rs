@@ -5,6 +5,7 @@ mod detectors;
 mod golden_run_length;
 mod golden_windowed_z;
 mod offline;
+mod readiness;
 mod real_gradient_norms;
 mod real_tcpd;
 mod simulation;

@@ -27,6 +27,7 @@ fn paper() -> ControllerParams {
     ControllerParams {
         experts: vec![6, 6],
         k_max: 16,
+        steps: Some(2000),
         phase: Phase {
             live_from: 0,
             live_until: 200,

@@ -1,6 +1,7 @@
 //! What a layer's gradients and routing say of its experts.
 
-use mass_expand::ExpertObservation;
+use mass_expand::{ExpertObservation, RoutingObservation};
+use mass_routing::RoutingPlan;
 
 use super::GradientNorm;
 use crate::error::ModelError;
@@ -87,4 +88,25 @@ pub(super) fn observe_with(
         });
     }
     Ok(observed)
+}
+
+/// What a controller is told of a layer's router.
+///
+/// A token's weight is constant where it has one expert, at a weight of 1 but for the rounding of the division. DynMoE's gate,
+/// whose gradient goes past the weights, and one that has a loss of its own learn from such tokens all the same.
+pub(super) fn observe_routing(layer: &MoeLayer, plan: &RoutingPlan) -> RoutingObservation {
+    let learns_otherwise =
+        !layer.config().losses.is_empty() || layer.experts().iter().any(|e| e.threshold.is_some());
+    let weight_of_first = |t: usize| {
+        let assignment = plan.token_assignments()[plan.token_offsets()[t] as usize];
+        plan.weights()[assignment as usize]
+    };
+    let constant = (0..plan.num_tokens())
+        .filter(|&t| plan.k(t) == 1 && (weight_of_first(t) - 1.0).abs() < 1e-6)
+        .count();
+    RoutingObservation {
+        tokens: plan.num_tokens() as u64,
+        assignments: plan.num_assignments() as u64,
+        constant: if learns_otherwise { 0 } else { constant as u64 },
+    }
 }

@@ -48,11 +48,7 @@ pub struct MoeConfig {
 
 /// How a mixture layer scores tokens for experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-<<<<<<< HEAD
-#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
-=======
 #[serde(tag = "gate", rename_all = "snake_case", from = "WrittenGate")]
->>>>>>> h7
 pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
@@ -71,7 +67,6 @@ pub enum GateConfig {
         /// Anchors of each expert, at least 1.
         anchors: usize,
         /// The largest absolute score, positive.
-        #[serde(default = "scale_one")]
         scale: f32,
     },
 }
@@ -89,6 +84,12 @@ enum WrittenGate {
         projection: Option<usize>,
         temperature: Option<f32>,
     },
+    LowRank {
+        rank: usize,
+        anchors: usize,
+        #[serde(default = "scale_one")]
+        scale: f32,
+    },
 }
 
 impl From<WrittenGate> for GateConfig {
@@ -101,6 +102,15 @@ impl From<WrittenGate> for GateConfig {
             } => Self::Cosine {
                 projection,
                 temperature,
+            },
+            WrittenGate::LowRank {
+                rank,
+                anchors,
+                scale,
+            } => Self::LowRank {
+                rank,
+                anchors,
+                scale,
             },
         }
     }

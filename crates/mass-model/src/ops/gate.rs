@@ -29,7 +29,6 @@ pub enum Gate {
         /// Logarithm of the scale, `[1]`; scale one without.
         log_scale: Option<Param>,
     },
-<<<<<<< HEAD
     /// Bounded scores in a space of low rank, with several anchors an expert: see [`LowRankGate`]. The gate row of an expert is its
     /// anchors, one after another.
     LowRank {
@@ -39,42 +38,6 @@ pub enum Gate {
         anchors: usize,
         /// The largest absolute score.
         scale: f32,
-=======
-}
-
-/// A loss on the routing of a batch, added to the model's own with a weight. It changes gradients only: the loss that a
-/// training pass reports does not hold it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "loss", rename_all = "snake_case", deny_unknown_fields)]
-pub enum RoutingLoss {
-    /// [`gshard_balance`].
-    Balance {
-        /// Factor.
-        weight: f32,
-        /// Which tokens count.
-        count: BalanceCount,
-    },
-    /// [`routing_entropy`].
-    Entropy {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`importance`] of the softmax of the logits, without a router's noise.
-    Importance {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`load`] of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
-    /// takes.
-    Load {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`router_z`].
-    RouterZ {
-        /// Factor.
-        weight: f32,
->>>>>>> h7
     },
 }
 

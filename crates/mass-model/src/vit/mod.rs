@@ -65,17 +65,10 @@ pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
 use crate::error::ModelError;
-<<<<<<< HEAD
 use crate::nn::{LayerNorm, Linear};
 use crate::param::Param;
-use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
-use crate::{mixtures, parameters};
-=======
-use crate::growth::Mixtures;
-use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
-use crate::param::{Param, Parameters, join};
 use crate::pretrained::{Blank, Drawn, Head, Kind, Source, Stored, Weights};
->>>>>>> h7
+use crate::{mixtures, parameters};
 use block::VitBlock;
 
 /// What a model is given: images, or what a frozen trunk made of them.

@@ -14,6 +14,7 @@ mod golden_pretrained;
 mod gradients;
 mod growing;
 mod growth;
+mod growth_diagnoses;
 mod growth_gradients;
 mod hf_names;
 mod hostile;

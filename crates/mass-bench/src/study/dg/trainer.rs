@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use mass_expand::Diagnosis;
 use mass_model::growth::{Grower, LossOn, Mixtures};
 use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
@@ -460,6 +461,12 @@ impl<'a> Trainer<'a> {
 
     pub(super) fn expansions(&self) -> Vec<Expansion> {
         expansions(&self.saved.growth_events)
+    }
+
+    /// Known ways to fail that the controller saw; empty but for MASS.
+    pub(super) fn diagnoses(&self) -> Vec<Diagnosis> {
+        let grower = self.saved.grower.as_ref();
+        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
     }
 }
 
