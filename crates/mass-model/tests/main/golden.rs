@@ -176,9 +176,8 @@ fn golden_adamw() {
         let mut grads = CpuGradients::leaky();
         model
             .0
-            .gradient(&mut grads)
-            .unwrap()
-            .copy_from_slice(&g.values(&format!("g{t}")));
+            .set_gradient(&mut grads, g.values(&format!("g{t}")))
+            .unwrap();
         optimiser
             .step(&mut model, &mut grads, number(&g.json["lr"]))
             .unwrap();
