@@ -18,6 +18,7 @@ use crate::pretrained::Source;
 /// Everything that fixes a classifier but for its values: the encoder, the number of outputs, and which feed-forward
 /// networks are mixtures. Checkpoints hold it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ClassifierConfig<C> {
     /// The encoder.
     pub encoder: C,

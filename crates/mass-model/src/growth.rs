@@ -70,6 +70,7 @@ pub enum LossOn {
 
 /// Rules of a [`Grower`] beside those of its controller.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GrowerConfig {
     /// Rules of the controller.
     pub controller: ControllerParams,

@@ -18,6 +18,7 @@ use crate::param::{CpuGradients, Param, Parameters, join};
 
 /// Sizes of a [`LanguageModel`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LanguageModelConfig {
     /// Number of token ids.
     pub vocab: usize,

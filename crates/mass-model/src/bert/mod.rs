@@ -63,7 +63,7 @@ use crate::lm::{LayerTrace, Masked, TrainPass};
 use crate::nn::{LayerNorm, Linear, MoeConfig};
 use crate::ops::{self, Rows, read};
 use crate::param::Param;
-use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
+use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use layer::BertLayer;
 
 /// A BERT encoder with a pooler and a linear head on the first token.
@@ -105,8 +105,9 @@ impl BertClassifier {
 
     /// Reads `config.json` and the weights of a folder in Hugging Face's layout; see [`pretrained`](crate::pretrained).
     ///
-    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. The head is
-    /// drawn as by [`new`](Self::new) if the file has none, and then the pooler too. Heads of pretraining and of question
+    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. The head is the
+    /// file's, which must be of as many labels, and drawn as by [`new`](Self::new) if the file has none, and then the pooler
+    /// too; [`load_with_new_head`](Self::load_with_new_head) draws one whatever the file has. Heads of pretraining and of question
     /// answering are passed over.
     ///
     /// # Errors
@@ -114,14 +115,38 @@ impl BertClassifier {
     /// wrong value or makes another model (see [`BertConfig::read`]), or if a tensor is missing, of another shape or type, not
     /// finite, or has no place in the model; [`ModelError::Config`] if there is no label.
     pub fn load(dir: &Path, labels: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
-        let config = BertConfig::read_for(dir, Some(labels))?;
+        Self::load_with(dir, labels, Head::OfFile, rng)
+    }
+
+    /// As [`load`](Self::load), with a head that is drawn whatever the file has: a classifier of one task is tuned again for
+    /// another. Every tensor beside embeddings, encoder and pooler belongs to the old head and is passed over with it, as is
+    /// what the configuration says of its problem. The pooler is the file's, or drawn if it has none.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with_new_head(
+        dir: &Path,
+        labels: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        Self::load_with(dir, labels, Head::New, rng)
+    }
+
+    fn load_with(
+        dir: &Path,
+        labels: usize,
+        head: Head,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let config = BertConfig::read_for(dir, labels, head)?;
         let weights = Weights::open(dir)?;
-        let optional = load::optional(&weights);
+        let optional = load::optional(&weights, head);
         let std = config.initializer_range;
         let drawn = Drawn { std, rng };
-        let mut source = Stored::new(&weights, &load::parts, &load::spellings, &optional, drawn);
+        let (parts, spellings) = (&load::parts, &load::spellings);
+        let mut source = Stored::new(&weights, parts, spellings, &optional, drawn, head);
         let model = Self::build(&config, labels, &mut source)?;
-        source.nothing_left(load::belongs)?;
+        source.nothing_left(|tensor| load::belongs(tensor, head))?;
         Ok(model)
     }
 

@@ -116,7 +116,9 @@ pub(super) fn write(
     }
     sync_names(storage, dir)?;
     let kept = [Some(&complete), previous.as_ref()];
-    remove_folders(storage, dir, |other| !kept.contains(&Some(&dir.join(other))))?;
+    remove_folders(storage, dir, |other| {
+        !kept.contains(&Some(&dir.join(other)))
+    })?;
     Ok(complete)
 }
 

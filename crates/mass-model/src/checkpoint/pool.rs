@@ -36,6 +36,7 @@ pub enum PoolMismatch {
 
 /// How a checkpoint is loaded into a model that exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoadOptions {
     /// What to do when numbers of experts differ.
     #[serde(default)]

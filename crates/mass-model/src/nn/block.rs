@@ -9,6 +9,7 @@ use crate::param::{Param, Parameters, join};
 
 /// Sizes of a transformer block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// Attention heads; divides the width.
     pub heads: usize,

@@ -17,6 +17,7 @@ use crate::param::{Param, Parameters, join};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MoeConfig {
     /// Token width d.
     pub dim: usize,
@@ -45,7 +46,7 @@ pub struct MoeConfig {
 
 /// How a mixture layer scores tokens for experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "gate", rename_all = "snake_case")]
+#[serde(tag = "gate", rename_all = "snake_case", from = "WrittenGate")]
 pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
@@ -57,6 +58,32 @@ pub enum GateConfig {
         /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
+}
+
+/// A gate as it is read: of a variant without fields serde would pass over those that do not belong to it.
+#[derive(Deserialize)]
+#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
+enum WrittenGate {
+    Linear {},
+    Cosine {
+        projection: Option<usize>,
+        temperature: Option<f32>,
+    },
+}
+
+impl From<WrittenGate> for GateConfig {
+    fn from(written: WrittenGate) -> Self {
+        match written {
+            WrittenGate::Linear {} => Self::Linear,
+            WrittenGate::Cosine {
+                projection,
+                temperature,
+            } => Self::Cosine {
+                projection,
+                temperature,
+            },
+        }
+    }
 }
 
 impl MoeConfig {

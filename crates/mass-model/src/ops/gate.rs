@@ -34,7 +34,7 @@ pub enum Gate {
 /// A loss on the routing of a batch, added to the model's own with a weight. It changes gradients only: the loss that a
 /// training pass reports does not hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "loss", rename_all = "snake_case")]
+#[serde(tag = "loss", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RoutingLoss {
     /// [`gshard_balance`].
     Balance {

@@ -29,6 +29,7 @@ use crate::param::{CpuGradients, Parameters};
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,

@@ -35,6 +35,7 @@ pub struct Ema {
 
 /// Settings of an [`Ema`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EmaConfig {
     /// How much of the average stays at an update, in [0, 1).
     pub decay: f64,

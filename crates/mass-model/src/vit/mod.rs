@@ -70,7 +70,7 @@ use crate::error::ModelError;
 use crate::growth::Mixtures;
 use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
 use crate::param::{Param, Parameters, join};
-use crate::pretrained::{Blank, Drawn, Kind, Source, Stored, Weights};
+use crate::pretrained::{Blank, Drawn, Head, Kind, Source, Stored, Weights};
 use block::VitBlock;
 
 /// What a model is given: images, or what a frozen trunk made of them.
@@ -106,27 +106,6 @@ pub struct VitClassifier {
     config: ClassifierConfig<VitConfig>,
 }
 
-/// Where the head of a model that is read comes from.
-#[derive(Clone, Copy, PartialEq)]
-enum Head {
-    /// The file, or drawn if it has none.
-    OfFile,
-    New,
-}
-
-/// Reads everything but the head, which is drawn.
-struct NewHead<'s, 'a>(&'s mut Stored<'a>);
-
-impl Source for NewHead<'_, '_> {
-    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
-        if files::optional(name) {
-            self.0.draw(name, shape, kind)
-        } else {
-            self.0.param(name, shape, kind)
-        }
-    }
-}
-
 impl VitClassifier {
     /// A model with freshly drawn weights: matrices, class token and positions from N(0, `initializer_range`²), biases zero,
     /// norms one, layer scales as configured.
@@ -156,7 +135,7 @@ impl VitClassifier {
     }
 
     /// As [`load`](Self::load), with a head that is drawn whatever the file has: a classifier of ImageNet becomes one of other
-    /// classes.
+    /// classes. What the configuration says of the old head's problem is passed over with it.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -174,16 +153,14 @@ impl VitClassifier {
         head: Head,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let (config, layout) = files::read(dir)?;
+        let (config, layout) = files::read(dir, head)?;
         let weights = Weights::open(dir)?;
         let std = config.initializer_range;
         let parts = |name: &str, shape: &[usize]| files::parts(&config, layout, name, shape);
         let drawn = Drawn { std, rng };
-        let mut source = Stored::new(&weights, &parts, &files::spellings, &files::optional, drawn);
-        let model = match head {
-            Head::OfFile => Self::build(&config, classes, &mut source)?,
-            Head::New => Self::build(&config, classes, &mut NewHead(&mut source))?,
-        };
+        let (spellings, optional) = (&files::spellings, &files::optional);
+        let mut source = Stored::new(&weights, &parts, spellings, optional, drawn, head);
+        let model = Self::build(&config, classes, &mut source)?;
         source.nothing_left(|tensor| {
             files::belongs(layout, tensor) && !(head == Head::New && files::is_head(layout, tensor))
         })?;

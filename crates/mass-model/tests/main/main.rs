@@ -3,6 +3,7 @@
 mod allocations;
 mod bert;
 mod checkpoint;
+mod configurations;
 mod damage;
 mod encoder_checkpoints;
 mod experts;

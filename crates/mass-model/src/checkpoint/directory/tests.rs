@@ -144,7 +144,10 @@ fn a_full_disk_keeps_the_previous_checkpoint_and_nothing_of_the_next() {
             );
             // Where `latest` still names the step before, no folder of the new one is left.
             if step == Some(20) {
-                assert!(!left.iter().any(|n| n.contains("30")), "call {at}: {left:?}");
+                assert!(
+                    !left.iter().any(|n| n.contains("30")),
+                    "call {at}: {left:?}"
+                );
             }
             // With room again all goes on.
             let later = storage.with(Faults::default());
