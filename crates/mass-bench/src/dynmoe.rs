@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 /// When a pool is recorded and changed, and within which bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DynMoeConfig {
     /// Steps of an epoch.
     pub steps_per_epoch: u64,

@@ -12,7 +12,7 @@ use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{ResultStore, Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
@@ -30,6 +30,7 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    ResultStore::check_kept(&args.out, args.existing())?;
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let mut run = Run::new("mass", args.seed);
     run.variant = Some(args.variant.to_string());

@@ -17,6 +17,7 @@ use crate::run_checkpoint;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TrainerConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub run: String,

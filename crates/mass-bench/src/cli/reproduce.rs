@@ -5,7 +5,8 @@ use clap::Args;
 use super::{Device, Preset, Variant, threads, usable, within};
 use crate::{
     BenchError,
-    study::{self, Study},
+    report::Existing,
+    study::{self, Inputs, Study},
 };
 
 /// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
@@ -45,6 +46,12 @@ pub struct ReproduceCommand {
     /// Keep the finished runs of --out and go on from its checkpoints
     #[arg(long)]
     pub resume: bool,
+    /// Delete what an earlier run has left in --out and begin anew
+    #[arg(long, conflicts_with = "resume")]
+    pub fresh: bool,
+    /// Leave out images that are damaged, instead of ending with their names; the report counts them
+    #[arg(long)]
+    pub leave_out_damaged: bool,
     /// Only every N-th run, beginning with the I-th (counted from 1)
     #[arg(long, value_name = "I/N")]
     pub shard: Option<String>,
@@ -81,6 +88,10 @@ pub struct ReproduceArgs {
     pub threads: usize,
     /// Keep finished runs.
     pub resume: bool,
+    /// Delete them.
+    pub fresh: bool,
+    /// Leave out damaged images.
+    pub leave_out_damaged: bool,
     /// Which runs are this process's.
     pub shard: Shard,
     /// What computes.
@@ -131,6 +142,23 @@ impl Shard {
     }
 }
 
+impl ReproduceArgs {
+    /// What becomes of what `out` holds.
+    #[must_use]
+    pub fn existing(&self) -> Existing {
+        existing(self.resume, self.fresh)
+    }
+}
+
+/// What two flags say, of which clap refuses both together.
+pub(super) fn existing(resume: bool, fresh: bool) -> Existing {
+    match (resume, fresh) {
+        (true, _) => Existing::Resume,
+        (false, true) => Existing::Replace,
+        (false, false) => Existing::Refuse,
+    }
+}
+
 #[cfg(test)]
 impl ReproduceArgs {
     /// What `reproduce` makes of these arguments, for its first study.
@@ -160,7 +188,39 @@ impl ReproduceCommand {
                 "--methods and --task belong to one study; name it instead of `all`".into(),
             ));
         }
-        studies.iter().map(|s| self.check_for(s, all)).collect()
+        let checked = studies.iter().map(|s| self.check_for(s, all));
+        let checked = checked.collect::<Result<_, _>>()?;
+        self.check_inputs(&studies)?;
+        Ok(checked)
+    }
+
+    /// Refuses a flag that none of the studies would heed. A variable of the environment is no such word: it is there for all.
+    fn check_inputs(&self, studies: &[&Study]) -> Result<(), BenchError> {
+        let some =
+            |takes: fn(&Inputs) -> bool| studies.iter().any(|s| takes(&(s.inputs)(self.preset)));
+        let (study, preset) = (&self.study, self.preset);
+        for (given, flag, taken, what) in [
+            (self.data.is_some(), "--data", some(|i| i.data), "data sets"),
+            (
+                self.models.is_some(),
+                "--models",
+                some(|i| i.models),
+                "pretrained models",
+            ),
+            (
+                self.leave_out_damaged,
+                "--leave-out-damaged",
+                some(|i| i.images),
+                "files of images",
+            ),
+        ] {
+            if given && !taken {
+                return Err(BenchError::Usage(format!(
+                    "{flag}: {study}, preset {preset}, reads no {what}; drop {flag}, or choose another study or preset"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_for(&self, study: &Study, all: bool) -> Result<ReproduceArgs, BenchError> {
@@ -207,6 +267,8 @@ impl ReproduceCommand {
             out: self.out_dir(study.name, shard, all)?,
             threads: threads(self.threads)?,
             resume: self.resume,
+            fresh: self.fresh,
+            leave_out_damaged: self.leave_out_damaged,
             shard,
             device: usable(self.device)?,
             json: self.json,

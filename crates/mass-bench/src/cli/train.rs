@@ -3,8 +3,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{Variant, reproduce::not_a_file, threads, within};
+use super::reproduce::{existing, not_a_file};
+use super::{Variant, threads, within};
 use crate::BenchError;
+use crate::report::Existing;
 
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
@@ -57,6 +59,9 @@ pub struct TrainCommand {
     /// Go on from the checkpoint in --out
     #[arg(long)]
     pub resume: bool,
+    /// Delete what an earlier run has left in --out and begin anew
+    #[arg(long, conflicts_with = "resume")]
+    pub fresh: bool,
     /// Whose expansion rules
     #[arg(long, value_enum, default_value_t = Variant::Paper)]
     pub variant: Variant,
@@ -70,6 +75,7 @@ pub struct TrainCommand {
 
 /// A checked `train`. Serialises as the settings that decide its figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TrainArgs {
     /// The text; results know it by a digest of its bytes, not by where it lies.
     #[serde(skip)]
@@ -111,9 +117,20 @@ pub struct TrainArgs {
     /// Go on from the checkpoint.
     #[serde(skip)]
     pub resume: bool,
+    /// Delete what is there.
+    #[serde(skip)]
+    pub fresh: bool,
     /// Print results.json alone.
     #[serde(skip)]
     pub json: bool,
+}
+
+impl TrainArgs {
+    /// What becomes of what `out` holds.
+    #[must_use]
+    pub fn existing(&self) -> Existing {
+        existing(self.resume, self.fresh)
+    }
 }
 
 impl TrainCommand {
@@ -186,6 +203,7 @@ impl TrainCommand {
             held_out: self.held_out,
             out: self.out.clone(),
             resume: self.resume,
+            fresh: self.fresh,
             json: self.json,
         })
     }

@@ -1,4 +1,9 @@
+use std::collections::BTreeMap;
+
 use super::{Comparison, OverTasks, Paired, Reported, Results, Summary, over_tasks, reported};
+
+/// Among a run's figures: how many damaged images its set was read without; absent where none was left out.
+pub const LEFT_OUT: &str = "images_left_out";
 
 /// The summary as aligned plain text, the paper's figures beside it and the Bayes floor below.
 ///
@@ -79,6 +84,16 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
             low => format!("{low} to {most:.3}"),
         };
         notes.push(format!("Bayes floor (no model can do better): {floor}"));
+    }
+    let mut left_out = BTreeMap::new();
+    for run in &results.runs {
+        if let (Some(task), Some(files)) = (&run.task, run.metrics.get(LEFT_OUT)) {
+            let set = task.split('/').next().unwrap_or(task);
+            left_out.insert(set, *files);
+        }
+    }
+    for (set, files) in left_out {
+        notes.push(format!("Damaged images left out of {set}: {files}"));
     }
     let means = over_tasks(&results.study, &results.runs);
     notes.extend(means.iter().map(mean_over_tasks));

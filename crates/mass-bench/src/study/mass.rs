@@ -11,6 +11,7 @@ use crate::variants;
 
 /// One way to run MASS.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct MassSetting {
     pub(super) variant: Variant,
     pub(super) p: f32,

@@ -21,7 +21,7 @@ const AUTHORS_DEPTH: usize = 12;
 
 /// How the feed-forward networks of some blocks are replaced.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "method")]
+#[serde(rename_all = "snake_case", tag = "method", deny_unknown_fields)]
 pub(super) enum Method {
     /// Not at all: empirical risk minimisation.
     Erm,

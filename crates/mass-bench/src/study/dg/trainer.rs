@@ -32,6 +32,7 @@ const PROBE: usize = 32;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct TrainerConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub(super) run: String,

@@ -25,6 +25,7 @@ use crate::study::unusable_model;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct FineTuneConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub(super) run: String,

@@ -21,7 +21,7 @@ use crate::variants;
 
 /// How the feed-forward network of one layer is replaced.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "method")]
+#[serde(rename_all = "snake_case", tag = "method", deny_unknown_fields)]
 pub(super) enum Method {
     /// Not at all.
     Dense,
@@ -102,7 +102,7 @@ impl Pretrained {
     ) -> Result<BertClassifier, ModelError> {
         let mut model = match self {
             Self::Drawn(config) => BertClassifier::new(config, outputs, rng)?,
-            Self::Directory(dir) => BertClassifier::load(dir, outputs, rng)?,
+            Self::Directory(dir) => BertClassifier::load_with_new_head(dir, outputs, rng)?,
         };
         if let Some((experts, router)) = method.mixture() {
             let bert = model.config();

@@ -16,6 +16,7 @@ use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::report::Run;
+use crate::study::has_model;
 use crate::study::mass::{MassSetting, wanted};
 
 /// The folder of the model that quick and full fine-tune.
@@ -268,25 +269,23 @@ fn directory(args: &ReproduceArgs, name: &str) -> Result<Pretrained, BenchError>
     let Some(models) = &args.models else {
         return Err(BenchError::Usage(format!(
             "glue, preset {preset}, needs a pretrained model: give --models DIR (or $MASS_MODELS_DIR) with DIR/{name}/ \
-             (config.json, model.safetensors, and tokenizer.json or vocab.txt), or --preset smoke, which needs none"
+             (config.json, model.safetensors or its index and the files it names, and tokenizer.json or vocab.txt), or --preset smoke, which needs none"
         )));
     };
     let dir = models.join(name);
-    if !has_model(&dir) {
+    if !(has_model(&dir) && has_tokenizer(&dir)) {
         return Err(BenchError::Input {
             path: dir,
             problem: format!(
-                "no model there; preset {preset} needs config.json, model.safetensors, and tokenizer.json or vocab.txt, as \
-                 https://huggingface.co has them; `cargo xtask data fetch {name}` gets them"
+                "no model there; preset {preset} needs config.json, model.safetensors or its index and the files it names, and \
+                 tokenizer.json or vocab.txt, as https://huggingface.co has them; `cargo xtask data fetch {name}` gets them"
             ),
         });
     }
     Ok(Pretrained::Directory(dir))
 }
 
-fn has_model(dir: &Path) -> bool {
+fn has_tokenizer(dir: &Path) -> bool {
     let there = |name: &str| dir.join(name).is_file();
-    there("config.json")
-        && there("model.safetensors")
-        && (there("tokenizer.json") || there("vocab.txt"))
+    there("tokenizer.json") || there("vocab.txt")
 }
