@@ -398,7 +398,7 @@ fn a_split_is_shown_with_its_stream_and_a_run_with_its_diagnoses() {
         room: 2,
     }];
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     store.push(run.clone()).expect("a run");
     store.push(mass(1, 2.2)).expect("a run");
     let shown = table(store.results());
