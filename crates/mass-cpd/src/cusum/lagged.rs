@@ -16,7 +16,7 @@ pub(crate) struct Shape {
     pub(crate) drift: bool,
     /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
     /// oldest.
-    n: f64,
+    pub(super) n: f64,
     per_n: f64,
     /// Mean place of a target in the window, reciprocal sum of squares around it, and distance to the value judged.
     mean_t: f64,
@@ -24,7 +24,7 @@ pub(crate) struct Shape {
     dt: f64,
     /// `1 + 1 / n (+ dt^2 / tt)`
     leverage: f64,
-    dof: f64,
+    pub(super) dof: f64,
     shrink: f64,
 }
 
@@ -58,6 +58,20 @@ impl Shape {
             dof,
             shrink: 2.0 / (8.0 * dof + 3.0),
         }
+    }
+
+    /// Weights of the targets, newest first, in the prediction of the level.
+    pub(super) fn weights(&self) -> Vec<f64> {
+        let trend = if self.drift { self.dt * self.per_tt } else { 0.0 };
+        (0..self.n as usize)
+            .map(|i| self.per_n + trend * (0.5 * (self.n - 1.0) - i as f64))
+            .collect()
+    }
+
+    /// Steps for which the error of a fit is about the same: the far end of a line moves faster than a mean.
+    pub(super) fn error_lasts(&self) -> f64 {
+        let lasts = self.window as f64 / if self.drift { 3.0 } else { 1.0 };
+        lasts.max(1.0)
     }
 
     /// Values to be kept of each stream: the window, and the gap after it.

@@ -40,6 +40,7 @@ mod params;
 mod pchip;
 pub(crate) mod score;
 pub(crate) mod self_starting;
+mod shared_error;
 mod stored;
 mod transform;
 

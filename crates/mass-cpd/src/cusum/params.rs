@@ -252,7 +252,7 @@ impl CalibratedCusumParams {
 }
 
 /// Leverage of the observation judged in a regression on time over `n` targets of the window.
-pub(super) fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
+fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
     let reach = 0.5 * (window as f64 + 1.0) + gap as f64;
     12.0 * reach * reach / (n * (n * n - 1.0))
 }
