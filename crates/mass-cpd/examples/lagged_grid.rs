@@ -9,7 +9,9 @@
 
 use std::env;
 
-use mass_cpd::{AfterAlarm, CalibratedCusumParams, CpdError, Detector, Direction, Drift, Reference};
+use mass_cpd::{
+    AfterAlarm, CalibratedCusumParams, CpdError, Detector, Direction, Drift, Reference,
+};
 use ndarray_rand::{
     rand::{Rng, SeedableRng},
     rand_distr::StandardNormal,
@@ -54,7 +56,10 @@ impl Chart {
 /// For each direction, allowance and limit the shares that alarm at each of the levels.
 fn shares(row: Row, streams: u64, horizon: u64) -> Result<Vec<[f64; 2]>, CpdError> {
     let base = CalibratedCusumParams {
-        reference: Reference::Lagged { window: row.window, gap: row.gap },
+        reference: Reference::Lagged {
+            window: row.window,
+            gap: row.gap,
+        },
         drift: row.drift,
         prewhiten: row.prewhiten,
         after_alarm: AfterAlarm::Hold,
@@ -66,11 +71,19 @@ fn shares(row: Row, streams: u64, horizon: u64) -> Result<Vec<[f64; 2]>, CpdErro
     for direction in [Direction::Up, Direction::Both] {
         for k in KS {
             for score_limit in LIMITS {
-                kinds.push(CalibratedCusumParams { direction, k, score_limit, ..base });
+                kinds.push(CalibratedCusumParams {
+                    direction,
+                    k,
+                    score_limit,
+                    ..base
+                });
             }
         }
     }
-    let calibrated = kinds.iter().map(|kind| kind.check()).collect::<Result<Vec<_>, _>>()?;
+    let calibrated = kinds
+        .iter()
+        .map(|kind| kind.check())
+        .collect::<Result<Vec<_>, _>>()?;
     let mut alarms = vec![[0u32; 2]; kinds.len()];
     let fresh = base.check()?;
     for seed in 0..streams {
@@ -102,7 +115,10 @@ fn shares(row: Row, streams: u64, horizon: u64) -> Result<Vec<[f64; 2]>, CpdErro
             }
         }
     }
-    Ok(alarms.iter().map(|a| a.map(|a| f64::from(a) / streams as f64)).collect())
+    Ok(alarms
+        .iter()
+        .map(|a| a.map(|a| f64::from(a) / streams as f64))
+        .collect())
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -112,7 +128,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{streams} streams a row, {horizon} scores each.");
     for (i, alpha) in ALPHAS.into_iter().enumerate() {
         let error = (alpha * (1.0 - alpha) / streams as f64).sqrt();
-        println!("The standard error of a share near {alpha} is {error:.4} (column {}).", i + 1);
+        println!(
+            "The standard error of a share near {alpha} is {error:.4} (column {}).",
+            i + 1
+        );
     }
     let limit = |l: Option<f64>| l.map_or("none".to_owned(), |l| l.to_string());
     print!("\n| window, gap | line | phi | sides |");
@@ -121,16 +140,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             print!(" k {k}, limit {} |", limit(l));
         }
     }
-    println!("\n|---|---|---|---|{}", "---|".repeat(KS.len() * LIMITS.len()));
+    println!(
+        "\n|---|---|---|---|{}",
+        "---|".repeat(KS.len() * LIMITS.len())
+    );
     for window in [64, 128, 256] {
         for gap in [0, 16] {
             for drift in [Drift::Keep, Drift::Remove] {
                 for (prewhiten, phi) in [(false, 0.0), (true, 0.0), (true, 0.3), (true, 0.6)] {
-                    let row = Row { window, gap, drift, prewhiten, phi };
+                    let row = Row {
+                        window,
+                        gap,
+                        drift,
+                        prewhiten,
+                        phi,
+                    };
                     let found = shares(row, streams, horizon)?;
-                    let line = if drift == Drift::Remove { "removed" } else { "kept" };
-                    let phi = if prewhiten { phi.to_string() } else { "not fitted".to_owned() };
-                    for (sides, found) in ["one", "two"].into_iter().zip(found.chunks(KS.len() * LIMITS.len())) {
+                    let line = if drift == Drift::Remove {
+                        "removed"
+                    } else {
+                        "kept"
+                    };
+                    let phi = if prewhiten {
+                        phi.to_string()
+                    } else {
+                        "not fitted".to_owned()
+                    };
+                    for (sides, found) in ["one", "two"]
+                        .into_iter()
+                        .zip(found.chunks(KS.len() * LIMITS.len()))
+                    {
                         print!("| {window}, {gap} | {line} | {phi} | {sides} |");
                         for [often, rare] in found {
                             print!(" {often:.3} {rare:.4} |");

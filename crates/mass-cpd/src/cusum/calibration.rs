@@ -86,7 +86,12 @@ impl Calibration {
             .map(|log_p| {
                 let (smooth, last) = (Pchip::new(log_p, width), log_p.len() - 1);
                 (0..=last * parts)
-                    .map(|i| smooth.at(i as f64 * fine_width).unwrap_or(log_p[last]).exp())
+                    .map(|i| {
+                        smooth
+                            .at(i as f64 * fine_width)
+                            .unwrap_or(log_p[last])
+                            .exp()
+                    })
                     .collect()
             })
             .collect();
@@ -241,7 +246,8 @@ impl Key {
             let mut alarms = shared_error::alarms(&chart, &self.shape, &lattice);
             // The error of so wide a lattice is about that for independent scores.
             let coarse = lattice.rates(normal::survival);
-            for ((alarm, coarse), exact) in alarms.iter_mut().zip(coarse).zip(independent(&lattice)) {
+            for ((alarm, coarse), exact) in alarms.iter_mut().zip(coarse).zip(independent(&lattice))
+            {
                 let errors = [exact[0] / coarse.at(), exact[1] / coarse.over()];
                 for (p, error) in alarm.iter_mut().zip(errors) {
                     *p = -(error * (-*p).ln_1p()).exp_m1();

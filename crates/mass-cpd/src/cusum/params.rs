@@ -194,7 +194,11 @@ impl CalibratedCusumParams {
             Reference::SelfStarting => (0, 0),
             Reference::Lagged { window, gap } => (window, gap),
         };
-        Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove)
+        let shape = Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove);
+        match self.transform {
+            Transform::Identity => shape,
+            Transform::Log => shape.of_logarithms(),
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {

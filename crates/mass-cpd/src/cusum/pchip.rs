@@ -11,7 +11,10 @@ impl Pchip {
     /// One after the other, with a jump where one piece does not end where the next begins; at least two values each.
     pub(super) fn joined(pieces: &[Vec<f64>], width: f64) -> Self {
         Self {
-            cells: pieces.iter().flat_map(|piece| Self::new(piece, width).cells).collect(),
+            cells: pieces
+                .iter()
+                .flat_map(|piece| Self::new(piece, width).cells)
+                .collect(),
             per_width: width.recip(),
         }
     }

@@ -111,10 +111,14 @@ impl Shared {
         let covariance = |j: usize| {
             let later = weights.get(j..).unwrap_or_default();
             let both: f64 = weights.iter().zip(later).map(|(a, b)| a * b).sum();
-            let own = (j > shape.gap).then(|| weights.get(j - shape.gap - 1)).flatten();
+            let own = (j > shape.gap)
+                .then(|| weights.get(j - shape.gap - 1))
+                .flatten();
             (both - own.copied().unwrap_or(0.0)) / (1.0 + square)
         };
-        let pairs: f64 = (1..m as usize).map(|j| (m - j as f64) * covariance(j)).sum();
+        let pairs: f64 = (1..m as usize)
+            .map(|j| (m - j as f64) * covariance(j))
+            .sum();
         let (level, rest) = if m < 2.0 {
             let share = square / (1.0 + square);
             (share, 1.0 - share)
@@ -143,7 +147,11 @@ fn table(chart: &Chart, shape: &Shape, lattice: &Lattice, m: f64) -> Vec<Alarm> 
         let a = z * (8.0 * dof + 3.0) / (8.0 * dof + 1.0);
         (dof * (a * a / dof).exp_m1()).sqrt().copysign(z)
     };
-    let levels = if shared.level > 0.0 { normal_grid() } else { vec![(0.0, 1.0)] };
+    let levels = if shared.level > 0.0 {
+        normal_grid()
+    } else {
+        vec![(0.0, 1.0)]
+    };
     let given: Vec<(f64, Vec<(f64, Vec<Rate>)>)> = HERMITE_3
         .iter()
         .map(|&(y, weight)| {
@@ -169,7 +177,11 @@ fn table(chart: &Chart, shape: &Shape, lattice: &Lattice, m: f64) -> Vec<Alarm> 
             };
             // A single step is the same with any correlation: what is beyond it, is not.
             let exponents = HERMITE_5.map(|(x, w)| (1.0 / (1.0 + coefficient * x).max(0.2), w));
-            let exponents = if coefficient > 0.0 { &exponents[..] } else { &[(1.0, 1.0)] };
+            let exponents = if coefficient > 0.0 {
+                &exponents[..]
+            } else {
+                &[(1.0, 1.0)]
+            };
             [Rate::at, Rate::over].map(|of| {
                 let mut alarm = 0.0;
                 for (scale_weight, by_level) in &given {

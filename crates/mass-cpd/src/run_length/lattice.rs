@@ -110,7 +110,12 @@ impl Lattice {
     /// The rates at thresholds `0, width, .., cells * width` of scores that are over `x` with probability `survival(x)`.
     pub(crate) fn rates(&self, survival: impl Fn(f64) -> f64) -> Vec<Rate> {
         let states = self.states();
-        let Solved { visits, time, home, beyond } = self.eliminate(&states, survival);
+        let Solved {
+            visits,
+            time,
+            home,
+            beyond,
+        } = self.eliminate(&states, survival);
         // How likely an excursion comes to a state or higher, from the highest down.
         let mut reaches = vec![beyond; states.len() + 1];
         for i in (0..states.len()).rev() {
@@ -124,7 +129,10 @@ impl Lattice {
                 lasts += visits[under] * time[under];
                 under += 1;
             }
-            rates.push(Rate { at, over: reaches[under] / lasts });
+            rates.push(Rate {
+                at,
+                over: reaches[under] / lasts,
+            });
             if cell < self.cells {
                 lasts += visits[under] * time[under];
                 under += 1;
@@ -134,14 +142,24 @@ impl Lattice {
     }
 
     fn eliminate(&self, states: &[State], survival: impl Fn(f64) -> f64) -> Solved {
-        let Self { k, limit, jump, width, cells } = *self;
+        let Self {
+            k,
+            limit,
+            jump,
+            width,
+            cells,
+        } = *self;
         let n = states.len();
         let index = |cell: usize| cell + cell / jump;
         let (top, bottom) = (survival(limit), 1.0 - survival(-limit));
         // A score within the limits that moves the sum by between `a` and `b` cells.
         let between = |a: f64, b: f64| {
             let (a, b) = ((a * width + k).max(-limit), (b * width + k).min(limit));
-            if a < b { (survival(a) - survival(b)).max(0.0) } else { 0.0 }
+            if a < b {
+                (survival(a) - survival(b)).max(0.0)
+            } else {
+                0.0
+            }
         };
         // How many cells down there is something to follow.
         let deepest = (((limit + k) / width).ceil() as usize + 1).min(cells);
@@ -177,7 +195,11 @@ impl Lattice {
         };
         let to_zero = |from: State| {
             let score = k - from.place() * width;
-            if score < -limit { 0.0 } else { 1.0 - survival(score) }
+            if score < -limit {
+                0.0
+            } else {
+                1.0 - survival(score)
+            }
         };
         let beyond = |from: State| {
             let highest = from.cell + jump + usize::from(!from.atom);
@@ -188,7 +210,10 @@ impl Lattice {
             }
         };
 
-        let zero = State { cell: 0, atom: true };
+        let zero = State {
+            cell: 0,
+            atom: true,
+        };
         let mut visits = vec![0.0; n];
         each_step(zero, &mut |to, p| visits[to] += p);
         let (mut home, mut out) = (vec![0.0; n], vec![0.0; n]);
@@ -239,7 +264,12 @@ impl Lattice {
             }
         }
         let over = visits.iter().zip(&out).map(|(v, o)| v * o).sum::<f64>();
-        Solved { visits, time, home, beyond: over + beyond(zero) }
+        Solved {
+            visits,
+            time,
+            home,
+            beyond: over + beyond(zero),
+        }
     }
 }
 
