@@ -140,10 +140,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             print!(" k {k}, limit {} |", limit(l));
         }
     }
-    println!(
-        "\n|---|---|---|---|{}",
-        "---|".repeat(KS.len() * LIMITS.len())
-    );
+    let charts = KS.len() * LIMITS.len();
+    println!("\n|---|---|---|---|{}", "---|".repeat(charts));
+    let mut all = Vec::new();
     for window in [64, 128, 256] {
         for gap in [0, 16] {
             for drift in [Drift::Keep, Drift::Remove] {
@@ -161,23 +160,56 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     } else {
                         "kept"
                     };
-                    let phi = if prewhiten {
+                    let label = if prewhiten {
                         phi.to_string()
                     } else {
                         "not fitted".to_owned()
                     };
-                    for (sides, found) in ["one", "two"]
-                        .into_iter()
-                        .zip(found.chunks(KS.len() * LIMITS.len()))
-                    {
-                        print!("| {window}, {gap} | {line} | {phi} | {sides} |");
+                    for (sides, found) in ["one", "two"].into_iter().zip(found.chunks(charts)) {
+                        print!("| {window}, {gap} | {line} | {label} | {sides} |");
                         for [often, rare] in found {
                             print!(" {often:.3} {rare:.4} |");
                         }
                         println!();
                     }
+                    all.push((row, found));
                 }
             }
+        }
+    }
+
+    println!("\nLeast, median and largest of these shares, one- and two-sided.\n");
+    println!("| rows | k | limit | at 0.05 | at 0.005 |\n|---|---|---|---|---|");
+    type Chosen = fn(&Row) -> bool;
+    let groups: [(&str, Chosen); 4] = [
+        ("no gap", |row| row.gap == 0),
+        ("gap 16, window 128 or 256, phi up to 0.3", |row| {
+            row.gap > 0 && row.window > 64 && row.phi < 0.5
+        }),
+        ("gap 16, window 128 or 256, phi 0.6", |row| {
+            row.gap > 0 && row.window > 64 && row.phi > 0.5
+        }),
+        ("gap 16, window 64", |row| row.gap > 0 && row.window == 64),
+    ];
+    for (name, chosen) in groups {
+        for chart in 0..charts {
+            let (k, l) = (KS[chart / LIMITS.len()], LIMITS[chart % LIMITS.len()]);
+            print!("| {name} | {k} | {} |", limit(l));
+            for (level, digits) in [(0, 3), (1, 4)] {
+                let mut shares: Vec<f64> = all
+                    .iter()
+                    .filter(|(row, _)| chosen(row))
+                    .flat_map(|(_, found)| [found[chart][level], found[charts + chart][level]])
+                    .collect();
+                shares.sort_by(f64::total_cmp);
+                let (least, middle, most) = (
+                    shares[0],
+                    shares[shares.len() / 2],
+                    shares[shares.len() - 1],
+                );
+                print!(" {least:.digits$}, {middle:.digits$}, {most:.digits$} |");
+            }
+            println!();
         }
     }
     Ok(())

@@ -124,8 +124,8 @@ struct Fit {
     /// Residual sum of squares.
     rest: f64,
     error: f64,
-    /// Standard error of the prediction.
-    deviation: f64,
+    /// Square of the prediction's standard error.
+    variance: f64,
 }
 
 impl Lagged {
@@ -155,11 +155,11 @@ impl Lagged {
         let fit = self.judge(values, y, shape);
         // A jump is not learned at its full size: as the predecessor of the next value, or in the window, it would have the autoregression
         // explain all that follows. The window's spread grows with each such value, so that a lasting one is followed in time.
-        let most = MOST_LEARNED * fit.deviation;
-        let learned = if fit.error.abs() <= most {
+        let most = MOST_LEARNED * MOST_LEARNED * fit.variance;
+        let learned = if fit.error * fit.error <= most {
             y
         } else {
-            y - fit.error + most.copysign(fit.error)
+            y - fit.error + most.sqrt().copysign(fit.error)
         };
         self.learn(values, learned, shape);
         Some(fit.z)
@@ -234,14 +234,19 @@ impl Lagged {
                 rest -= phi * yl;
                 leverage += dl * dl * per_ll;
                 // Least squares finds too little autocorrelation in a short window (Kendall 1954; with a
-                // trend, Tanaka 1984), which the sum of scores would add up. Where it is known exactly, it is not.
+                // trend, Tanaka 1984), which the sum of scores would add up. Never by more than two standard
+                // errors: where nothing is left unexplained the coefficient is exact.
                 let bias = if shape.drift {
                     2.0 + 4.0 * phi
                 } else {
                     1.0 + 3.0 * phi
                 };
-                let most = 2.0 * (rest.max(0.0) * per_ll / shape.dof).sqrt();
-                let corrected = phi + (bias * per_n).clamp(-most, most);
+                let mut bias = bias * per_n;
+                let most = 4.0 * rest.max(0.0);
+                if bias * bias * ll * shape.dof > most {
+                    bias = (most * per_ll / shape.dof).sqrt().copysign(bias);
+                }
+                let corrected = phi + bias;
                 error -= corrected.clamp(phi.min(-0.99), phi.max(0.99)) * dl;
             }
         }
@@ -264,7 +269,7 @@ impl Lagged {
             z,
             rest,
             error,
-            deviation: (spread * leverage / shape.dof).sqrt(),
+            variance: spread * leverage / shape.dof,
         }
     }
 
