@@ -17,7 +17,7 @@
 //! and an alarm is raised when `p_N(S_t) <= alpha`, with `p_N(s)` the probability that a stream without a change
 //! reaches `s` anywhere within the horizon of `N` steps: for the self-starting reference
 //! `p_N(s) = 1 - exp(-N / ARL0(s))`, with twice the exponent for [`Direction::Both`]. For the lagged reference it
-//! also averages over the error of the reference, which all scores of a stretch share.
+//! also averages over the error of the reference, which all scores of a stretch share. A limit on the scores is part of the calibration.
 //!
 //! # What is reported
 //! [`Step::statistic`](crate::Step::statistic) is the larger of the two sums, [`Step::p_value`](crate::Step::p_value) the marginal p-value of `z_t`,
@@ -27,6 +27,11 @@
 //! A self-starting reference takes in every observation. With `prewhiten` a jump of very many standard deviations makes the
 //! fitted autoregression explain what follows it, so that the sum may stay below its threshold: watch such streams by their
 //! logarithm, without prewhitening, or against [`Reference::LAGGED`], which no jump enters before its gap is over.
+//!
+//! A lagged reference learns an error of more than eight standard errors as one of eight, so that a jump, once it is the predecessor or in
+//! the window, is not explained by the fitted autoregression. The window's spread grows with every such value, and follows a jump of any
+//! size within about a window's length. A window without any spread is taken to have that of rounding: whatever is beyond it is a
+//! score far over any limit.
 //!
 //! # Sources
 //! Page, Biometrika 41 (1954); Hawkins, Statistician 36 (1987) for self-starting charts; Brown, Durbin & Evans,
@@ -40,6 +45,7 @@ mod params;
 mod pchip;
 pub(crate) mod score;
 pub(crate) mod self_starting;
+mod shared_error;
 mod stored;
 mod transform;
 

@@ -107,8 +107,9 @@ pub struct CalibratedCusumParams {
     pub alpha: f64,
     /// Allowance of the CUSUM in standard deviations, in [0.05, 3]: half the smallest shift worth finding.
     pub k: f64,
-    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. Under the
-    /// model a limit of 4 changes nothing; in a stream with outliers it takes several, not one, to make an alarm.
+    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. In a stream with outliers it takes
+    /// several, not one, to make an alarm. The calibration knows of it: under the model a limit of 4 makes little difference for `k`
+    /// up to 1. Where `n` scores at the limit just reach the threshold, `alpha` may lie in a jump of `p_N`: it is then not used up.
     pub score_limit: Option<f64>,
     /// What is monitored.
     pub transform: Transform,
@@ -154,6 +155,9 @@ impl CalibratedCusumParams {
     /// without a change of the data (allowance `k = 2`): only a sudden rise of several standard deviations, as
     /// a change of the data distribution makes in the loss, is a change.
     ///
+    /// At a level per stream between about 0.023 and 0.052 the threshold is just over what one score at the limit reaches, and the probability of
+    /// a false alarm 0.023.
+    ///
     /// # Examples
     /// ```
     /// use mass_cpd::CalibratedCusumParams;
@@ -194,7 +198,11 @@ impl CalibratedCusumParams {
             Reference::SelfStarting => (0, 0),
             Reference::Lagged { window, gap } => (window, gap),
         };
-        Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove)
+        let shape = Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove);
+        match self.transform {
+            Transform::Identity => shape,
+            Transform::Log => shape.of_logarithms(),
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {
@@ -252,7 +260,7 @@ impl CalibratedCusumParams {
 }
 
 /// Leverage of the observation judged in a regression on time over `n` targets of the window.
-pub(super) fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
+fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
     let reach = 0.5 * (window as f64 + 1.0) + gap as f64;
     12.0 * reach * reach / (n * (n * n - 1.0))
 }
