@@ -7,4 +7,5 @@ mod golden_windowed_z;
 mod offline;
 mod real_gradient_norms;
 mod real_tcpd;
+mod segmentation;
 mod simulation;
