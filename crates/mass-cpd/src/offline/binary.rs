@@ -7,7 +7,7 @@ use super::{
     ChangePoint, Cost, Segmentation,
     cost::Costs,
     noise,
-    series::Series,
+    series::{Series, edges, mean_and_square},
     test::{bridge_p_value, long_run_deviation, max_cusum},
 };
 use crate::{CpdError, error::require};
@@ -62,7 +62,8 @@ impl BinarySegmentationParams {
 /// the narrowest of those that the cut does not run through, and so on: a narrow window holds one change, and a wide one
 /// over a staircase has its largest CUSUM anywhere. In the end each cut is moved to the largest CUSUM between
 /// its neighbours. The p-values reported are the windows', adjusted. The long-run variance is that of the
-/// residuals of the default [`PeltParams`](super::PeltParams) segmentation.
+/// residuals of the default [`PeltParams`](super::PeltParams) segmentation, and for a window that varies more than they do
+/// around its own two means by as much larger: a few heavy-tailed values in a narrow window are no change.
 ///
 /// # Examples
 /// ```
@@ -108,9 +109,12 @@ impl BinarySegmentation {
         let omega = long_run_deviation(y, &rough).max(1e-10 * variance.sqrt());
         let windows = seeded_windows(y.len(), shortest);
         let number = windows.len() as f64;
+        let usual = split_deviation(y, &rough);
         let mut holding: Vec<Holding> = Vec::new();
         for (start, end) in windows {
             let (cusum, at) = max_cusum(&y[start..end]);
+            let wilder = split_deviation(&y[start..end], &[at]) / usual.max(f64::MIN_POSITIVE);
+            let omega = omega * wilder.max(1.0);
             let p_value = (bridge_p_value(cusum / omega) * number).min(1.0);
             if p_value <= self.params.alpha {
                 holding.push(Holding {
@@ -152,6 +156,17 @@ impl BinarySegmentation {
         }
         Ok(Segmentation::with(&series, cuts, None))
     }
+}
+
+/// Standard deviation of what a segmentation leaves over.
+fn split_deviation(y: &[f64], indices: &[usize]) -> f64 {
+    let edges = edges(indices, y.len());
+    let square: f64 = edges
+        .windows(2)
+        .map(|e| mean_and_square(&y[e[0]..e[1]]).1)
+        .sum();
+    let freedom = y.len() as f64 - (edges.len() - 1) as f64;
+    (square / freedom.max(1.0)).sqrt()
 }
 
 /// A window that holds a change.
