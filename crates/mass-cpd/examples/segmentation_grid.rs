@@ -1,11 +1,12 @@
 //! What segmentation finds in simulated series whose changes are known, as Markdown tables.
 //!
 //! ```text
-//! cargo run --release -p mass-cpd --features offline --example segmentation_grid [SERIES]
+//! cargo run --release -p mass-cpd --features offline --example segmentation_grid [SERIES] [none|changes]
 //! ```
 //!
 //! Noise is AR(1) of unit variance, whatever its autocorrelation `phi`, but for the rows that say otherwise. `SERIES` is the
-//! number of series a cell (100); cells without a change have five times as many.
+//! number of series a cell (100); cells without a change have five times as many. The second argument picks one of the
+//! tables.
 
 use std::env;
 
@@ -252,7 +253,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{} series a cell without a change, {number} with changes; share ± standard error.\n",
         5 * number
     );
-    without_a_change(5 * number)?;
-    with_changes(number)?;
+    match env::args().nth(2).as_deref() {
+        None => {
+            without_a_change(5 * number)?;
+            with_changes(number)?;
+        }
+        Some("none") => without_a_change(5 * number)?,
+        Some("changes") => with_changes(number)?,
+        Some(other) => return Err(format!("{other} is neither `none` nor `changes`").into()),
+    }
     Ok(())
 }
