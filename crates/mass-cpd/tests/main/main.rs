@@ -10,4 +10,5 @@ mod readiness;
 mod real_gradient_norms;
 mod real_tcpd;
 mod run_length;
+mod segmentation;
 mod simulation;
