@@ -25,7 +25,7 @@ use std::{
 };
 
 use super::{
-    params::{CalibratedCusumParams, Direction, Drift, Reference, line_leverage},
+    params::{CalibratedCusumParams, Direction, Drift, Prewhiten, Reference, line_leverage},
     pchip::Pchip,
 };
 use crate::run_length::{RunLength, Sides, false_alarm_of_block, siegmund};
@@ -165,7 +165,7 @@ impl Key {
                 Sides::One
             },
             reference: params.reference,
-            prewhiten: params.prewhiten,
+            prewhiten: params.prewhiten != Prewhiten::None,
             drift: params.drift == Drift::Remove,
         }
     }
