@@ -260,10 +260,11 @@ impl Detector for TrainingMonitor {
             at: self.count,
             number: path.number,
         };
-        if now.sum < path.lowest.sum {
+        // The latest of equals: none of them is part of a change that comes after.
+        if now.sum <= path.lowest.sum {
             path.lowest = now;
         }
-        if now.sum > path.highest.sum {
+        if now.sum >= path.highest.sum {
             path.highest = now;
         }
         self.evidence(learned, &mut step);

@@ -43,12 +43,12 @@ macro_rules! lanes {
 
 lanes! {
     /// One side of the charts.
-    Sums of Sum { s, onset, number, base, total }
+    Sums of Sum { s, onset, number, scores, base, total }
 }
 lanes! {
     /// The self-starting references.
     References of SelfStarting {
-        seen, n, odd, previous, raw, unsure, mean_y, mean_l, yy, yl, ll, time, mean_t, tt, yt, lt
+        seen, odd, previous, raw, unsure, mean_y, mean_l, yy, yl, ll, time, mean_t, tt, yt, lt
     }
 }
 
@@ -200,8 +200,8 @@ impl Block {
             let ready = seen.ready[i] > 0.0;
             let line = (seen.level[i], seen.slope[i]);
             let (mut up, mut down) = (self.up.get(i), self.down.get(i));
-            up.add(bounded - rule.k, seen.y[i], count, line);
-            down.add(-bounded - rule.k, seen.y[i], count, line);
+            up.add(bounded, rule.k, seen.y[i], count, line);
+            down.add(-bounded, rule.k, seen.y[i], count, line);
             let up = either(ready & rule.up, up, self.up.get(i));
             let down = either(ready & rule.down, down, self.down.get(i));
             self.up.set(i, up);
@@ -286,6 +286,7 @@ fn either(first: bool, a: Sum, b: Sum) -> Sum {
         s: one(a.s, b.s),
         onset: one(a.onset, b.onset),
         number: one(a.number, b.number),
+        scores: one(a.scores, b.scores),
         base: one(a.base, b.base),
         total: one(a.total, b.total),
     }

@@ -41,7 +41,7 @@ impl Model {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Autoregression {
-    /// Observations.
+    /// Observations learned, and those before the first that had all its predecessors.
     seen: u64,
     /// Steps since the start, gaps included.
     time: u64,
@@ -105,13 +105,14 @@ impl Autoregression {
             verdict.judged = verdict.judged.with_more_variance(self.variance(&verdict.phi, p));
         }
         let (mut z, clean, extra) = verdict.judged.clean(y, limit);
+        let follows = self.known >= p;
         let known = self.n as usize > model.base() + p;
         let mut chosen = verdict.judged;
-        let mut learned = !missing && self.known >= p;
+        let mut learned = !missing && follows;
         if !missing && self.lags[..p] != self.raw[..p] {
             // A predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
             let echo = self.judge(y, &self.raw, model).judged;
-            if echo.score().abs() < z.abs() {
+            if echo.is_within_reach(self.n as f64) && echo.score().abs() < z.abs() {
                 (z, chosen, learned) = (echo.score(), echo, false);
             }
         }
@@ -123,7 +124,7 @@ impl Autoregression {
         }
         self.shift(clean, y);
         self.gap = self.gap.saturating_sub(1);
-        self.seen += 1;
+        self.seen += u64::from(learned || !follows);
         (z, known.then(|| chosen.error / chosen.leverage.sqrt()))
     }
 

@@ -245,10 +245,10 @@ impl Detector for CalibratedCusum {
         let direction = self.params.direction;
         let count = self.count as f64;
         if direction != Direction::Down {
-            self.up.add(bounded - k, y, count, line);
+            self.up.add(bounded, k, y, count, line);
         }
         if direction != Direction::Up {
-            self.down.add(-bounded - k, y, count, line);
+            self.down.add(-bounded, k, y, count, line);
         }
         report(&self.params, &mut step, (&self.up, &self.down), z);
         let s = step.statistic.unwrap_or(0.0);

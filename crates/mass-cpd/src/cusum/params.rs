@@ -22,7 +22,7 @@ pub enum Transform {
 
 /// What an observation is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Reference {
     /// Everything before it (Hawkins 1987): each prediction uses all earlier observations, and the warm-up only
     /// says from when on the evidence is summed.
@@ -59,7 +59,7 @@ pub enum Drift {
 
 /// The autoregression that is fitted to the reference and taken off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Prewhiten {
     /// None: for streams known to be without autocorrelation.
     None,

@@ -83,6 +83,12 @@ impl Judged {
         (z, y - excess, extra)
     }
 
+    /// Whether a prediction from a predecessor so far off means anything, after `n` observations: a coefficient that is good to
+    /// `1 / sqrt(n)` says nothing of one that is off by `n` standard deviations.
+    pub(crate) fn is_within_reach(&self, n: f64) -> bool {
+        self.leverage <= n * n * self.per
+    }
+
     /// The same error, if `more` variances of the reference are added to that of the prediction.
     pub(crate) fn with_more_variance(&self, more: f64) -> Self {
         let leverage = self.leverage + more * self.per;

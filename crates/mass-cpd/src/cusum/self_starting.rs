@@ -24,10 +24,8 @@ const LARGEST_PHI: f64 = 0.99;
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SelfStarting {
-    /// Observations.
+    /// Observations learned, of which the first is no target when it is needed as the predecessor.
     pub(crate) seen: f64,
-    /// Targets of the regression: observations that had a predecessor, if one is needed.
-    pub(crate) n: f64,
     /// 1 when the predecessor is not as it was observed: cleaned, or missing.
     pub(crate) odd: f64,
     /// The predecessor as it enters the regression.
@@ -104,10 +102,10 @@ impl SelfStarting {
         let (z, clean, extra) = p.judged.clean(y, limit);
         if AR && self.odd > 0.0 {
             // The predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
-            let echo = self.judge::<AR, DRIFT>(y, self.raw).judged.score();
-            if echo.abs() < z.abs() {
+            let echo = self.judge::<AR, DRIFT>(y, self.raw).judged;
+            if echo.is_within_reach(self.seen) && echo.score().abs() < z.abs() {
                 self.pass_over(y, clean);
-                return echo;
+                return echo.score();
             }
         }
         if clean == y {
@@ -126,7 +124,7 @@ impl SelfStarting {
 
     /// A missing observation.
     pub(crate) fn skip<const AR: bool, const DRIFT: bool>(&mut self) {
-        if AR && self.n < 8.0 {
+        if AR && self.seen < 8.0 {
             // Too early for a prediction in its place.
             *self = Self {
                 time: self.time + 1.0,
@@ -146,7 +144,6 @@ impl SelfStarting {
     }
 
     fn pass_over(&mut self, y: f64, clean: f64) {
-        self.seen += 1.0;
         self.time += 1.0;
         self.follow(y, clean);
     }
@@ -165,8 +162,8 @@ impl SelfStarting {
             yl -= self.yt * self.lt / self.tt;
             ll -= self.lt * self.lt / self.tt;
         }
-        if ll > SPENT * self.ll && ll > ROUNDING * (self.yy + self.n * self.mean_y * self.mean_y) {
-            unbiased::<DRIFT>(yl, ll, 1.0 / (self.n + 1.0)) / ll
+        if ll > SPENT * self.ll && ll > ROUNDING * (self.yy + self.seen * self.mean_y * self.mean_y) {
+            unbiased::<DRIFT>(yl, ll, 1.0 / self.seen) / ll
         } else {
             0.0
         }
@@ -187,7 +184,7 @@ impl SelfStarting {
     #[inline(always)]
     pub(crate) fn judge<const AR: bool, const DRIFT: bool>(&self, y: f64, previous: f64) -> Prediction {
         let lag = if AR { 1.0 } else { 0.0 };
-        let n = self.n;
+        let n = self.seen - lag;
         let (dy, dl) = (y - self.mean_y, previous - self.mean_l);
         let dt = if DRIFT { self.time - self.mean_t } else { 0.0 };
         let parameters = 1.0 + lag + if DRIFT { 1.0 } else { 0.0 };
@@ -237,7 +234,7 @@ impl SelfStarting {
             judged: Judged {
                 ratio: if known { ratio } else { 0.0 },
                 dof: if known { dof } else { 1.0 },
-                shrink: 2.0 * targets * both,
+                shrink: if known { 2.0 * targets * both } else { 0.0 },
                 error,
                 unit: ll,
                 rest,
@@ -255,7 +252,7 @@ impl SelfStarting {
     #[inline(always)]
     pub(crate) fn learn<const AR: bool, const DRIFT: bool>(&mut self, y: f64, p: &Prediction) {
         // Before the first target (only with AR) everything is still zero and must stay so.
-        let is_target = !AR || self.seen > 0.0;
+        let is_target = !AR || self.seen >= 1.0;
         let share = if is_target { p.share } else { 0.0 };
         let keep = if is_target { 1.0 - share } else { 0.0 };
         let Prediction { dy, dl, dt, .. } = *p;
@@ -277,14 +274,12 @@ impl SelfStarting {
         }
         self.previous = y;
         self.seen += 1.0;
-        self.n += if is_target { 1.0 } else { 0.0 };
     }
 
     /// Whether a deserialised state could have come from finite observations.
     pub(crate) fn is_valid(&self) -> bool {
         let Self {
             seen,
-            n,
             odd,
             previous,
             raw,
@@ -303,11 +298,10 @@ impl SelfStarting {
         [previous, raw, mean_y, mean_l, yl, mean_t, yt, lt]
             .iter()
             .all(|v| v.is_finite())
-            && [seen, n, unsure, yy, ll, time, tt]
+            && [seen, unsure, yy, ll, time, tt]
                 .iter()
                 .all(|v| v.is_finite() && *v >= 0.0)
-            && [seen, n, time].iter().all(|v| v.fract() == 0.0)
-            && n <= seen
+            && [seen, time].iter().all(|v| v.fract() == 0.0)
             && (odd == 0.0 || odd == 1.0)
     }
 }

@@ -28,10 +28,11 @@ pub(crate) fn of_size(z: f64) -> f64 {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sum {
     pub(crate) s: f64,
-    /// Step at which the sum was last zero before its observation.
+    /// Step at which the change is thought to begin.
     pub(crate) onset: f64,
-    /// Scores since then.
+    /// Scores since then, and their sum.
     pub(crate) number: f64,
+    pub(crate) scores: f64,
     /// Level of the reference just before.
     pub(crate) base: f64,
     /// Sum of the observations since, less the reference's drift from then on.
@@ -42,18 +43,23 @@ impl Sum {
     /// Adds a score beyond the allowance, of the observation `y` at step `count`, when the reference had this level and
     /// slope.
     ///
+    /// The onset is the first step since the sum was zero, but moves to a later one whose score alone is more likely under a change of its
+    /// own size than all since are under one change: `z^2 > (sum z)^2 / n`. So a large step is not blurred by the noise just before.
+    ///
     /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
     /// all the arithmetic.
     #[inline(always)]
-    pub(crate) fn add(&mut self, excess: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
-        let starts = self.s == 0.0;
+    pub(crate) fn add(&mut self, z: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
+        let (number, scores) = (self.number + 1.0, self.scores + z);
+        let alone = (z > 0.0) & (z * z * number > scores * scores);
+        let starts = (self.s == 0.0) | alone;
         self.onset = if starts { count } else { self.onset };
         self.base = if starts { level } else { self.base };
-        let number = if starts { 0.0 } else { self.number };
+        self.number = if starts { 1.0 } else { number };
+        self.scores = if starts { z } else { scores };
         let total = if starts { 0.0 } else { self.total };
-        self.number = number + 1.0;
         self.total = total + (y - slope * (count - self.onset));
-        let s = self.s + excess;
+        let s = self.s + (z - k);
         self.s = if s > 0.0 { s } else { 0.0 };
     }
 
@@ -63,6 +69,7 @@ impl Sum {
             && self.s >= 0.0
             && whole(self.onset)
             && whole(self.number)
+            && self.scores.is_finite()
             && self.base.is_finite()
             && self.total.is_finite()
     }
@@ -88,7 +95,7 @@ pub(crate) fn report(
     if side.s > 0.0 {
         step.onset = Some(side.onset as u64);
         step.direction = Some(if rising { Shift::Up } else { Shift::Down });
-        let score = side.s / side.number + params.k;
+        let score = side.scores / side.number;
         step.size_in_deviations = Some(if rising { score } else { -score });
         if params.watch == Watch::Level {
             step.size = Some(side.total / side.number - side.base);
