@@ -155,7 +155,12 @@ mod tests {
             let x = f64::from(i) * 0.1;
             let back = upper_quantile(survival(x));
             // On the left the tail is next to one, whose digits are spent.
-            let bound = 1e-13 + if x < 0.0 { 1e-16 / super::density(x) } else { 0.0 };
+            let bound = 1e-13
+                + if x < 0.0 {
+                    1e-16 / super::density(x)
+                } else {
+                    0.0
+                };
             assert!((back - x).abs() <= bound * (1.0 + x.abs()), "{x}: {back}");
         }
     }

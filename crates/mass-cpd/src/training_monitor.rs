@@ -214,7 +214,11 @@ impl TrainingMonitor {
             Direction::Down => false,
             Direction::Both => d >= 0.0,
         };
-        let turn = if rising { self.path.lowest } else { self.path.highest };
+        let turn = if rising {
+            self.path.lowest
+        } else {
+            self.path.highest
+        };
         step.statistic = Some(statistic);
         step.p_value = Some(p_value);
         step.p_horizon = Some(p_horizon);
@@ -417,9 +421,8 @@ impl TryFrom<Stored> for TrainingMonitor {
             lowest,
             highest,
         } = stored.path;
-        let possible = |turn: Turn| {
-            turn.sum.is_finite() && turn.at <= stored.count && turn.number <= number
-        };
+        let possible =
+            |turn: Turn| turn.sum.is_finite() && turn.at <= stored.count && turn.number <= number;
         if !(sum.is_finite() && possible(lowest) && possible(highest))
             || number > stored.count
             || stored.count > MOST

@@ -207,7 +207,11 @@ impl Detector for WindowedZ {
             let p = normal::survival(statistic);
             step.statistic = Some(statistic);
             step.p_value = Some(p);
-            step.direction = Some(if statistic >= 0.0 { Shift::Up } else { Shift::Down });
+            step.direction = Some(if statistic >= 0.0 {
+                Shift::Up
+            } else {
+                Shift::Down
+            });
             step.size_in_deviations = Some(statistic / (self.params.window as f64).sqrt());
             step.alarm = match self.params.rule {
                 WindowedZRule::Paper => p <= self.params.alpha,

@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use block::{Block, Judgement, LANES, Lanes, Rule};
 
 use crate::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Prewhiten, Reference, Step, Watch,
+    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Prewhiten, Reference, Step,
+    Watch,
     cusum::{
         Calibration, General,
         lagged::{Lagged, Shape},
@@ -357,8 +358,7 @@ impl Bank {
             self.present.reserve(blocks * LANES);
         }
         if matches!(self.params.detector.reference, Reference::Lagged { .. }) {
-            self.gaps
-                .reserve(streams.saturating_sub(self.gaps.len()));
+            self.gaps.reserve(streams.saturating_sub(self.gaps.len()));
             self.rolling
                 .reserve(streams.saturating_sub(self.rolling.len()));
             let values = streams * self.shape.capacity();
@@ -401,8 +401,12 @@ impl Bank {
                 hits: &mut self.hits,
             });
         } else {
-            for (((block, y), present), hit) in
-                self.blocks.iter_mut().zip(inputs).zip(present).zip(&mut self.hits)
+            for (((block, y), present), hit) in self
+                .blocks
+                .iter_mut()
+                .zip(inputs)
+                .zip(present)
+                .zip(&mut self.hits)
             {
                 *hit = block.update_some::<AR, DRIFT>(y, present, rule);
             }

@@ -102,7 +102,9 @@ impl Autoregression {
         let mut verdict = self.judge(y, &self.lags, model);
         let missing = self.gap > 0;
         if missing {
-            verdict.judged = verdict.judged.with_more_variance(self.variance(&verdict.phi, p));
+            verdict.judged = verdict
+                .judged
+                .with_more_variance(self.variance(&verdict.phi, p));
         }
         let (mut z, clean, extra) = verdict.judged.clean(y, limit);
         let follows = self.known >= p;
@@ -134,7 +136,10 @@ impl Autoregression {
         if p > 0 && self.n < 8 + 2 * p as u64 {
             // Too early for a prediction in its place.
             let time = self.time + 1;
-            *self = Self { time, ..Self::default() };
+            *self = Self {
+                time,
+                ..Self::default()
+            };
             return;
         }
         let verdict = self.judge(0.0, &self.lags, model);
@@ -164,7 +169,11 @@ impl Autoregression {
         if r[0][0] <= 0.0 {
             return (self.origin, 0.0);
         }
-        let slope = if model.drift && r[1][1] > 0.0 { r[1][q] / r[1][1] } else { 0.0 };
+        let slope = if model.drift && r[1][1] > 0.0 {
+            r[1][q] / r[1][1]
+        } else {
+            0.0
+        };
         let start = (r[0][q] - r[0][1] * if model.drift { slope } else { 0.0 }) / r[0][0];
         (self.origin + start + slope * self.time as f64, slope)
     }
@@ -193,7 +202,8 @@ impl Autoregression {
             + (y + self.origin) * (y + self.origin);
         let varied = square - r[0][q] * r[0][q];
         // A column that the ones before explain has nothing of its own.
-        let explains = |i: usize| i < base && r[i][i] > 0.0 || r[i][i] * r[i][i] > ROUNDING * square;
+        let explains =
+            |i: usize| i < base && r[i][i] > 0.0 || r[i][i] * r[i][i] > ROUNDING * square;
         let mut v = [0.0; WIDTH];
         for i in 0..q {
             if explains(i) {
@@ -293,7 +303,11 @@ impl Autoregression {
     /// Variance of the prediction that comes from predecessors that are missing.
     fn variance(&self, phi: &Lags, p: usize) -> f64 {
         (0..p)
-            .map(|i| (0..p).map(|j| phi[i] * self.unsure[i][j] * phi[j]).sum::<f64>())
+            .map(|i| {
+                (0..p)
+                    .map(|j| phi[i] * self.unsure[i][j] * phi[j])
+                    .sum::<f64>()
+            })
             .sum::<f64>()
             .max(0.0)
     }
@@ -303,7 +317,11 @@ impl Autoregression {
         let phi = &verdict.phi;
         let variance = 1.0 + self.variance(phi, p);
         // An outlier says nothing of its neighbours.
-        let error = if verdict.judged.score().abs() <= 4.0 { verdict.judged.error } else { 0.0 };
+        let error = if verdict.judged.score().abs() <= 4.0 {
+            verdict.judged.error
+        } else {
+            0.0
+        };
         let mut with = [0.0; MOST_ORDER];
         for i in 0..p {
             with[i] = (0..p).map(|j| self.unsure[i][j] * phi[j]).sum();
@@ -368,7 +386,10 @@ fn correction(phi: &[f64], n: f64, drift: bool) -> Lags {
     for j in 1..=p {
         let mut bias = -(j as f64) * phi[j - 1];
         bias -= (0..j).filter(|i| i % 2 == j % 2).map(a).sum::<f64>();
-        bias += (p + 1 - j..=p).filter(|i| i % 2 == j % 2).map(a).sum::<f64>();
+        bias += (p + 1 - j..=p)
+            .filter(|i| i % 2 == j % 2)
+            .map(a)
+            .sum::<f64>();
         let m = (j - 1).min(p - j);
         let level = (0..=m).map(a).sum::<f64>() - (p - m..=p).map(a).sum::<f64>();
         bias -= if drift { 2.0 * level } else { level };
@@ -400,6 +421,9 @@ mod tests {
         // Of order 4, from the expectation worked out numerically: 1 + phi_1 + phi_4 for the first.
         let fourth = correction(&[0.2, 0.1, -0.3, 0.05], 100.0, false);
         assert!((fourth[0] - 0.0125).abs() < 1e-15, "{fourth:?}");
-        assert!((fourth[3] - (2.0 + 6.0 * 0.05) / 100.0).abs() < 1e-15, "{fourth:?}");
+        assert!(
+            (fourth[3] - (2.0 + 6.0 * 0.05) / 100.0).abs() < 1e-15,
+            "{fourth:?}"
+        );
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, General, Prewhiten, Reference,
-    Watch,
+    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, General, Prewhiten,
+    Reference, Watch,
     autoregression::Model,
     lagged::{Lagged, Shape},
     self_starting::SelfStarting,

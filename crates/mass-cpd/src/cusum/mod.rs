@@ -36,8 +36,8 @@
 mod autoregression;
 mod calibration;
 mod detector;
-pub(crate) mod lagged;
 mod general;
+pub(crate) mod lagged;
 mod params;
 mod pchip;
 mod ranks;

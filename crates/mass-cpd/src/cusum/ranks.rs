@@ -121,7 +121,10 @@ mod tests {
             let ties = seen.iter().filter(|&&v| v == state).count() as f64;
             let exact = (below + 0.5 * ties) / seen.len() as f64;
             let bound = if i < MOST { 1e-12 } else { 0.01 };
-            assert!((normal::cdf(z) - exact).abs() <= bound, "{i}: {z} for {exact}");
+            assert!(
+                (normal::cdf(z) - exact).abs() <= bound,
+                "{i}: {z} for {exact}"
+            );
         }
         assert!(ranks.values.len() == MOST && ranks.revive());
     }

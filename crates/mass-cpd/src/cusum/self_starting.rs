@@ -93,7 +93,9 @@ impl SelfStarting {
         p: &Prediction,
     ) -> f64 {
         if AR && self.unsure > 0.0 {
-            let judged = p.judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+            let judged = p
+                .judged
+                .with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
             // Without its predecessor it is no target of the regression.
             let (z, clean, _) = judged.clean(y, limit);
             self.pass_over(y, clean);
@@ -162,7 +164,8 @@ impl SelfStarting {
             yl -= self.yt * self.lt / self.tt;
             ll -= self.lt * self.lt / self.tt;
         }
-        if ll > SPENT * self.ll && ll > ROUNDING * (self.yy + self.seen * self.mean_y * self.mean_y) {
+        if ll > SPENT * self.ll && ll > ROUNDING * (self.yy + self.seen * self.mean_y * self.mean_y)
+        {
             unbiased::<DRIFT>(yl, ll, 1.0 / self.seen) / ll
         } else {
             0.0
@@ -182,7 +185,11 @@ impl SelfStarting {
 
     /// Judges `y` against everything before it, if its predecessor was `previous`.
     #[inline(always)]
-    pub(crate) fn judge<const AR: bool, const DRIFT: bool>(&self, y: f64, previous: f64) -> Prediction {
+    pub(crate) fn judge<const AR: bool, const DRIFT: bool>(
+        &self,
+        y: f64,
+        previous: f64,
+    ) -> Prediction {
         let lag = if AR { 1.0 } else { 0.0 };
         let n = self.seen - lag;
         let (dy, dl) = (y - self.mean_y, previous - self.mean_l);
@@ -212,13 +219,21 @@ impl SelfStarting {
         // A smaller residual sum of squares is rounding noise, and not told from none: the observation itself is rounded
         // as well, and what a regression explains costs digits.
         let rounding = ROUNDING * (self.yy + n * self.mean_y * self.mean_y + y * y);
-        let noise = if AR || DRIFT { rounding + SPENT * self.yy } else { rounding };
+        let noise = if AR || DRIFT {
+            rounding + SPENT * self.yy
+        } else {
+            rounding
+        };
         let mut rest = yy;
         let mut leverage = above;
         if AR {
             // A predecessor that never varied explains nothing.
             let varies = ll > rounding && (!DRIFT || ll > SPENT * self.ll);
-            (ll, yl, dl_free) = if varies { (ll, yl, dl_free) } else { (1.0, 0.0, 0.0) };
+            (ll, yl, dl_free) = if varies {
+                (ll, yl, dl_free)
+            } else {
+                (1.0, 0.0, 0.0)
+            };
             error = error * ll - unbiased::<DRIFT>(yl, ll, share) * dl_free;
             rest = yy * ll - yl * yl;
             leverage = above * ll + n * dl_free * dl_free;
@@ -309,11 +324,23 @@ impl SelfStarting {
 /// The covariance `yl` with the bias of the coefficient `yl / ll` taken out.
 #[inline(always)]
 fn unbiased<const DRIFT: bool>(yl: f64, ll: f64, per_n: f64) -> f64 {
-    let bias = if DRIFT { 2.0 * ll + 4.0 * yl } else { ll + 3.0 * yl };
+    let bias = if DRIFT {
+        2.0 * ll + 4.0 * yl
+    } else {
+        ll + 3.0 * yl
+    };
     let corrected = yl + bias * per_n;
     let bound = LARGEST_PHI * ll;
     let highest = if yl > bound { yl } else { bound };
     let lowest = if yl < -bound { yl } else { -bound };
-    let corrected = if corrected > highest { highest } else { corrected };
-    if corrected < lowest { lowest } else { corrected }
+    let corrected = if corrected > highest {
+        highest
+    } else {
+        corrected
+    };
+    if corrected < lowest {
+        lowest
+    } else {
+        corrected
+    }
 }

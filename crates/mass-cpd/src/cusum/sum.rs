@@ -102,4 +102,3 @@ pub(crate) fn report(
         }
     }
 }
-

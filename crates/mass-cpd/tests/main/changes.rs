@@ -65,11 +65,18 @@ fn a_step_of_a_constant_stream_is_found_in_three_lines() {
                 let series = with_step(level, 0.0, step, 200, 0);
                 let alarm = first_alarm(params, &series);
                 let alarm = alarm.unwrap_or_else(|| panic!("{params:?}: {level} {step}"));
-                assert_eq!((alarm.count, alarm.onset), (203, Some(201)), "{params:?}: {level} {step}");
+                assert_eq!(
+                    (alarm.count, alarm.onset),
+                    (203, Some(201)),
+                    "{params:?}: {level} {step}"
+                );
                 let way = if step > 0.0 { Shift::Up } else { Shift::Down };
                 assert_eq!(alarm.direction, Some(way));
                 let size = alarm.size.expect("a level");
-                assert!((size / step - 1.0).abs() < 1e-3, "{params:?}: {level} {step}: {size}");
+                assert!(
+                    (size / step - 1.0).abs() < 1e-3,
+                    "{params:?}: {level} {step}: {size}"
+                );
             }
         }
     }
@@ -88,7 +95,10 @@ fn a_large_step_is_found_in_three_lines_whatever_its_size() {
                         let at = alarm.count as usize + 150 - warmup.min(150);
                         assert!((201..=204).contains(&at), "{params:?}, {size}: {at}");
                         let found = alarm.size.expect("a level");
-                        assert!((found / (sign * size) - 1.0).abs() < 0.35, "{params:?}, {size}: {found}");
+                        assert!(
+                            (found / (sign * size) - 1.0).abs() < 0.35,
+                            "{params:?}, {size}: {found}"
+                        );
                     }
                 }
             }
@@ -102,7 +112,10 @@ fn a_step_is_found_after_nearly_constant_and_quantised_values() {
         for spread in [1e-9, 1e-6, 1e-3] {
             let series = with_step(5.0, spread, 1.0, 200, 1);
             let alarm = first_alarm(params, &series).expect("a step");
-            assert!((201..=203).contains(&alarm.count), "{params:?}, {spread}: {alarm:?}");
+            assert!(
+                (201..=203).contains(&alarm.count),
+                "{params:?}, {spread}: {alarm:?}"
+            );
         }
         // Thermometer readings to a tenth, nearly all alike.
         let quantised: Vec<f64> = with_step(20.0, 0.03, 1.0, 200, 2)
@@ -133,7 +146,10 @@ fn a_jump_of_an_autocorrelated_stream_does_not_explain_itself() {
                     })
                     .collect();
                 let alarm = first_alarm(params, &series).expect("a jump");
-                assert!((401..=410).contains(&alarm.count), "{phi}, {size}, {params:?}: {alarm:?}");
+                assert!(
+                    (401..=410).contains(&alarm.count),
+                    "{phi}, {size}, {params:?}: {alarm:?}"
+                );
             }
         }
     }
@@ -145,13 +161,25 @@ fn rounding_noise_is_no_change() {
         for level in [0.1, 1.0 / 3.0, 1e9 / 7.0, -1e-9 / 3.0] {
             // A last digit that flips from some step on.
             let series: Vec<f64> = (0..400)
-                .map(|t: u32| if t > 200 && t % 3 != 0 { f64::next_up(level) } else { level })
+                .map(|t: u32| {
+                    if t > 200 && t % 3 != 0 {
+                        f64::next_up(level)
+                    } else {
+                        level
+                    }
+                })
                 .collect();
             assert_eq!(first_alarm(params, &series), None, "{params:?}: {level}");
             // A straight line, as rounded as it is.
             if params.drift == Drift::Remove {
-                let line: Vec<f64> = (0..2000).map(|t| level * f64::from(t) + 7.0 * level).collect();
-                assert_eq!(first_alarm(params, &line), None, "{params:?}: line of {level}");
+                let line: Vec<f64> = (0..2000)
+                    .map(|t| level * f64::from(t) + 7.0 * level)
+                    .collect();
+                assert_eq!(
+                    first_alarm(params, &line),
+                    None,
+                    "{params:?}: line of {level}"
+                );
             }
         }
     }
@@ -177,7 +205,11 @@ fn an_isolated_outlier_raises_no_alarm() {
                         })
                         .collect();
                     let alarm = first_alarm(params, &series[..260]);
-                    assert_eq!(alarm, first_alarm(params, &with(&series, size)), "{params:?}, {phi}, {size}");
+                    assert_eq!(
+                        alarm,
+                        first_alarm(params, &with(&series, size)),
+                        "{params:?}, {phi}, {size}"
+                    );
                 }
             }
         }
@@ -194,7 +226,11 @@ fn an_isolated_outlier_raises_no_alarm() {
 
 #[test]
 fn an_outlier_of_the_process_and_its_echo_raise_no_alarm() {
-    for prewhiten in [Prewhiten::Order(1), Prewhiten::Order(2), Prewhiten::Chosen { most: 3 }] {
+    for prewhiten in [
+        Prewhiten::Order(1),
+        Prewhiten::Order(2),
+        Prewhiten::Chosen { most: 3 },
+    ] {
         for size in [8.0, 15.0, 30.0] {
             let mut alarms = 0;
             for seed in 0..20 {
@@ -226,7 +262,12 @@ fn relearning_finds_the_next_step_of_a_constant_stream_too() {
             series.extend([level; 100]);
         }
         let mut detector = params.check().expect("valid");
-        let counts: Vec<u64> = detector.detect(&series).expect("finite").iter().map(|a| a.count).collect();
+        let counts: Vec<u64> = detector
+            .detect(&series)
+            .expect("finite")
+            .iter()
+            .map(|a| a.count)
+            .collect();
         assert_eq!(counts, [103, 203, 303], "{params:?}");
     }
     let hold = CalibratedCusumParams {
@@ -234,13 +275,21 @@ fn relearning_finds_the_next_step_of_a_constant_stream_too() {
         ..Default::default()
     };
     let series = with_step(5.0, 0.0, 1.0, 200, 0);
-    let up = hold.check().expect("valid").detect(&series).expect("finite");
+    let up = hold
+        .check()
+        .expect("valid")
+        .detect(&series)
+        .expect("finite");
     assert!(up.len() > 100, "the alarm stays up: {}", up.len());
 }
 
 #[test]
 fn ranks_find_a_step_of_a_constant_stream() {
-    for prewhiten in [Prewhiten::None, Prewhiten::Order(1), Prewhiten::Chosen { most: 3 }] {
+    for prewhiten in [
+        Prewhiten::None,
+        Prewhiten::Order(1),
+        Prewhiten::Chosen { most: 3 },
+    ] {
         let params = CalibratedCusumParams {
             scores: Scores::Ranks,
             prewhiten,
@@ -289,7 +338,12 @@ fn a_bank_finds_a_step_of_a_constant_stream_among_others() {
         for t in 0..400 {
             let step = if t < 200 { 5.0 } else { 6.0 };
             let row = [5.0, step, rng.sample::<f64, _>(StandardNormal)];
-            found.extend(bank.update(&row).expect("finite").iter().map(|&place| (t + 1, place)));
+            found.extend(
+                bank.update(&row)
+                    .expect("finite")
+                    .iter()
+                    .map(|&place| (t + 1, place)),
+            );
         }
         assert_eq!(found, [(203, 1)]);
     }

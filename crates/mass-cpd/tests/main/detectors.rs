@@ -53,11 +53,31 @@ fn every_kind() -> Vec<AnyDetectorParams> {
         }
     }
     for (prewhiten, scores, drift, watch) in [
-        (Prewhiten::Order(2), Scores::Normal, Drift::Keep, Watch::Level),
-        (Prewhiten::Chosen { most: 3 }, Scores::Normal, Drift::Remove, Watch::Spread),
+        (
+            Prewhiten::Order(2),
+            Scores::Normal,
+            Drift::Keep,
+            Watch::Level,
+        ),
+        (
+            Prewhiten::Chosen { most: 3 },
+            Scores::Normal,
+            Drift::Remove,
+            Watch::Spread,
+        ),
         (Prewhiten::None, Scores::Ranks, Drift::Keep, Watch::Level),
-        (Prewhiten::Order(1), Scores::Ranks, Drift::Remove, Watch::Spread),
-        (Prewhiten::Order(1), Scores::Normal, Drift::Keep, Watch::Spread),
+        (
+            Prewhiten::Order(1),
+            Scores::Ranks,
+            Drift::Remove,
+            Watch::Spread,
+        ),
+        (
+            Prewhiten::Order(1),
+            Scores::Normal,
+            Drift::Keep,
+            Watch::Spread,
+        ),
     ] {
         let params = CalibratedCusumParams {
             prewhiten,
