@@ -119,8 +119,8 @@ impl TrainingMonitorParams {
 ///
 /// [`Step::statistic`] is `D_k` (its absolute value for [`Direction::Both`], its negative for
 /// [`Direction::Down`]), [`Step::p_value`] the p-value of `Q_k` at this step alone, [`Step::p_horizon`] the
-/// probability above, and [`Step::onset`] the step after the last one at which the sum had its extreme on the other
-/// side. The alarm stays up as long as the evidence does; [`Detector::reset`] starts with a new training sample.
+/// probability above, and [`Step::onset`] the step after the last one at which the sum, less an allowance,
+/// had its extreme on the other side; of four allowances the one that makes the change most likely. The alarm stays up as long as the evidence does; [`Detector::reset`] starts with a new training sample.
 /// After a training sample without any spread each other value is a change, unless it is rounding noise (1e-13 of the level).
 /// [`Step::size_in_deviations`] counts in the spread that the parameters name: the long-run one, or the plain one.
 ///
@@ -167,9 +167,14 @@ struct Path {
     sum: f64,
     /// Observations in it.
     number: u64,
-    lowest: Turn,
-    highest: Turn,
+    /// By [`ALLOWANCES`].
+    lowest: [Turn; ALLOWANCES.len()],
+    highest: [Turn; ALLOWANCES.len()],
 }
+
+/// Where a change may begin: at the last extreme of the sum less so many spreads an observation. Small ones find the beginning of
+/// small changes, large ones that of large changes.
+const ALLOWANCES: [f64; 4] = [0.0, 0.1, 0.3, 1.0];
 
 /// An extreme of the sum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -214,11 +219,28 @@ impl TrainingMonitor {
             Direction::Down => false,
             Direction::Both => d >= 0.0,
         };
-        let turn = if rising {
-            self.path.lowest
+        let turns = if rising {
+            &self.path.lowest
         } else {
-            self.path.highest
+            &self.path.highest
         };
+        // The beginning that makes the change most likely.
+        let likelihood = |turn: &Turn| {
+            let since = (self.path.number - turn.number) as f64;
+            let rise = (self.path.sum - turn.sum) / learned.spread;
+            if since > 0.0 {
+                rise * rise / since
+            } else {
+                0.0
+            }
+        };
+        let turn = turns.iter().fold(turns[0], |best, turn| {
+            if likelihood(turn) > likelihood(&best) {
+                *turn
+            } else {
+                best
+            }
+        });
         step.statistic = Some(statistic);
         step.p_value = Some(p_value);
         step.p_horizon = Some(p_horizon);
@@ -249,8 +271,8 @@ impl Detector for TrainingMonitor {
                     ..Turn::default()
                 };
                 self.path = Path {
-                    lowest: start,
-                    highest: start,
+                    lowest: [start; ALLOWANCES.len()],
+                    highest: [start; ALLOWANCES.len()],
                     ..Path::default()
                 };
             }
@@ -264,12 +286,16 @@ impl Detector for TrainingMonitor {
             at: self.count,
             number: path.number,
         };
-        // The latest of equals: none of them is part of a change that comes after.
-        if now.sum <= path.lowest.sum {
-            path.lowest = now;
-        }
-        if now.sum >= path.highest.sum {
-            path.highest = now;
+        for (i, allowance) in ALLOWANCES.into_iter().enumerate() {
+            let slope = allowance * learned.spread;
+            let over = |turn: &Turn| slope * (now.number - turn.number) as f64;
+            // The latest of equals: none of them is part of a change that comes after.
+            if now.sum - over(&path.lowest[i]) <= path.lowest[i].sum {
+                path.lowest[i] = now;
+            }
+            if now.sum + over(&path.highest[i]) >= path.highest[i].sum {
+                path.highest[i] = now;
+            }
         }
         self.evidence(learned, &mut step);
         Ok(step)
@@ -423,7 +449,7 @@ impl TryFrom<Stored> for TrainingMonitor {
         } = stored.path;
         let possible =
             |turn: Turn| turn.sum.is_finite() && turn.at <= stored.count && turn.number <= number;
-        if !(sum.is_finite() && possible(lowest) && possible(highest))
+        if !(sum.is_finite() && lowest.into_iter().chain(highest).all(possible))
             || number > stored.count
             || stored.count > MOST
         {

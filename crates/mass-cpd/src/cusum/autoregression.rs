@@ -257,7 +257,9 @@ impl Autoregression {
         }
         let dof = n - used as f64;
         let spread = rest(order) * leverage;
-        let known = dof > 0.0 && spread > 0.0;
+        // Without spread an error within rounding is none.
+        let spreads = left[order] > noise || error * error * dof > spread;
+        let known = dof > 0.0 && spread > 0.0 && spreads;
         let dof = if known { dof } else { 1.0 };
         Verdict {
             judged: Judged {

@@ -244,7 +244,9 @@ impl SelfStarting {
         rest = if rest > least { rest } else { least };
         let spread = rest * leverage;
         let ratio = n * error * error / spread;
-        let known = dof > 0.0 && spread > SMALLEST_SPREAD;
+        // Without spread an error within rounding is none.
+        let known =
+            (dof > 0.0) & (spread > SMALLEST_SPREAD) & ((rest > least) | (ratio * dof > 1.0));
         Prediction {
             judged: Judged {
                 ratio: if known { ratio } else { 0.0 },

@@ -11,8 +11,11 @@ const LOWEST: f64 = -8.0;
 /// The score of an error's size: standard normal where `z` is.
 ///
 /// # Formula
-/// `Phi^-1(2 Phi(|z|) - 1)`
+/// `Phi^-1(2 Phi(|z|) - 1)`; no error at all, which only a stream without spread has, is no evidence.
 pub(crate) fn of_size(z: f64) -> f64 {
+    if z == 0.0 {
+        return 0.0;
+    }
     let tail = 2.0 * normal::survival(z.abs());
     if tail <= 0.0 {
         return z.abs();
