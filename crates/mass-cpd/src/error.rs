@@ -47,6 +47,12 @@ pub enum CpdError {
         /// The values allowed.
         expected: &'static str,
     },
+    /// Parameters that are each allowed, but not together.
+    #[error("there is no detector of {what}")]
+    Unsupported {
+        /// What was asked for together.
+        what: &'static str,
+    },
     /// A serialised detector contradicts itself.
     #[error("stored state is not valid: {reason}")]
     State {

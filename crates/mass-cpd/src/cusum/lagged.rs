@@ -97,6 +97,7 @@ impl Shape {
 
 /// Rolling sums over the window, and the place of the ring buffer `values` that goes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Lagged {
     seen: u64,
     /// Where the next value goes, and, once all have been written, where the oldest lies.
@@ -109,6 +110,7 @@ pub(crate) struct Lagged {
 
 /// Sums over the window `v_0 .. v_{W-1}` (oldest first) of `v` less `origin`.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Sums {
     origin: f64,
     first: f64,
@@ -263,6 +265,7 @@ impl Lagged {
             dof: shape.dof,
             shrink: shape.shrink,
             error,
+            ..Judged::NONE
         }
         .score();
         Fit {
@@ -332,6 +335,28 @@ impl Lagged {
         }
         self.sums = sums;
         self.peak = sums.square;
+    }
+
+    /// The level expected of the next observation if nothing were known of the last ones, and its slope.
+    #[inline]
+    pub(crate) fn line(&self, values: &[f64], shape: &Shape) -> (f64, f64) {
+        if self.seen < values.len() as u64 {
+            return (0.0, 0.0);
+        }
+        let Sums {
+            origin,
+            first,
+            ramp,
+            ..
+        } = self.sums;
+        let size = shape.window as f64;
+        let mean = origin + first / size;
+        if !shape.drift {
+            return (mean, 0.0);
+        }
+        let middle = 0.5 * (size - 1.0);
+        let slope = (ramp - middle * first) * 12.0 / (size * (size * size - 1.0));
+        (mean + slope * (size + shape.gap as f64 - middle), slope)
     }
 
     /// Whether a deserialised state could have come from finite observations.

@@ -38,19 +38,27 @@
 //! JRSS B 37 (1975) for recursive residuals; Wallace, Ann. Math. Statist. 30 (1959) for the normal score;
 //! Kendall, Biometrika 41 (1954) for the bias of an estimated autocorrelation.
 
+mod autoregression;
 mod calibration;
 mod detector;
+mod general;
 pub(crate) mod lagged;
 mod params;
 mod pchip;
+mod ranks;
 pub(crate) mod score;
 pub(crate) mod self_starting;
 mod shared_error;
 mod stored;
+pub(crate) mod sum;
 mod transform;
 
 pub(crate) use calibration::Calibration;
 pub use detector::CalibratedCusum;
-pub use params::{AfterAlarm, CalibratedCusumParams, Direction, Drift, Reference, Transform};
+pub(crate) use general::General;
+pub use params::{
+    AfterAlarm, AlarmAt, CalibratedCusumParams, Direction, Drift, Prewhiten, Reference, Scores,
+    Transform, Watch,
+};
 pub(crate) use pchip::split;
 pub(crate) use transform::{bounded, transform, transform_all};

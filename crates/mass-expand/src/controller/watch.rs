@@ -121,7 +121,7 @@ impl Watch {
             let share = streams * self.kinds() as f64;
             match &mut detector {
                 AnyDetectorParams::WindowedZ(p) => p.alpha /= share,
-                AnyDetectorParams::CalibratedCusum(p) => p.alpha /= share,
+                AnyDetectorParams::CalibratedCusum(p) => *p = p.among(share),
                 AnyDetectorParams::TrainingMonitor(p) => p.alpha /= share,
                 _ => {
                     return Err(ExpandError::Parameter {

@@ -239,7 +239,7 @@ fn an_alarm_of_one_layer_splits_in_that_layer_alone() {
             window: 40,
             gap: 10,
         },
-        prewhiten: false,
+        prewhiten: mass_cpd::Prewhiten::None,
         direction: Direction::Up,
         warmup: 30,
         ..CalibratedCusumParams::default()

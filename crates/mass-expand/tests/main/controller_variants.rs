@@ -89,7 +89,7 @@ fn our_settings_are_the_documented_ones() {
             window: 128,
             gap: 16,
         },
-        prewhiten: true,
+        prewhiten: mass_cpd::Prewhiten::Order(1),
         drift: Drift::Remove,
         direction: Direction::Up,
         warmup: 200,
