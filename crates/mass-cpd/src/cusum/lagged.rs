@@ -14,9 +14,6 @@ pub(crate) struct Shape {
     pub(crate) gap: usize,
     pub(crate) prewhiten: bool,
     pub(crate) drift: bool,
-    /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
-    /// oldest.
-    pub(super) n: f64,
     per_n: f64,
     /// Mean place of a target in the window, reciprocal sum of squares around it, and distance to the value judged.
     mean_t: f64,
@@ -54,7 +51,6 @@ impl Shape {
             gap,
             prewhiten,
             drift,
-            n,
             per_n: 1.0 / n,
             mean_t,
             per_tt,
@@ -64,6 +60,12 @@ impl Shape {
             shrink: 2.0 / (8.0 * dof + 3.0),
             unit: 0.0,
         }
+    }
+
+    /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
+    /// oldest.
+    pub(super) fn targets(&self) -> usize {
+        self.window - usize::from(self.prewhiten)
     }
 
     /// For logarithms.
@@ -78,8 +80,8 @@ impl Shape {
         } else {
             0.0
         };
-        (0..self.n as usize)
-            .map(|i| self.per_n + trend * (0.5 * (self.n - 1.0) - i as f64))
+        (0..self.targets())
+            .map(|i| self.per_n + trend * (0.5 * (self.targets() as f64 - 1.0) - i as f64))
             .collect()
     }
 

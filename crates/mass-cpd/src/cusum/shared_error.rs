@@ -139,6 +139,9 @@ impl Shared {
     }
 }
 
+/// The rates given an error of the level, and the weight of that error.
+type Weighted = (f64, Vec<Rate>);
+
 /// The probabilities of an alarm where a rise takes `m` steps.
 fn table(chart: &Chart, shape: &Shape, lattice: &Lattice, m: f64) -> Vec<Alarm> {
     let shared = Shared::new(shape, m);
@@ -152,7 +155,7 @@ fn table(chart: &Chart, shape: &Shape, lattice: &Lattice, m: f64) -> Vec<Alarm> 
     } else {
         vec![(0.0, 1.0)]
     };
-    let given: Vec<(f64, Vec<(f64, Vec<Rate>)>)> = HERMITE_3
+    let given: Vec<(f64, Vec<Weighted>)> = HERMITE_3
         .iter()
         .map(|&(y, weight)| {
             // Wilson & Hilferty (1931).
@@ -171,7 +174,7 @@ fn table(chart: &Chart, shape: &Shape, lattice: &Lattice, m: f64) -> Vec<Alarm> 
         .map(|cell| {
             let h = cell as f64 * lattice.width;
             let coefficient = if shape.prewhiten {
-                chart.excess(h, shape.n) * shared.open.sqrt()
+                chart.excess(h, shape.targets() as f64) * shared.open.sqrt()
             } else {
                 0.0
             };

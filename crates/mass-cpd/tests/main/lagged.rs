@@ -172,7 +172,7 @@ fn rounding_and_what_repeats_exactly_are_no_change() {
     let alternating = |t: usize| 5.0 + (t % 2) as f64;
     let ramp = |t: usize| 3.0 + 0.1 * t as f64;
     // One different value in forty, out of a constant.
-    let rare = |t: usize| if t > 200 && t % 40 == 0 { 6.0 } else { 5.0 };
+    let rare = |t: usize| if t > 200 && t.is_multiple_of(40) { 6.0 } else { 5.0 };
     for params in settings() {
         let streams: [(&str, &dyn Fn(usize) -> f64); 6] = [
             ("rounded", &rounded),
