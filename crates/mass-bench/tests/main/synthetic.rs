@@ -163,7 +163,6 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
         text.to_str().unwrap(),
         "--out",
         out.to_str().unwrap(),
-        "--json",
     ];
     arguments.extend(sizes);
     let output = run(&arguments);
