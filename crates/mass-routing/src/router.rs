@@ -80,19 +80,17 @@ pub trait Router: Send {
         mask: Option<&[bool]>,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        let refused = if experts == 0 {
-            RoutingError::NoExperts
-        } else {
-            let tokens = logits.len() / experts;
+        let refused = match logits.len().checked_div(experts) {
+            None => RoutingError::NoExperts,
             // A view would take a slice that is longer than it.
-            match ArrayView2::from_shape((tokens, experts), logits) {
+            Some(tokens) => match ArrayView2::from_shape((tokens, experts), logits) {
                 Ok(view) if view.len() == logits.len() => return self.route(view, mask, plan),
                 _ => RoutingError::ShapeMismatch {
                     what: "logits (whole rows of one for each expert)",
                     expected: tokens * experts,
                     found: logits.len(),
                 },
-            }
+            },
         };
         plan.clear();
         Err(refused)
