@@ -10,10 +10,10 @@
 
 use mass_expand::ExpertId;
 use mass_model::growth::Mixtures;
-use mass_model::pass::{LayerTrace, TrainPass};
 use mass_model::nn::MoeLayer;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
+use mass_model::pass::{LayerTrace, TrainPass};
 use mass_model::{CpuGradients, ModelError};
 use mass_routing::losses::diverse_and_simple;
 use mass_routing::{AnyRouter, UsageStats};

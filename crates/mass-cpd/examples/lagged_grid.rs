@@ -10,7 +10,7 @@
 use std::env;
 
 use mass_cpd::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Detector, Direction, Drift, Reference,
+    AfterAlarm, CalibratedCusumParams, CpdError, Detector, Direction, Drift, Prewhiten, Reference,
 };
 use ndarray_rand::{
     rand::{Rng, SeedableRng},
@@ -28,7 +28,7 @@ struct Row {
     window: usize,
     gap: usize,
     drift: Drift,
-    prewhiten: bool,
+    prewhiten: Prewhiten,
     phi: f64,
 }
 
@@ -146,7 +146,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for window in [64, 128, 256] {
         for gap in [0, 16] {
             for drift in [Drift::Keep, Drift::Remove] {
-                for (prewhiten, phi) in [(false, 0.0), (true, 0.0), (true, 0.3), (true, 0.6)] {
+                for (prewhiten, phi) in [
+                    (Prewhiten::None, 0.0),
+                    (Prewhiten::Order(1), 0.0),
+                    (Prewhiten::Order(1), 0.3),
+                    (Prewhiten::Order(1), 0.6),
+                ] {
                     let row = Row {
                         window,
                         gap,
@@ -160,7 +165,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     } else {
                         "kept"
                     };
-                    let label = if prewhiten {
+                    let label = if prewhiten != Prewhiten::None {
                         phi.to_string()
                     } else {
                         "not fitted".to_owned()

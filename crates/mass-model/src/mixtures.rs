@@ -79,7 +79,11 @@ pub trait Mixtures: Parameters {
     fn adapt(&mut self, layers: &[LayerTrace]) -> Result<(), ModelError> {
         let (expected, found) = (self.mixtures(), layers.len());
         if expected != found {
-            return Err(ModelError::shape("mixture layers traced", &[expected], &[found]));
+            return Err(ModelError::shape(
+                "mixture layers traced",
+                &[expected],
+                &[found],
+            ));
         }
         for (l, trace) in layers.iter().enumerate() {
             self.mixture_mut(l).adapt(&trace.plan)?;

@@ -1,7 +1,7 @@
 //! The lagged reference: what it promises, and changes that are too plain to be missed.
 
 use mass_cpd::{
-    AfterAlarm, BankParams, CalibratedCusumParams, Detector, Direction, Drift, Reference,
+    AfterAlarm, BankParams, CalibratedCusumParams, Detector, Direction, Drift, Prewhiten, Reference,
 };
 use ndarray_rand::{
     rand::{Rng, SeedableRng},
@@ -28,7 +28,7 @@ fn settings() -> Vec<CalibratedCusumParams> {
         },
     ];
     for (window, gap) in [(128, 16), (64, 0), (64, 1), (24, 4)] {
-        for prewhiten in [true, false] {
+        for prewhiten in [Prewhiten::Order(1), Prewhiten::None] {
             for drift in [Drift::Keep, Drift::Remove] {
                 all.push(CalibratedCusumParams {
                     prewhiten,
@@ -172,7 +172,13 @@ fn rounding_and_what_repeats_exactly_are_no_change() {
     let alternating = |t: usize| 5.0 + (t % 2) as f64;
     let ramp = |t: usize| 3.0 + 0.1 * t as f64;
     // One different value in forty, out of a constant.
-    let rare = |t: usize| if t > 200 && t.is_multiple_of(40) { 6.0 } else { 5.0 };
+    let rare = |t: usize| {
+        if t > 200 && t.is_multiple_of(40) {
+            6.0
+        } else {
+            5.0
+        }
+    };
     for params in settings() {
         let streams: [(&str, &dyn Fn(usize) -> f64); 6] = [
             ("rounded", &rounded),
@@ -281,14 +287,22 @@ fn it_alarms_as_often_as_it_says() {
         ),
         (
             CalibratedCusumParams {
-                prewhiten: false,
+                prewhiten: Prewhiten::None,
                 ..usual
             },
             0.035,
             0.06,
         ),
     ] {
-        let share = share(&params, if params.prewhiten { 0.3 } else { 0.0 }, 3000);
+        let share = share(
+            &params,
+            if params.prewhiten != Prewhiten::None {
+                0.3
+            } else {
+                0.0
+            },
+            3000,
+        );
         assert!((low..=high).contains(&share), "{params:?}: {share}");
     }
 }

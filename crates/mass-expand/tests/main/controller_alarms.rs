@@ -1,7 +1,7 @@
 //! The alarm behind a split is reported with it, whichever stream raised it; and who inherits tokens starts afresh.
 
 use crate::drive::{Figures, begin_with, every_step, observation, step_with_worth};
-use mass_cpd::{CalibratedCusumParams, Direction, Reference, WindowedZParams};
+use mass_cpd::{CalibratedCusumParams, Direction, Prewhiten, Reference, WindowedZParams};
 use mass_expand::*;
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ fn detector() -> CalibratedCusumParams {
             window: 40,
             gap: 10,
         },
-        prewhiten: false,
+        prewhiten: Prewhiten::None,
         direction: Direction::Up,
         warmup: 30,
         ..CalibratedCusumParams::default()
