@@ -144,10 +144,10 @@ impl Block {
                 self.reference.set(i, state);
             }
         } else {
-            for i in 0..LANES {
+            for (i, &y) in y.iter().enumerate() {
                 let limit = self.limit(i, rule);
                 let mut state = self.reference.get(i);
-                seen.z[i] = state.update::<AR, DRIFT>(y[i], limit);
+                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
                 self.reference.set(i, state);
             }
         }
@@ -162,13 +162,13 @@ impl Block {
         rule: &Rule,
     ) -> bool {
         let mut seen = Judgement::of(y);
-        for i in 0..LANES {
+        for (i, &y) in y.iter().enumerate() {
             let mut state = self.reference.get(i);
             if present[i] {
                 let limit = self.limit(i, rule);
                 seen.ready[i] = if state.seen >= rule.warmup { 1.0 } else { 0.0 };
                 (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
-                seen.z[i] = state.update::<AR, DRIFT>(y[i], limit);
+                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
             } else {
                 state.skip::<AR, DRIFT>();
             }

@@ -146,10 +146,7 @@ impl Autoregression {
         let prediction = -verdict.judged.error;
         let phi = &verdict.phi;
         let variance = 1.0 + self.variance(phi, p);
-        let mut with = [0.0; MOST_ORDER];
-        for i in 0..p {
-            with[i] = (0..p).map(|j| self.unsure[i][j] * phi[j]).sum();
-        }
+        let with = self.with_observation(phi, p);
         self.move_unsure(p);
         if p > 0 {
             self.unsure[0][0] = variance;
@@ -314,6 +311,12 @@ impl Autoregression {
             .max(0.0)
     }
 
+    /// Covariance of what stands for the predecessors with the observation.
+    fn with_observation(&self, phi: &Lags, p: usize) -> Lags {
+        self.unsure
+            .map(|row| row[..p].iter().zip(phi).map(|(u, phi)| u * phi).sum())
+    }
+
     /// What an observation says of the missing ones before it.
     fn observe_after_gap(&mut self, verdict: &Verdict, p: usize) {
         let phi = &verdict.phi;
@@ -324,10 +327,7 @@ impl Autoregression {
         } else {
             0.0
         };
-        let mut with = [0.0; MOST_ORDER];
-        for i in 0..p {
-            with[i] = (0..p).map(|j| self.unsure[i][j] * phi[j]).sum();
-        }
+        let with = self.with_observation(phi, p);
         for i in 0..p {
             let step = with[i] / variance * error;
             if with[i] != 0.0 {

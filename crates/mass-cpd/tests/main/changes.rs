@@ -162,7 +162,7 @@ fn rounding_noise_is_no_change() {
             // A last digit that flips from some step on.
             let series: Vec<f64> = (0..400)
                 .map(|t: u32| {
-                    if t > 200 && t % 3 != 0 {
+                    if t > 200 && !t.is_multiple_of(3) {
                         f64::next_up(level)
                     } else {
                         level
@@ -312,7 +312,13 @@ fn a_training_sample_of_equal_values_finds_a_step() {
         assert_eq!(alarm.size, Some(step));
     }
     let flips: Vec<f64> = (0..2000)
-        .map(|t: u32| if t % 3 == 0 { f64::next_up(0.1) } else { 0.1 })
+        .map(|t: u32| {
+            if t.is_multiple_of(3) {
+                f64::next_up(0.1)
+            } else {
+                0.1
+            }
+        })
         .collect();
     assert_eq!(first_alarm(TrainingMonitorParams::default(), &flips), None);
 }

@@ -240,7 +240,8 @@ fn the_default_keeps_the_level_on_strong_autocorrelation_and_a_short_warmup() {
 
 #[test]
 fn ranks_keep_the_level_whatever_the_noise() {
-    let noises: [(&str, fn(&mut ChaCha8Rng) -> f64); 4] = [
+    type Noise = fn(&mut ChaCha8Rng) -> f64;
+    let noises: [(&str, Noise); 4] = [
         ("lognormal, sd 1", |rng| normal(rng).exp()),
         ("cubes", |rng| normal(rng).powi(3)),
         ("exponential", |rng| -rng.random::<f64>().max(1e-300).ln()),

@@ -116,32 +116,6 @@ impl From<WrittenGate> for GateConfig {
     }
 }
 
-/// A gate as it is read: of a variant without fields serde would pass over those that do not belong to it.
-#[derive(Deserialize)]
-#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
-enum WrittenGate {
-    Linear {},
-    Cosine {
-        projection: Option<usize>,
-        temperature: Option<f32>,
-    },
-}
-
-impl From<WrittenGate> for GateConfig {
-    fn from(written: WrittenGate) -> Self {
-        match written {
-            WrittenGate::Linear {} => Self::Linear,
-            WrittenGate::Cosine {
-                projection,
-                temperature,
-            } => Self::Cosine {
-                projection,
-                temperature,
-            },
-        }
-    }
-}
-
 impl MoeConfig {
     /// Plain experts behind a linear gate, and none that is shared.
     pub fn new(

@@ -67,7 +67,7 @@ pub use trainable::Trainable;
 use crate::error::ModelError;
 use crate::nn::{LayerNorm, Linear};
 use crate::param::Param;
-use crate::pretrained::{Blank, Drawn, Head, Kind, Source, Stored, Weights};
+use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use crate::{mixtures, parameters};
 use block::VitBlock;
 
