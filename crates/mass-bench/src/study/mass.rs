@@ -136,6 +136,7 @@ mod tests {
         let setting = MassSetting {
             variant: Variant::Ours,
             p: 0.5,
+            router: None,
             live_percent: Some(60),
             experts: 6,
             experts_max: 8,

@@ -82,8 +82,11 @@ fn our_settings_are_the_documented_ones() {
     let detector = CalibratedCusumParams {
         horizon: 600,
         alpha: 0.05,
+        alarm_at: mass_cpd::AlarmAt::Alpha,
         k: 2.0,
         score_limit: Some(4.0),
+        scores: mass_cpd::Scores::Normal,
+        watch: mass_cpd::Watch::Level,
         transform: Transform::Log,
         reference: Reference::Lagged {
             window: 128,

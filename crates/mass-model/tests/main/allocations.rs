@@ -1,6 +1,6 @@
 //! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool.
 
-use dfdx::prelude::{Backward, Cpu, Module, NoneTape, OwnedTape, SumTo, TensorFromVec, Trace};
+use dfdx::prelude::{Backward, Cpu, NoneTape, OwnedTape, SumTo, TensorFromVec, Trace};
 use mass_model::kernels::attention::{self, AttentionShape};
 use mass_model::kernels::gemm::Store;
 use mass_model::kernels::moe_ffn::{self, ExpertGradients, ExpertWeights, FfnShape, Grouped};
