@@ -41,7 +41,7 @@ fn first_split(
         begin_with(&mut controller, step, loss, &layers).unwrap();
         figures.finish(&mut controller, step);
         let events = controller.drain_events();
-        let of = |f: fn(&EventKind) -> bool| events.iter().map(|e| e.kind).find(|k| f(k));
+        let of = |f: fn(&EventKind) -> bool| events.iter().map(|e| e.kind).find(f);
         if let Some(split) = of(|k| matches!(k, EventKind::Split { .. })) {
             let trigger = of(|k| matches!(k, EventKind::Trigger { .. })).unwrap();
             let flags = events.iter().map(|e| e.kind);

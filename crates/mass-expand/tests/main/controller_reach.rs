@@ -25,12 +25,11 @@ fn one_split(first: u64, live_until: u64, stop: StopRule, steps: Option<u64>) ->
     params
 }
 
+type Judged = Vec<(u64, bool)>;
+type Removed = Vec<(u64, u32)>;
+
 /// The checks of a run, with the step of each and whether it failed, and who was removed.
-fn checks(
-    controller: &mut Controller,
-    steps: u64,
-    worth: f64,
-) -> (Vec<(u64, bool)>, Vec<(u64, u32)>) {
+fn checks(controller: &mut Controller, steps: u64, worth: f64) -> (Judged, Removed) {
     let mut removed = Vec::new();
     for step in 0..steps {
         for action in step_with_worth(controller, step, worth) {
