@@ -204,10 +204,12 @@ impl Controller {
         let skip = self.params.unused == Unused::Skip;
         let pooled = pooled(observed);
         for (at, expert) in observed.experts.iter().enumerate() {
-            if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
-                continue;
-            }
             if let Some(detector) = &mut self.layers[index].experts[at].detector {
+                if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
+                    // A gap: the next norm has no predecessor.
+                    detector.skip();
+                    continue;
+                }
                 let outcome = detector.update(expert.gradient_norm)?;
                 *live |= self.signs.judged(&outcome, in_phase);
                 if outcome.alarm {

@@ -97,7 +97,7 @@ pub enum AfterSplit {
 pub enum Unused {
     /// A norm of zero (`paper`, `reference`). Not with a detector of logarithms.
     ObserveZero,
-    /// Nothing: its detector does not advance (`ours`).
+    /// A gap: it learns nothing, and the next norm is not predicted from the last ([`Detector::skip`](mass_cpd::Detector::skip); `ours`).
     Skip,
 }
 
