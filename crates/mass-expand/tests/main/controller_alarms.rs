@@ -1,7 +1,10 @@
 //! The alarm behind a split is reported with it, whichever stream raised it; and who inherits tokens starts afresh.
 
 use crate::drive::{Figures, begin_with, every_step, observation, step_with_worth};
-use mass_cpd::{CalibratedCusumParams, Direction, Prewhiten, Reference, WindowedZParams};
+use mass_cpd::{
+    AnyDetectorParams, CalibratedCusumParams, Detector, Direction, Prewhiten, Reference,
+    WindowedZParams,
+};
 use mass_expand::*;
 use serde_json::Value;
 
@@ -251,6 +254,34 @@ fn watched(mut params: ControllerParams, after_split: AfterSplit) -> ControllerP
     params.unused = Unused::Skip;
     params.after_split = after_split;
     params
+}
+
+/// What an expert's detector knows after steps without tokens is what one knows that was told of the gaps.
+#[test]
+fn an_expert_without_tokens_leaves_a_gap() {
+    let mut params = every_step(2, 8).with_schedule(1000, 1000);
+    params.watch = Watch::experts(detector());
+    params.unused = Unused::Skip;
+    let mut controller = params.check().unwrap();
+    let mut alone = AnyDetectorParams::from(detector()).check().unwrap();
+    for step in 0..90 {
+        let mut experts = observation(controller.active(0));
+        let norm = 1.0 + (step * 37 % 11) as f64 / 11.0;
+        experts[0].gradient_norm = norm;
+        if step % 3 == 1 {
+            experts[0].load = 0;
+            alone.skip();
+        } else {
+            alone.update(norm).unwrap();
+        }
+        begin_with(&mut controller, step, 1.0, &[experts]).unwrap();
+        Figures::new(0).finish(&mut controller, step);
+    }
+    let state = serde_json::to_value(&controller).unwrap();
+    let known = |detector: &Value| detector["calibrated_cusum"]["reference"].clone();
+    let alone = known(&serde_json::to_value(&alone).unwrap());
+    assert!(alone.is_object());
+    assert_eq!(known(&state["layers"][0]["experts"][0]["detector"]), alone);
 }
 
 /// A failed check takes the newcomer out, and whoever it was split from gets its tokens back: that one starts afresh.
