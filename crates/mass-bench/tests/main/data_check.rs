@@ -22,6 +22,8 @@ fn jpeg() -> Vec<u8> {
     picture(image::ImageFormat::Jpeg)
 }
 
+// Both directories are always given: the variables may name real ones, which take their time.
+
 fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = root.join(name);
     fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
@@ -133,13 +135,13 @@ fn sets_are_found_where_studies_look_for_them() {
         }
     }
     put(dir.path(), "office_home/Art/Bed/1.jpg", jpeg());
-    let report = check(Some(dir.path()), None).expect("a directory");
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     let found = "2 domains, 2 classes, 4 images";
     assert_eq!(status(&report, "vlcs"), Status::Found(found.into()));
     broken(&report, "office_home", "1 domain(s)");
     assert_eq!(status(&report, "terra_incognita"), Status::Missing);
     put(dir.path(), "VLCS/LabelMe/car/2.png", "");
-    let report = check(Some(dir.path()), None).expect("a directory");
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     broken(&report, "vlcs", "empty");
 }
 
@@ -156,7 +158,7 @@ fn images_are_those_that_the_study_reads() {
     );
     let webp = picture(image::ImageFormat::WebP);
     put(dir.path(), "pacs/photo/dog/a/b/3.webp", webp);
-    let report = check(Some(dir.path()), None).expect("a directory");
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     let Status::Found(counts) = status(&report, "pacs/photo") else {
         panic!("{report}");
     };
@@ -207,7 +209,7 @@ fn unreadable_tables_and_images_are_broken() {
         good(dir.path());
         put(dir.path(), file, bytes);
         broken(
-            &check(Some(dir.path()), None).expect("a directory"),
+            &check(Some(dir.path()), Some(dir.path())).expect("a directory"),
             name,
             part,
         );
@@ -216,7 +218,7 @@ fn unreadable_tables_and_images_are_broken() {
     good(dir.path());
     fs::remove_file(dir.path().join("glue/RTE/dev.tsv")).expect("a file");
     broken(
-        &check(Some(dir.path()), None).expect("a directory"),
+        &check(Some(dir.path()), Some(dir.path())).expect("a directory"),
         "glue/RTE",
         "dev.tsv",
     );
@@ -289,7 +291,7 @@ fn tables_that_the_study_refuses_are_broken() {
             put(dir.path(), path.to_str().expect("Unicode"), text);
         }
         let name = format!("glue/{task}");
-        let look = || check(Some(dir.path()), None).expect("a directory");
+        let look = || check(Some(dir.path()), Some(dir.path())).expect("a directory");
         assert!(matches!(status(&look(), &name), Status::Found(_)), "{name}");
         put(dir.path(), &format!("{name}/{file}"), text);
         broken(&look(), &name, part);
@@ -317,7 +319,7 @@ fn every_damaged_image_is_named() {
         let bytes = if name.ends_with("png") { &png } else { &cut };
         put(dir.path(), &format!("pacs/photo/{name}"), bytes);
     }
-    let report = check(Some(dir.path()), None).expect("a directory");
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     for name in damaged {
         broken(&report, "pacs/photo", name);
     }
@@ -337,7 +339,7 @@ fn models_that_the_study_refuses_are_broken() {
         dir
     };
     let found = |dir: &Path, kind: &str| {
-        let report = check(None, Some(dir)).expect("a directory");
+        let report = check(Some(dir), Some(dir)).expect("a directory");
         let Status::Found(what) = status(&report, "m") else {
             panic!("{report}");
         };
@@ -345,7 +347,11 @@ fn models_that_the_study_refuses_are_broken() {
         what
     };
     let refused = |dir: &Path, part: &str| {
-        broken(&check(None, Some(dir)).expect("a directory"), "m", part);
+        broken(
+            &check(Some(dir), Some(dir)).expect("a directory"),
+            "m",
+            part,
+        );
     };
     let good = configured("bert");
     assert!(found(good.path(), "bert, 41 tensors").ends_with(", vocab.txt"));
