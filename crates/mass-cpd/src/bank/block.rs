@@ -80,7 +80,8 @@ pub(super) struct Stream {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
     pub(super) k: f64,
-    pub(super) limit: f64,
+    /// Of a score, and of a certain one.
+    pub(super) limits: (f64, f64),
     pub(super) warmup: f64,
     /// Whether the side is watched.
     pub(super) up: bool,
@@ -134,7 +135,7 @@ impl Block {
             predictions[i] = state.judge::<AR, DRIFT>(y[i], state.previous);
             let judged = &predictions[i].judged;
             seen.z[i] = judged.near();
-            let limit = if ready { rule.limit } else { f64::INFINITY };
+            let limit = if ready { rule.limits.0 } else { f64::INFINITY };
             plain &= (judged.ratio < FAR) & (state.odd == 0.0) & (seen.z[i].abs() <= limit);
         }
         if plain {
@@ -179,7 +180,7 @@ impl Block {
 
     fn limit(&self, i: usize, rule: &Rule) -> f64 {
         if self.reference.seen[i] >= rule.warmup {
-            rule.limit
+            rule.limits.0
         } else {
             f64::INFINITY
         }
@@ -196,7 +197,7 @@ impl Block {
         for i in 0..LANES {
             self.count[i] += 1.0;
             let count = self.count[i];
-            let bounded = bounded(z[i], rule.limit);
+            let bounded = bounded(z[i], rule.limits);
             let ready = seen.ready[i] > 0.0;
             let line = (seen.level[i], seen.slope[i]);
             let (mut up, mut down) = (self.up.get(i), self.down.get(i));

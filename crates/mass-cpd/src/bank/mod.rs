@@ -380,7 +380,7 @@ impl Bank {
         let d = &self.params.detector;
         Rule {
             k: d.k,
-            limit: d.score_limit.unwrap_or(f64::INFINITY),
+            limits: d.limits(self.threshold),
             warmup: d.warmup as f64,
             up: d.direction != Direction::Down,
             down: d.direction != Direction::Up,
@@ -467,7 +467,7 @@ impl Bank {
             return;
         };
         let warmup = self.params.detector.warmup as u64;
-        let limit = rule.limit;
+        let limit = rule.limits.0;
         self.update_each(rule, |bank, place, y| {
             let general = &mut bank.general[place];
             let Some(y) = y else {

@@ -49,7 +49,8 @@ pub struct CalibratedCusum {
     pub(super) last_score: Option<f64>,
     pub(super) shape: Shape,
     pub(super) model: Option<Model>,
-    pub(super) limit: f64,
+    /// Of a score, and of a certain one.
+    pub(super) limits: (f64, f64),
     pub(super) threshold: f64,
     pub(super) calibration: Arc<Calibration>,
 }
@@ -118,6 +119,7 @@ impl CalibratedCusum {
     /// `params` must have been validated.
     pub(super) fn new(params: CalibratedCusumParams) -> Self {
         let calibration = Calibration::of(&params);
+        let threshold = params.threshold(&calibration);
         Self {
             params,
             reference: State::new(&params),
@@ -127,8 +129,8 @@ impl CalibratedCusum {
             last_score: None,
             shape: params.shape(),
             model: params.general(),
-            limit: params.score_limit.unwrap_or(f64::INFINITY),
-            threshold: params.threshold(&calibration),
+            limits: params.limits(threshold),
+            threshold,
             calibration,
         }
     }
@@ -172,13 +174,13 @@ impl CalibratedCusum {
         match &mut self.reference {
             State::SelfStarting(s) => {
                 let ready = s.seen >= warmup as f64;
-                let limit = if ready { self.limit } else { f64::INFINITY };
+                let limit = if ready { self.limits.0 } else { f64::INFINITY };
                 let z = shaped!(self.params, s.update(y, limit));
                 ready.then_some(z)
             }
             State::General(general) => {
                 let ready = general.seen() >= warmup as u64;
-                let limit = if ready { self.limit } else { f64::INFINITY };
+                let limit = if ready { self.limits.0 } else { f64::INFINITY };
                 let model = self.model.as_ref()?;
                 let z = general.update(y, limit, model);
                 ready.then_some(z)
@@ -241,7 +243,7 @@ impl Detector for CalibratedCusum {
             self.last_score = Some(z);
         }
         let k = self.params.k;
-        let bounded = bounded(z, self.limit);
+        let bounded = bounded(z, self.limits);
         let direction = self.params.direction;
         let count = self.count as f64;
         if direction != Direction::Down {

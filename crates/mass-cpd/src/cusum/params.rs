@@ -174,6 +174,8 @@ pub struct CalibratedCusumParams {
     /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. In a stream with outliers it takes
     /// several, not one, to make an alarm. The calibration knows of it: under the model a limit of 4 makes little difference for `k`
     /// up to 1. Where `n` scores at the limit just reach the threshold, `alpha` may lie in a jump of `p_N`: it is then not used up.
+    /// A score over 8, which noise of the model does not reach, counts for at least a third of the threshold: the plainest change is
+    /// seen within three observations.
     /// A self-starting reference learns what is over the limit as if it were at it, once the warm-up is over.
     pub score_limit: Option<f64>,
     /// What is monitored.
@@ -290,6 +292,17 @@ impl CalibratedCusumParams {
     }
 
     /// The statistic from which on an alarm is raised.
+    /// The limit on scores, and that on scores beyond anything that noise of the model reaches: three of those make an alarm,
+    /// however high the threshold, unless that was given as a number.
+    pub(crate) fn limits(&self, threshold: f64) -> (f64, f64) {
+        let limit = self.score_limit.unwrap_or(f64::INFINITY);
+        match self.alarm_at {
+            AlarmAt::Threshold(_) => (limit, limit),
+            // A little over a third: three of them are not to fall short by a rounding.
+            _ => (limit, limit.max(0.3334 * threshold + self.k)),
+        }
+    }
+
     pub(crate) fn threshold(&self, calibration: &Calibration) -> f64 {
         match self.alarm_at {
             AlarmAt::Alpha => calibration.threshold(self.alpha),
