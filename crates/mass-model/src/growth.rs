@@ -241,7 +241,7 @@ impl Grower {
                     let moe = model.mixture(layer);
                     let place = moe.index_of(expert)?;
                     let load = pass.layers[layer].plan.load(place);
-                    let fc1 = &moe.experts()[place].fc1.0;
+                    let fc1 = &moe.experts()[place].network.fc1.0;
                     let gradient = fc1.find_gradient(&mut pass.gradients)?;
                     let cosine = match gradient {
                         Some(gradient) => alignment(gradient, fc1.values())?.cosine,

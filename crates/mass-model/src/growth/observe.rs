@@ -68,12 +68,17 @@ pub(super) fn observe_with(
             None => Err(ModelError::NoGradient(format!("expert {id}"))),
         };
         let mut squares = match norm {
-            Some(_) => square_norm(&expert.fc1.0)?,
+            Some(_) => square_norm(&expert.network.fc1.0)?,
             None => 0.0,
         };
         if norm == Some(GradientNorm::AllParameters) {
-            let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
-            let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
+            let up = expert.network.up.iter().flat_map(|(w, b)| [w, b]);
+            let rest = [
+                &expert.gate,
+                &expert.network.fc1.1,
+                &expert.network.fc2.0,
+                &expert.network.fc2.1,
+            ];
             for param in rest.into_iter().chain(up) {
                 squares += square_norm(param)?;
             }

@@ -41,10 +41,10 @@ pub fn split_expert(
             decomposition,
             preserve_mass: preserve,
         } => {
-            let matrix = (old.fc1.0.shape()[0], old.fc1.0.shape()[1]);
+            let matrix = (old.network.fc1.0.shape()[0], old.network.fc1.0.shape()[1]);
             // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
             for (a, b, shape) in [
-                (&old.fc1.0, &newcomer.fc1.0, matrix),
+                (&old.network.fc1.0, &newcomer.network.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
                 let Some(mut whole) = a.take_gradient(gradients)? else {
@@ -137,18 +137,21 @@ fn copy_gradients(
     with_fc1_and_gate: bool,
 ) -> Result<(), ModelError> {
     let mut pairs = vec![
-        (&from.fc1.1, &to.fc1.1),
-        (&from.fc2.0, &to.fc2.0),
-        (&from.fc2.1, &to.fc2.1),
+        (&from.network.fc1.1, &to.network.fc1.1),
+        (&from.network.fc2.0, &to.network.fc2.0),
+        (&from.network.fc2.1, &to.network.fc2.1),
     ];
     if let (Some(a), Some(b)) = (&from.threshold, &to.threshold) {
         pairs.push((a, b));
     }
-    if let (Some(a), Some(b)) = (&from.up, &to.up) {
+    if let (Some(a), Some(b)) = (&from.network.up, &to.network.up) {
         pairs.extend([(&a.0, &b.0), (&a.1, &b.1)]);
     }
     if with_fc1_and_gate {
-        pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
+        pairs.extend([
+            (&from.network.fc1.0, &to.network.fc1.0),
+            (&from.gate, &to.gate),
+        ]);
     }
     for (a, b) in pairs {
         if let Some(copy) = a.find_gradient(gradients)?.map(|g| g.clone()) {

@@ -9,7 +9,6 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::FeedForward;
-use super::feed_forward::{visit_network, visit_network_mut};
 use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
@@ -291,12 +290,13 @@ impl MoeLayer {
         let experts = (0..experts)
             .map(|_| {
                 let gate = config.gate_row(rng)?;
-                let mut network = FeedForward::new(dim, hidden, config.activation, false, rng)?;
-                network.0.gate = gate;
-                if config.gated {
-                    network.add_factor(rng)?;
-                }
-                Ok(network.0)
+                let network = FeedForward::new(dim, hidden, config.activation, config.gated, rng)?;
+                Ok(MoeExpert {
+                    gate,
+                    logit_offset: 0.0,
+                    threshold: None,
+                    network: network.0,
+                })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
         let mut layer = Self::assemble(config, experts, rng)?;
@@ -335,7 +335,9 @@ impl MoeLayer {
             .map(|_| {
                 Ok(MoeExpert {
                     gate: config.gate_row(rng)?,
-                    ..network.0.clone()
+                    logit_offset: 0.0,
+                    threshold: None,
+                    network: network.0.clone(),
                 })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
@@ -396,8 +398,10 @@ impl MoeLayer {
         }
         let any = matches!(config.router, RouterConfig::TopAny { .. });
         for (e, expert) in experts.iter_mut().enumerate() {
-            expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
-            let gated = expert.up.is_some();
+            expert
+                .network
+                .check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+            let gated = expert.network.up.is_some();
             if gated != config.gated {
                 let what = format!("expert {e}: gated is {gated}, configured {}", config.gated);
                 return Err(ModelError::Config(what));
@@ -500,8 +504,10 @@ impl MoeLayer {
     /// layer has no id left; the pool is as it was then.
     pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
         let first = &self.experts[0];
-        expert.check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
-        if expert.up.is_some() != first.up.is_some()
+        expert
+            .network
+            .check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
+        if expert.network.up.is_some() != first.network.up.is_some()
             || expert.threshold.is_some() != first.threshold.is_some()
         {
             let what = "a newcomer is gated, or has a threshold, unlike the other experts";
@@ -674,7 +680,7 @@ impl Parameters for MoeLayer {
             if let Some(threshold) = &expert.threshold {
                 f(join(&prefix, "threshold"), threshold);
             }
-            visit_network(expert, &prefix, f);
+            expert.network.visit(&prefix, f);
         }
         for (name, param) in self.gate.params() {
             f(join(prefix, name), param);
@@ -691,7 +697,7 @@ impl Parameters for MoeLayer {
             if let Some(threshold) = &mut expert.threshold {
                 f(join(&prefix, "threshold"), threshold);
             }
-            visit_network_mut(expert, &prefix, f);
+            expert.network.visit_mut(&prefix, f);
         }
         for (name, param) in self.gate.params_mut() {
             f(join(prefix, name), param);

@@ -7,7 +7,7 @@ use ndarray::ArrayView2;
 
 use super::gate::set_thresholds;
 use super::routing_loss::LossGradients;
-use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
+use super::{Gate, Network, RoutingLoss, Rows, expect_width, read, take_gradient};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -16,81 +16,28 @@ use crate::kernels::moe_ffn::{self as kernel, ExpertGradients, ExpertWeights, Ff
 use crate::kernels::scratch::Scratch;
 use crate::param::{Param, ParamHandle};
 
-/// The parameters of one expert: gate row (`[d]`, or as wide as the gate's projection), `fc1: [h, d]`, `[h]`, `fc2: [d, h]`,
-/// `[d]`, and a fixed offset on its logit.
+/// The parameters of one expert: a gate row and a network, and a fixed offset on its logit.
 #[derive(Clone, Debug)]
 pub struct MoeExpert {
-    /// Row of the gate matrix.
+    /// Row of the gate matrix: `[d]`, or as wide as the gate's projection.
     pub gate: Param,
     /// Added to the expert's logit; not trained. Zero but for experts that were bisected, or split with their mass preserved.
     pub logit_offset: f32,
     /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
     pub threshold: Option<Param>,
-    /// First matrix and bias.
-    pub fc1: (Param, Param),
-    /// Second matrix and bias.
-    pub fc2: (Param, Param),
-    /// Matrix and bias of the factor on the activation (SwiGLU and its kin), shaped as `fc1`.
-    pub up: Option<(Param, Param)>,
+    /// What it computes.
+    pub network: Network,
 }
 
 impl MoeExpert {
-    /// Matrices and biases, the factor's last.
-    fn params(&self) -> impl Iterator<Item = &Param> {
-        let up = self.up.iter().flat_map(|(w, b)| [w, b]);
-        [&self.fc1.0, &self.fc1.1, &self.fc2.0, &self.fc2.1]
-            .into_iter()
-            .chain(up)
-    }
-
     /// The same expert, to be split off this one: see [`Param::offspring`].
     pub fn offspring(&self) -> Self {
-        let pair = |(w, b): &(Param, Param)| (w.offspring(), b.offspring());
         Self {
             gate: self.gate.offspring(),
             logit_offset: self.logit_offset,
             threshold: self.threshold.as_ref().map(Param::offspring),
-            fc1: pair(&self.fc1),
-            fc2: pair(&self.fc2),
-            up: self.up.as_ref().map(pair),
+            network: self.network.offspring(),
         }
-    }
-
-    pub(crate) fn weights(&self) -> ExpertWeights<'_> {
-        ExpertWeights {
-            w1: self.fc1.0.values(),
-            b1: self.fc1.1.values(),
-            w2: self.fc2.0.values(),
-            b2: self.fc2.1.values(),
-            up: self.up.as_ref().map(|(w, b)| (w.values(), b.values())),
-        }
-    }
-
-    /// Hidden and outer width; an error if the shapes do not fit each other, or are not those `wanted`.
-    pub(crate) fn check(
-        &self,
-        what: &str,
-        wanted: Option<(usize, usize)>,
-    ) -> Result<(usize, usize), ModelError> {
-        let (hidden, dim) = match (wanted, self.fc1.0.shape()) {
-            (Some(wanted), _) => wanted,
-            (None, &[hidden, dim]) => (hidden, dim),
-            (None, other) => return Err(ModelError::shape(what, &[0, 0], other)),
-        };
-        let shapes: [&[usize]; 6] = [
-            &[hidden, dim],
-            &[hidden],
-            &[dim, hidden],
-            &[dim],
-            &[hidden, dim],
-            &[hidden],
-        ];
-        for (param, wanted) in self.params().zip(shapes) {
-            if param.shape() != wanted {
-                return Err(ModelError::shape(what, wanted, param.shape()));
-            }
-        }
-        Ok((hidden, dim))
     }
 }
 
@@ -107,10 +54,10 @@ pub(crate) struct TakenExpert {
 }
 
 impl Held {
-    pub(crate) fn of(expert: &MoeExpert) -> Self {
+    pub(crate) fn of(network: &Network) -> Self {
         Self {
-            values: expert.params().map(Param::shared).collect(),
-            handles: expert.params().map(Param::handle).collect(),
+            values: network.params().map(Param::shared).collect(),
+            handles: network.params().map(Param::handle).collect(),
         }
     }
 
@@ -241,12 +188,14 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
             "a mixture layer needs at least one expert".into(),
         ));
     };
-    let (hidden, dim) = first.check("expert 0", None)?;
-    let factor = first.up.is_some();
+    let (hidden, dim) = first.network.check("expert 0", None)?;
+    let factor = first.network.up.is_some();
     let width = gate.width(dim);
     for (e, expert) in experts.iter().enumerate() {
-        expert.check(&format!("expert {e}"), Some((hidden, dim)))?;
-        if expert.up.is_some() != factor {
+        expert
+            .network
+            .check(&format!("expert {e}"), Some((hidden, dim)))?;
+        if expert.network.up.is_some() != factor {
             let what = format!("expert {e} is gated or not, unlike expert 0");
             return Err(ModelError::Config(what));
         }
@@ -283,7 +232,7 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
         activation,
         gated: factor,
     };
-    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(MoeExpert::weights).collect();
+    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
     let mut h = Scratch::take(plan.num_assignments() * hidden);
     let mut slope = T::OWNS_TAPE.then(|| Scratch::take(plan.num_assignments() * shape.slopes()));
     let mut y = vec![0.0; n * dim];
@@ -300,7 +249,7 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
 
     if let Some(mut slope) = slope {
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
-        let held: Vec<Held> = experts.iter().map(Held::of).collect();
+        let held: Vec<Held> = experts.iter().map(|e| Held::of(&e.network)).collect();
         let plan = Arc::clone(&plan);
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);

@@ -223,7 +223,7 @@ fn growing_takes_over_the_larger_pool_or_adds_copies_that_share_their_mass() {
     assert_eq!(moe.next_id(), ExpertId(7));
     for (copy, source) in [(3, 0), (4, 1), (5, 2), (6, 0)] {
         let (copy, source) = (&moe.experts()[copy], &original.mixture(0).experts()[source]);
-        assert_eq!(copy.fc1.0.values(), source.fc1.0.values());
+        assert_eq!(copy.network.fc1.0.values(), source.network.fc1.0.values());
         assert_eq!(copy.gate.values(), source.gate.values());
     }
     let (a, b) = (logits(&larger), logits(&original));

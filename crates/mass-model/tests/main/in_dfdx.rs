@@ -160,7 +160,7 @@ fn dfdx_optimises_its_layers_and_ours_the_mixture() {
         accumulated.push(bits(&model.1, &mut gradients));
         let moved = |a: &Param, b: &Param| a.values() != b.values();
         for (a, b) in before.experts().iter().zip(model.1.experts()) {
-            assert!(moved(&a.gate, &b.gate) && moved(&a.fc1.0, &b.fc1.0));
+            assert!(moved(&a.gate, &b.gate) && moved(&a.network.fc1.0, &b.network.fc1.0));
         }
     }
     assert!(losses[59] < 0.5 * losses[0], "{losses:?}");
@@ -228,6 +228,7 @@ fn an_expert_that_joins_keeps_its_gradient() {
     let newcomer = layer.experts()[3].clone();
     assert!(
         layer.experts()[3]
+            .network
             .fc1
             .0
             .find_gradient(&mut gradients)
@@ -241,20 +242,23 @@ fn an_expert_that_joins_keeps_its_gradient() {
     above.zero_grads(&mut gradients);
     let mut gradients = pass(&layer, gradients, &mut Vec::new());
     assert_some_and_not_zero(&bits(&layer, &mut gradients));
-    assert_ne!(layer.experts()[3].fc1.0.values(), newcomer.fc1.0.values());
+    assert_ne!(
+        layer.experts()[3].network.fc1.0.values(),
+        newcomer.network.fc1.0.values()
+    );
 }
 
 #[test]
 fn a_gradient_that_was_never_written_is_not_zero() {
     let mut layer = moe(7);
     let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
-    let fc1 = |layer: &MoeLayer| layer.experts()[0].fc1.0.values().to_vec();
+    let fc1 = |layer: &MoeLayer| layer.experts()[0].network.fc1.0.values().to_vec();
     let before = fc1(&layer);
     let mut none = CpuGradients::leaky();
     let refused = optimizer.step(&mut layer, &mut none, 1e-2).unwrap_err();
     assert!(matches!(&refused, ModelError::NoGradient(_)), "{refused}");
     assert!(refused.to_string().contains("has no gradient"), "{refused}");
-    let param = &layer.experts()[0].fc1.0;
+    let param = &layer.experts()[0].network.fc1.0;
     assert!(matches!(
         param.gradient(&mut none),
         Err(ModelError::NoGradient(_))
@@ -275,19 +279,19 @@ fn a_gradient_that_was_never_written_is_not_zero() {
 
     // One expert has one: the others stay as they are.
     let mut some = CpuGradients::leaky();
-    let fc1 = &layer.experts()[1].fc1.0;
+    let fc1 = &layer.experts()[1].network.fc1.0;
     fc1.set_gradient(&mut some, vec![1.0; fc1.len()]).unwrap();
     let before = layer.clone();
     optimizer.step(&mut layer, &mut some, 1e-2).unwrap();
     let names: Vec<_> = optimizer.state().keys().cloned().collect();
     assert_eq!(names, ["experts.1.fc1.weight"]);
     assert_eq!(
-        layer.experts()[0].fc1.0.values(),
-        before.experts()[0].fc1.0.values()
+        layer.experts()[0].network.fc1.0.values(),
+        before.experts()[0].network.fc1.0.values()
     );
     assert_ne!(
-        layer.experts()[1].fc1.0.values(),
-        before.experts()[1].fc1.0.values()
+        layer.experts()[1].network.fc1.0.values(),
+        before.experts()[1].network.fc1.0.values()
     );
     // And it has been used up.
     assert!(matches!(

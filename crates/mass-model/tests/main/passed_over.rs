@@ -179,7 +179,7 @@ fn an_expert_without_tokens_is_passed_over_but_for_its_gate_row() {
 #[test]
 fn one_pass_in_which_an_expert_has_tokens_is_enough() {
     let layer = layer(true);
-    let fc1 = |e: usize| &layer.experts()[e].fc1.0;
+    let fc1 = |e: usize| &layer.experts()[e].network.fc1.0;
     // Both passes into one set of gradients: the idle expert's from the first stay.
     let mut first = pass(&layer, &[]);
     let alone = fc1(1).gradient(&mut first).unwrap().clone();
