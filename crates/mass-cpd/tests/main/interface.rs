@@ -101,8 +101,10 @@ fn the_level_may_be_an_average_run_length_or_a_threshold() {
     for (direction, sides) in [(Direction::Up, Sides::One), (Direction::Both, Sides::Two)] {
         for average in [50.0, 370.0, 1e4, 1e7] {
             for k in [0.25, 0.5, 1.0] {
+                // The solver knows of no limit on scores.
                 let params = CalibratedCusumParams {
                     k,
+                    score_limit: None,
                     ..with(AlarmAt::AverageRunLength(average), direction)
                 };
                 let got = params.check().unwrap().threshold();

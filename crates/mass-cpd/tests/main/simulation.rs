@@ -264,6 +264,7 @@ fn ranks_keep_the_level_whatever_the_noise() {
     }
     for phi in [&[0.6][..], &[]] {
         let params = CalibratedCusumParams {
+            prewhiten: Prewhiten::Chosen { most: 4 },
             scores: Scores::Ranks,
             ..Default::default()
         };

@@ -169,7 +169,8 @@ fn what_is_observed_follows_from_gradients_weights_and_losses() {
                     let squares = f32::from(square_of(name)) / param.len() as f32;
                     let times = id.parse::<u32>().unwrap() + 1;
                     let value = times as f32 * squares.sqrt();
-                    param.gradient(&mut pass.gradients).unwrap().fill(value);
+                    let gradient = vec![value; param.len()];
+                    param.set_gradient(&mut pass.gradients, gradient).unwrap();
                 });
                 // Token by token, where the layer goes expert by expert.
                 let (mut shares, mut loads) = ([0.0f64; 3], [0u64; 3]);

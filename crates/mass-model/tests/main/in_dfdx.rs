@@ -112,13 +112,15 @@ fn every_layer_keeps_its_gradients() {
     let network = FeedForward::new(D, 6, Activation::Silu, true, rng).unwrap();
     let linear = nn::Linear::new(D, D, true, rng).unwrap();
     let above = head::<D, 3>(&dev);
-    let x = input(&dev, 9);
+    // So many that no expert is without.
+    const TOKENS: usize = 60;
+    let x = input(&dev, TOKENS);
     let run = |gradients: CpuGradients| {
         let h = linear.try_forward(x.clone().trace(gradients)).unwrap();
         let h = norm.try_forward(h).unwrap();
         let h = network.try_forward(h).unwrap();
         let h = cosine.try_forward(h).unwrap();
-        let h: Tensor<(usize, Const<D>), f32, Cpu, _> = h.reshape_like(&(9, Const));
+        let h: Tensor<(usize, Const<D>), f32, Cpu, _> = h.reshape_like(&(TOKENS, Const));
         let mut g = above.forward(h).square().mean().backward();
         [
             bits(&linear, &mut g),
