@@ -65,7 +65,7 @@ impl FeedForward {
         Ok(Self(network, activation))
     }
 
-    pub(super) fn add_factor(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
+    fn add_factor(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let (hidden, dim) = self.sizes()?;
         let bound = 1.0 / (dim as f32).sqrt();
         let weight = Param::uniform(&[hidden, dim], bound, true, rng)?;
