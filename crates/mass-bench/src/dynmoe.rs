@@ -10,11 +10,10 @@
 
 use mass_expand::ExpertId;
 use mass_model::growth::Mixtures;
-use mass_model::lm::{LayerTrace, TrainPass};
 use mass_model::nn::MoeLayer;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
-use mass_model::{CpuGradients, ModelError};
+use mass_model::{CpuGradients, LayerTrace, ModelError, TrainPass};
 use mass_routing::losses::diverse_and_simple;
 use mass_routing::{AnyRouter, UsageStats};
 use ndarray::Array2;
@@ -22,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 /// When a pool is recorded and changed, and within which bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DynMoeConfig {
     /// Steps of an epoch.
     pub steps_per_epoch: u64,

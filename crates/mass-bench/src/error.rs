@@ -29,8 +29,11 @@ pub enum BenchError {
     /// Results that could not be written or read back.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// Ctrl-C: what was finished is on disk.
-    #[error("interrupted; the same command with --resume continues from {}", out.display())]
+    /// Ctrl-C or SIGTERM: what was finished is on disk.
+    #[error(
+        "interrupted; the same command with --resume continues from {} (in place of --fresh, where that was given)",
+        out.display()
+    )]
     Interrupted {
         /// The output directory that holds the checkpoint.
         out: PathBuf,

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{ApiBuilder, ApiError};
+use mass_model::pretrained;
 
 use crate::{BenchError, data_check};
 
@@ -19,8 +20,12 @@ pub const KNOWN: [(&str, &str); 4] = [
     ("deit-small-patch16-224", "facebook/deit-small-patch16-224"),
 ];
 
-/// Files without which no model is read.
-const NEEDED: [&str; 2] = ["config.json", "model.safetensors"];
+/// The configuration, without which no model is read.
+const CONFIG: &str = "config.json";
+/// The weights, in one file.
+const SINGLE: &str = "model.safetensors";
+/// Which files the weights are in, where they are in several.
+const INDEX: &str = "model.safetensors.index.json";
 /// Files that are taken where there are some.
 const ALSO: [&str; 4] = [
     "tokenizer.json",
@@ -85,23 +90,54 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     let api = builder.build().map_err(failed("asking for"))?;
     let api = api.model(repository.to_owned());
     let listed = api.info().map_err(failed("asking for"))?;
-    let there = |name: &&str| listed.siblings.iter().any(|s| s.rfilename == *name);
-    if let Some(missing) = NEEDED.iter().find(|name| !there(name)) {
-        let problem = format!("the repository {repository} has no {missing}");
-        return Err(input(&dir, problem));
-    }
+    let there = |name: &str| listed.siblings.iter().any(|s| s.rfilename == name);
+    // Nothing can go on from what was got of such a repository.
+    let unusable = |problem: String| {
+        fs::remove_dir_all(&partial).ok();
+        fs::remove_dir(models.join(PARTIAL)).ok();
+        input(&dir, problem)
+    };
+    let has_no = |missing: &str| {
+        Err(unusable(format!(
+            "the repository {repository} has no {missing}"
+        )))
+    };
     let mut files = Vec::new();
-    for file in NEEDED.iter().chain(&ALSO).filter(|name| there(name)) {
+    let mut get = |file: &str| {
         let path = api
             .get(file)
             .map_err(failed(&format!("getting {file} of")))?;
-        files.push((*file, path.canonicalize().map_err(|e| input(&path, e))?));
+        let path = path.canonicalize().map_err(|e| input(&path, e))?;
+        files.push((file.to_owned(), path.clone()));
+        Ok::<_, BenchError>(path)
+    };
+    if !there(CONFIG) {
+        return has_no(CONFIG);
+    }
+    get(CONFIG)?;
+    // Where there are both, the one file is the whole model, as Hugging Face's own loader has it.
+    if there(SINGLE) {
+        get(SINGLE)?;
+    } else if there(INDEX) {
+        let index = get(INDEX)?;
+        let shards = pretrained::shards(&index).map_err(|e| unusable(e.to_string()))?;
+        if let Some(missing) = shards.keys().find(|shard| !there(shard)) {
+            return has_no(missing);
+        }
+        for shard in shards.keys() {
+            get(shard)?;
+        }
+    } else {
+        return has_no(&format!("{SINGLE} and no {INDEX}"));
+    }
+    for file in ALSO.into_iter().filter(|name| there(name)) {
+        get(file)?;
     }
 
     // Put together beside its place, looked at, and renamed: whatever is in its place is whole.
     fs::create_dir_all(&whole).map_err(|e| input(&whole, e))?;
     for (file, from) in files {
-        let to = whole.join(file);
+        let to = whole.join(&file);
         fs::rename(&from, &to).map_err(|e| input(&to, e))?;
     }
     let checked = data_check::model(&whole);

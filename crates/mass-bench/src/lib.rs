@@ -27,6 +27,7 @@ pub mod bench;
 pub mod cli;
 pub mod data_check;
 pub mod dg;
+mod durable;
 pub mod dynmoe;
 mod error;
 mod fnv;

@@ -25,8 +25,8 @@ pub(crate) fn read<M: Checkpointed, S: DeserializeOwned>(
     let read = checkpoint::load::<M, S>(dir).map_err(|e| input(e.to_string()))?;
     if !same(&read.state) {
         return Err(input(
-            "the checkpoint is of a run with other settings or other data; give another --out (without --resume everything in \
-             this one would be made anew)"
+            "the checkpoint is of a run with other settings or other data; give another --out, or --fresh, which deletes \
+             everything in this one"
                 .into(),
         ));
     }

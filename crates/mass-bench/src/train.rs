@@ -8,11 +8,10 @@ use mass_model::lm::LanguageModelConfig;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use mass_model::{Activation, ModelError};
-use mass_routing::RouterConfig;
 
 use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{ResultStore, Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
 use crate::trainer::{Feed, Trainer, TrainerConfig, mean};
@@ -30,17 +29,28 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
+    ResultStore::check_kept(&args.out, args.existing())?;
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let mut run = Run::new("mass", args.seed);
     run.variant = Some(args.variant.to_string());
+    run.setting = args.router.as_ref().map(ToString::to_string);
     run.experts_init = Some(args.experts);
     let config = config(args, run.key().to_string());
     check(&config)?;
+    variants::check_router(
+        &config.model.block.moe.router,
+        args.experts,
+        config.growth.as_ref(),
+    )?;
     let data = format!("{:016x}", text.digest());
     let (probe, test) = held_out(&text, args)?;
     let mut store = ctx.open_train_store(args, &serde_json::json!({ "text": data }))?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
+    }
+    let growth = config.growth.as_ref();
+    if let Some(diagnosis) = growth.and_then(|g| g.controller.unreachable()) {
+        ctx.progress.note(&format!("as set, {diagnosis}"));
     }
     let folder = checkpoint_dir(&store, &run);
     let mut trainer = Trainer::open(config, &folder, args.resume)?;
@@ -103,6 +113,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..run
     };
     let mut counts = BTreeMap::new();
@@ -131,6 +142,9 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         if events.is_empty() { "none".into() } else { events.join(", ") },
         folder.display(),
     ));
+    for diagnosis in &run.diagnoses {
+        ctx.progress.note(&diagnosis.to_string());
+    }
     debug_assert!(checkpoint::exists(&folder));
     store.keep(run, trainer.metrics(), trainer.events())?;
     Ok(store.into_results())
@@ -182,17 +196,18 @@ fn held_out(
 }
 
 fn config(args: &TrainArgs, run: String) -> TrainerConfig {
-    let combine = variants::combine(args.variant);
-    let moe = MoeConfig::new(
-        args.dim,
-        args.hidden,
-        args.experts,
-        Activation::GeluErf,
-        RouterConfig::TopP {
-            p: args.p as f32,
-            combine,
-        },
-    );
+    let router = variants::router(args.router.as_ref(), args.variant, args.p as f32);
+    let router = router.with_experts(args.experts);
+    let moe = MoeConfig {
+        gate: variants::gate(&router),
+        ..MoeConfig::new(
+            args.dim,
+            args.hidden,
+            args.experts,
+            Activation::GeluErf,
+            router,
+        )
+    };
     let steps = args.steps as u64;
     let mut growth = variants::growth(
         args.variant,
@@ -254,17 +269,149 @@ fn unigram_bits(text: &ByteText, test: &[TokenBatch]) -> f64 {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use mass_model::growth::Mixtures;
+    use mass_routing::AnyRouter;
 
     use super::*;
     use crate::cli::{Cli, Command};
 
-    fn arguments(path: &std::path::Path) -> TrainArgs {
+    fn parsed(path: &std::path::Path, more: &[&str]) -> Result<TrainArgs, BenchError> {
         let path = path.to_str().unwrap();
         let line = ["mass-bench", "train", "--text", path, "--seq", "8"];
-        match Cli::parse_from(line).command {
-            Command::Train(command) => command.check().unwrap(),
+        match Cli::parse_from(line.iter().chain(more)).command {
+            Command::Train(command) => command.check(),
             _ => panic!("another command"),
         }
+    }
+
+    fn arguments(path: &std::path::Path, more: &[&str]) -> TrainArgs {
+        parsed(path, more).unwrap()
+    }
+
+    /// A small model some steps on, routed as asked for.
+    fn trained(router: &str) -> Trainer {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text");
+        std::fs::write(&path, "to route or not to route ".repeat(40)).unwrap();
+        let small = "--dim 16 --layers 2 --heads 2 --hidden 16 --experts 3 --experts-max 4 --batch 2 --steps 6";
+        let small: Vec<&str> = small.split(' ').chain(["--router", router]).collect();
+        let args = arguments(&path, &small);
+        let text = ByteText::read(&args.text, args.seq, args.held_out).unwrap();
+        let (probe, _) = super::held_out(&text, &args).unwrap();
+        let folder = dir.path().join("checkpoint");
+        let config = config(&args, "run".into());
+        let growth = config.growth.as_ref();
+        variants::check_router(&config.model.block.moe.router, args.experts, growth).unwrap();
+        let mut trainer = Trainer::open(config, &folder, false).unwrap();
+        let mut feed = Feed {
+            batch: &|step| Ok(text.batch(args.seed, step, args.batch, args.seq)?),
+            probe: &probe,
+            on_step: &mut |_, _| true,
+        };
+        assert!(trainer.run(&mut feed, &folder).unwrap());
+        trainer
+    }
+
+    #[test]
+    fn every_router_trains_and_those_that_balance_themselves_move() {
+        for text in [
+            "top_p:p=0.6",
+            "top_k:k=2",
+            "top_any",
+            "bias_balanced:k=1,rate=0.01,combine=raw",
+            "target_k:target=1.5,p=0.9,combine=raw",
+            "expert_choice:capacity=1.1,combine=raw",
+            "noisy:std=0.3/bias_balanced:k=2",
+        ] {
+            let trainer = trained(text);
+            for layer in 0..trainer.model.mixtures() {
+                let moe = trainer.model.mixture(layer);
+                let moved =
+                    |bias: &[f32]| bias.len() == moe.ids().len() && bias.iter().any(|&b| b != 0.0);
+                match &*moe.router() {
+                    AnyRouter::BiasBalanced(router) => assert!(moved(router.bias()), "{router:?}"),
+                    AnyRouter::TargetK(router) => assert!(router.p() < 0.9, "{router:?}"),
+                    AnyRouter::Noisy(noisy) => match noisy.inner() {
+                        AnyRouter::BiasBalanced(router) => {
+                            assert!(moved(router.bias()), "{router:?}")
+                        }
+                        other => panic!("{other:?}"),
+                    },
+                    AnyRouter::TopAny(router) => {
+                        assert_eq!(router.thresholds().len(), moe.ids().len())
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_router_is_part_of_what_a_run_is() {
+        let path = std::path::Path::new("text");
+        let plain = serde_json::to_value(arguments(path, &[])).unwrap();
+        assert!(plain.get("router").is_none());
+        let chosen = arguments(path, &["--router", "top_k:k=2"]);
+        assert_eq!(
+            chosen.router.as_ref().unwrap().to_string(),
+            "top_k:k=2,combine=renormalised"
+        );
+        assert_ne!(serde_json::to_value(&chosen).unwrap(), plain);
+    }
+
+    #[test]
+    fn a_router_that_no_run_can_have_is_refused_with_a_remedy() {
+        let path = std::path::Path::new("text");
+        for (router, what) in [
+            ("topk:k=2", "there are top_p, top_k"),
+            ("top_k:k=0", "k must be at least 1"),
+            ("top_p:p=1.5", "p must be in (0, 1]"),
+            ("noisy:std=-1/top_k:k=2", "std must be"),
+        ] {
+            let refused = parsed(path, &["--router", router]).unwrap_err();
+            assert!(matches!(refused, BenchError::Usage(_)));
+            let text = refused.to_string();
+            assert!(text.contains("--router") && text.contains(what), "{text}");
+        }
+        let checked = |router: &str, variant: &str| {
+            let args = arguments(path, &["--router", router, "--variant", variant]);
+            let config = config(&args, "run".into());
+            let router = &config.model.block.moe.router;
+            variants::check_router(router, args.experts, config.growth.as_ref())
+        };
+        for (router, variant, what) in [
+            (
+                "top_k:k=5",
+                "paper",
+                "takes 5 experts a token, and the pool begins with 4",
+            ),
+            ("top_k:k=1", "paper", "add combine=raw"),
+            (
+                "noisy:std=0.1/bias_balanced:k=1",
+                "paper",
+                "add combine=raw",
+            ),
+            ("top_any", "ours", "cannot bisect"),
+            ("noisy:std=0.1/top_any", "paper", "behind noise"),
+        ] {
+            let refused = checked(router, variant).unwrap_err().to_string();
+            assert!(refused.contains(what), "{router}: {refused}");
+        }
+        checked("top_k:k=4", "paper").unwrap();
+        checked("top_any", "reference").unwrap();
+        checked("bias_balanced:k=1,combine=raw", "ours").unwrap();
+        // p belongs to Top-p.
+        let line = [
+            "mass-bench",
+            "train",
+            "--text",
+            "t",
+            "--p",
+            "0.3",
+            "--router",
+            "top_k:k=2",
+        ];
+        assert!(Cli::try_parse_from(line).is_err());
     }
 
     #[test]
@@ -277,7 +424,7 @@ mod tests {
             let word = |i: usize| [i / 17576, i / 676, i / 26, i].map(letter);
             let all: String = (0..held_out * 10 / 4 + 10).flat_map(word).collect();
             std::fs::write(&path, &all[..held_out * 10]).unwrap();
-            let args = arguments(&path);
+            let args = arguments(&path, &[]);
             let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
             let (probe, test) = super::held_out(&text, &args).unwrap();
             let windows = |batch: &TokenBatch| -> Vec<Vec<u32>> {
@@ -295,7 +442,7 @@ mod tests {
         }
         // Three windows cannot be shared.
         std::fs::write(&path, "a".repeat(250)).unwrap();
-        let args = arguments(&path);
+        let args = arguments(&path, &[]);
         let text = ByteText::read(&path, args.seq, args.held_out).unwrap();
         let refused = super::held_out(&text, &args).unwrap_err().to_string();
         assert!(refused.contains("25 and needs 33"), "{refused}");

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::Event;
+use mass_expand::{Diagnosis, Event};
 use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
@@ -17,6 +17,7 @@ use crate::run_checkpoint;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TrainerConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub run: String,
@@ -155,6 +156,7 @@ impl Trainer {
             .model
             .train_pass(&batch.inputs, &batch.targets, batch.length)
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.progress.grower {
             let losses =
                 |model: &LanguageModel, on, masked| losses(model, (on, masked), &batch, feed.probe);
@@ -241,6 +243,12 @@ impl Trainer {
     /// The splits, each with the alarm that set it off.
     pub fn expansions(&self) -> Vec<Expansion> {
         expansions(&self.progress.events)
+    }
+
+    /// Known ways to fail that the controller saw; empty for a static pool.
+    pub fn diagnoses(&self) -> Vec<Diagnosis> {
+        let grower = self.progress.grower.as_ref();
+        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
     }
 }
 

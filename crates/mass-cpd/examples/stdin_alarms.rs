@@ -5,41 +5,55 @@
 //! seq 1 300 | awk '{ print ($1 > 200) * 3 + rand() }' | cargo run -p mass-cpd --example stdin_alarms
 //! ```
 //!
-//! One alarm a line: the line number, the value, the probability of a false alarm as strong in 1000 steps, and the
-//! line at which the change is thought to have begun. A line that is no finite number is reported on standard error
-//! and skipped.
+//! One alarm a line: the line number, the value, the probability of a false alarm as strong in 1000 steps, the line at which the change
+//! is thought to have begun, which way it goes, and its size. An empty line, `NA`, `NaN`, `null`, `None`, `-` and `?` are missing
+//! observations: time passes. A line that is neither is reported on standard error, and counts as missing.
 
 use std::io::{self, BufRead, Write};
 
-use mass_cpd::{CalibratedCusumParams, Detector};
+use mass_cpd::{CalibratedCusumParams, Detector, Shift};
+
+/// What stands for a missing number.
+const MISSING: [&str; 7] = ["", "na", "nan", "null", "none", "-", "?"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut detector = CalibratedCusumParams::default().check()?;
-    // Observations are counted by the detector, lines by the reader; refused lines make the two differ.
-    let mut line_of: Vec<usize> = Vec::new();
     let mut out = io::stdout().lock();
-    writeln!(out, "line\tvalue\tp_horizon\tonset")?;
+    writeln!(out, "line\tvalue\tp_horizon\tonset\tdirection\tsize")?;
     for (number, line) in io::stdin().lock().split(b'\n').enumerate() {
         let number = number + 1;
         let line = line?;
         let line = String::from_utf8_lossy(&line);
-        let step = match line.trim().parse::<f64>() {
-            Ok(x) => detector.update(x),
-            Err(e) => {
-                eprintln!("line {number}: {:?}: {e}", line.trim());
-                continue;
-            }
+        let text = line.trim();
+        if MISSING.contains(&text.to_ascii_lowercase().as_str()) {
+            detector.skip();
+            continue;
+        }
+        let step = match text.parse::<f64>() {
+            Ok(x) => detector.update(x).map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
         };
         match step {
-            Ok(step) => {
-                line_of.push(number);
-                if step.alarm {
-                    let onset = step.onset.map_or(number, |o| line_of[o as usize - 1]);
-                    let p = step.p_horizon.unwrap_or(1.0);
-                    writeln!(out, "{number}\t{}\t{p:.3e}\t{onset}", line.trim())?;
-                }
+            Ok(step) if step.alarm => {
+                // The detector counts each line, gaps too.
+                let onset = step.onset.unwrap_or(step.count);
+                let p = step.p_horizon.unwrap_or(1.0);
+                let direction = match step.direction {
+                    Some(Shift::Up) => "up",
+                    Some(Shift::Down) => "down",
+                    None => "",
+                };
+                let size = step.size.unwrap_or(f64::NAN);
+                writeln!(
+                    out,
+                    "{number}\t{text}\t{p:.3e}\t{onset}\t{direction}\t{size:.4}"
+                )?;
             }
-            Err(e) => eprintln!("line {number}: {e}"),
+            Ok(_) => {}
+            Err(e) => {
+                eprintln!("line {number}: {text:?}: {e}");
+                detector.skip();
+            }
         }
     }
     Ok(())

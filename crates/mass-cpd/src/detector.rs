@@ -7,13 +7,24 @@ use crate::{
     WindowedZ, WindowedZParams,
 };
 
+/// Which way a change goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shift {
+    /// A rise: of the level, or of the spread where that is watched.
+    Up,
+    /// A fall.
+    Down,
+}
+
 /// What one observation did to a detector.
 ///
 /// A field is `None` while the detector cannot know it (during the warm-up), or when the method has no such
 /// quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Step {
-    /// Observations accepted since the start or the last [`Detector::reset`], this one included.
+    /// Steps since the start or the last [`Detector::reset`], this one included: observations accepted, and gaps.
     pub count: u64,
     /// The detector's test statistic; its meaning is given by the detector.
     pub statistic: Option<f64>,
@@ -21,8 +32,15 @@ pub struct Step {
     pub p_value: Option<f64>,
     /// Probability that a stream without a change reaches this statistic anywhere within the horizon.
     pub p_horizon: Option<f64>,
-    /// The 1-based observation count at which the change, if there is one, is thought to begin.
+    /// The 1-based [`count`](Self::count) at which the change, if there is one, is thought to begin.
     pub onset: Option<u64>,
+    /// Which way the change goes, if there is one.
+    pub direction: Option<Shift>,
+    /// Size of the change, if there is one, in the units of what is monitored (of the logarithm, where that is): the mean since the
+    /// onset less the level before it.
+    pub size: Option<f64>,
+    /// The same in standard deviations, as the detector counts them: its mean score since the onset.
+    pub size_in_deviations: Option<f64>,
     /// Whether the detector says that a change has happened.
     pub alarm: bool,
 }
@@ -37,6 +55,9 @@ impl Step {
             p_value: None,
             p_horizon: None,
             onset: None,
+            direction: None,
+            size: None,
+            size_in_deviations: None,
             alarm: false,
         }
     }
@@ -71,11 +92,60 @@ pub trait Detector {
     /// [`CpdError::TooLarge`] where squares are summed; the state is then left unchanged.
     fn update(&mut self, x: f64) -> Result<Step, CpdError>;
 
+    /// Takes note that an observation is missing: time passes, and nothing is learned.
+    ///
+    /// Evidence stays as it is. An autoregression predicts the next observation over the gap (with a lagged reference it is not judged),
+    /// and does not learn it, as its predecessor is not known. A warm-up counts observations only.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_cpd::{CalibratedCusumParams, Detector};
+    ///
+    /// let mut detector = CalibratedCusumParams::default().check()?;
+    /// for x in [Some(1.0), None, Some(1.2)] {
+    ///     let step = match x {
+    ///         Some(x) => detector.update(x)?,
+    ///         None => detector.skip(),
+    ///     };
+    ///     assert!(!step.alarm);
+    /// }
+    /// assert_eq!(detector.count(), 3);
+    /// # Ok::<(), mass_cpd::CpdError>(())
+    /// ```
+    fn skip(&mut self) -> Step;
+
     /// Forgets every observation, as if newly made.
     fn reset(&mut self);
 
-    /// Observations accepted since the start or the last reset.
+    /// Steps since the start or the last reset: observations accepted, and gaps.
     fn count(&self) -> u64;
+
+    /// Takes a recorded series, and gives the steps at which there was an alarm.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update), with the position of the observation refused; those before it have been taken.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_cpd::{CalibratedCusumParams, Detector, Shift};
+    ///
+    /// let series: Vec<f64> = (0..200).map(|t| if t < 120 { 5.0 } else { 3.0 }).collect();
+    /// let alarms = CalibratedCusumParams::default().check()?.detect(&series)?;
+    /// assert_eq!(alarms.len(), 1);
+    /// assert_eq!((alarms[0].count, alarms[0].onset), (123, Some(121)));
+    /// assert_eq!((alarms[0].direction, alarms[0].size), (Some(Shift::Down), Some(-2.0)));
+    /// # Ok::<(), mass_cpd::CpdError>(())
+    /// ```
+    fn detect(&mut self, series: &[f64]) -> Result<Vec<Step>, CpdError> {
+        let mut alarms = Vec::new();
+        for &x in series {
+            let step = self.update(x)?;
+            if step.alarm {
+                alarms.push(step);
+            }
+        }
+        Ok(alarms)
+    }
 }
 
 /// Unchecked parameters of any detector.
@@ -182,6 +252,14 @@ impl Detector for AnyDetector {
             Self::WindowedZ(d) => d.update(x),
             Self::CalibratedCusum(d) => d.update(x),
             Self::TrainingMonitor(d) => d.update(x),
+        }
+    }
+
+    fn skip(&mut self) -> Step {
+        match self {
+            Self::WindowedZ(d) => d.skip(),
+            Self::CalibratedCusum(d) => d.skip(),
+            Self::TrainingMonitor(d) => d.skip(),
         }
     }
 

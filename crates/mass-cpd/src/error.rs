@@ -47,6 +47,12 @@ pub enum CpdError {
         /// The values allowed.
         expected: &'static str,
     },
+    /// Parameters that are each allowed, but not together.
+    #[error("there is no detector of {what}")]
+    Unsupported {
+        /// What was asked for together.
+        what: &'static str,
+    },
     /// A serialised detector contradicts itself.
     #[error("stored state is not valid: {reason}")]
     State {
@@ -74,6 +80,17 @@ pub enum CpdError {
     UnknownStream {
         /// The stream asked for.
         id: u64,
+    },
+    /// What a change point costs is less than the rounding of the series' sums of squares.
+    #[error(
+        "a penalty of {penalty:e} is lost in the rounding of this series' sums of squares, {resolution:e}; \
+         scale it up, or leave out the observations that dwarf the others"
+    )]
+    LostInRounding {
+        /// The penalty given.
+        penalty: f64,
+        /// The least penalty that can be told from rounding.
+        resolution: f64,
     },
     /// A numerical search did not reach its target.
     #[error("no {what} found within the range searched")]

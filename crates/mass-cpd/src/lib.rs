@@ -44,6 +44,7 @@ mod error;
 mod normal;
 #[cfg(feature = "offline")]
 pub mod offline;
+mod readiness;
 mod ring;
 pub mod run_length;
 pub mod training_monitor;
@@ -51,9 +52,10 @@ pub mod windowed_z;
 
 pub use bank::{Bank, BankParams, StreamId};
 pub use cusum::{
-    AfterAlarm, CalibratedCusum, CalibratedCusumParams, Direction, Drift, Reference, Transform,
+    AfterAlarm, AlarmAt, CalibratedCusum, CalibratedCusumParams, Direction, Drift, Prewhiten,
+    Reference, Scores, Transform, Watch,
 };
-pub use detector::{AnyDetector, AnyDetectorParams, Detector, Step};
+pub use detector::{AnyDetector, AnyDetectorParams, Detector, Shift, Step};
 pub use error::CpdError;
 pub use training_monitor::{Spread, TrainingMonitor, TrainingMonitorParams};
 pub use windowed_z::{WindowedZ, WindowedZParams, WindowedZRule};

@@ -33,7 +33,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CpdError, Detector, Direction, Step,
+    CpdError, Detector, Direction, Shift, Step,
     cusum::{Transform, transform},
     error::{MOST, require},
     normal,
@@ -52,7 +52,7 @@ pub enum Spread {
 
 /// Unchecked parameters of [`TrainingMonitor`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct TrainingMonitorParams {
     /// Size `m` of the training sample, in 20..=2^24.
     pub training: usize,
@@ -119,9 +119,10 @@ impl TrainingMonitorParams {
 ///
 /// [`Step::statistic`] is `D_k` (its absolute value for [`Direction::Both`], its negative for
 /// [`Direction::Down`]), [`Step::p_value`] the p-value of `Q_k` at this step alone, [`Step::p_horizon`] the
-/// probability above, and [`Step::onset`] the step after the last one at which the sum had its extreme on the other
-/// side. The alarm stays up as long as the evidence does; [`Detector::reset`] starts with a new training sample.
-/// A training sample without any spread has nothing to measure with, and never alarms.
+/// probability above, and [`Step::onset`] the step after the last one at which the sum, less an allowance,
+/// had its extreme on the other side; of four allowances the one that makes the change most likely. The alarm stays up as long as the evidence does; [`Detector::reset`] starts with a new training sample.
+/// After a training sample without any spread each other value is a change, unless it is rounding noise (1e-13 of the level).
+/// [`Step::size_in_deviations`] counts in the spread that the parameters name: the long-run one, or the plain one.
 ///
 /// # Examples
 /// ```
@@ -153,6 +154,7 @@ pub struct TrainingMonitor {
 
 /// What the training sample says.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Learned {
     mean: f64,
     spread: f64,
@@ -160,12 +162,29 @@ struct Learned {
 
 /// The sum of deviations and where it had its extremes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Path {
     sum: f64,
-    lowest: f64,
-    lowest_at: u64,
-    highest: f64,
-    highest_at: u64,
+    /// Observations in it.
+    number: u64,
+    /// By [`ALLOWANCES`].
+    lowest: [Turn; ALLOWANCES.len()],
+    highest: [Turn; ALLOWANCES.len()],
+}
+
+/// Where a change may begin: at the last extreme of the sum less so many spreads an observation. Small ones find the beginning of
+/// small changes, large ones that of large changes.
+const ALLOWANCES: [f64; 4] = [0.0, 0.1, 0.3, 1.0];
+
+/// An extreme of the sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Turn {
+    sum: f64,
+    /// Step at which it was reached.
+    at: u64,
+    /// Observations until then.
+    number: u64,
 }
 
 impl TrainingMonitor {
@@ -177,13 +196,7 @@ impl TrainingMonitor {
 
     fn evidence(&self, learned: Learned, step: &mut Step) {
         let m = self.params.training as f64;
-        let k = (self.count - self.params.training as u64) as f64;
-        if learned.spread <= 0.0 {
-            step.statistic = Some(0.0);
-            step.p_value = Some(1.0);
-            step.p_horizon = Some(1.0);
-            return;
-        }
+        let k = self.path.number as f64;
         let q = self.path.sum / learned.spread;
         let d = q / (m.sqrt() * (1.0 + k / m));
         let z = q / (k * (1.0 + k / m)).sqrt();
@@ -206,15 +219,39 @@ impl TrainingMonitor {
             Direction::Down => false,
             Direction::Both => d >= 0.0,
         };
-        let turned = if rising {
-            self.path.lowest_at
+        let turns = if rising {
+            &self.path.lowest
         } else {
-            self.path.highest_at
+            &self.path.highest
         };
+        // The beginning that makes the change most likely.
+        let likelihood = |turn: &Turn| {
+            let since = (self.path.number - turn.number) as f64;
+            let rise = (self.path.sum - turn.sum) / learned.spread;
+            if since > 0.0 {
+                rise * rise / since
+            } else {
+                0.0
+            }
+        };
+        let turn = turns.iter().fold(turns[0], |best, turn| {
+            if likelihood(turn) > likelihood(&best) {
+                *turn
+            } else {
+                best
+            }
+        });
         step.statistic = Some(statistic);
         step.p_value = Some(p_value);
         step.p_horizon = Some(p_horizon);
-        step.onset = (turned < self.count).then_some(turned + 1);
+        if turn.number < self.path.number {
+            let since = (self.path.number - turn.number) as f64;
+            let size = (self.path.sum - turn.sum) / since;
+            step.onset = Some(turn.at + 1);
+            step.direction = Some(if rising { Shift::Up } else { Shift::Down });
+            step.size = Some(size);
+            step.size_in_deviations = Some(size / learned.spread);
+        }
         step.alarm = p_horizon <= self.params.alpha;
     }
 }
@@ -229,25 +266,44 @@ impl Detector for TrainingMonitor {
             if self.sample.len() == self.params.training {
                 self.learned = Some(learn(&self.sample, self.params.spread));
                 self.sample.clear();
+                let start = Turn {
+                    at: self.count,
+                    ..Turn::default()
+                };
                 self.path = Path {
-                    lowest_at: self.count,
-                    highest_at: self.count,
+                    lowest: [start; ALLOWANCES.len()],
+                    highest: [start; ALLOWANCES.len()],
                     ..Path::default()
                 };
             }
             return Ok(step);
         };
-        self.path.sum += y - learned.mean;
-        if self.path.sum < self.path.lowest {
-            self.path.lowest = self.path.sum;
-            self.path.lowest_at = self.count;
-        }
-        if self.path.sum > self.path.highest {
-            self.path.highest = self.path.sum;
-            self.path.highest_at = self.count;
+        let path = &mut self.path;
+        path.sum += y - learned.mean;
+        path.number += 1;
+        let now = Turn {
+            sum: path.sum,
+            at: self.count,
+            number: path.number,
+        };
+        for (i, allowance) in ALLOWANCES.into_iter().enumerate() {
+            let slope = allowance * learned.spread;
+            let over = |turn: &Turn| slope * (now.number - turn.number) as f64;
+            // The latest of equals: none of them is part of a change that comes after.
+            if now.sum - over(&path.lowest[i]) <= path.lowest[i].sum {
+                path.lowest[i] = now;
+            }
+            if now.sum + over(&path.highest[i]) >= path.highest[i].sum {
+                path.highest[i] = now;
+            }
         }
         self.evidence(learned, &mut step);
         Ok(step)
+    }
+
+    fn skip(&mut self) -> Step {
+        self.count += 1;
+        Step::silent(self.count)
     }
 
     fn reset(&mut self) {
@@ -262,6 +318,12 @@ impl Detector for TrainingMonitor {
     }
 }
 
+/// Below this share of the mean a spread is rounding noise.
+const ROUNDING: f64 = 1e-13;
+
+/// Stands for none; sums of observations over it stay finite.
+const LEAST_SPREAD: f64 = 1e-200;
+
 /// Mean and spread of a training sample.
 fn learn(sample: &[f64], spread: Spread) -> Learned {
     let n = sample.len() as f64;
@@ -273,9 +335,10 @@ fn learn(sample: &[f64], spread: Spread) -> Learned {
         Spread::Independent => square / (n - 1.0),
         Spread::LongRun => long_run_variance(&deviations, square),
     };
+    // A smaller spread is rounding noise: a sample of equal values says that any other is a change.
     Learned {
         mean,
-        spread: variance.sqrt(),
+        spread: variance.sqrt().max(ROUNDING * mean.abs()).max(LEAST_SPREAD),
     }
 }
 
@@ -345,7 +408,7 @@ fn two_sided(d: f64) -> f64 {
 
 /// What a stored detector holds before it has been checked.
 #[derive(Deserialize)]
-#[serde(rename = "TrainingMonitor")]
+#[serde(rename = "TrainingMonitor", deny_unknown_fields)]
 struct Stored {
     params: TrainingMonitorParams,
     sample: Vec<f64>,
@@ -361,13 +424,10 @@ impl TryFrom<Stored> for TrainingMonitor {
         let fresh = stored.params.check()?;
         let state = |reason| CpdError::State { reason };
         let training = stored.params.training;
-        let expected = if stored.learned.is_some() {
-            0
-        } else {
-            stored.count as usize
-        };
-        if stored.sample.len() != expected
-            || expected >= training
+        let held = stored.sample.len();
+        if held >= training
+            || held as u64 > stored.count
+            || (stored.learned.is_some() && held > 0)
             || !stored.sample.iter().all(|x| x.is_finite())
         {
             return Err(state("the training sample does not fit the count"));
@@ -375,20 +435,22 @@ impl TryFrom<Stored> for TrainingMonitor {
         if let Some(Learned { mean, spread }) = stored.learned
             && !(mean.is_finite()
                 && spread.is_finite()
-                && spread >= 0.0
-                && stored.count >= training as u64)
+                && spread >= LEAST_SPREAD
+                && stored.path.number <= stored.count
+                && stored.count - stored.path.number >= training as u64)
         {
             return Err(state("what was learned is impossible"));
         }
         let Path {
             sum,
+            number,
             lowest,
-            lowest_at,
             highest,
-            highest_at,
         } = stored.path;
-        if ![sum, lowest, highest].iter().all(|v| v.is_finite())
-            || lowest_at.max(highest_at) > stored.count
+        let possible =
+            |turn: Turn| turn.sum.is_finite() && turn.at <= stored.count && turn.number <= number;
+        if !(sum.is_finite() && lowest.into_iter().chain(highest).all(possible))
+            || number > stored.count
             || stored.count > MOST
         {
             return Err(state("the path of the sum is impossible"));

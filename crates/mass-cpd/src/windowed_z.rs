@@ -24,7 +24,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CpdError, Detector, Step,
+    CpdError, Detector, Shift, Step,
     error::{MOST, require, require_finite},
     normal,
     ring::{Ring, sum},
@@ -43,6 +43,7 @@ pub enum WindowedZRule {
 
 /// Unchecked parameters of [`WindowedZ`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WindowedZParams {
     /// Observations before the first score (the paper's `T_warm`), at least 1.
     pub warmup: usize,
@@ -100,6 +101,7 @@ impl WindowedZParams {
             values: Ring::new(self.window),
             scores: Ring::new(self.window),
             count: 0,
+            skipped: 0,
             last_score: None,
         })
     }
@@ -108,7 +110,7 @@ impl WindowedZParams {
 /// The windowed z detector; see the [module's documentation](self) for its equations.
 ///
 /// [`Step::statistic`] is `s_t / sqrt(w)`, [`Step::p_value`] its `p_t`; there is no p-value over a horizon and
-/// no estimate of the onset. A window without any spread scores zero: a constant stream is no evidence.
+/// no estimate of the onset; [`Step::size_in_deviations`] is the mean of the last `w` scores. A window without any spread scores zero: a constant stream is no evidence.
 ///
 /// # Examples
 /// ```
@@ -133,6 +135,8 @@ pub struct WindowedZ {
     values: Ring,
     scores: Ring,
     count: u64,
+    /// Gaps among the steps counted.
+    skipped: u64,
     last_score: Option<f64>,
 }
 
@@ -153,6 +157,7 @@ impl WindowedZ {
     /// what the authors' code does to an expert that has just been split.
     pub fn reset_count(&mut self) {
         self.count = 0;
+        self.skipped = 0;
         self.last_score = None;
     }
 
@@ -190,7 +195,7 @@ impl Detector for WindowedZ {
         self.count += 1;
         self.values.push(x);
         let mut step = Step::silent(self.count);
-        if self.count < self.params.warmup as u64 {
+        if self.count - self.skipped < self.params.warmup as u64 {
             return Ok(step);
         }
         let z = self.score(x);
@@ -202,12 +207,25 @@ impl Detector for WindowedZ {
             let p = normal::survival(statistic);
             step.statistic = Some(statistic);
             step.p_value = Some(p);
+            step.direction = Some(if statistic >= 0.0 {
+                Shift::Up
+            } else {
+                Shift::Down
+            });
+            step.size_in_deviations = Some(statistic / (self.params.window as f64).sqrt());
             step.alarm = match self.params.rule {
                 WindowedZRule::Paper => p <= self.params.alpha,
                 WindowedZRule::Reference => p < self.params.alpha,
             };
         }
         Ok(step)
+    }
+
+    fn skip(&mut self) -> Step {
+        self.count += 1;
+        self.skipped += 1;
+        self.last_score = None;
+        Step::silent(self.count)
     }
 
     fn reset(&mut self) {
@@ -223,12 +241,14 @@ impl Detector for WindowedZ {
 
 /// What a stored detector holds before it has been checked.
 #[derive(Deserialize)]
-#[serde(rename = "WindowedZ")]
+#[serde(rename = "WindowedZ", deny_unknown_fields)]
 struct Stored {
     params: WindowedZParams,
     values: Ring,
     scores: Ring,
     count: u64,
+    /// Gaps among the steps counted.
+    skipped: u64,
     last_score: Option<f64>,
 }
 
@@ -246,7 +266,10 @@ impl TryFrom<Stored> for WindowedZ {
             return Err(state("the last score is not finite"));
         }
         // After `reset_count` the windows hold more than the count says, never less.
-        if (stored.values.len() as u64) < stored.count.min(window as u64) || stored.count > MOST {
+        if stored.skipped > stored.count
+            || (stored.values.len() as u64) < (stored.count - stored.skipped).min(window as u64)
+            || stored.count > MOST
+        {
             return Err(state("fewer values are held than were counted"));
         }
         Ok(Self {
@@ -254,6 +277,7 @@ impl TryFrom<Stored> for WindowedZ {
             values: stored.values,
             scores: stored.scores,
             count: stored.count,
+            skipped: stored.skipped,
             last_score: stored.last_score,
         })
     }

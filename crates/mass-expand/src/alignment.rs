@@ -72,7 +72,7 @@ pub fn alignment(gradient: &[f32], weight: &[f32]) -> Result<Alignment, ExpandEr
 
 /// The `delta` below which `|c|` counts as drift.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum AlignmentThreshold {
     /// The same `delta` for every shape (`paper`, `reference`: 0.001).
     Absolute(f64),

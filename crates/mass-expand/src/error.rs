@@ -2,7 +2,7 @@
 
 use mass_cpd::CpdError;
 
-use crate::ExpertId;
+use crate::{Diagnosis, ExpertId};
 
 /// Every error of this crate.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -112,6 +112,9 @@ pub enum ExpandError {
         /// The layer.
         layer: usize,
     },
+    /// A setting in which no split, or no check that its stop rule asks for, can ever be reached.
+    #[error("{0}")]
+    Unreachable(Diagnosis),
     /// A detector refused its parameters or its input.
     #[error(transparent)]
     Detector(#[from] CpdError),

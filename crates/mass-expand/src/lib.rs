@@ -12,10 +12,10 @@ mod sweep;
 
 pub use alignment::{Alignment, AlignmentThreshold, alignment};
 pub use controller::{
-    Action, AfterSplit, Answer, Choice, Controller, ControllerParams, Event, EventKind,
+    Action, AfterSplit, Answer, Choice, Controller, ControllerParams, Diagnosis, Event, EventKind,
     ExpertObservation, HoldReason, LayerObservation, Level, Moments, Phase, PruneRedundant,
-    PruneUnused, Pruning, RemovalReason, Request, SplitOperator, StepObservation, StopReason,
-    StopRule, Trigger, Unused, Watch, Watched,
+    PruneUnused, Pruning, Reach, RemovalReason, Request, RoutingObservation, SplitOperator,
+    StepObservation, StopReason, StopRule, Trigger, Unused, Watch, Watched,
 };
 pub use decomposition::{Decomposition, decompose, divide_gradient, project_onto_weights};
 pub use error::ExpandError;

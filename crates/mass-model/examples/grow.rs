@@ -6,8 +6,8 @@
 //! splits the busiest one on a schedule, so that every part can be seen at work; see `ControllerParams` for triggers
 //! that decide by themselves.
 
-use mass_expand::{Choice, ControllerParams, EventKind, Reduction};
-use mass_model::growth::{GradientNorm, Grower, GrowerConfig, LossOn, Mixtures};
+use mass_expand::{Choice, ControllerParams, EventKind};
+use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
@@ -49,12 +49,7 @@ fn main() -> Result<(), ModelError> {
     let mut controller = ControllerParams::ours(1, 3, 8, STEPS).with_schedule(100, 100);
     controller.choice = Choice::MostLoaded;
     controller.phase.live_until = STEPS;
-    let mut grower = Grower::new(GrowerConfig {
-        controller,
-        gradient_norm: GradientNorm::AllParameters,
-        redundancy_weight: 0.01,
-        redundancy_reduction: Reduction::Mean,
-    })?;
+    let mut grower = Grower::new(GrowerConfig::new(controller))?;
 
     let (probe, probe_targets) = batch(u64::MAX, STEPS);
     for step in 0..STEPS {

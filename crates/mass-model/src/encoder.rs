@@ -2,22 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, Module, NoneTape, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, NoneTape, PutTape, SplitTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::growth::Mixtures;
 use crate::kernels::activation::Activation;
-use crate::lm::{LayerTrace, Masked};
+use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
 use crate::ops::{self, Rows};
 use crate::param::{Param, Parameters, join};
+use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
 
 /// Everything that fixes a classifier but for its values: the encoder, the number of outputs, and which feed-forward
 /// networks are mixtures. Checkpoints hold it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ClassifierConfig<C> {
     /// The encoder.
     pub encoder: C,
@@ -43,6 +44,87 @@ impl<C> ClassifierConfig<C> {
         values.checked_add(dim.checked_mul(self.outputs as u64)?)
     }
 }
+
+/// What every classifier has: feed-forward networks that become mixtures, and a form in checkpoints.
+///
+/// `$layers` is the field with its layers, which have an [`Mlp`] each, and `$layer` the word for one of them. The encoder's
+/// configuration has `hidden_size`, `intermediate_size`, `hidden_act` and `num_hidden_layers`.
+macro_rules! classifier {
+    ($model:ident, $encoder:ty, $kind:literal, $layers:ident $layer:literal) => {
+        impl $model {
+            #[doc = concat!("Makes the feed-forward network of a ", $layer, ", counted from zero, a mixture whose experts are")]
+            /// copies of it, with a gate drawn at random. With weights that sum to one the outputs are at first the same.
+            ///
+            /// # Errors
+            #[doc = concat!("[`ModelError::Config`](crate::ModelError::Config) if there is no such ", $layer, ", it is a mixture")]
+            /// already, or `experts` is zero; [`ModelError::Routing`](crate::ModelError::Routing) if the router's parameters are not
+            /// valid.
+            pub fn convert(
+                &mut self,
+                layer: usize,
+                experts: usize,
+                router: mass_routing::RouterConfig,
+                rng: &mut rand_chacha::ChaCha8Rng,
+            ) -> Result<(), crate::ModelError> {
+                let c = &self.config.encoder;
+                let (dim, hidden) = (c.hidden_size, c.intermediate_size);
+                let mixture = crate::nn::MoeConfig::new(dim, hidden, experts, c.hidden_act, router);
+                self.convert_to(layer, &mixture, rng)
+            }
+
+            /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
+            ///
+            /// # Errors
+            /// As [`convert`](Self::convert); [`ModelError::Config`](crate::ModelError::Config) for a mixture that the network cannot
+            /// become.
+            pub fn convert_to(
+                &mut self,
+                layer: usize,
+                mixture: &crate::nn::MoeConfig,
+                rng: &mut rand_chacha::ChaCha8Rng,
+            ) -> Result<(), crate::ModelError> {
+                let layers = self.$layers.len();
+                let Some(found) = self.$layers.get_mut(layer) else {
+                    let what = format!("there is no {} {layer}, there are {layers}", $layer);
+                    return Err(crate::ModelError::Config(what));
+                };
+                found.mlp.convert(mixture, rng)?;
+                self.config.mixtures.insert(layer, mixture.clone());
+                Ok(())
+            }
+        }
+
+        impl crate::checkpoint::Checkpointed for $model {
+            const KIND: &'static str = $kind;
+            type Config = crate::encoder::ClassifierConfig<$encoder>;
+
+            fn checkpoint_config(&self) -> &Self::Config {
+                &self.config
+            }
+
+            fn from_checkpoint_config(config: &Self::Config) -> Result<Self, crate::ModelError> {
+                let blank = &mut crate::pretrained::Blank;
+                let mut model = Self::build(&config.encoder, config.outputs, blank)?;
+                for (&layer, mixture) in &config.mixtures {
+                    model.convert_to(layer, mixture, &mut crate::seeded_rng(0))?;
+                }
+                Ok(model)
+            }
+
+            fn check_config(&self) -> Result<(), crate::ModelError> {
+                crate::mixtures::check_mixtures(self, self.config.mixtures.values())
+            }
+
+            fn values_at_least(config: &Self::Config) -> Option<u64> {
+                let c = &config.encoder;
+                let (dim, hidden) = (c.hidden_size, c.intermediate_size);
+                let layers = config.layers_at_least(c.num_hidden_layers, dim, hidden)?;
+                layers.checked_add(Self::outer_values(c)?)
+            }
+        }
+    };
+}
+pub(crate) use classifier;
 
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
@@ -87,13 +169,6 @@ impl Mlp {
         }
     }
 
-    pub(crate) fn mixture_mut(&mut self) -> Option<&mut MoeLayer> {
-        match self {
-            Self::Dense(_) => None,
-            Self::Mixture(layer) => Some(layer),
-        }
-    }
-
     /// Rows `keep` may be picked before this sublayer only if it is dense: what a mixture routes and reports is every token.
     pub(crate) fn keep_early<'a>(&self, keep: Option<&'a [usize]>) -> Option<&'a [usize]> {
         keep.filter(|_| self.mixture().is_none())
@@ -118,25 +193,10 @@ impl Mlp {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        let layer = match self {
-            Self::Dense(network) => return network.try_forward(x),
-            Self::Mixture(layer) => layer,
-        };
-        let mask = match masked {
-            Some(m) if m.layer == traces.len() => {
-                layer.index_of(m.expert)?;
-                let others = layer.ids().iter().map(|&id| id != m.expert);
-                Some(others.collect::<Vec<_>>())
-            }
-            _ => None,
-        };
-        let (gate_input, tape) = x.split_tape();
-        let routed = layer.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
-        traces.push(LayerTrace {
-            plan: routed.plan,
-            gate_input,
-        });
-        Ok(routed.output)
+        match self {
+            Self::Dense(network) => network.try_forward(x),
+            Self::Mixture(layer) => layer.forward_traced(x, masked, traces),
+        }
     }
 }
 
@@ -164,32 +224,6 @@ pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
     Ok((output.put_tape(tape), residual))
 }
 
-/// Whether a model's mixtures are what its configuration says, which may have changed since it was made.
-pub(crate) fn check_mixtures<'a>(
-    model: &impl Mixtures,
-    configured: impl Iterator<Item = &'a MoeConfig>,
-) -> Result<(), ModelError> {
-    for (layer, configured) in configured.enumerate() {
-        if layer >= model.mixtures() || model.mixture(layer).config() != configured {
-            return Err(ModelError::Config(format!(
-                "mixture layer {layer} is not what the model's configuration says, which a checkpoint would not keep"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Refuses a masked expert of a mixture layer that is not there.
-pub(crate) fn check_masked(masked: Option<Masked>, mixtures: usize) -> Result<(), ModelError> {
-    match masked {
-        Some(m) if m.layer >= mixtures => Err(ModelError::Config(format!(
-            "an expert of mixture layer {} is masked, there are {mixtures}",
-            m.layer
-        ))),
-        _ => Ok(()),
-    }
-}
-
 impl Parameters for Mlp {
     fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
         match self {
@@ -202,6 +236,24 @@ impl Parameters for Mlp {
         match self {
             Self::Dense(network) => network.visit_mut(&join(prefix, "ffn"), f),
             Self::Mixture(layer) => layer.visit_mut(&join(prefix, "moe"), f),
+        }
+    }
+}
+
+impl Mixtures for Mlp {
+    fn visit_mixtures<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a MoeLayer)) {
+        if let Self::Mixture(layer) = self {
+            f(join(prefix, "moe"), layer);
+        }
+    }
+
+    fn visit_mixtures_mut<'a>(
+        &'a mut self,
+        prefix: &str,
+        f: &mut dyn FnMut(String, &'a mut MoeLayer),
+    ) {
+        if let Self::Mixture(layer) = self {
+            f(join(prefix, "moe"), layer);
         }
     }
 }

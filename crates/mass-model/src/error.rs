@@ -1,10 +1,13 @@
 //! What can go wrong in a model.
 
+mod checkpoint;
+
+use std::cell::Cell;
 use std::path::PathBuf;
 
 use dfdx::tensor::CpuError;
 
-use crate::checkpoint::CheckpointError;
+pub use checkpoint::{CheckpointError, ExpertCounts};
 
 /// An error of a layer, an optimiser or a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +41,9 @@ pub enum ModelError {
     /// An expert that is not in the pool.
     #[error("no expert {0} in this layer")]
     NoSuchExpert(u32),
+    /// A gradient was asked for that no operation of a backward pass has written.
+    #[error("{0} has no gradient: no operation of the backward pass wrote one, or it was used up")]
+    NoGradient(String),
     /// A NaN or infinity where a number is needed.
     #[error("{0} is not finite")]
     NonFinite(String),
@@ -76,4 +82,36 @@ impl ModelError {
             actual: actual.to_vec(),
         }
     }
+}
+
+thread_local! {
+    static LAST: Cell<Option<ModelError>> = const { Cell::new(None) };
+}
+
+/// What dfdx can be told of an error: its own has no room for more. [`last_error`] knows the rest.
+pub(crate) fn into_dfdx(error: ModelError) -> CpuError {
+    match error {
+        ModelError::Tensor(error) => error,
+        other => {
+            LAST.set(Some(other));
+            CpuError::WrongNumElements
+        }
+    }
+}
+
+/// What a layer of this crate refused last on this thread inside a model of dfdx, which knows `CpuError` alone; none if nothing
+/// was refused since this was asked last.
+///
+/// ```
+/// use dfdx::prelude::*;
+/// use mass_model::nn::LayerNorm;
+///
+/// let model = (LayerNorm::new(4, 1e-5)?, ReLU);
+/// assert!(model.try_forward(Cpu::default().ones_like(&(2, 3))).is_err());
+/// let refused = mass_model::last_error().unwrap().to_string();
+/// assert_eq!(refused, "input of layer norm: expected shape [2, 4], got [2, 3]");
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+pub fn last_error() -> Option<ModelError> {
+    LAST.take()
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! each step:  pass = train_pass(batch)                  loss and gradients
+//!             model.adapt(pass.layers)                  routers that balance themselves learn
 //!             grower.step(model, optimizer, pass, ..)   observe, decide, split or remove
 //!             optimizer.step(model, gradients, lr)
 //! ```
@@ -19,32 +20,16 @@ use mass_routing::Router;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::lm::{Masked, TrainPass};
+use crate::gradients::CpuGradients;
+pub use crate::mixtures::Mixtures;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::optim::AdamW;
-use crate::param::{CpuGradients, Parameters};
+use crate::param::join;
+use crate::pass::{Masked, TrainPass};
 pub use observe::observe;
-use observe::observe_with;
+use observe::{observe_routing, observe_with};
 pub use shift::GateShift;
 pub use split::{remove_expert, split_expert};
-
-/// A model with mixture layers.
-pub trait Mixtures: Parameters {
-    /// Number of mixture layers.
-    fn mixtures(&self) -> usize;
-
-    /// One of them, counted from the bottom.
-    ///
-    /// # Panics
-    /// If there are no more than `layer` of them; so do the other two.
-    fn mixture(&self, layer: usize) -> &MoeLayer;
-
-    /// One of them, to be changed.
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer;
-
-    /// The prefix of its parameters' names.
-    fn mixture_name(&self, layer: usize) -> String;
-}
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 
@@ -70,6 +55,7 @@ pub enum LossOn {
 
 /// Rules of a [`Grower`] beside those of its controller.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GrowerConfig {
     /// Rules of the controller.
     pub controller: ControllerParams,
@@ -79,6 +65,19 @@ pub struct GrowerConfig {
     pub redundancy_weight: f64,
     /// Whether the redundancy loss is a mean or a sum over pairs.
     pub redundancy_reduction: Reduction,
+}
+
+impl GrowerConfig {
+    /// What the paper monitors and adds, around a controller: the norm of all parameters, and the mean redundancy loss at
+    /// weight 0.01.
+    pub fn new(controller: ControllerParams) -> Self {
+        Self {
+            controller,
+            gradient_norm: GradientNorm::AllParameters,
+            redundancy_weight: 0.01,
+            redundancy_reduction: Reduction::Mean,
+        }
+    }
 }
 
 /// Watches a model's experts, and splits and removes them as its controller decides.
@@ -111,7 +110,7 @@ impl Grower {
         })
     }
 
-    /// The controller: live steps, active experts, whether a layer has stopped.
+    /// The controller: live steps, active experts, whether a layer has stopped, and the known ways to fail that it sees.
     pub fn controller(&self) -> &Controller {
         &self.controller
     }
@@ -138,7 +137,8 @@ impl Grower {
     ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
         // Only while losses may be asked for can anything but the observation itself be refused.
-        let asks = (0..model.mixtures()).any(|l| self.watches(l, step))
+        let judges = |l: usize| self.controller.awaiting_check(l).is_some();
+        let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
             || self.controller.params().pruning.is_some();
         let before = asks.then(|| self.controller.clone());
         let actions = match self.decide(step, model, pass, losses) {
@@ -231,13 +231,24 @@ impl Grower {
             layers: &layers,
         };
         let mut requests = self.controller.begin_step(&observation)?;
+        for (l, trace) in pass.layers.iter().enumerate() {
+            let routing = observe_routing(model.mixture(l), &trace.plan);
+            self.controller.observe_routing(l, &routing)?;
+        }
         while let Some(request) = requests.pop() {
             let answer = match request {
                 Request::Alignment { layer, expert } => {
                     let moe = model.mixture(layer);
-                    let fc1 = &moe.experts()[moe.index_of(expert)?].fc1.0;
-                    let cosine =
-                        alignment(fc1.gradient(&mut pass.gradients)?, fc1.values())?.cosine;
+                    let place = moe.index_of(expert)?;
+                    let load = pass.layers[layer].plan.load(place);
+                    let fc1 = &moe.experts()[place].network.fc1.0;
+                    let gradient = fc1.find_gradient(&mut pass.gradients)?;
+                    let cosine = match gradient {
+                        Some(gradient) => alignment(gradient, fc1.values())?.cosine,
+                        // An expert without tokens has none.
+                        None if load == 0 => alignment(&vec![0.0; fc1.len()], fc1.values())?.cosine,
+                        None => return Err(ModelError::NoGradient(format!("expert {expert}"))),
+                    };
                     Answer::Alignment {
                         layer,
                         expert,
@@ -292,7 +303,7 @@ impl Grower {
                         )));
                     }
                     self.shifts.push((layer, shift));
-                    let prefix = |id: ExpertId| format!("{name}.experts.{}", id.0);
+                    let prefix = |id: ExpertId| join(&name, &format!("experts.{}", id.0));
                     optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
                 }
                 Action::Remove {
@@ -307,7 +318,7 @@ impl Grower {
                     remove_expert(model.mixture_mut(layer), expert, latest)?;
                     let of = |(l, s): &(usize, GateShift)| *l == layer && s.other(expert).is_some();
                     self.shifts.retain(|s| !of(s));
-                    optimizer.forget(&format!("{name}.experts.{}", expert.0));
+                    optimizer.forget(&join(&name, &format!("experts.{}", expert.0)));
                 }
                 _ => {}
             }
@@ -335,9 +346,14 @@ impl Grower {
             return losses(model, masked);
         };
         let moe = model.mixture_mut(layer);
-        let before = moe.expert_mut(half)?;
-        let (row, offset) = (before.gate.values().to_vec(), before.logit_offset);
-        shift.undo(moe, half)?;
+        let gate = moe.expert_mut(half)?;
+        let (row, offset) = (gate.gate.values().to_vec(), gate.logit_offset);
+        // For a look only: no move that averages of weights would have to follow.
+        let (single, single_offset) = shift.without(half, gate)?;
+        gate.gate
+            .values_mut()
+            .copy_from_slice(single.as_deref().unwrap_or(&row));
+        gate.logit_offset = single_offset;
         let found = losses(model, masked);
         let after = model.mixture_mut(layer).expert_mut(half)?;
         after.gate.values_mut().copy_from_slice(&row);
@@ -379,7 +395,8 @@ fn add_redundancy(
     let rows: Vec<&[f32]> = layer.experts().iter().map(|e| e.gate.values()).collect();
     let mut taken = Vec::with_capacity(rows.len());
     for expert in layer.experts() {
-        taken.push(std::mem::take(expert.gate.gradient(gradients)?));
+        let own = expert.gate.take_gradient(gradients)?;
+        taken.push(own.unwrap_or_else(|| vec![0.0; expert.gate.len()]));
     }
     let mut views: Vec<&mut [f32]> = taken.iter_mut().map(Vec::as_mut_slice).collect();
     let loss = redundancy_gradient(
@@ -390,7 +407,7 @@ fn add_redundancy(
         &mut views,
     );
     for (expert, gradient) in layer.experts().iter().zip(taken) {
-        *expert.gate.gradient(gradients)? = gradient;
+        expert.gate.set_gradient(gradients, gradient)?;
     }
     Ok(loss?)
 }

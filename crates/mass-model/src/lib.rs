@@ -4,22 +4,31 @@ pub mod bert;
 pub mod checkpoint;
 mod encoder;
 mod error;
+mod gradients;
 pub mod growth;
+#[doc(hidden)]
 pub mod kernels;
+mod lineage;
 pub mod lm;
+mod mixtures;
 pub mod nn;
 pub mod ops;
 pub mod optim;
 mod param;
+mod pass;
 pub mod pretrained;
 pub mod vit;
 
 pub use dfdx;
-pub use error::ModelError;
+pub use error::{ModelError, last_error};
+pub use gradients::CpuGradients;
 pub use kernels::activation::Activation;
 pub use kernels::dropout::{Dropout, DropoutKeys};
 pub use kernels::scratch::release_scratch;
-pub use param::{CpuGradients, Param, Parameters};
+#[doc(hidden)]
+pub use param::join;
+pub use param::{Param, Parameters};
+pub use pass::{LayerTrace, Masked, TrainPass};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;

@@ -1,23 +1,21 @@
 //! A causal transformer language model whose feed-forward layers are mixtures of experts.
 
-use std::sync::Arc;
-
-use dfdx::prelude::{Cpu, Module, NoneTape, OwnedTape, Tape};
-use mass_expand::ExpertId;
-use mass_routing::RoutingPlan;
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpointed;
-use crate::encoder::{check_masked, check_mixtures};
 use crate::error::ModelError;
-use crate::growth::Mixtures;
-use crate::nn::{Block, BlockConfig, LayerNorm, Linear, MoeLayer, SelfAttention};
+use crate::mixtures::{check_masked, check_mixtures};
+use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{self, Rows, Sequences};
-use crate::param::{CpuGradients, Param, Parameters, join};
+use crate::param::Param;
+pub use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::{mixtures, parameters};
 
 /// Sizes of a [`LanguageModel`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LanguageModelConfig {
     /// Number of token ids.
     pub vocab: usize,
@@ -47,15 +45,6 @@ pub struct LanguageModel {
     config: LanguageModelConfig,
 }
 
-/// What a mixture layer did in a forward pass.
-#[derive(Clone, Debug)]
-pub struct LayerTrace {
-    /// Who computed what.
-    pub plan: Arc<RoutingPlan>,
-    /// Input of the gate, `[tokens, d]`.
-    pub gate_input: Rows<NoneTape>,
-}
-
 /// A forward pass: logits `[tokens, vocab]`, and what each mixture layer did.
 #[derive(Debug)]
 pub struct Forwarded<T: Tape<f32, Cpu>> {
@@ -63,27 +52,6 @@ pub struct Forwarded<T: Tape<f32, Cpu>> {
     pub logits: Rows<T>,
     /// One a mixture layer, bottom first.
     pub layers: Vec<LayerTrace>,
-}
-
-/// A training pass: loss, gradients and what each mixture layer did.
-pub struct TrainPass {
-    /// Mean negative log-likelihood a token, nats.
-    pub loss: f32,
-    /// Negative log-likelihood of each token, nats.
-    pub token_losses: Vec<f32>,
-    /// Gradients of the loss.
-    pub gradients: CpuGradients,
-    /// One a mixture layer, bottom first.
-    pub layers: Vec<LayerTrace>,
-}
-
-/// An expert that takes no part in a forward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Masked {
-    /// Which mixture layer, counted from the bottom.
-    pub layer: usize,
-    /// Which expert.
-    pub expert: ExpertId,
 }
 
 impl LanguageModel {
@@ -149,27 +117,8 @@ impl LanguageModel {
         let tables = [(&self.tokens, tokens), (&self.positions, &positions)];
         let mut x = ops::embedding(&tables, tape)?;
         let mut layers = Vec::with_capacity(self.blocks.len());
-        for (l, block) in self.blocks.iter().enumerate() {
-            let mask = match masked {
-                Some(m) if m.layer == l => {
-                    block.moe.index_of(m.expert)?;
-                    Some(
-                        block
-                            .moe
-                            .ids()
-                            .iter()
-                            .map(|&id| id != m.expert)
-                            .collect::<Vec<_>>(),
-                    )
-                }
-                _ => None,
-            };
-            let (routed, gate_input) = block.forward(x, &sequences, mask.as_deref())?;
-            layers.push(LayerTrace {
-                plan: routed.plan,
-                gate_input,
-            });
-            x = routed.output;
+        for block in &self.blocks {
+            x = block.forward(x, &sequences, masked, &mut layers)?;
         }
         let logits = self.head.try_forward(self.norm.try_forward(x)?)?;
         Ok(Forwarded { logits, layers })
@@ -185,19 +134,9 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass, ModelError> {
-        use dfdx::prelude::{AsArray, Backward};
         let Forwarded { logits, layers } = self.forward(tokens, seq, None, OwnedTape::default())?;
         let (loss, token_losses) = ops::cross_entropy(logits, targets)?;
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
-        Ok(TrainPass {
-            loss: value,
-            token_losses,
-            gradients: loss.try_backward()?,
-            layers,
-        })
+        TrainPass::new(loss, token_losses, layers)
     }
 
     /// Negative log-likelihood of each target, nats, without a tape.
@@ -216,45 +155,14 @@ impl LanguageModel {
     }
 }
 
-impl Parameters for LanguageModel {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        f(join(prefix, "tokens"), &self.tokens);
-        f(join(prefix, "positions"), &self.positions);
-        for (l, block) in self.blocks.iter().enumerate() {
-            block.visit(&join(prefix, &format!("blocks.{l}")), f);
-        }
-        self.norm.visit(&join(prefix, "norm"), f);
-        self.head.visit(&join(prefix, "head"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        f(join(prefix, "tokens"), &mut self.tokens);
-        f(join(prefix, "positions"), &mut self.positions);
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            block.visit_mut(&join(prefix, &format!("blocks.{l}")), f);
-        }
-        self.norm.visit_mut(&join(prefix, "norm"), f);
-        self.head.visit_mut(&join(prefix, "head"), f);
-    }
-}
-
-impl Mixtures for LanguageModel {
-    fn mixtures(&self) -> usize {
-        self.blocks.len()
-    }
-
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        &self.blocks[layer].moe
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        &mut self.blocks[layer].moe
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        format!("blocks.{layer}.moe")
-    }
-}
+parameters!(LanguageModel {
+    tokens,
+    positions,
+    blocks,
+    norm,
+    head
+});
+mixtures!(LanguageModel { blocks });
 
 impl Checkpointed for LanguageModel {
     const KIND: &'static str = "language model";

@@ -3,33 +3,16 @@
 use std::fmt;
 use std::sync::Arc;
 
-use dfdx::prelude::{Cpu, Gradients, TensorFromVec};
-use dfdx::tensor::{CpuError, Storage};
+use dfdx::tensor::CpuError;
 use ndarray_rand::rand_distr::{Distribution, Normal, Uniform};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::error::ModelError;
+use crate::gradients::{CpuGradients, Identity};
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::{give_back, take_vec};
-
-/// Gradients of one backward pass, as dfdx hands them out.
-pub type CpuGradients = Gradients<f32, Cpu>;
-
-type Slot = dyn for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Storage<f32>>::Vec, CpuError>
-    + Send
-    + Sync;
-
-/// Names the lifetime that ties a slot's result to its argument, which a closure alone cannot.
-fn link<F>(f: F) -> Arc<Slot>
-where
-    F: for<'g> Fn(&'g mut CpuGradients) -> Result<&'g mut <Cpu as Storage<f32>>::Vec, CpuError>
-        + Send
-        + Sync
-        + 'static,
-{
-    Arc::new(f)
-}
+use crate::lineage::Lineage;
 
 /// Number of values of a shape.
 fn count(shape: &[usize]) -> Result<usize, ModelError> {
@@ -39,21 +22,25 @@ fn count(shape: &[usize]) -> Result<usize, ModelError> {
     let bytes = product.and_then(|n| n.checked_mul(size_of::<f32>()));
     match (product, bytes) {
         (Some(n), Some(bytes)) if n > 0 && isize::try_from(bytes).is_ok() => Ok(n),
+        (Some(0), _) => Err(ModelError::Config(format!(
+            "a parameter cannot have shape {shape:?}: each size must be at least 1"
+        ))),
         _ => Err(ModelError::Config(format!(
-            "a parameter of shape {shape:?}"
+            "a parameter cannot have shape {shape:?}: it is larger than memory can be"
         ))),
     }
 }
 
 /// A trainable vector or matrix (row-major).
 ///
-/// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`]. A clone is another
+/// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`](dfdx::prelude::Gradients). A clone is another
 /// parameter: it has the same values and a gradient of its own, which is what duplicating an expert needs.
 pub struct Param {
     values: Arc<Vec<f32>>,
     shape: Vec<usize>,
     decays: bool,
-    slot: Arc<Slot>,
+    identity: Identity,
+    lineage: Lineage,
 }
 
 impl Param {
@@ -66,15 +53,12 @@ impl Param {
         if values.len() != count(shape)? {
             return Err(ModelError::shape("parameter", shape, &[values.len()]));
         }
-        // A dfdx tensor made for its identity alone. It has one element, so that dfdx neither allocates nor clears a
-        // gradient of the parameter's size: the first operation that adds to it brings the buffer, and overwrites it.
-        let ghost = Cpu::default().try_tensor_from_vec(vec![0.0], (1,))?.ghost();
-        let slot = link(move |g| g.get_or_alloc_mut(&ghost));
         Ok(Self {
+            identity: Identity::new(values.len())?,
             values: Arc::new(values),
             shape: shape.to_vec(),
             decays,
-            slot,
+            lineage: Lineage::new(),
         })
     }
 
@@ -104,8 +88,11 @@ impl Param {
         decays: bool,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let d =
-            Uniform::new_inclusive(-bound, bound).map_err(|e| ModelError::Config(e.to_string()))?;
+        let d = Uniform::new_inclusive(-bound, bound).map_err(|_| {
+            ModelError::Config(format!(
+                "values cannot be drawn from U(-b, b) with b {bound}: it must be finite and at least 0"
+            ))
+        })?;
         Self::new(
             (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
@@ -123,7 +110,11 @@ impl Param {
         decays: bool,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let d = Normal::new(0.0, std).map_err(|e| ModelError::Config(e.to_string()))?;
+        let d = Normal::new(0.0, std).map_err(|_| {
+            ModelError::Config(format!(
+                "values cannot be drawn from N(0, s²) with s {std}: it must be finite"
+            ))
+        })?;
         Self::new(
             (0..count(shape)?).map(|_| d.sample(rng)).collect(),
             shape,
@@ -146,6 +137,38 @@ impl Param {
         Arc::make_mut(&mut self.values).as_mut_slice()
     }
 
+    /// Gives it other values at once, by no step of an optimiser: a split that parts two gate rows, or the undoing of one.
+    ///
+    /// Averages of weights ([`Ema`](crate::optim::Ema)) are moved by the same difference at once, where what is learnt reaches them
+    /// little by little.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] for another number of values.
+    pub fn move_to(&mut self, values: &[f32]) -> Result<(), ModelError> {
+        if values.len() != self.len() {
+            let (expected, found) = ([self.len()], [values.len()]);
+            return Err(ModelError::shape("values to move to", &expected, &found));
+        }
+        let pairs = values.iter().zip(self.values());
+        let by: Vec<f32> = pairs.map(|(new, old)| new - old).collect();
+        self.values_mut().copy_from_slice(values);
+        self.lineage.moved(by);
+        Ok(())
+    }
+
+    /// A parameter of the same values that is split off this one, in the same model: unlike a clone it begins with the average of
+    /// weights ([`Ema`](crate::optim::Ema)) that this one has.
+    pub fn offspring(&self) -> Self {
+        Self {
+            lineage: self.lineage.of_a_newcomer(),
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn lineage(&self) -> &Lineage {
+        &self.lineage
+    }
+
     /// The sizes: one for a vector, two for a matrix.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -166,43 +189,81 @@ impl Param {
         self.decays
     }
 
-    /// This parameter's gradient, allocated (zero) if no operation has added to it.
+    /// This parameter's gradient.
     ///
     /// # Errors
-    /// [`ModelError::Tensor`] if memory is exhausted.
+    /// [`ModelError::NoGradient`] if no operation of a backward pass has written one, or it was used up by an optimiser.
     pub fn gradient<'g>(
         &self,
         gradients: &'g mut CpuGradients,
     ) -> Result<&'g mut Vec<f32>, ModelError> {
-        let slot = &mut **(self.slot)(gradients)?;
-        if slot.len() != self.len() {
-            *slot = zeros(self.len());
-        }
-        Ok(slot)
+        let missing = || ModelError::NoGradient(format!("a parameter of shape {:?}", self.shape));
+        self.find_gradient(gradients)?.ok_or_else(missing)
     }
 
-    /// Frees this parameter's gradient; its memory serves the next backward pass.
+    /// This parameter's gradient, if an operation has written one: see [`gradient`](Self::gradient). There is none for a parameter
+    /// that took no part, such as those of an expert that no token was routed to.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory is exhausted.
+    pub fn find_gradient<'g>(
+        &self,
+        gradients: &'g mut CpuGradients,
+    ) -> Result<Option<&'g mut Vec<f32>>, ModelError> {
+        Ok(self.identity.find(gradients)?)
+    }
+
+    /// Takes this parameter's gradient out, if there is one.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory is exhausted.
+    pub fn take_gradient(
+        &self,
+        gradients: &mut CpuGradients,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        Ok(self.identity.take(gradients)?)
+    }
+
+    /// Gives this parameter a gradient, in place of any that it has.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] if there is not one value for each of the parameter's.
+    pub fn set_gradient(
+        &self,
+        gradients: &mut CpuGradients,
+        gradient: Vec<f32>,
+    ) -> Result<(), ModelError> {
+        if gradient.len() != self.len() {
+            let (expected, actual) = ([self.len()], [gradient.len()]);
+            return Err(ModelError::shape("gradient", &expected, &actual));
+        }
+        Ok(self.identity.put(gradients, gradient)?)
+    }
+
+    /// Frees this parameter's gradient, if there is one; its memory serves the next backward pass.
     ///
     /// # Errors
     /// [`ModelError::Tensor`] if memory is exhausted.
     pub fn clear_gradient(&self, gradients: &mut CpuGradients) -> Result<(), ModelError> {
-        let slot = &mut **(self.slot)(gradients)?;
-        give_back(std::mem::replace(slot, vec![0.0]));
+        if let Some(gradient) = self.take_gradient(gradients)? {
+            give_back(gradient);
+        }
         Ok(())
     }
 
     pub(crate) fn handle(&self) -> ParamHandle {
-        ParamHandle {
-            slot: Arc::clone(&self.slot),
-            len: self.len(),
-        }
+        ParamHandle(self.identity.clone())
     }
 }
 
 impl Clone for Param {
     fn clone(&self) -> Self {
-        Self::new(self.values.to_vec(), &self.shape, self.decays)
-            .expect("the shape was checked when self was made")
+        let copy = Self::new(self.values.to_vec(), &self.shape, self.decays)
+            .expect("the shape was checked when self was made");
+        Self {
+            lineage: self.lineage.of_a_copy(),
+            ..copy
+        }
     }
 }
 
@@ -217,10 +278,7 @@ impl fmt::Debug for Param {
 
 /// A parameter's place among the gradients, for use inside a backward operation.
 #[derive(Clone)]
-pub(crate) struct ParamHandle {
-    slot: Arc<Slot>,
-    len: usize,
-}
+pub(crate) struct ParamHandle(Identity);
 
 /// A parameter's gradient, taken out to be added to.
 pub(crate) struct Taken {
@@ -240,27 +298,21 @@ fn zeros(len: usize) -> Vec<f32> {
 impl ParamHandle {
     /// Takes the gradient out (zeros if there is none yet); give it back with [`put`](Self::put).
     pub(crate) fn take(&self, gradients: &mut CpuGradients) -> Result<Vec<f32>, CpuError> {
-        let values = std::mem::take(&mut **(self.slot)(gradients)?);
-        Ok(if values.len() == self.len {
-            values
-        } else {
-            zeros(self.len)
-        })
+        let gradient = self.0.take(gradients)?;
+        Ok(gradient.unwrap_or_else(|| zeros(self.0.len())))
     }
 
     /// Takes the gradient out without clearing it if it is new; give it back with [`put`](Self::put).
     pub(crate) fn take_stored(&self, gradients: &mut CpuGradients) -> Result<Taken, CpuError> {
-        let values = std::mem::take(&mut **(self.slot)(gradients)?);
-        Ok(if values.len() == self.len {
-            Taken {
+        Ok(match self.0.take(gradients)? {
+            Some(values) => Taken {
                 values,
                 store: Store::Add,
-            }
-        } else {
-            Taken {
-                values: take_vec(self.len),
+            },
+            None => Taken {
+                values: take_vec(self.0.len()),
                 store: Store::Replace,
-            }
+            },
         })
     }
 
@@ -270,15 +322,14 @@ impl ParamHandle {
         gradients: &mut CpuGradients,
         gradient: Vec<f32>,
     ) -> Result<(), CpuError> {
-        **(self.slot)(gradients)? = gradient;
-        Ok(())
+        self.0.put(gradients, gradient)
     }
 }
 
 /// Anything with named parameters.
 ///
 /// Names are stable: an expert keeps its own while others come and go, so optimiser state and checkpoints are keyed by
-/// them.
+/// them. [`parameters!`](crate::parameters!) implements it for a struct.
 pub trait Parameters {
     /// Calls `f` with every parameter and its name, always in the same order.
     fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param));
@@ -294,11 +345,110 @@ pub trait Parameters {
     }
 }
 
-/// Joins a prefix and a name by a dot.
-pub(crate) fn join(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{prefix}.{name}")
+/// Joins a prefix and a name by a dot; either may be empty.
+#[doc(hidden)]
+pub fn join(prefix: &str, name: &str) -> String {
+    match (prefix, name) {
+        ("", one) | (one, "") => one.to_owned(),
+        _ => format!("{prefix}.{name}"),
+    }
+}
+
+/// The name of a field, below a prefix.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! parameter_name {
+    ($prefix:expr, $field:ident) => {
+        $crate::join($prefix, stringify!($field))
+    };
+    ($prefix:expr, $field:ident as $name:literal) => {
+        $crate::join($prefix, $name)
+    };
+}
+
+/// Implements [`Parameters`](crate::Parameters) for a struct: its fields that have parameters, in the order of their names.
+///
+/// A parameter is named by its field, or by what follows `as`; an empty name leaves the prefix as it is. A field is a
+/// [`Param`](crate::Param), or anything that implements `Parameters`, such as a `Vec` or an `Option` of them.
+///
+/// ```
+/// use mass_model::nn::{LayerNorm, Linear};
+/// use mass_model::{Parameters, parameters, seeded_rng};
+///
+/// struct Model {
+///     layers: Vec<Linear>,
+///     last: Option<LayerNorm>,
+/// }
+/// parameters!(Model { layers, last as "norm" });
+///
+/// let layers = vec![Linear::new(2, 3, false, &mut seeded_rng(0))?];
+/// let model = Model { layers, last: Some(LayerNorm::new(3, 1e-5)?) };
+/// let mut names = Vec::new();
+/// model.visit("", &mut |name, _| names.push(name));
+/// assert_eq!(names, ["layers.0.weight", "norm.weight", "norm.bias"]);
+/// # Ok::<(), mass_model::ModelError>(())
+/// ```
+#[macro_export]
+macro_rules! parameters {
+    ($model:ty { $($field:ident $(as $name:literal)?),* $(,)? }) => {
+        impl $crate::Parameters for $model {
+            fn visit<'a>(
+                &'a self,
+                prefix: &str,
+                f: &mut dyn FnMut(::std::string::String, &'a $crate::Param),
+            ) {
+                $(
+                    let name = $crate::parameter_name!(prefix, $field $(as $name)?);
+                    $crate::Parameters::visit(&self.$field, &name, f);
+                )*
+            }
+
+            fn visit_mut(
+                &mut self,
+                prefix: &str,
+                f: &mut dyn FnMut(::std::string::String, &mut $crate::Param),
+            ) {
+                $(
+                    let name = $crate::parameter_name!(prefix, $field $(as $name)?);
+                    $crate::Parameters::visit_mut(&mut self.$field, &name, f);
+                )*
+            }
+        }
+    };
+}
+
+/// Itself, by the prefix alone.
+impl Parameters for Param {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        f(prefix.to_owned(), self);
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        f(prefix.to_owned(), self);
+    }
+}
+
+/// Each by its number.
+impl<M: Parameters> Parameters for Vec<M> {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        for (i, part) in self.iter().enumerate() {
+            part.visit(&join(prefix, &i.to_string()), f);
+        }
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        for (i, part) in self.iter_mut().enumerate() {
+            part.visit_mut(&join(prefix, &i.to_string()), f);
+        }
+    }
+}
+
+impl<M: Parameters> Parameters for Option<M> {
+    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
+        self.iter().for_each(|part| part.visit(prefix, f));
+    }
+
+    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
+        self.iter_mut().for_each(|part| part.visit_mut(prefix, f));
     }
 }

@@ -1,8 +1,7 @@
 //! Routing for a model written elsewhere: slices in, slices out. Here stands for candle, burn, tch or a C interface whatever hands
-//! out its tensors as `Vec<f32>`; nothing of ndarray but the view is needed.
+//! out its tensors as `Vec<f32>`; nothing of ndarray is needed.
 
 use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
-use ndarray::{ArrayView2, ArrayViewMut2};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The router comes from the model's configuration file.
@@ -16,11 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         0.1, 2.0, -1.0, 0.3, 1.0, 1.0, 0.0, -2.0, -0.5, 0.2, 0.9, 3.0,
     ];
     let mut plan = RoutingPlan::default();
-    router.route(
-        ArrayView2::from_shape((tokens, experts), &logits)?,
-        None,
-        &mut plan,
-    )?;
+    router.route_slice(&logits, experts, None, &mut plan)?;
 
     // What index_select, a grouped matmul and index_add of that framework want: 32-bit indices and offsets.
     println!("gather rows     {:?}", plan.tokens());
@@ -32,8 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .map(|a| a as f32 * 0.1)
         .collect();
     let mut d_logits = vec![0.0; tokens * experts];
-    let mut view = ArrayViewMut2::from_shape((tokens, experts), &mut d_logits)?;
-    router.backward(&plan, &d_weights, &mut view)?;
+    router.backward_slice(&plan, &d_weights, &mut d_logits)?;
     println!("d_logits        {d_logits:?}");
 
     // A checkpoint keeps the router with its state.

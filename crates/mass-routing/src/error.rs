@@ -74,14 +74,44 @@ pub enum RoutingError {
         "the plan holds no probabilities, and the gradient of these weights needs them: keep probabilities when training"
     )]
     ProbabilitiesNotKept,
+    /// A plan was made from assignments, and nobody has said how its weights depend on the logits.
+    #[error(
+        "the plan was made from assignments, which do not say how weights depend on logits: add RoutingPlan::with_probabilities, or \
+         let the router have a backward of its own"
+    )]
+    GradientUnknown,
+    /// An assignment of a plan made by hand is none of its batch, or contradicts another.
+    #[error("assignment {index}, of token {token} to expert {expert}: {what}")]
+    InvalidAssignment {
+        /// Its position in the order given.
+        index: usize,
+        /// Its token.
+        token: usize,
+        /// Its expert.
+        expert: usize,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// A router's settings, written in one line, cannot be read.
+    #[error("router `{text}`: {what}")]
+    InvalidText {
+        /// What was read.
+        text: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The statistic is undefined for this input.
     #[error("{0}")]
     Undefined(&'static str),
 }
 
 /// What a router does with a token that has a NaN or infinite logit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum NonFinite {
     /// Fail, naming token and expert.
     #[default]

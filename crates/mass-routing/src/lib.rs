@@ -10,6 +10,7 @@ mod select;
 mod simd;
 mod softmax;
 mod specialisation;
+mod threads;
 mod tile;
 mod usage;
 
@@ -17,9 +18,12 @@ pub use error::{NonFinite, RoutingError};
 pub use gate::{
     CosineForward, CosineGate, CosineGradients, LowRankForward, LowRankGate, LowRankGradients,
 };
+/// The version of ndarray whose views and arrays the interface takes.
+pub use ndarray;
 pub use plan::{Combine, RoutingPlan};
 pub use router::{
-    AnyRouter, BiasBalanced, ExpertChoice, Noisy, Router, RouterConfig, TargetK, TopAny, TopK, TopP,
+    AnyRouter, BiasBalanced, ExpertChoice, GateGradient, Noisy, Router, RouterConfig, TargetK,
+    TopAny, TopK, TopP,
 };
 pub use specialisation::{
     LabelUsage, LabelWeighting, jensen_shannon_bound, jensen_shannon_divergence,

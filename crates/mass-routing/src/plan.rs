@@ -1,21 +1,35 @@
 //! The routing plan: who computes what, with which weight.
 
+mod assignments;
 mod backward;
 mod build;
 mod group;
 
 use ndarray::ArrayView2;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
 pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 
 /// How the probabilities of a token's selected experts become its routing weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+///
+/// The choice decides what the gate learns from, see [`RoutingPlan::backward`]. Renormalised weights depend on the logits of the
+/// selected experts alone, and the weight of a token with **one** expert is 1 whatever its logits: no gradient reaches the gate
+/// from such a token. A gate of renormalised top-1 routing stays where it began; choose raw weights there, two experts a token, or
+/// a loss on the routing. [`Router::gate_gradient`](crate::Router::gate_gradient) says which routers are meant, and
+/// [`RoutingPlan::tokens_teaching_gate`] how many tokens of a batch do teach the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum Combine {
-    /// `w_e = r_e`: the softmax probability itself. The weights of a token sum to the mass it selected.
+    /// `w_e = r_e`: the softmax probability itself. The weights of a token sum to the mass it selected. Gradients reach the logits of
+    /// every expert in use.
     Raw,
-    /// `w_e = r_e / sum_{selected} r`: the weights of every token sum to one.
+    /// `w_e = r_e / sum_{selected} r`: the weights of every token sum to one. Gradients reach the logits of the selected experts, if
+    /// there are two or more.
     #[default]
     Renormalised,
 }
@@ -30,6 +44,8 @@ pub(crate) enum WeightRule {
     Renormalised,
     /// `w = 1 / k`; the gradient takes the derivative of the sigmoid score where active (the plan's scores are zero elsewhere).
     StraightThrough,
+    /// Given from outside; nothing is known.
+    Given,
 }
 
 /// Tokens grouped by expert, ready for a grouped matrix product, with the inverse index per token.
@@ -45,7 +61,8 @@ pub(crate) enum WeightRule {
 /// | [`token_assignments`](Self::token_assignments) | `A` | positions in the grouped order; ascending within a token |
 /// | [`token_experts`](Self::token_experts) | `A` | the expert of each; ascending within a token |
 ///
-/// A plan is filled by [`Router::route`](crate::Router::route). Its buffers are reused: once they have grown to the size of a batch,
+/// A plan is filled by [`Router::route`](crate::Router::route), or made by a router of one's own with
+/// [`from_assignments`](Self::from_assignments). Its buffers are reused: once they have grown to the size of a batch,
 /// routing another of that size allocates nothing in this crate. [`Default`] is a valid plan of zero tokens and zero experts.
 /// `clone` copies the plan and not its working memory.
 #[derive(Debug)]
@@ -232,6 +249,30 @@ impl RoutingPlan {
     pub fn has_probabilities(&self) -> bool {
         self.rule != WeightRule::StraightThrough
             && self.scores.len() == self.num_tokens * self.num_experts
+    }
+
+    /// Number of tokens from which a gradient can reach the gate: with raw weights those with an expert, with renormalised weights
+    /// those with at least two, with top-any those with an expert whose score passes its threshold. 0 if it is not known how the
+    /// weights depend on the logits.
+    ///
+    /// A batch where this is 0 teaches the gate nothing (losses on the routing aside), see [`Combine`].
+    pub fn tokens_teaching_gate(&self) -> usize {
+        // The probability of a single expert in use is 1 and stays 1.
+        let several = self.in_use.iter().filter(|&&used| used).count() > 1;
+        (0..self.num_tokens)
+            .filter(|&t| match self.rule {
+                WeightRule::Softmax => several && self.k(t) > 0,
+                WeightRule::Renormalised => self.k(t) > 1,
+                WeightRule::StraightThrough => {
+                    let own = self.token_offsets[t] as usize..self.token_offsets[t + 1] as usize;
+                    let experts = &self.token_experts[own];
+                    experts
+                        .iter()
+                        .any(|&e| self.active_score(t, e as usize) > 0.0)
+                }
+                WeightRule::Given => false,
+            })
+            .count()
     }
 
     /// Empties the plan but keeps its buffers.

@@ -5,6 +5,7 @@ mod bias_balanced;
 mod expert_choice;
 mod noisy;
 mod target_k;
+mod text;
 mod top_any;
 mod top_k;
 mod top_p;
@@ -20,7 +21,32 @@ pub use top_any::TopAny;
 pub use top_k::TopK;
 pub use top_p::TopP;
 
-use crate::{RoutingError, RoutingPlan};
+use crate::{Combine, RoutingError, RoutingPlan};
+
+/// Whether gradients of a router's weights reach the logits, and so the gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GateGradient {
+    /// From every token with an expert (and several in use to choose from).
+    Always,
+    /// From tokens with two experts or more. A batch says how many those are:
+    /// [`RoutingPlan::tokens_teaching_gate`].
+    FromSeveralExperts,
+    /// From none: one expert a token with renormalised weights, each of them 1 whatever the logits. The gate learns from losses on
+    /// the routing alone; raw weights or a second expert mend it.
+    Never,
+}
+
+impl GateGradient {
+    /// Of a router that takes `k` experts for every token, or a number that differs.
+    pub(crate) fn of(combine: Combine, k: Option<usize>) -> Self {
+        match (combine, k) {
+            (Combine::Raw, _) => Self::Always,
+            (Combine::Renormalised, Some(1)) => Self::Never,
+            (Combine::Renormalised, _) => Self::FromSeveralExperts,
+        }
+    }
+}
 
 /// Turns the logits of tokens for experts into a [`RoutingPlan`], and gradients of its weights back into gradients of the logits.
 ///
@@ -43,6 +69,33 @@ pub trait Router: Send {
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError>;
 
+    /// [`route`](Self::route) on a plain slice of logits, row by row, `experts` to a row.
+    ///
+    /// # Errors
+    /// As [`route`](Self::route), and a number of logits that `experts` does not divide.
+    fn route_slice(
+        &mut self,
+        logits: &[f32],
+        experts: usize,
+        mask: Option<&[bool]>,
+        plan: &mut RoutingPlan,
+    ) -> Result<(), RoutingError> {
+        let refused = match logits.len().checked_div(experts) {
+            None => RoutingError::NoExperts,
+            // A view would take a slice that is longer than it.
+            Some(tokens) => match ArrayView2::from_shape((tokens, experts), logits) {
+                Ok(view) if view.len() == logits.len() => return self.route(view, mask, plan),
+                _ => RoutingError::ShapeMismatch {
+                    what: "logits (whole rows of one for each expert)",
+                    expected: tokens * experts,
+                    found: logits.len(),
+                },
+            },
+        };
+        plan.clear();
+        Err(refused)
+    }
+
     /// Adds the gradient of the logits to `d_logits` (`N x K`), given that of the weights (per assignment, grouped order).
     ///
     /// # Errors
@@ -56,6 +109,33 @@ pub trait Router: Send {
         plan.backward(d_weights, d_logits)
     }
 
+    /// [`backward`](Self::backward) into a plain slice, row by row.
+    ///
+    /// # Errors
+    /// As there.
+    fn backward_slice(
+        &self,
+        plan: &RoutingPlan,
+        d_weights: &[f32],
+        d_logits: &mut [f32],
+    ) -> Result<(), RoutingError> {
+        self.backward(plan, d_weights, &mut plan.rows_of(d_logits)?)
+    }
+
+    /// Whether [`backward`](Self::backward) will be able to run for a plan that it has just made: ask before the work is done that
+    /// the gradient is for.
+    ///
+    /// # Errors
+    /// As [`RoutingPlan::check_backward`], which is what it does; a router with a `backward` of its own has a check of its own.
+    fn check_backward(&self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        plan.check_backward()
+    }
+
+    /// Whether gradients of the weights reach the logits, so far as its settings tell.
+    fn gate_gradient(&self) -> GateGradient {
+        GateGradient::Always
+    }
+
     /// Learns from a training batch it has just routed (a balancing bias, a controlled p); most routers have nothing to learn.
     /// Call it once per training step, never in evaluation.
     ///
@@ -64,6 +144,13 @@ pub trait Router: Send {
     fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
         let _ = plan;
         Ok(())
+    }
+
+    /// Gives an expert that joins the pool at position `newcomer`, the last, what was learned of the one it was split from: its
+    /// balancing bias, its threshold. Call it whenever the columns of the logits grow so; a newcomer it is not told of starts
+    /// afresh.
+    fn split_expert(&mut self, source: usize, newcomer: usize) {
+        let _ = (source, newcomer);
     }
 
     /// Forgets what it has learned of an expert that leaves the pool: those after it move up by one. Call it whenever the columns

@@ -1,6 +1,7 @@
 //! Do experts specialise? Expert usage against labels of the tokens.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
 use crate::error::same;
@@ -8,8 +9,12 @@ use crate::usage::x_log_x;
 use crate::{RoutingError, RoutingPlan};
 
 /// How much each label counts in [`jensen_shannon_divergence`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum LabelWeighting {
     /// Every label that occurs counts the same, however frequent.
     #[default]

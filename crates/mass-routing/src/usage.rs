@@ -1,8 +1,10 @@
 //! Usage statistics that merge.
 
 use ndarray::{Array2, ArrayView2};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "serde")]
 use crate::error::same;
 use crate::{RoutingError, RoutingPlan};
 
@@ -24,8 +26,12 @@ use crate::{RoutingError, RoutingPlan};
 /// assert_eq!(usage.dead_experts().collect::<Vec<_>>(), [2]);
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "UsageParts", into = "UsageParts")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "UsageParts", into = "UsageParts")
+)]
 pub struct UsageStats {
     tokens: u64,
     load: Vec<u64>,
@@ -262,6 +268,7 @@ pub(crate) fn x_log_x(x: f64) -> f64 {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct UsageParts {
@@ -274,6 +281,7 @@ struct UsageParts {
     co_activation: Option<Vec<u64>>,
 }
 
+#[cfg(feature = "serde")]
 impl From<UsageStats> for UsageParts {
     fn from(stats: UsageStats) -> Self {
         let UsageStats {
@@ -298,6 +306,7 @@ impl From<UsageStats> for UsageParts {
     }
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<UsageParts> for UsageStats {
     type Error = RoutingError;
 

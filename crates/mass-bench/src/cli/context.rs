@@ -37,18 +37,19 @@ impl RunContext {
         }
     }
 
-    /// Raises the flag on Ctrl-C; a second Ctrl-C ends the process at once, with exit code 1.
+    /// Raises the flag on Ctrl-C, and where a system ends processes by signals on SIGTERM and SIGHUP; a second one ends the
+    /// process at once, with exit code 1.
     ///
     /// # Errors
     /// [`BenchError::Failed`] when the system refuses a handler.
-    pub fn watch_ctrl_c(&self) -> Result<(), BenchError> {
+    pub fn watch_signals(&self) -> Result<(), BenchError> {
         let flag = Arc::clone(&self.interrupt);
         ctrlc::set_handler(move || {
             if flag.swap(true, Ordering::SeqCst) {
                 std::process::exit(1);
             }
         })
-        .map_err(|e| BenchError::failed("setting the Ctrl-C handler", e))
+        .map_err(|e| BenchError::failed("setting the handler of signals", e))
     }
 
     /// The flag itself, for code that runs elsewhere.
@@ -63,7 +64,7 @@ impl RunContext {
         self.interrupt.load(Ordering::SeqCst)
     }
 
-    /// [`BenchError::Interrupted`] when Ctrl-C was pressed.
+    /// [`BenchError::Interrupted`] when a signal asked to stop.
     ///
     /// # Errors
     /// That one.
@@ -89,7 +90,12 @@ impl RunContext {
         settings: &impl Serialize,
     ) -> Result<ResultStore, BenchError> {
         let header = header(args);
-        Ok(ResultStore::open(&args.out, header, settings, args.resume)?)
+        Ok(ResultStore::open(
+            &args.out,
+            header,
+            settings,
+            args.existing(),
+        )?)
     }
 
     /// Whether [`open_store`](Self::open_store) would do, as far as can be told before anything is written.
@@ -106,7 +112,7 @@ impl RunContext {
             &args.out,
             header,
             settings,
-            args.resume,
+            args.existing(),
         )?)
     }
 
@@ -123,7 +129,7 @@ impl RunContext {
     ) -> Result<ResultStore, BenchError> {
         let header = Header::new("train", "text", args.threads);
         let all = serde_json::json!({ "arguments": args, "settings": settings });
-        Ok(ResultStore::open(&args.out, header, &all, args.resume)?)
+        Ok(ResultStore::open(&args.out, header, &all, args.existing())?)
     }
 
     /// Where checkpoints of a run belong: a folder of its own below the output directory. Names that are not written in ASCII

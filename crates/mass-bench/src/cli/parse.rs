@@ -123,14 +123,14 @@ fn run(command: &Command) -> Result<(), BenchError> {
         Command::Reproduce(command) => {
             let studies = command.check()?;
             let mut ctx = RunContext::new(Progress::new(command.json));
-            ctx.watch_ctrl_c()?;
+            ctx.watch_signals()?;
             set_threads(studies.first().map_or(1, |args| args.threads))?;
             reproduce(&studies, &mut ctx, command)
         }
         Command::Train(command) => {
             let args = command.check()?;
             let mut ctx = RunContext::new(Progress::new(args.json));
-            ctx.watch_ctrl_c()?;
+            ctx.watch_signals()?;
             set_threads(args.threads)?;
             let results = train::run(&args, &mut ctx)?;
             if args.json {

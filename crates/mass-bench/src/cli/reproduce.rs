@@ -1,11 +1,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use mass_routing::RouterConfig;
 
 use super::{Device, Preset, Variant, threads, usable, within};
 use crate::{
     BenchError,
-    study::{self, Study},
+    report::Existing,
+    study::{self, Inputs, Study},
+    variants,
 };
 
 /// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
@@ -30,6 +33,9 @@ pub struct ReproduceCommand {
     /// Whose expansion rules [default: all that the preset has; quick of glue and dg: paper]
     #[arg(long, value_enum)]
     pub variant: Option<Variant>,
+    /// How tokens choose experts in the methods mass and static, as for `train`; the others are what their routing is
+    #[arg(long, value_name = "ROUTER")]
+    pub router: Option<String>,
     /// Data sets [default: $MASS_DATA_DIR]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -45,6 +51,12 @@ pub struct ReproduceCommand {
     /// Keep the finished runs of --out and go on from its checkpoints
     #[arg(long)]
     pub resume: bool,
+    /// Delete what an earlier run has left in --out and begin anew
+    #[arg(long, conflicts_with = "resume")]
+    pub fresh: bool,
+    /// Leave out images that are damaged, instead of ending with their names; the report counts them
+    #[arg(long)]
+    pub leave_out_damaged: bool,
     /// Only every N-th run, beginning with the I-th (counted from 1)
     #[arg(long, value_name = "I/N")]
     pub shard: Option<String>,
@@ -57,7 +69,7 @@ pub struct ReproduceCommand {
 }
 
 /// A checked `reproduce`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ReproduceArgs {
     /// A study that exists.
     pub study: String,
@@ -71,6 +83,8 @@ pub struct ReproduceArgs {
     pub task: Option<String>,
     /// Whose rules; `None`: all that the preset has, of the studies that fine-tune in `quick` the paper's.
     pub variant: Option<Variant>,
+    /// How tokens choose experts in the methods mass and static; `None`: as the method says.
+    pub router: Option<RouterConfig>,
     /// Data sets: an existing directory, from --data or $MASS_DATA_DIR.
     pub data: Option<PathBuf>,
     /// Models: an existing directory, from --models or $MASS_MODELS_DIR.
@@ -81,6 +95,10 @@ pub struct ReproduceArgs {
     pub threads: usize,
     /// Keep finished runs.
     pub resume: bool,
+    /// Delete them.
+    pub fresh: bool,
+    /// Leave out damaged images.
+    pub leave_out_damaged: bool,
     /// Which runs are this process's.
     pub shard: Shard,
     /// What computes.
@@ -131,6 +149,23 @@ impl Shard {
     }
 }
 
+impl ReproduceArgs {
+    /// What becomes of what `out` holds.
+    #[must_use]
+    pub fn existing(&self) -> Existing {
+        existing(self.resume, self.fresh)
+    }
+}
+
+/// What two flags say, of which clap refuses both together.
+pub(super) fn existing(resume: bool, fresh: bool) -> Existing {
+    match (resume, fresh) {
+        (true, _) => Existing::Resume,
+        (false, true) => Existing::Replace,
+        (false, false) => Existing::Refuse,
+    }
+}
+
 #[cfg(test)]
 impl ReproduceArgs {
     /// What `reproduce` makes of these arguments, for its first study.
@@ -160,7 +195,39 @@ impl ReproduceCommand {
                 "--methods and --task belong to one study; name it instead of `all`".into(),
             ));
         }
-        studies.iter().map(|s| self.check_for(s, all)).collect()
+        let checked = studies.iter().map(|s| self.check_for(s, all));
+        let checked = checked.collect::<Result<_, _>>()?;
+        self.check_inputs(&studies)?;
+        Ok(checked)
+    }
+
+    /// Refuses a flag that none of the studies would heed. A variable of the environment is no such word: it is there for all.
+    fn check_inputs(&self, studies: &[&Study]) -> Result<(), BenchError> {
+        let some =
+            |takes: fn(&Inputs) -> bool| studies.iter().any(|s| takes(&(s.inputs)(self.preset)));
+        let (study, preset) = (&self.study, self.preset);
+        for (given, flag, taken, what) in [
+            (self.data.is_some(), "--data", some(|i| i.data), "data sets"),
+            (
+                self.models.is_some(),
+                "--models",
+                some(|i| i.models),
+                "pretrained models",
+            ),
+            (
+                self.leave_out_damaged,
+                "--leave-out-damaged",
+                some(|i| i.images),
+                "files of images",
+            ),
+        ] {
+            if given && !taken {
+                return Err(BenchError::Usage(format!(
+                    "{flag}: {study}, preset {preset}, reads no {what}; drop {flag}, or choose another study or preset"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_for(&self, study: &Study, all: bool) -> Result<ReproduceArgs, BenchError> {
@@ -202,11 +269,14 @@ impl ReproduceCommand {
             methods: self.methods.clone(),
             task: self.task.clone(),
             variant: self.variant,
+            router: variants::parse_router(self.router.as_deref())?,
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
             models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
             out: self.out_dir(study.name, shard, all)?,
             threads: threads(self.threads)?,
             resume: self.resume,
+            fresh: self.fresh,
+            leave_out_damaged: self.leave_out_damaged,
             shard,
             device: usable(self.device)?,
             json: self.json,

@@ -1,10 +1,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
-use super::{Variant, reproduce::not_a_file, threads, within};
-use crate::BenchError;
+use super::reproduce::{existing, not_a_file};
+use super::{Variant, threads, within};
+use crate::report::Existing;
+use crate::{BenchError, variants};
 
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
@@ -18,6 +21,10 @@ pub struct TrainCommand {
     /// Routing mass p of Top-p, in (0, 1]
     #[arg(long, value_name = "P", default_value_t = 0.5)]
     pub p: f64,
+    /// How tokens choose experts, instead of Top-p of mass --p: NAME:SETTING=VALUE,... with top_p, top_k, top_any, bias_balanced,
+    /// target_k, expert_choice or noisy, such as bias_balanced:k=2,rate=0.001 or noisy:std=0.25/top_k:k=2,combine=raw
+    #[arg(long, value_name = "ROUTER", conflicts_with = "p")]
+    pub router: Option<String>,
     /// Experts at the start
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub experts: usize,
@@ -57,6 +64,9 @@ pub struct TrainCommand {
     /// Go on from the checkpoint in --out
     #[arg(long)]
     pub resume: bool,
+    /// Delete what an earlier run has left in --out and begin anew
+    #[arg(long, conflicts_with = "resume")]
+    pub fresh: bool,
     /// Whose expansion rules
     #[arg(long, value_enum, default_value_t = Variant::Paper)]
     pub variant: Variant,
@@ -70,6 +80,7 @@ pub struct TrainCommand {
 
 /// A checked `train`. Serialises as the settings that decide its figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TrainArgs {
     /// The text; results know it by a digest of its bytes, not by where it lies.
     #[serde(skip)]
@@ -78,6 +89,9 @@ pub struct TrainArgs {
     pub steps: usize,
     /// Routing mass p, in (0, 1].
     pub p: f64,
+    /// How tokens choose experts; `None`: Top-p of mass `p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterConfig>,
     /// Experts at the start.
     pub experts: usize,
     /// Experts at most, not below `experts`.
@@ -111,9 +125,20 @@ pub struct TrainArgs {
     /// Go on from the checkpoint.
     #[serde(skip)]
     pub resume: bool,
+    /// Delete what is there.
+    #[serde(skip)]
+    pub fresh: bool,
     /// Print results.json alone.
     #[serde(skip)]
     pub json: bool,
+}
+
+impl TrainArgs {
+    /// What becomes of what `out` holds.
+    #[must_use]
+    pub fn existing(&self) -> Existing {
+        existing(self.resume, self.fresh)
+    }
 }
 
 impl TrainCommand {
@@ -171,6 +196,7 @@ impl TrainCommand {
             text: self.text.clone(),
             steps: self.steps,
             p: self.p,
+            router: variants::parse_router(self.router.as_deref())?,
             experts: self.experts,
             experts_max: self.experts_max,
             dim: self.dim,
@@ -186,6 +212,7 @@ impl TrainCommand {
             held_out: self.held_out,
             out: self.out.clone(),
             resume: self.resume,
+            fresh: self.fresh,
             json: self.json,
         })
     }

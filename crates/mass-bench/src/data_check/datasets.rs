@@ -1,69 +1,14 @@
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
 
 use super::{Group, files, item, json, text};
-use crate::dg::decode;
 use crate::dg::folder::{ImageFolder, find_set, images};
+use crate::dg::images::LeftOut;
 use crate::dg::reported::SETS;
-
-/// A GLUE task: its development files and the columns that are used.
-struct Task {
-    name: &'static str,
-    dev: &'static [&'static str],
-    columns: &'static [&'static str],
-}
-
-/// The official layout. CoLA alone has no header line.
-const GLUE: [Task; 9] = [
-    Task {
-        name: "CoLA",
-        dev: &["dev.tsv"],
-        columns: &[],
-    },
-    Task {
-        name: "SST-2",
-        dev: &["dev.tsv"],
-        columns: &["sentence", "label"],
-    },
-    Task {
-        name: "MRPC",
-        dev: &["dev.tsv"],
-        columns: &["Quality", "#1 String", "#2 String"],
-    },
-    Task {
-        name: "STS-B",
-        dev: &["dev.tsv"],
-        columns: &["sentence1", "sentence2", "score"],
-    },
-    Task {
-        name: "QQP",
-        dev: &["dev.tsv"],
-        columns: &["question1", "question2", "is_duplicate"],
-    },
-    Task {
-        name: "MNLI",
-        dev: &["dev_matched.tsv", "dev_mismatched.tsv"],
-        columns: &["sentence1", "sentence2", "gold_label"],
-    },
-    Task {
-        name: "QNLI",
-        dev: &["dev.tsv"],
-        columns: &["question", "sentence", "label"],
-    },
-    Task {
-        name: "RTE",
-        dev: &["dev.tsv"],
-        columns: &["sentence1", "sentence2", "label"],
-    },
-    Task {
-        name: "WNLI",
-        dev: &["dev.tsv"],
-        columns: &["sentence1", "sentence2", "label"],
-    },
-];
+use crate::dg::{DgError, decode};
+use crate::glue::data::Dataset;
+use crate::glue::task::Task;
 
 const PACS_DOMAINS: [&str; 4] = ["art_painting", "cartoon", "photo", "sketch"];
 const PACS_CLASSES: [&str; 7] = [
@@ -73,12 +18,14 @@ const PACS_CLASSES: [&str; 7] = [
 pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
     let under = |name: &str| data.map(|dir| dir.join(name));
     let set = |name: &str| data.map(|dir| find_set(dir, name).unwrap_or_else(|| dir.join(name)));
-    let glue = GLUE
-        .iter()
+    let glue = Task::ALL
+        .into_iter()
         .map(|task| {
-            let name = format!("glue/{}", task.name);
+            let name = format!("glue/{task}");
             let path = under(&name);
-            item(name, path, |dir| glue_task(dir, task))
+            item(name, path, |_| {
+                glue_task(data.unwrap_or(Path::new("")), task)
+            })
         })
         .collect();
     let pacs = PACS_DOMAINS
@@ -136,88 +83,35 @@ pub(super) fn groups(data: Option<&Path>) -> Vec<Group> {
     ]
 }
 
-fn glue_task(dir: &Path, task: &Task) -> Result<String, String> {
-    let mut counts = Vec::new();
-    for file in ["train.tsv"].iter().chain(task.dev) {
-        let path = dir.join(file);
-        let rows = if task.columns.is_empty() {
-            cola_rows(&path)?
-        } else {
-            tsv_rows(&path, task.columns)?
-        };
-        counts.push(format!("{file} {rows}"));
+/// As the study reads it.
+fn glue_task(data: &Path, task: Task) -> Result<String, String> {
+    let read = Dataset::read(data, task).map_err(|e| e.to_string())?;
+    let mut counts = vec![format!("train.tsv {}", read.train.len())];
+    counts.extend(
+        read.dev
+            .iter()
+            .map(|(name, rows)| format!("{name}.tsv {}", rows.len())),
+    );
+    let mut said = format!("rows: {}", counts.join(", "));
+    if !read.skipped.is_empty() {
+        said += &format!("; broken lines left out: {}", read.skipped.len());
     }
-    Ok(format!("rows: {}", counts.join(", ")))
-}
-
-/// Rows of a table with a header, whose columns must include `columns`.
-fn tsv_rows(path: &Path, columns: &[&str]) -> Result<usize, String> {
-    let text = text(path)?;
-    let mut lines = text.lines();
-    let header = lines.next().unwrap_or_default();
-    // MRPC is distributed with a byte-order mark.
-    let header: Vec<&str> = header.trim_start_matches('\u{feff}').split('\t').collect();
-    for column in columns {
-        if !header.contains(column) {
-            return Err(format!(
-                "{}: no column `{column}` in the header",
-                path.display()
-            ));
-        }
-    }
-    rows(path, lines, header.len())
-}
-
-/// CoLA: source, label, original mark, sentence.
-fn cola_rows(path: &Path) -> Result<usize, String> {
-    let text = text(path)?;
-    let label = text.lines().next().and_then(|line| line.split('\t').nth(1));
-    if !matches!(label, Some("0" | "1")) {
-        return Err(format!(
-            "{}: the second column of line 1 is no label 0 or 1",
-            path.display()
-        ));
-    }
-    rows(path, text.lines(), 4)
-}
-
-/// Counts rows. A few official rows have stray columns, so only short ones are wrong.
-fn rows<'a>(
-    path: &Path,
-    lines: impl Iterator<Item = &'a str>,
-    columns: usize,
-) -> Result<usize, String> {
-    let mut count = 0;
-    for line in lines {
-        count += 1;
-        // QQP has broken lines; a file of another kind has nothing else.
-        if count <= 20 && line.split('\t').count() < columns {
-            return Err(format!(
-                "{}: row {count} has {} of {columns} columns",
-                path.display(),
-                line.split('\t').count()
-            ));
-        }
-    }
-    if count == 0 {
-        return Err(format!("{}: a header and no rows", path.display()));
-    }
-    Ok(count)
+    Ok(said)
 }
 
 fn pacs_domain(dir: &Path) -> Result<String, String> {
     let mut counts = Vec::new();
+    let mut files = Vec::new();
     for class in PACS_CLASSES {
         // As the study lists them.
-        let images = images(&dir.join(class), &mut Vec::new()).map_err(|e| e.to_string())?;
-        if images.is_empty() {
+        let found = images(&dir.join(class), &mut Vec::new()).map_err(|e| e.to_string())?;
+        if found.is_empty() {
             return Err(format!("{}: no images", dir.join(class).display()));
         }
-        for image in &images {
-            check_image(image)?;
-        }
-        counts.push(format!("{class} {}", images.len()));
+        counts.push(format!("{class} {}", found.len()));
+        files.extend(found);
     }
+    all_decode(&files)?;
     Ok(format!("images: {}", counts.join(", ")))
 }
 
@@ -225,23 +119,30 @@ fn pacs_domain(dir: &Path) -> Result<String, String> {
 fn image_set(dir: &Path) -> Result<String, String> {
     let found = ImageFolder::open(dir).map_err(|e| e.to_string())?;
     let (domains, classes) = (found.domains.len(), found.classes.len());
-    for file in &found.files {
-        check_image(&file.path)?;
-    }
-    let images = found.files.len();
+    let files: Vec<PathBuf> = found.files.into_iter().map(|f| f.path).collect();
+    all_decode(&files)?;
+    let images = files.len();
     Ok(format!(
         "{domains} domains, {classes} classes, {images} images"
     ))
 }
 
-/// Whether the first bytes are those of a format that is read.
-fn check_image(path: &Path) -> Result<(), String> {
-    let mut magic = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(16).read_to_end(&mut magic))
-        .map_err(|e| format!("{}: {e}", path.display()))?;
-    decode::format(&magic).map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(())
+/// Decodes every image, as the study does; all that cannot be are named together.
+fn all_decode(files: &[PathBuf]) -> Result<(), String> {
+    let problem = |path: &PathBuf| {
+        let problem = match decode::read_square(path, 1).err()? {
+            DgError::Image { problem, .. } => problem,
+            DgError::Io { source, .. } => source.to_string(),
+            other => other.to_string(),
+        };
+        let path = path.clone();
+        Some(LeftOut { path, problem })
+    };
+    let problems = files.par_iter().filter_map(problem);
+    match DgError::of_images(problems.collect()) {
+        Some(error) => Err(error.to_string()),
+        None => Ok(()),
+    }
 }
 
 fn tcpd(dir: &Path) -> Result<String, String> {

@@ -1,8 +1,8 @@
 //! Which data sets and models are there, which are missing and where to get them.
 //!
-//! Everything that a study can use is listed. What is there is looked into lightly: columns of tables,
-//! magic bytes of images, headers of safetensors against file sizes. A missing item is no failure,
-//! since no study needs them all; an unreadable one is, and so is a given directory that does not exist.
+//! Everything that a study can use is listed. What is there is read by the loaders that the studies use: every row of a
+//! table, every image, every tensor of a model and its tokenizer. What is found is therefore what a study takes. A missing
+//! item is no failure, since no study needs them all; an unreadable one is, and so is a given directory that does not exist.
 
 mod datasets;
 mod models;

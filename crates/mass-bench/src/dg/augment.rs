@@ -29,6 +29,7 @@ pub fn normalise(pixels: &[u8], out: &mut Vec<f32>) {
 
 /// Ranges and chances of the augmentation. The default is DomainBed's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Augment {
     /// Least and largest part of the area that is kept.
     pub area: (f32, f32),

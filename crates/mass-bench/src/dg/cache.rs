@@ -11,6 +11,8 @@ use crc32fast::Hasher;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::durable;
+
 const MAGIC: &[u8; 8] = b"MASSARR1";
 /// A header is short; a longer one is damage.
 const LONGEST_HEADER: u32 = 64 << 20;
@@ -22,28 +24,21 @@ pub(super) fn write(
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(dir)?;
+    durable::create_dir_all(dir)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = dir.join(format!(".{name}.{}.part", std::process::id()));
-    let written = (|| {
+    durable::write(path, &temporary, |file| {
         let header = serde_json::to_vec(header)?;
         let length = u32::try_from(header.len()).map_err(io::Error::other)?;
-        let mut file = Summing::new(BufWriter::with_capacity(1 << 20, File::create(&temporary)?));
+        let mut file = Summing::new(BufWriter::with_capacity(1 << 20, file));
         file.write_all(MAGIC)?;
         file.write_all(&length.to_le_bytes())?;
         file.write_all(&header)?;
         fill(&mut file)?;
         let (mut inner, sum) = (file.inner, file.sum.finalize());
         inner.write_all(&sum.to_le_bytes())?;
-        let file = inner.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    })();
-    if written.is_err() {
-        // The first error is the one to report; a part that stays is in nobody's way.
-        let _ = fs::remove_file(&temporary);
-    }
-    written
+        inner.flush()
+    })
 }
 
 /// Reads a file back: its header goes to `payload`, which says how many bytes follow, then `take` gets them.

@@ -1,11 +1,17 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::images::LeftOut;
 use crate::BenchError;
 
 const MEND_LAYOUT: &str =
     "a set is laid out as <domain>/<class>/<image>, with every class in every domain";
-const MEND_IMAGE: &str = "replace the file, or remove it from the set";
+const MEND_IMAGE: &str =
+    "replace the file, or remove it from the set, or leave it out with --leave-out-damaged";
+const MEND_IMAGES: &str =
+    "replace the files, or remove them from the set, or leave them out with --leave-out-damaged";
+/// Files that a message names; a set of which more is damaged is another kind of thing.
+const NAMED: usize = 100;
 
 /// What is wrong with a set of images.
 #[derive(Debug, thiserror::Error)]
@@ -46,12 +52,40 @@ pub enum DgError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Several files that cannot be read or are no whole images.
+    #[error("{}; {}", named(.0), MEND_IMAGES)]
+    Images(Vec<LeftOut>),
     /// A split that cannot be made of these images.
     #[error("{0}")]
     Split(String),
 }
 
+/// The files and what is wrong with each.
+fn named(files: &[LeftOut]) -> String {
+    let each = |file: &LeftOut| format!("{}: {}", file.path.display(), file.problem);
+    let mut list: Vec<String> = files.iter().take(NAMED).map(each).collect();
+    if files.len() > NAMED {
+        list.push(format!("and {} more", files.len() - NAMED));
+    }
+    format!(
+        "{} files are no whole images: {}",
+        files.len(),
+        list.join("; ")
+    )
+}
+
 impl DgError {
+    /// All that is wrong with the images of a set, in one error; `None` if nothing is.
+    pub(crate) fn of_images(mut problems: Vec<LeftOut>) -> Option<Self> {
+        match problems.len() {
+            0 => None,
+            1 => problems
+                .pop()
+                .map(|LeftOut { path, problem }| Self::Image { path, problem }),
+            _ => Some(Self::Images(problems)),
+        }
+    }
+
     pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
         move |source| Self::Io {
             path: path.to_owned(),
@@ -90,6 +124,7 @@ impl From<DgError> for BenchError {
                 path,
                 problem: format!("{problem}; {MEND_IMAGE}"),
             },
+            several @ DgError::Images(_) => Self::Usage(several.to_string()),
             DgError::Split(problem) => Self::Usage(problem),
             DgError::Cache { path, source } => {
                 Self::failed(format!("writing {}", path.display()), source)

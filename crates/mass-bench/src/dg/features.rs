@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::io::{Read, Write};
 use std::path::Path;
 
-use mass_model::Parameters;
-use mass_model::vit::VitClassifier;
+use mass_model::vit::{VitClassifier, VitConfig};
+use mass_model::{ModelError, Parameters};
 use serde::{Deserialize, Serialize};
 
 use super::augment::normalise;
@@ -19,6 +19,16 @@ const COMPUTATION: u32 = 1;
 
 /// Images that pass the trunk at a time.
 const BATCH: usize = 32;
+
+/// Refuses a model of other images than those of red, green and blue.
+pub(crate) fn check_channels(model: &VitConfig) -> Result<(), ModelError> {
+    match model.num_channels {
+        3 => Ok(()),
+        channels => Err(ModelError::Config(format!(
+            "a model of images with {channels} channels; these have three"
+        ))),
+    }
+}
 
 /// Rows of features of every image.
 #[derive(Debug, Clone, PartialEq)]
@@ -93,12 +103,8 @@ impl Features {
         dir: Option<&Path>,
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Option<Self>, BenchError> {
-        let channels = model.config().num_channels;
-        if channels != 3 {
-            return Err(BenchError::Usage(format!(
-                "a model of images with {channels} channels; these have three"
-            )));
-        }
+        check_channels(model.config())
+            .map_err(|e| BenchError::failed("computing the frozen blocks", e))?;
         let header = Header::of(model, images, blocks)?;
         let Some(values) = header.values() else {
             return Err(BenchError::Usage(

@@ -22,7 +22,8 @@ pub struct ImageFile {
     pub class: u32,
 }
 
-/// The files of a directory `<domain>/<class>/<image>`, every list in the order of names.
+/// The files of a directory `<domain>/<class>/<image>`, every list in the order of names. Images in folders below a class are
+/// of that class.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFolder {
     /// Its root.
@@ -148,18 +149,50 @@ fn directories(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<String>
     Ok(names)
 }
 
-/// Images, by their names, in a directory, but for hidden ones.
+/// Images, by their names, in a directory and in those below it, but for hidden ones, in the order of torchvision's
+/// `ImageFolder`: directory by directory in the order of their paths as text, and in each by name.
 pub(crate) fn images(dir: &Path, passed_over: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>, DgError> {
-    let is_image = |path: &Path| {
-        let hidden = path
-            .file_name()
-            .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
-        let ending = path.extension().and_then(|e| e.to_str());
-        let ending = ending.unwrap_or_default().to_ascii_lowercase();
-        !hidden && EXTENSIONS.contains(&ending.as_str()) && !path.is_dir()
-    };
-    let (images, others) = entries(dir)?.into_iter().partition(|path| is_image(path));
-    let others: Vec<PathBuf> = others;
-    passed_over.extend(others);
-    Ok(images)
+    let mut found = Vec::new();
+    walk(dir, &mut Vec::new(), &mut found, passed_over)?;
+    found.sort_by(|(a, _), (b, _)| a.as_os_str().cmp(b.as_os_str()));
+    Ok(found.into_iter().flat_map(|(_, images)| images).collect())
+}
+
+/// Lists a directory and those below it, each with its images; `above` holds the directories on the way to it.
+fn walk(
+    dir: &Path,
+    above: &mut Vec<PathBuf>,
+    found: &mut Vec<(PathBuf, Vec<PathBuf>)>,
+    passed_over: &mut Vec<PathBuf>,
+) -> Result<(), DgError> {
+    // Links are followed, as torchvision does; one that leads back would be followed for ever.
+    let place = fs::canonicalize(dir).map_err(DgError::io(dir))?;
+    if above.contains(&place) {
+        passed_over.push(dir.to_owned());
+        return Ok(());
+    }
+    above.push(place);
+    let mut images = Vec::new();
+    for path in entries(dir)? {
+        let name = path.file_name().unwrap_or_default();
+        if name.as_encoded_bytes().starts_with(b".") {
+            passed_over.push(path);
+        } else if path.is_dir() {
+            walk(&path, above, found, passed_over)?;
+        } else if is_image(&path) {
+            images.push(path);
+        } else {
+            passed_over.push(path);
+        }
+    }
+    found.push((dir.to_owned(), images));
+    above.pop();
+    Ok(())
+}
+
+/// Whether a file is one by its name.
+fn is_image(path: &Path) -> bool {
+    let ending = path.extension().and_then(|e| e.to_str());
+    let ending = ending.unwrap_or_default().to_ascii_lowercase();
+    EXTENSIONS.contains(&ending.as_str())
 }

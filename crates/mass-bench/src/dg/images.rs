@@ -13,7 +13,7 @@ use crate::fnv::Fnv;
 /// What to do with files that are no whole images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BadImages {
-    /// End with the first of them, in the order of names.
+    /// End, naming all of them in the order of names.
     #[default]
     Refuse,
     /// Go on without them; [`DomainImages::left_out`] lists them.
@@ -85,6 +85,19 @@ impl Header {
     }
 }
 
+/// Files by their numbers, with what is wrong with them.
+fn problems(folder: &ImageFolder, files: &[(usize, String)]) -> Vec<LeftOut> {
+    let named = files.iter().map(|(index, problem)| LeftOut {
+        path: folder.files[*index].path.clone(),
+        problem: problem.clone(),
+    });
+    named.collect()
+}
+
+fn refuse(folder: &ImageFolder, files: &[(usize, String)]) -> Result<(), DgError> {
+    DgError::of_images(problems(folder, files)).map_or(Ok(()), Err)
+}
+
 impl DomainImages {
     /// Reads a set laid out as `<domain>/<class>/<image>`, on all threads.
     ///
@@ -93,8 +106,8 @@ impl DomainImages {
     /// those of the same set and size with another listing. None is kept while a file could not be read at all.
     ///
     /// # Errors
-    /// As [`ImageFolder::open`]; [`DgError::Image`] and [`DgError::Io`] naming the first file that is no whole image, unless
-    /// those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Cache`] for a cache that
+    /// As [`ImageFolder::open`]; [`DgError::Image`] or [`DgError::Io`] naming the file that is no whole image, or
+    /// [`DgError::Images`] naming all of several, unless those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Cache`] for a cache that
     /// cannot be written.
     pub fn read(
         root: &Path,
@@ -180,6 +193,7 @@ impl DomainImages {
         let mut all_read = true;
         let mut pixels = Vec::with_capacity(files.len() * size * size * 3);
         let (mut left_out, mut aspects) = (Vec::new(), Vec::with_capacity(files.len()));
+        let mut unreadable = None;
         for (piece, some) in files.chunks(PIECE).enumerate() {
             let decoded: Vec<_> = some
                 .par_iter()
@@ -187,23 +201,29 @@ impl DomainImages {
                 .collect();
             for (i, image) in decoded.into_iter().enumerate() {
                 let index = piece * PIECE + i;
-                match (image, bad) {
-                    (Ok(image), _) => {
+                match image {
+                    Ok(image) => {
                         pixels.extend(image.pixels);
                         aspects.push(image.aspect);
                     }
-                    (Err(e), BadImages::Refuse) => return Err(e),
-                    (Err(DgError::Image { problem, .. }), _) => left_out.push((index, problem)),
-                    (Err(DgError::Io { source, .. }), _) => {
+                    Err(DgError::Image { problem, .. }) => left_out.push((index, problem)),
+                    Err(DgError::Io { path, source }) => {
                         left_out.push((index, source.to_string()));
                         all_read = false;
+                        unreadable = Some(DgError::Io { path, source });
                     }
-                    (Err(e), _) => return Err(e),
+                    Err(e) => return Err(e),
                 }
             }
             if !progress(piece * PIECE + some.len(), files.len()) {
                 return Err(DgError::Stopped);
             }
+        }
+        if bad == BadImages::Refuse {
+            if let (Some(error), 1) = (unreadable, left_out.len()) {
+                return Err(error);
+            }
+            refuse(folder, &left_out)?;
         }
         let header = Header {
             size,
@@ -222,14 +242,12 @@ impl DomainImages {
         bad: BadImages,
         source: Source,
     ) -> Result<Self, DgError> {
-        let mut left_out = Vec::new();
+        if bad == BadImages::Refuse {
+            refuse(folder, &header.left_out)?;
+        }
         let mut kept: Vec<_> = folder.files.iter().map(Some).collect();
-        for (index, problem) in header.left_out {
-            let path = folder.files[index].path.clone();
-            if bad == BadImages::Refuse {
-                return Err(DgError::Image { path, problem });
-            }
-            left_out.push(LeftOut { path, problem });
+        let left_out = problems(folder, &header.left_out);
+        for (index, _) in header.left_out {
             kept[index] = None;
         }
         let kept: Vec<_> = kept.into_iter().flatten().collect();

@@ -19,7 +19,7 @@ pub enum GlueError {
         source: std::io::Error,
     },
     /// A file without an example.
-    #[error("{}: no examples", path.display())]
+    #[error("{}: no examples: the file is empty, or a header and no rows", path.display())]
     Empty {
         /// Which file.
         path: PathBuf,

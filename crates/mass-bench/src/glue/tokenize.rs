@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use serde_json::Value;
 use tokenizers::models::wordpiece::WordPiece;
-use tokenizers::normalizers::BertNormalizer;
+use tokenizers::normalizers::{BertNormalizer, NormalizerWrapper};
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::bert::BertProcessing;
 use tokenizers::{AddedToken, Tokenizer, TruncationParams, TruncationStrategy};
@@ -34,15 +35,26 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     /// From `tokenizer.json` in a model's directory, else from `vocab.txt`; `max_length` counts special tokens.
     ///
-    /// With `vocab.txt` alone, whether text is lower-cased is `do_lower_case` of `tokenizer_config.json`; where that says
-    /// nothing, text is lower-cased iff no word of the vocabulary has an ASCII capital.
+    /// What `tokenizer_config.json` says of case (`do_lower_case`), accents (`strip_accents`) and Chinese characters
+    /// (`tokenize_chinese_chars`) holds, over `tokenizer.json` too, as with transformers' `BertTokenizer`. Where it says nothing
+    /// `tokenizer.json` does. With `vocab.txt` text is then lower-cased iff no word of the vocabulary has an ASCII capital,
+    /// accents are stripped iff it is lower-cased, and each Chinese character is a word.
     ///
     /// # Errors
-    /// [`GlueError::Tokenizer`] naming the file that is missing or no tokenizer.
+    /// [`GlueError::Tokenizer`] naming the file that is missing or no tokenizer, or, with `vocab.txt`, a configuration that asks
+    /// for `never_split` or no `do_basic_tokenize`.
     pub fn open(dir: &Path, max_length: usize) -> Result<Self, GlueError> {
         let json = dir.join("tokenizer.json");
+        let config = dir.join("tokenizer_config.json");
         if json.exists() {
-            let inner = Tokenizer::from_file(&json).map_err(|e| broken(&json, e))?;
+            let mut inner = Tokenizer::from_file(&json).map_err(|e| broken(&json, e))?;
+            let rules = Rules::read(&config, false)?;
+            if let Some(NormalizerWrapper::BertNormalizer(own)) = inner.get_normalizer() {
+                let both = rules.over(*own);
+                inner
+                    .with_normalizer(Some(both))
+                    .map_err(|e| broken(&json, e))?;
+            }
             return Self::with_length(inner, json, max_length);
         }
         let path = dir.join("vocab.txt");
@@ -51,39 +63,37 @@ impl TextTokenizer {
         }
         let bytes = std::fs::read(&path).map_err(|e| broken(&path, e))?;
         let text = std::str::from_utf8(&bytes).map_err(|e| broken(&path, e))?;
-        let words: Vec<String> = text.lines().map(str::to_owned).collect();
-        let lowercase = match lower_case(&dir.join("tokenizer_config.json"))? {
-            Some(lowercase) => lowercase,
-            None => uncased(&words),
-        };
-        Self::build(&words, lowercase, max_length, path)
+        let words = lines(text);
+        let rules = Rules::read(&config, true)?;
+        let unsaid = BertNormalizer::new(true, true, None, uncased(&words));
+        Self::build(&words, rules.over(unsaid), max_length, path)
     }
 
-    /// From a vocabulary, whose words are numbered as listed; `##` marks pieces that continue a word.
+    /// From a vocabulary, whose words are numbered as listed; `##` marks pieces that continue a word. A word that no text can hold,
+    /// such as an empty one, has its number and is never used.
     ///
     /// # Errors
-    /// [`GlueError::Tokenizer`] for a word that stands twice, an empty one, or special tokens that are missing.
+    /// [`GlueError::Tokenizer`] for a word that stands twice, or special tokens that are missing.
     pub fn from_vocabulary(
         words: &[String],
         lowercase: bool,
         max_length: usize,
     ) -> Result<Self, GlueError> {
-        Self::build(words, lowercase, max_length, PathBuf::from("vocabulary"))
+        let normalizer = BertNormalizer::new(true, true, None, lowercase);
+        Self::build(words, normalizer, max_length, PathBuf::from("vocabulary"))
     }
 
     fn build(
         words: &[String],
-        lowercase: bool,
+        normalizer: BertNormalizer,
         max_length: usize,
         path: PathBuf,
     ) -> Result<Self, GlueError> {
         let mut seen = std::collections::HashMap::new();
         for (i, word) in words.iter().enumerate() {
-            if word.trim() != word || word.is_empty() {
-                let problem = format!("line {}: {word:?} is no word", i + 1);
-                return Err(broken(&path, problem));
-            }
-            if let Some(first) = seen.insert(word.as_str(), i) {
+            if let Some(first) = seen.insert(word.as_str(), i)
+                && !word.is_empty()
+            {
                 let problem = format!(
                     "line {}: `{word}` stands in line {} already",
                     i + 1,
@@ -99,8 +109,9 @@ impl TextTokenizer {
         let [_, cls, sep] = NEEDED.map(id);
         let (cls, sep) = (cls?, sep?);
         id(NEEDED[0])?;
-        let vocabulary = WordPiece::read_bytes(words.join("\n").as_bytes());
-        let vocabulary = vocabulary.map_err(|e| broken(&path, e))?;
+        // Its own reader takes away what blanks a word ends in; of it comes the type of the map alone.
+        let mut vocabulary = WordPiece::read_bytes(b"").map_err(|e| broken(&path, e))?;
+        vocabulary.extend(seen.iter().map(|(word, &i)| ((*word).to_owned(), i as u32)));
         let model = WordPiece::builder()
             .vocab(vocabulary)
             .unk_token(NEEDED[0].to_owned())
@@ -108,7 +119,7 @@ impl TextTokenizer {
             .map_err(|e| broken(&path, e))?;
         let mut inner = Tokenizer::new(model);
         inner
-            .with_normalizer(Some(BertNormalizer::new(true, true, None, lowercase)))
+            .with_normalizer(Some(normalizer))
             .map_err(|e| broken(&path, e))?;
         inner.with_pre_tokenizer(Some(BertPreTokenizer));
         inner.with_post_processor(Some(BertProcessing::new(sep, cls)));
@@ -188,6 +199,24 @@ impl TextTokenizer {
         ids.values().max().map_or(0, |&id| id as usize + 1)
     }
 
+    /// Whether every id is one of a model with so many token ids, where that is known.
+    ///
+    /// # Errors
+    /// [`GlueError::Tokenizer`].
+    pub(crate) fn check_fits(&self, vocab_size: Option<u64>) -> Result<(), GlueError> {
+        let ids = self.vocabulary_size() as u64;
+        match vocab_size {
+            Some(size) if ids > size => Err(broken(
+                &self.path,
+                format!(
+                    "has ids up to {}, but the model's vocabulary has {size} entries",
+                    ids - 1
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The file that it was made from.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -202,18 +231,78 @@ fn broken(path: &Path, problem: impl ToString) -> GlueError {
     }
 }
 
-/// `do_lower_case` of a tokenizer_config.json; `None` where the file or the entry is missing.
-fn lower_case(path: &Path) -> Result<Option<bool>, GlueError> {
-    if !path.exists() {
-        return Ok(None);
+/// What a tokenizer_config.json says of the text before it is split into pieces; `None` where it says nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Rules {
+    /// `do_lower_case`.
+    lowercase: Option<bool>,
+    /// `strip_accents`; null leaves it to the case: lower-cased text loses them.
+    strip_accents: Option<Option<bool>>,
+    /// `tokenize_chinese_chars`: each is a word of its own.
+    chinese: Option<bool>,
+}
+
+impl Rules {
+    /// Of a file that may be missing. `vocabulary` says whether the tokenizer is made by these rules alone: then those that are
+    /// not known here are refused, as they are of the slow tokenizer that a vocabulary is for.
+    fn read(path: &Path, vocabulary: bool) -> Result<Self, GlueError> {
+        if !path.exists() {
+            return Ok(Self::default());
+        }
+        let text = std::fs::read_to_string(path).map_err(|e| broken(path, e))?;
+        let config: Value = serde_json::from_str(&text).map_err(|e| broken(path, e))?;
+        let Value::Object(config) = config else {
+            return Err(broken(path, "not a JSON object"));
+        };
+        let flag = |name: &str| match config.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(broken(
+                path,
+                format!("{name} is {other}, not true or false"),
+            )),
+        };
+        let accents = flag("strip_accents")?;
+        let rules = Self {
+            lowercase: flag("do_lower_case")?,
+            strip_accents: config.contains_key("strip_accents").then_some(accents),
+            chinese: flag("tokenize_chinese_chars")?,
+        };
+        if vocabulary {
+            if flag("do_basic_tokenize")? == Some(false) {
+                return Err(broken(path, "do_basic_tokenize false is not supported"));
+            }
+            match config.get("never_split") {
+                None | Some(Value::Null) => {}
+                Some(Value::Array(words)) if words.is_empty() => {}
+                Some(words) => {
+                    return Err(broken(
+                        path,
+                        format!("never_split {words} is not supported"),
+                    ));
+                }
+            }
+        }
+        Ok(rules)
     }
-    let text = std::fs::read_to_string(path).map_err(|e| broken(path, e))?;
-    let config: serde_json::Value = serde_json::from_str(&text).map_err(|e| broken(path, e))?;
-    match &config["do_lower_case"] {
-        serde_json::Value::Null => Ok(None),
-        serde_json::Value::Bool(lowercase) => Ok(Some(*lowercase)),
-        other => Err(broken(path, format!("do_lower_case is {other}"))),
+
+    /// Over what a tokenizer.json says, as transformers reads the two together.
+    fn over(self, normalizer: BertNormalizer) -> BertNormalizer {
+        BertNormalizer::new(
+            normalizer.clean_text,
+            self.chinese.unwrap_or(normalizer.handle_chinese_chars),
+            self.strip_accents.unwrap_or(normalizer.strip_accents),
+            self.lowercase.unwrap_or(normalizer.lowercase),
+        )
     }
+}
+
+/// The words of a vocab.txt. Lines end as Python's text files end them, at `\n`, `\r` and both together, and at nothing else that
+/// Unicode calls an end of a line; a line may be empty, or of blanks.
+fn lines(text: &str) -> Vec<String> {
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    text.split('\n').map(str::to_owned).collect()
 }
 
 /// Whether no ordinary word has a capital letter of ASCII (vocabularies hold mathematical capitals in any case).

@@ -1,29 +1,16 @@
-use mass_expand::{Event, EventKind, ExpertId};
+use mass_expand::{Event, EventKind};
 
 use super::Expansion;
 
-/// The splits among the events, each with the p-value of the alarm that set it off: the smallest among the detectors of
-/// its source, its layer and the loss that raised one in that step.
+/// The splits among the events, each with the alarm that set it off.
 #[must_use]
 pub fn expansions(events: &[Event]) -> Vec<Expansion> {
-    let alarm = |at: &Event, split: ExpertId| {
-        let of = |event: &Event| match event.kind {
-            EventKind::Flag {
-                expert, p_value, ..
-            } if event.step == at.step
-                && (event.layer.is_none() || event.layer == at.layer)
-                && expert.is_none_or(|e| e == split) =>
-            {
-                p_value
-            }
-            _ => None,
-        };
-        events.iter().filter_map(of).reduce(f64::min)
-    };
     let split = |event: &Event| match event.kind {
         EventKind::Split {
             source,
             new,
+            watched,
+            flagged,
             p_value,
             cosine,
             ..
@@ -32,7 +19,9 @@ pub fn expansions(events: &[Event]) -> Vec<Expansion> {
             layer: event.layer.unwrap_or(0),
             source: source.0 as usize,
             new: new.0 as usize,
-            p_value: alarm(event, source).or(p_value),
+            watched,
+            flagged: flagged.map(|expert| expert.0 as usize),
+            p_value,
             cosine,
         }),
         _ => None,
@@ -42,49 +31,40 @@ pub fn expansions(events: &[Event]) -> Vec<Expansion> {
 
 #[cfg(test)]
 mod tests {
-    use mass_expand::{SplitOperator, Watched};
+    use mass_expand::{ExpertId, SplitOperator, Watched};
 
     use super::*;
 
     #[test]
-    fn a_split_has_the_smallest_p_value_of_the_alarms_that_concern_it() {
-        let flag = |step, layer, expert: Option<u32>, p| Event {
-            step,
-            layer,
-            kind: EventKind::Flag {
-                watched: Watched::Expert,
-                expert: expert.map(ExpertId),
-                value: 1.0,
-                statistic: None,
-                p_value: Some(p),
-                p_horizon: None,
-                onset_age: None,
-            },
-        };
-        let split = Event {
+    fn a_split_has_the_alarm_that_its_event_names() {
+        let split = |watched, flagged: Option<u32>, p_value| Event {
             step: 7,
-            layer: Some(0),
+            layer: Some(1),
             kind: EventKind::Split {
                 source: ExpertId(2),
                 new: ExpertId(9),
                 operator: SplitOperator::Bisect,
-                p_value: Some(0.5),
+                watched,
+                flagged: flagged.map(ExpertId),
+                p_value,
                 p_horizon: None,
                 cosine: Some(0.1),
                 experts: 7,
             },
         };
-        let alarms = [
-            flag(6, Some(0), Some(2), 1e-9),
-            flag(7, Some(0), Some(2), 0.02),
-            flag(7, Some(0), Some(3), 0.001),
-            flag(7, Some(1), Some(2), 0.0001),
-            flag(7, None, None, 0.01),
-        ];
-        let found = expansions(&[&alarms[..], &[split]].concat());
-        assert_eq!(found.len(), 1);
-        let of = |e: &Expansion| (e.step, e.layer, e.source, e.new, e.p_value, e.cosine);
-        assert_eq!(of(&found[0]), (7, 0, 2, 9, Some(0.01), Some(0.1)));
-        assert_eq!(expansions(&[split])[0].p_value, Some(0.5));
+        let stop = Event {
+            kind: EventKind::ContinualPhase,
+            ..split(None, None, None)
+        };
+        let by_neighbour = split(Some(Watched::Expert), Some(4), Some(0.01));
+        let found = expansions(&[stop, by_neighbour, split(None, None, None)]);
+        let of = |e: &Expansion| (e.step, e.layer, e.source, e.new, e.cosine);
+        assert!(found.iter().all(|e| of(e) == (7, 1, 2, 9, Some(0.1))));
+        let alarm = |e: &Expansion| (e.watched, e.flagged, e.p_value);
+        let [one, other] = &found[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!(alarm(one), (Some(Watched::Expert), Some(4), Some(0.01)));
+        assert_eq!(alarm(other), (None, None, None));
     }
 }

@@ -5,11 +5,11 @@
 //! most the run in hand.
 //!
 //! ```
-//! use mass_bench::report::{Header, ResultStore, Run};
+//! use mass_bench::report::{Existing, Header, ResultStore, Run};
 //!
 //! let dir = tempfile::tempdir()?;
 //! let header = Header::new("synthetic", "smoke", 2);
-//! let mut store = ResultStore::open(dir.path(), header, &serde_json::json!({"steps": 10}), false)?;
+//! let mut store = ResultStore::open(dir.path(), header, &serde_json::json!({"steps": 10}), Existing::Refuse)?;
 //! let mut run = Run::new("static", 0);
 //! run.test_loss = Some(1.8);
 //! store.push(run.clone())?;
@@ -43,9 +43,9 @@ pub use over_tasks::{OverTasks, over_tasks};
 pub use paired::{Comparison, Paired, comparisons, paired};
 pub use paper::{Reported, reported};
 pub use results::{Expansion, Header, Results, Run, RunKey};
-pub use store::ResultStore;
+pub use store::{Existing, ResultStore};
 pub use summary::{Summary, summarise};
-pub use table::table;
+pub use table::{LEFT_OUT, table};
 
 /// Why results could not be written or read back.
 #[derive(Debug, thiserror::Error)]
@@ -81,8 +81,16 @@ pub enum ReportError {
         /// What the parser said.
         problem: String,
     },
+    /// What an earlier command has left, and nothing says what to do with.
+    #[error("{}: holds {what}; --resume keeps what is there and goes on, --fresh deletes it and begins anew", path.display())]
+    Kept {
+        /// The directory.
+        path: PathBuf,
+        /// What is there.
+        what: String,
+    },
     /// `--resume` into a directory that holds something else.
-    #[error("{}: holds results of another {what}; choose another --out (without --resume they would be deleted and made anew)", path.display())]
+    #[error("{}: holds results of another {what}; choose another --out, or --fresh, which deletes them", path.display())]
     OtherSettings {
         /// The directory.
         path: PathBuf,
@@ -102,6 +110,7 @@ impl ReportError {
             Self::Out { .. }
             | Self::Foreign { .. }
             | Self::Malformed { .. }
+            | Self::Kept { .. }
             | Self::OtherSettings { .. } => 2,
             Self::Io { .. } | Self::Duplicate(_) => 1,
         }

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use mass_expand::{Diagnosis, Watched};
 use serde::{Deserialize, Serialize};
 
 use super::{Comparison, Machine, Summary, comparisons, summarise};
@@ -134,6 +135,9 @@ pub struct Run {
     pub machine: Option<Machine>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,
+    /// Known ways to fail that the controller of a pool that grows saw in this run.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub diagnoses: Vec<Diagnosis>,
 }
 
 /// One expert that became two.
@@ -147,8 +151,13 @@ pub struct Expansion {
     pub source: usize,
     /// The newcomer's index.
     pub new: usize,
-    /// p-value of the alarm that set it off: the smallest among those that the detectors of its source, its layer and the loss
-    /// raised in that step. (In events.jsonl a split's own is that of its source alone.)
+    /// The stream whose alarm set it off; `None` where no detector had a part in it, as on a schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watched: Option<Watched>,
+    /// The expert whose norm that is, if it is one's: not always the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flagged: Option<usize>,
+    /// p-value of that alarm.
     pub p_value: Option<f64>,
     /// Cosine between the source's gradient and weights.
     pub cosine: Option<f64>,

@@ -7,7 +7,21 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+use crate::durable;
+
 use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html};
+
+/// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Existing {
+    /// It is refused: they may be the work of hours.
+    #[default]
+    Refuse,
+    /// They are kept, and what is missing is added: `--resume`.
+    Resume,
+    /// They are deleted: `--fresh`.
+    Replace,
+}
 
 /// The output directory of one study.
 ///
@@ -26,11 +40,11 @@ pub struct ResultStore {
 impl ResultStore {
     /// Opens `dir`, creating it where needed.
     ///
-    /// Without `resume` whatever an earlier run left there (results, lines, report, checkpoints) is
-    /// replaced; a directory that has such names and no results of a study is somebody else's, and refused. With
-    /// `resume`, finished runs are read back, provided that they were made by the same study and preset with
-    /// the same `settings`: everything that changes a run's figures. What only adds runs, such as the
-    /// number of seeds, does not belong there. Settings are kept beside the results in settings.json.
+    /// Finished runs and checkpoints are refused, read back or deleted, as `existing` says; a directory without either begins
+    /// anew, and one that has names of a study's files and no results of a study is somebody else's, and refused. Finished
+    /// runs are read back provided that they were made by the same study and preset with the same `settings`: everything
+    /// that changes a run's figures. What only adds runs, such as the number of seeds, does not belong there. Settings are
+    /// kept beside the results in settings.json.
     ///
     /// `settings["data"]`, if it is there, says by task what the runs were made from: tasks may be added, and the ones
     /// that both have must agree.
@@ -41,10 +55,11 @@ impl ResultStore {
         dir: &Path,
         header: Header,
         settings: &impl Serialize,
-        resume: bool,
+        existing: Existing,
     ) -> Result<Self, ReportError> {
-        let (results, settings) = prior(dir, header, settings, resume)?;
-        fs::create_dir_all(dir).map_err(|source| ReportError::Out {
+        let (results, settings) = prior(dir, header, settings, existing)?;
+        let resume = existing == Existing::Resume;
+        durable::create_dir_all(dir).map_err(|source| ReportError::Out {
             path: dir.to_owned(),
             source,
         })?;
@@ -80,9 +95,35 @@ impl ResultStore {
         dir: &Path,
         header: Header,
         settings: &impl Serialize,
-        resume: bool,
+        existing: Existing,
     ) -> Result<(), ReportError> {
-        prior(dir, header, settings, resume).map(drop)
+        prior(dir, header, settings, existing).map(drop)
+    }
+
+    /// Refuses a directory in which an earlier command has left something that `existing` does not say what to do with.
+    ///
+    /// # Errors
+    /// [`ReportError::Kept`].
+    pub fn check_kept(dir: &Path, existing: Existing) -> Result<(), ReportError> {
+        if existing != Existing::Refuse {
+            return Ok(());
+        }
+        let results = fs::read_to_string(dir.join("results.json")).ok();
+        let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
+        let runs = results.and_then(|r| r["runs"].as_array().map(Vec::len));
+        let mut entries = fs::read_dir(dir.join("checkpoints")).into_iter().flatten();
+        let what = match runs {
+            // Somebody else's: told apart when the directory is opened.
+            None => return Ok(()),
+            Some(0) if entries.next().is_none() => return Ok(()),
+            Some(0) => "the checkpoint of a run that was interrupted".to_owned(),
+            Some(1) => "a finished run".to_owned(),
+            Some(runs) => format!("{runs} finished runs"),
+        };
+        Err(ReportError::Kept {
+            path: dir.to_owned(),
+            what,
+        })
     }
 
     /// The directory.
@@ -243,7 +284,7 @@ fn prior(
     dir: &Path,
     header: Header,
     settings: &impl Serialize,
-    resume: bool,
+    existing: Existing,
 ) -> Result<(Results, Value), ReportError> {
     // Through text, as the stored ones went: only what JSON keeps can differ.
     let settings = serde_json::to_string(settings).and_then(|text| serde_json::from_str(&text));
@@ -253,8 +294,9 @@ fn prior(
     })?;
     let mut results = Results::new(header);
     let results_path = dir.join("results.json");
-    if !(resume && results_path.exists()) {
+    if !(existing == Existing::Resume && results_path.exists()) {
         check_owner(dir)?;
+        ResultStore::check_kept(dir, existing)?;
         return Ok((results, settings));
     }
     let old: Results = read_json(&results_path)?;
@@ -355,19 +397,8 @@ fn pretty(value: &impl Serialize) -> String {
 fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        // The rename itself is durable once the directory is; not every system can sync one.
-        if let Some(Ok(dir)) = path.parent().map(File::open) {
-            dir.sync_all().ok();
-        }
-        Ok(())
-    };
-    write().map_err(|e| io_error(path, e))
+    let fill = |file: &mut File| file.write_all(text.as_bytes());
+    durable::write(path, Path::new(&temporary), fill).map_err(|e| io_error(path, e))
 }
 
 fn append_to(path: &Path) -> Result<BufWriter<File>, ReportError> {

@@ -1,4 +1,13 @@
-use super::{Comparison, OverTasks, Paired, Reported, Results, Summary, over_tasks, reported};
+use std::collections::BTreeMap;
+
+use mass_expand::Watched;
+
+use super::{
+    Comparison, Expansion, OverTasks, Paired, Reported, Results, Summary, over_tasks, reported,
+};
+
+/// Among a run's figures: how many damaged images its set was read without; absent where none was left out.
+pub const LEFT_OUT: &str = "images_left_out";
 
 /// The summary as aligned plain text, the paper's figures beside it and the Bayes floor below.
 ///
@@ -80,6 +89,16 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
         };
         notes.push(format!("Bayes floor (no model can do better): {floor}"));
     }
+    let mut left_out = BTreeMap::new();
+    for run in &results.runs {
+        if let (Some(task), Some(files)) = (&run.task, run.metrics.get(LEFT_OUT)) {
+            let set = task.split('/').next().unwrap_or(task);
+            left_out.insert(set, *files);
+        }
+    }
+    for (set, files) in left_out {
+        notes.push(format!("Damaged images left out of {set}: {files}"));
+    }
     let means = over_tasks(&results.study, &results.runs);
     notes.extend(means.iter().map(mean_over_tasks));
     notes.extend(results.comparisons.iter().flat_map(comparison));
@@ -99,12 +118,30 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
                 let p = e
                     .p_value
                     .map_or_else(String::new, |p| format!(" p {p:.2e}"));
-                format!("step {}: {} -> {}{p}", e.step, e.source, e.new)
+                format!("step {}: {} -> {}{p}{}", e.step, e.source, e.new, cause(e))
             })
             .collect();
         notes.push(format!("  {}: {}", run.key(), list.join("; ")));
     }
+    if results.runs.iter().any(|r| !r.diagnoses.is_empty()) {
+        notes.push("Diagnoses (known ways to fail that the controller saw):".into());
+    }
+    for run in &results.runs {
+        let key = run.key();
+        notes.extend(run.diagnoses.iter().map(|d| format!("  {key}: {d}")));
+    }
     notes
+}
+
+/// " (loss)", " (expert 4)": the stream whose alarm set a split off.
+fn cause(e: &Expansion) -> String {
+    match (e.watched, e.flagged) {
+        (None, _) => String::new(),
+        (Some(Watched::Loss), _) => " (loss)".into(),
+        (Some(Watched::Layer), _) => " (layer)".into(),
+        (Some(Watched::Expert), Some(expert)) => format!(" (expert {expert})"),
+        (Some(Watched::Expert), None) => " (expert)".into(),
+    }
 }
 
 /// "2.15 (K 12.4, k 3.9)", "0.656 (K 9.5 to 12.7, k 2.6 to 3.2)".

@@ -24,7 +24,7 @@ use crate::BenchError;
 use crate::cli::{ReproduceArgs, RunContext};
 use crate::dg::features::Features;
 use crate::dg::images::Source;
-use crate::report::{Results, Run, peak_rss_mib};
+use crate::report::{LEFT_OUT, Results, Run, peak_rss_mib};
 use crate::sweep::checkpoint_dir;
 use data::Set;
 use plan::{Plan, Planned};
@@ -211,6 +211,11 @@ fn read(
         images.domains.len(),
         images.passed_over
     ));
+    for file in &images.left_out {
+        let (path, problem) = (file.path.display(), &file.problem);
+        ctx.progress
+            .note(&format!("{name}: left out: {path}: {problem}"));
+    }
     if set.frozen == 0 || set.augment.is_some() {
         return Ok(set);
     }
@@ -270,6 +275,8 @@ fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
     );
     put("last_source_validation", last.map(|l| l.sources.accuracy));
     put("waiting_for_data", trainer.waiting());
+    let left_out = set.images.left_out.len();
+    put(LEFT_OUT, (left_out > 0).then_some(left_out as f64));
     Run {
         // Of two layers the mean; the exact figure is among the metrics.
         experts: best.and_then(|b| b.experts).map(|e| e.round() as usize),
@@ -285,6 +292,7 @@ fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..planned.run.clone()
     }
 }

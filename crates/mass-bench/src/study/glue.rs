@@ -163,9 +163,8 @@ fn read(
         }
         tasks.insert(task.name(), TaskData::new(&tokenizer, &data)?);
     }
-    let longest_id = tasks.values().filter_map(TaskData::largest_id).max();
-    if let (Pretrained::Directory(dir), Some(id)) = (&plan.pretrained, longest_id) {
-        check_vocabulary(dir, &tokenizer, id)?;
+    if let Pretrained::Directory(dir) = &plan.pretrained {
+        check_vocabulary(dir, &tokenizer)?;
     }
     Ok(tasks)
 }
@@ -182,11 +181,7 @@ fn data_dir(args: &ReproduceArgs) -> Result<&std::path::Path, BenchError> {
 }
 
 /// Whether the tokenizer's ids fit the model beside it.
-fn check_vocabulary(
-    dir: &std::path::Path,
-    tokenizer: &TextTokenizer,
-    largest_id: u32,
-) -> Result<(), BenchError> {
+fn check_vocabulary(dir: &std::path::Path, tokenizer: &TextTokenizer) -> Result<(), BenchError> {
     let path = dir.join("config.json");
     let input = |problem: String| BenchError::Input {
         path: path.clone(),
@@ -195,18 +190,9 @@ fn check_vocabulary(
     let text = std::fs::read_to_string(&path).map_err(|e| input(e.to_string()))?;
     let config: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| input(e.to_string()))?;
-    let size = config["vocab_size"]
-        .as_u64()
-        .ok_or_else(|| input("no vocab_size".into()))?;
-    if u64::from(largest_id) >= size {
-        return Err(BenchError::Glue(GlueError::Tokenizer {
-            path: tokenizer.path().to_owned(),
-            problem: format!(
-                "gives id {largest_id}, but the model's vocabulary has {size} entries"
-            ),
-        }));
-    }
-    Ok(())
+    let size = config["vocab_size"].as_u64();
+    let size = size.ok_or_else(|| input("no vocab_size".into()))?;
+    Ok(tokenizer.check_fits(Some(size))?)
 }
 
 /// The row of a finished run.
@@ -229,6 +215,7 @@ fn finished(planned: &Planned, tuner: &FineTuner<'_>) -> Run {
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: tuner.expansions(),
+        diagnoses: tuner.diagnoses(),
         ..planned.run.clone()
     }
 }

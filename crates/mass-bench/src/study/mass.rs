@@ -1,19 +1,25 @@
 //! How the studies that fine-tune a pretrained model set MASS.
 
-use mass_cpd::{AnyDetectorParams, Reference};
+use mass_cpd::AnyDetectorParams;
 use mass_expand::{AlignmentThreshold, StopRule, Trigger};
 use mass_model::growth::GrowerConfig;
+use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::report::Run;
 use crate::variants;
 
 /// One way to run MASS.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct MassSetting {
     pub(super) variant: Variant,
     pub(super) p: f32,
+    /// What routes instead of Top-p of mass `p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) router: Option<RouterConfig>,
     /// Part of the run in which splits may happen, in percent; `None` for the variant's own.
     pub(super) live_percent: Option<u64>,
     pub(super) experts: usize,
@@ -32,10 +38,29 @@ impl MassSetting {
     }
 
     fn name(&self) -> String {
+        let routing = match &self.router {
+            Some(router) => router.to_string(),
+            None => format!("p {}", self.p),
+        };
         match self.live_percent {
-            Some(percent) => format!("p {}, live {percent} %", self.p),
-            None => format!("p {}, own timing", self.p),
+            Some(percent) => format!("{routing}, live {percent} %"),
+            None => format!("{routing}, own timing"),
         }
+    }
+
+    /// What routes.
+    pub(super) fn router(&self) -> RouterConfig {
+        let router = variants::router(self.router.as_ref(), self.variant, self.p);
+        router.with_experts(self.experts)
+    }
+
+    /// Refuses a router that no run of these settings can have.
+    pub(super) fn check_router(&self) -> Result<(), BenchError> {
+        let Some(router) = &self.router else {
+            return Ok(());
+        };
+        let rules = self.rules(1, 1000, 0);
+        variants::check_router(router, self.experts, Some(&rules))
     }
 
     /// The variant's rules for `layers` mixtures in a run of so many steps, before [`fit`](Self::fit).
@@ -46,10 +71,7 @@ impl MassSetting {
         config
     }
 
-    /// Fits rules to the length of the run.
-    ///
-    /// A lagged reference of 128 steps would outlast the phase of the shortest runs, so it is at most a tenth of the run,
-    /// but never under 64 steps: estimated on fewer, a level is no longer what it says.
+    /// Fits rules to the length of the run: the phase, and the horizon that the level is meant over.
     pub(super) fn fit(&self, config: &mut GrowerConfig, steps: u64) {
         if let Some(percent) = self.live_percent {
             variants::live_for(config, steps, percent);
@@ -58,11 +80,6 @@ impl MassSetting {
         for detector in [&mut watch.expert, &mut watch.layer, &mut watch.loss] {
             if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
                 cusum.horizon = config.controller.phase.live_until;
-                if let Reference::Lagged { window, gap } = &mut cusum.reference {
-                    *window = (*window).min((steps / 10) as usize).max(64);
-                    *gap = (*gap).min(*window / 8);
-                    cusum.warmup = cusum.warmup.min(*window);
-                }
             }
         }
         if self.loose {
@@ -110,6 +127,34 @@ mod tests {
         for (method, kept) in [("dense", true), ("erm", true), ("gmoe", false)] {
             let args = ReproduceArgs::parsed(&["dg", "--preset", "smoke", "--methods", method]);
             assert_eq!(wanted(&Run::new("erm", 0), &args), kept, "{method}");
+        }
+    }
+
+    /// Runs of the lengths that GLUE's small tasks and the domains of PACS have leave room to judge whoever is split.
+    #[test]
+    fn short_runs_of_ours_can_split_and_judge() {
+        let setting = MassSetting {
+            variant: Variant::Ours,
+            p: 0.5,
+            router: None,
+            live_percent: Some(60),
+            experts: 6,
+            experts_max: 8,
+            loose: false,
+        };
+        for (steps, ready) in [(148, 72), (200, 72), (217, 72), (780, 87), (5000, 200)] {
+            let mut config = setting.rules(2, steps, 0);
+            setting.fit(&mut config, steps);
+            let reach = config.controller.check_reachable().unwrap().reach();
+            assert_eq!(reach.first_split, Some(ready), "{steps}");
+            assert_eq!(reach.last_split, Some(steps * 6 / 10 - 1));
+            let StopRule::HeldOut { wait, .. } = config.controller.stop else {
+                panic!("{:?}", config.controller.stop);
+            };
+            // Whoever is born last has its whole wait, and whoever is born first leaves room for another.
+            assert!(reach.last_split.unwrap() + wait < steps, "{steps}");
+            assert_eq!(reach.first_check, Some(ready + wait), "{steps}");
+            assert!(reach.first_check.unwrap() < steps * 6 / 10, "{steps}");
         }
     }
 

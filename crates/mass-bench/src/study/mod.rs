@@ -14,11 +14,12 @@ use std::io::Read;
 use std::path::Path;
 
 use mass_model::ModelError;
+use mass_model::pretrained::weight_files;
 use serde_json::{Value, json};
 
 use crate::{
     BenchError,
-    cli::{ReproduceArgs, RunContext},
+    cli::{Preset, ReproduceArgs, RunContext},
     report::{MetricLine, ResultStore, Results, Run, reset_peak_rss},
 };
 
@@ -35,10 +36,42 @@ pub struct Study {
     pub tasks: &'static [&'static str],
     /// Whether `--task` may name others too: folders of data, which the study looks for.
     pub other_tasks: bool,
+    /// What a preset takes from directories.
+    pub inputs: fn(Preset) -> Inputs,
     /// Whether its inputs are named and there, without reading them.
     pub check: fn(&ReproduceArgs) -> Result<(), BenchError>,
     /// Makes the runs.
     pub run: fn(&ReproduceArgs, &mut RunContext) -> Result<Results, BenchError>,
+}
+
+/// What a study takes from directories. A flag for anything else is refused: it would be passed over without a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inputs {
+    /// Data sets, from --data.
+    pub data: bool,
+    /// Pretrained models, from --models.
+    pub models: bool,
+    /// Whether the data are images, of which damaged ones can be left out.
+    pub images: bool,
+}
+
+impl Inputs {
+    /// Nothing: all is generated.
+    pub const NONE: Self = Self {
+        data: false,
+        models: false,
+        images: false,
+    };
+
+    /// Everything, but nothing for a check that all is connected.
+    fn but_for_smoke(preset: Preset) -> Self {
+        let reads = preset != Preset::Smoke;
+        Self {
+            data: reads,
+            models: reads,
+            images: reads,
+        }
+    }
 }
 
 /// Every study that exists.
@@ -49,6 +82,7 @@ pub const STUDIES: &[Study] = &[
         methods: synthetic::METHODS,
         tasks: synthetic::TASKS,
         other_tasks: false,
+        inputs: |_| Inputs::NONE,
         check: synthetic::check,
         run: synthetic::run,
     },
@@ -58,6 +92,10 @@ pub const STUDIES: &[Study] = &[
         methods: glue::METHODS,
         tasks: glue::TASKS,
         other_tasks: false,
+        inputs: |preset| Inputs {
+            images: false,
+            ..Inputs::but_for_smoke(preset)
+        },
         check: glue::check,
         run: glue::run,
     },
@@ -67,6 +105,7 @@ pub const STUDIES: &[Study] = &[
         methods: dg::METHODS,
         tasks: dg::TASKS,
         other_tasks: true,
+        inputs: Inputs::but_for_smoke,
         check: dg::check,
         run: dg::run,
     },
@@ -93,7 +132,8 @@ pub fn find(name: &str) -> Option<&'static Study> {
 /// As [`run`].
 pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
-    (study.check)(args)
+    (study.check)(args)?;
+    Ok(ResultStore::check_kept(&args.out, args.existing())?)
 }
 
 /// Runs the study that the arguments name.
@@ -161,18 +201,26 @@ fn unusable_model(error: ModelError, doing: impl Into<String>) -> BenchError {
     }
 }
 
+/// Whether a directory has the files of a model, in one file of weights or in several.
+fn has_model(dir: &Path) -> bool {
+    let there = |name: &str| dir.join(name).is_file();
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    there("config.json") && weights.into_iter().any(there)
+}
+
 /// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.
 fn model_settings(dir: &Path) -> Result<Value, BenchError> {
     let mut settings =
         json!({ "directory": dir.file_name().unwrap_or_default().to_string_lossy() });
-    for file in ["config.json", "model.safetensors"] {
-        let path = dir.join(file);
-        let summed = std::fs::File::open(&path).and_then(summed);
+    let weights = weight_files(dir).map_err(|e| unusable_model(e.into(), "reading the model"))?;
+    for path in [dir.join("config.json")].iter().chain(&weights) {
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        let summed = std::fs::File::open(path).and_then(summed);
         let (bytes, sum) = summed.map_err(|e| BenchError::Input {
-            path,
+            path: path.clone(),
             problem: e.to_string(),
         })?;
-        settings[file] = json!({ "bytes": bytes, "crc32": format!("{sum:08x}") });
+        settings[&*file] = json!({ "bytes": bytes, "crc32": format!("{sum:08x}") });
     }
     Ok(settings)
 }

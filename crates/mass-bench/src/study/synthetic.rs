@@ -61,6 +61,9 @@ struct Plan {
     mass: Vec<MassSetting>,
     experts_init: usize,
     experts_max: usize,
+    /// What routes instead of each method's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router: Option<RouterConfig>,
 }
 
 /// One way to run MASS.
@@ -75,12 +78,15 @@ struct MassSetting {
 }
 
 impl MassSetting {
-    fn name(&self) -> String {
+    fn name(&self, router: Option<&RouterConfig>) -> String {
         let live = self.live_percent.map_or_else(
             || "own timing".to_owned(),
             |percent| format!("live {percent} %"),
         );
-        format!("p {}, {live}", self.p)
+        match router {
+            Some(router) => format!("{router}, {live}"),
+            None => format!("p {}, {live}", self.p),
+        }
     }
 }
 
@@ -114,6 +120,7 @@ impl Plan {
             ],
             experts_init: 5,
             experts_max: 20,
+            router: None,
         };
         let mut every = Vec::new();
         for p in [0.5, 0.9] {
@@ -161,6 +168,14 @@ impl Plan {
         }
     }
 
+    /// The preset's plan, with the router that was asked for.
+    fn chosen(args: &ReproduceArgs) -> Self {
+        Self {
+            router: args.router.clone(),
+            ..Self::of(args.preset)
+        }
+    }
+
     /// Every run, in the order in which results list them.
     fn runs(&self, args: &ReproduceArgs) -> Vec<Planned> {
         let wanted = |method: &str| {
@@ -184,7 +199,10 @@ impl Plan {
                     for &k in self.static_k.iter().filter(|&&k| k <= experts) {
                         for seed in seeds.clone() {
                             let mut run = new("static", seed, experts);
-                            run.k = Some(k);
+                            match &self.router {
+                                Some(router) => run.setting = Some(router.to_string()),
+                                None => run.k = Some(k),
+                            }
                             runs.push(Planned {
                                 run,
                                 vocab,
@@ -203,7 +221,7 @@ impl Plan {
                     for seed in seeds.clone() {
                         let mut run = new("mass", seed, self.experts_init);
                         run.variant = Some(mass.variant.to_string());
-                        run.setting = Some(mass.name());
+                        run.setting = Some(mass.name(self.router.as_ref()));
                         runs.push(Planned {
                             run,
                             vocab,
@@ -212,6 +230,11 @@ impl Plan {
                     }
                 }
             }
+        }
+        if self.router.is_some() {
+            // Runs that differed by their routing alone are one now.
+            let mut seen = std::collections::BTreeSet::new();
+            runs.retain(|planned: &Planned| seen.insert(planned.run.key().to_string()));
         }
         runs.into_iter()
             .enumerate()
@@ -277,7 +300,17 @@ impl Data {
 /// # Errors
 /// [`BenchError::Usage`] if not.
 pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
-    super::some_run(!Plan::of(args.preset).runs(args).is_empty())
+    let plan = Plan::chosen(args);
+    let runs = plan.runs(args);
+    super::some_run(!runs.is_empty())?;
+    let Some(router) = &plan.router else {
+        return Ok(());
+    };
+    runs.iter().try_for_each(|planned| {
+        let config = config(&plan, planned);
+        let experts = config.model.block.moe.experts;
+        variants::check_router(router, experts, config.growth.as_ref())
+    })
 }
 
 /// Makes the runs.
@@ -286,7 +319,7 @@ pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
 /// [`BenchError`]: whatever the first failing run ends with, or that it was interrupted.
 pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
     check(args)?;
-    let plan = Plan::of(args.preset);
+    let plan = Plan::chosen(args);
     let mut runs = plan.runs(args);
     let mut settings = serde_json::to_value(&plan)
         .map_err(|e| BenchError::failed("describing the settings", e))?;
@@ -358,6 +391,7 @@ fn one(
         tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
         peak_rss_mib: peak_rss_mib(),
         expansions: trainer.expansions(),
+        diagnoses: trainer.diagnoses(),
         ..planned.run.clone()
     };
     Ok(Some(Outcome {
@@ -372,7 +406,7 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
         .mass
         .as_ref()
         .map_or(Combine::Renormalised, |m| variants::combine(m.variant));
-    let router = match &planned.mass {
+    let own = match &planned.mass {
         Some(m) => RouterConfig::TopP { p: m.p, combine },
         None => RouterConfig::TopK {
             k: planned.run.k.unwrap_or(1),
@@ -380,7 +414,11 @@ fn config(plan: &Plan, planned: &Planned) -> TrainerConfig {
         },
     };
     let experts = planned.run.experts_init.unwrap_or(plan.experts_init);
-    let moe = MoeConfig::new(64, 32, experts, Activation::GeluErf, router);
+    let router = plan.router.clone().unwrap_or(own).with_experts(experts);
+    let moe = MoeConfig {
+        gate: variants::gate(&router),
+        ..MoeConfig::new(64, 32, experts, Activation::GeluErf, router)
+    };
     TrainerConfig {
         run: planned.run.key().to_string(),
         model: LanguageModelConfig {
@@ -533,6 +571,56 @@ mod tests {
     use crate::ginc::GincParams;
 
     /// Experts that know the entity and nothing else differ between entities as far as they can, and not between properties.
+    #[test]
+    fn a_chosen_router_makes_one_run_of_those_that_differ_by_their_routing() {
+        let runs = |more: &[&str]| {
+            let line = [
+                "synthetic",
+                "--preset",
+                "full",
+                "--seeds",
+                "1",
+                "--task",
+                "vocab50",
+            ];
+            let args = ReproduceArgs::parsed(&[&line[..], more].concat());
+            (
+                Plan::chosen(&args),
+                Plan::chosen(&args).runs(&args),
+                check(&args),
+            )
+        };
+        let (plan, own, _) = runs(&[]);
+        assert!(serde_json::to_value(&plan).unwrap().get("router").is_none());
+        let (plan, chosen, checked) = runs(&["--router", "expert_choice:capacity=1.5"]);
+        checked.unwrap();
+        assert_eq!(
+            serde_json::to_value(&plan).unwrap()["router"]["capacity"],
+            1.5
+        );
+        // 4 sizes of the static pool, each with up to 4 k, and MASS with two p, each in 5 ways.
+        assert_eq!((own.len(), chosen.len()), (4 * 4 - 1 + 10, 4 + 5));
+        for planned in &chosen {
+            assert!(
+                planned
+                    .run
+                    .key()
+                    .to_string()
+                    .contains("expert_choice:capacity=1.5")
+            );
+            let router = config(&plan, planned).model.block.moe.router;
+            assert_eq!(
+                router.to_string(),
+                "expert_choice:capacity=1.5,combine=renormalised"
+            );
+        }
+        let refused = runs(&["--router", "top_k:k=6"]).2.unwrap_err().to_string();
+        assert!(
+            refused.contains("takes 6 experts a token, and the pool begins with 5"),
+            "{refused}"
+        );
+    }
+
     #[test]
     fn experts_of_entities_are_told_from_experts_of_properties() {
         let ginc = Ginc::generate(&GincParams::new(50).check().unwrap());

@@ -98,6 +98,29 @@ fn bad_arguments_exit_2_with_one_line() {
         (&["reproduce", "--models", "file"], &["--models file"]),
         (&["reproduce", "--out", "file"], &["--out file"]),
         (&["reproduce", "--no-such-flag"], &["--no-such-flag"]),
+        // What nobody would read is not passed over.
+        (
+            &["reproduce", "glue", "--preset", "smoke", "--data", "."],
+            &["--data", "glue, preset smoke", "reads no data sets"],
+        ),
+        (
+            &["reproduce", "glue", "--preset", "smoke", "--models", "."],
+            &["--models", "no pretrained models"],
+        ),
+        (
+            &["reproduce", "dg", "--preset", "smoke", "--data", "."],
+            &["--data", "dg, preset smoke"],
+        ),
+        (&["reproduce", "--data", "."], &["--data", "synthetic"]),
+        (&["reproduce", "--models", "."], &["--models", "synthetic"]),
+        (
+            &["reproduce", "all", "--preset", "smoke", "--data", "."],
+            &["--data", "all, preset smoke"],
+        ),
+        (
+            &["reproduce", "glue", "--leave-out-damaged"],
+            &["--leave-out-damaged", "no files of images"],
+        ),
         (&["train"], &["--text"]),
         (&["train", "--text", "absent"], &["absent", "no such file"]),
         (&["train", "--text", "."], &["not a regular file"]),
@@ -250,4 +273,44 @@ fn help_says_what_the_studies_are() {
     for study in mass_bench::study::STUDIES {
         assert!(help.contains(study.about), "{help}");
     }
+}
+
+/// Runs that are finished, or under way, are deleted by `--fresh` alone.
+#[test]
+fn finished_runs_are_not_deleted_unasked() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path();
+    std::fs::write(at.join("text"), "a text of some length. ".repeat(400)).expect("a write");
+    let train = "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --steps 2 --out out";
+    let study = "reproduce synthetic --preset smoke --methods static --seeds 1 --out study";
+    for command in [train, study] {
+        let given = |more: &[&'static str]| {
+            let words = command.split(' ').chain(more.iter().copied());
+            words.collect::<Vec<_>>()
+        };
+        let out = at.join(given(&[]).last().expect("a directory"));
+        let results = || std::fs::read(out.join("results.json")).expect("results");
+        let done = |more: &[&'static str]| {
+            let output = bench(&given(more), at);
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{command} {more:?}: {error}");
+        };
+        done(&[]);
+        let first = results();
+        refused(&given(&[]), at, &["finished run", "--resume", "--fresh"]);
+        refused(&given(&["--resume", "--fresh"]), at, &["--fresh"]);
+        assert_eq!(results(), first, "{command}");
+        done(&["--resume"]);
+        // No run was made again: its time is the same.
+        assert_eq!(results(), first, "{command}");
+        done(&["--fresh"]);
+        assert_ne!(results(), first, "{command}");
+    }
+    // `all` is refused before its first study, whichever of them is finished.
+    let all = ["reproduce", "all", "--preset", "smoke", "--out", "every"];
+    std::fs::create_dir_all(at.join("every/dg")).expect("a directory");
+    let earlier = r#"{"study": "dg", "runs": [{}, {}]}"#;
+    std::fs::write(at.join("every/dg/results.json"), earlier).expect("a write");
+    refused(&all, at, &["every/dg", "2 finished runs", "--fresh"]);
+    assert!(!at.join("every/synthetic").exists());
 }

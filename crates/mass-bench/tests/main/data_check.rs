@@ -7,8 +7,22 @@ use std::{
 
 use mass_bench::data_check::{DataReport, Status, check};
 
-/// How a JPEG begins.
-const JPEG: [u8; 4] = [0xff, 0xd8, 0xff, 0xe0];
+use crate::models;
+
+/// A small picture, whole or cut before its end.
+fn picture(format: image::ImageFormat) -> Vec<u8> {
+    let pixels = |x, y| image::Rgb([(x * 31) as u8, (y * 17) as u8, 90]);
+    let picture = image::RgbImage::from_fn(8, 8, pixels);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    picture.write_to(&mut bytes, format).expect("a picture");
+    bytes.into_inner()
+}
+
+fn jpeg() -> Vec<u8> {
+    picture(image::ImageFormat::Jpeg)
+}
+
+// Both directories are always given: the variables may name real ones, which take their time.
 
 fn put(root: &Path, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = root.join(name);
@@ -36,15 +50,6 @@ fn broken(report: &DataReport, name: &str, part: &str) {
     );
 }
 
-fn safetensors(header: &str, data: usize) -> Vec<u8> {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.resize(bytes.len() + data, 0);
-    bytes
-}
-
-const HEADER: &str = r#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
-
 fn good(root: &Path) {
     put(
         root,
@@ -61,7 +66,7 @@ fn good(root: &Path) {
     for class in [
         "dog", "elephant", "giraffe", "guitar", "horse", "house", "person",
     ] {
-        put(root, &format!("pacs/photo/{class}/1.jpg"), JPEG);
+        put(root, &format!("pacs/photo/{class}/1.jpg"), jpeg());
     }
     put(root, "tcpd/annotations.json", r#"{"nile": {"6": [28]}}"#);
     put(root, "tcpd/series/nile.csv", "t,Volume\n0,1120\n");
@@ -93,9 +98,7 @@ fn readable_data_is_found_and_the_rest_missing() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     good(dir.path());
     let models = tempfile::tempdir().expect("a temporary directory");
-    put(models.path(), "b/config.json", r#"{"model_type": "bert"}"#);
-    put(models.path(), "b/model.safetensors", safetensors(HEADER, 8));
-    put(models.path(), "b/vocab.txt", "[PAD]\n");
+    models::bert(&models.path().join("b"), 3);
     let report = check(Some(dir.path()), Some(models.path())).expect("directories exist");
     for name in [
         "glue/RTE",
@@ -128,17 +131,17 @@ fn sets_are_found_where_studies_look_for_them() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     for domain in ["Caltech101", "LabelMe"] {
         for class in ["bird", "car"] {
-            put(dir.path(), &format!("VLCS/{domain}/{class}/1.jpg"), JPEG);
+            put(dir.path(), &format!("VLCS/{domain}/{class}/1.jpg"), jpeg());
         }
     }
-    put(dir.path(), "office_home/Art/Bed/1.jpg", JPEG);
-    let report = check(Some(dir.path()), None).expect("a directory");
+    put(dir.path(), "office_home/Art/Bed/1.jpg", jpeg());
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     let found = "2 domains, 2 classes, 4 images";
     assert_eq!(status(&report, "vlcs"), Status::Found(found.into()));
     broken(&report, "office_home", "1 domain(s)");
     assert_eq!(status(&report, "terra_incognita"), Status::Missing);
     put(dir.path(), "VLCS/LabelMe/car/2.png", "");
-    let report = check(Some(dir.path()), None).expect("a directory");
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     broken(&report, "vlcs", "empty");
 }
 
@@ -148,9 +151,14 @@ fn images_are_those_that_the_study_reads() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     good(dir.path());
     put(dir.path(), "pacs/photo/dog/._1.jpg", "resource fork");
-    put(dir.path(), "pacs/photo/dog/2.jpg", "BM............");
-    put(dir.path(), "pacs/photo/dog/3.webp", b"RIFF\0\0\0\0WEBPVP8 ");
-    let report = check(Some(dir.path()), None).expect("a directory");
+    put(
+        dir.path(),
+        "pacs/photo/dog/2.jpg",
+        picture(image::ImageFormat::Bmp),
+    );
+    let webp = picture(image::ImageFormat::WebP);
+    put(dir.path(), "pacs/photo/dog/a/b/3.webp", webp);
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
     let Status::Found(counts) = status(&report, "pacs/photo") else {
         panic!("{report}");
     };
@@ -183,7 +191,7 @@ fn unreadable_tables_and_images_are_broken() {
             "glue/CoLA",
             "glue/CoLA/dev.tsv",
             b"sentence\tlabel\n",
-            "label",
+            "columns",
         ),
         ("pacs/photo", "pacs/photo/dog/1.jpg", b"", "empty"),
         ("pacs/photo", "pacs/photo/dog/2.jpg", b"<html>", "JPEG"),
@@ -201,7 +209,7 @@ fn unreadable_tables_and_images_are_broken() {
         good(dir.path());
         put(dir.path(), file, bytes);
         broken(
-            &check(Some(dir.path()), None).expect("a directory"),
+            &check(Some(dir.path()), Some(dir.path())).expect("a directory"),
             name,
             part,
         );
@@ -210,48 +218,216 @@ fn unreadable_tables_and_images_are_broken() {
     good(dir.path());
     fs::remove_file(dir.path().join("glue/RTE/dev.tsv")).expect("a file");
     broken(
-        &check(Some(dir.path()), None).expect("a directory"),
+        &check(Some(dir.path()), Some(dir.path())).expect("a directory"),
         "glue/RTE",
         "dev.tsv",
     );
 }
 
+/// What the loader of the study refuses is broken, in whatever line or row it is.
 #[test]
-fn unreadable_models_are_broken() {
-    let config = r#"{"model_type": "bert"}"#;
-    let good = safetensors(HEADER, 8);
-    let mut long = safetensors(HEADER, 8);
-    long[0] = 0xff;
-    long[1] = 0xff;
-    let cases: [(&str, Vec<u8>, &str); 8] = [
-        ("", good.clone(), "empty"),
-        ("{}", good.clone(), "model_type"),
-        (config, Vec::new(), "too few"),
-        (config, long, "truncated"),
-        (config, safetensors(HEADER, 7), "truncated"),
-        (config, safetensors("{not json", 8), "header"),
-        (config, safetensors("{}", 0), "no tensors"),
-        (config, safetensors(r#"{"w":{}}"#, 8), "data_offsets"),
+fn tables_that_the_study_refuses_are_broken() {
+    use mass_bench::glue::{data::Dataset, task::Task};
+    let rte = |rows: &str| format!("index\tsentence1\tsentence2\tlabel\n{rows}");
+    let many = "0\ta\tb\tentailment\n".repeat(200);
+    let mnli = |label: &str| {
+        let header = "index\tsentence1\tsentence2\tgold_label\n";
+        format!("{header}0\ta\tb\tneutral\n1\ta\tb\t{label}\n")
+    };
+    let cases: [(Task, &str, String, &str); 8] = [
+        (
+            Task::Rte,
+            "train.tsv",
+            rte("0\ta\tb\tentailment\tmore\n"),
+            "line 2: 5 tab",
+        ),
+        (
+            Task::Rte,
+            "train.tsv",
+            rte(&format!("{many}1\ta\n")),
+            "line 202: 2 tab",
+        ),
+        (
+            Task::Rte,
+            "dev.tsv",
+            rte(&format!("{many}1\ta\tb\tentailm")),
+            "`entailm`",
+        ),
+        (
+            Task::Rte,
+            "dev.tsv",
+            rte(&format!("{many}1\ta\tb\t")),
+            "label is missing",
+        ),
+        (
+            Task::Rte,
+            "dev.tsv",
+            rte(&format!("{many}1\t\tb\tentailment")),
+            "`sentence1` is empty",
+        ),
+        (
+            Task::Mnli,
+            "dev_matched.tsv",
+            mnli("-"),
+            "line 3: unknown label `-`",
+        ),
+        (Task::Mnli, "dev_mismatched.tsv", mnli("hidden"), "`hidden`"),
+        (
+            Task::Stsb,
+            "dev.tsv",
+            "index\tsentence1\tsentence2\tscore\n0\ta\tb\t5.1\n".into(),
+            "5.1",
+        ),
     ];
-    for (config, weights, part) in cases {
+    for (task, file, text, part) in cases {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        put(dir.path(), "m/config.json", config);
-        put(dir.path(), "m/model.safetensors", weights);
-        put(dir.path(), "m/vocab.txt", "[PAD]\n");
+        for path in Dataset::files(dir.path(), task) {
+            let text = match task {
+                Task::Rte => rte(&many),
+                Task::Mnli => mnli("entailment"),
+                _ => "index\tsentence1\tsentence2\tscore\n0\ta\tb\t2\n".into(),
+            };
+            let path = path.strip_prefix(dir.path()).expect("inside");
+            put(dir.path(), path.to_str().expect("Unicode"), text);
+        }
+        let name = format!("glue/{task}");
+        let look = || check(Some(dir.path()), Some(dir.path())).expect("a directory");
+        assert!(matches!(status(&look(), &name), Status::Found(_)), "{name}");
+        put(dir.path(), &format!("{name}/{file}"), text);
+        broken(&look(), &name, part);
+        let refused = Dataset::read(dir.path(), task).expect_err(part).to_string();
+        assert_eq!(status(&look(), &name), Status::Broken(refused));
+    }
+}
+
+/// All damaged images are named at once, wherever in a class they lie.
+#[test]
+fn every_damaged_image_is_named() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    good(dir.path());
+    let mut cut = jpeg();
+    cut.truncate(cut.len() - 2);
+    let mut png = picture(image::ImageFormat::Png);
+    png.truncate(png.len() / 2);
+    let damaged = [
+        "dog/2.jpg",
+        "dog/below/3.jpg",
+        "person/0.jpg",
+        "house/4.png",
+    ];
+    for name in damaged {
+        let bytes = if name.ends_with("png") { &png } else { &cut };
+        put(dir.path(), &format!("pacs/photo/{name}"), bytes);
+    }
+    let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
+    for name in damaged {
+        broken(&report, "pacs/photo", name);
+    }
+    broken(&report, "pacs/photo", "4 files are no whole images");
+}
+
+#[test]
+fn models_that_the_study_refuses_are_broken() {
+    let configured = |kind: &str| {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let model = dir.path().join("m");
+        models::bert(&model, 2);
+        let text = fs::read_to_string(model.join("config.json")).expect("a configuration");
+        let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        config["model_type"] = kind.into();
+        put(&model, "config.json", config.to_string());
+        dir
+    };
+    let found = |dir: &Path, kind: &str| {
+        let report = check(Some(dir), Some(dir)).expect("a directory");
+        let Status::Found(what) = status(&report, "m") else {
+            panic!("{report}");
+        };
+        assert!(what.starts_with(kind), "{what}");
+        what
+    };
+    let refused = |dir: &Path, part: &str| {
         broken(
-            &check(None, Some(dir.path())).expect("a directory"),
+            &check(Some(dir), Some(dir)).expect("a directory"),
             "m",
             part,
         );
+    };
+    let good = configured("bert");
+    assert!(found(good.path(), "bert, 41 tensors").ends_with(", vocab.txt"));
+    for kind in [
+        "distilbert",
+        "roberta",
+        "modernbert",
+        "dinov3_vit",
+        "deit",
+        "llama",
+    ] {
+        refused(configured(kind).path(), kind);
     }
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    put(dir.path(), "m/config.json", config);
-    put(dir.path(), "m/model.safetensors", good);
-    broken(
-        &check(None, Some(dir.path())).expect("a directory"),
-        "m",
-        "tokenizer",
-    );
+    // In several files, and with one beside them that the index does not name.
+    let weights = fs::read(good.path().join("m/model.safetensors")).expect("weights");
+    models::split(&good.path().join("m"));
+    assert!(found(good.path(), "bert, 41 tensors").contains(" in 2 files"));
+    put(good.path(), "m/model.safetensors", &weights);
+    refused(good.path(), "model.safetensors.index.json");
+    refused(good.path(), "model.safetensors is beside it");
+    fs::remove_file(good.path().join("m/model.safetensors")).expect("a file");
+    fs::remove_file(good.path().join("m/model-00001-of-00002.safetensors")).expect("a file");
+    refused(good.path(), "model-00001-of-00002.safetensors");
+
+    let images = tempfile::tempdir().expect("a temporary directory");
+    models::vit(&images.path().join("m"));
+    found(images.path(), "vit");
+    models::split(&images.path().join("m"));
+    found(images.path(), "vit");
+
+    for (file, bytes, part) in [
+        ("config.json", &b""[..], "empty"),
+        ("config.json", b"{}", "model_type"),
+        ("model.safetensors", b"", "0 bytes"),
+        (
+            "model.safetensors",
+            &weights[..weights.len() - 1],
+            "ends within tensor",
+        ),
+        (
+            "model.safetensors",
+            &[weights.clone(), vec![0]].concat(),
+            "the header says",
+        ),
+        (
+            "model.safetensors",
+            b"\x08\0\0\0\0\0\0\0{not json",
+            "m/model.safetensors",
+        ),
+        ("vocab.txt", b"[PAD]\n", "`[CLS]` is missing"),
+        (
+            "tokenizer_config.json",
+            b"{\"strip_accents\": 3}",
+            "strip_accents is 3",
+        ),
+        ("tokenizer.json", b"{}", "tokenizer.json"),
+    ] {
+        let dir = configured("bert");
+        put(dir.path(), &format!("m/{file}"), bytes);
+        refused(dir.path(), part);
+    }
+    let dir = configured("bert");
+    fs::remove_file(dir.path().join("m/vocab.txt")).expect("a file");
+    refused(dir.path(), "neither tokenizer.json nor vocab.txt");
+    // More words than the model has embeddings.
+    let words = mass_bench::glue::sample::vocabulary().join("\n") + "\nonemore\n";
+    put(dir.path(), "m/vocab.txt", words);
+    refused(dir.path(), "the model's vocabulary has");
+    // A NaN among the weights, which no header shows.
+    let dir = configured("bert");
+    let mut bytes = weights.clone();
+    // The first value after the header: the last ones are the old head's, which nobody reads.
+    let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    bytes[8 + header..12 + header].copy_from_slice(&f32::NAN.to_le_bytes());
+    put(dir.path(), "m/model.safetensors", bytes);
+    refused(dir.path(), "is not finite");
 }
 
 #[test]

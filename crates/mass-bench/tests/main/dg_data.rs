@@ -158,6 +158,125 @@ fn a_set_is_listed_in_order_and_read_at_one_size() {
     }
 }
 
+/// The order of `sorted(os.walk(class))` and the names sorted in each, as torchvision's `make_dataset` has it.
+#[test]
+fn images_below_a_class_are_read_in_torchvisions_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = set(dir.path());
+    let whole = fs::read(root.join("day/cat/b.JPEG")).unwrap();
+    let class = root.join("day/cat");
+    for name in [
+        "z.jpg",
+        "sub/b.jpg",
+        "sub/a.png",
+        "sub/deep/er/c.jpg",
+        "sub-1/d.jpg",
+        "sub/deep-1/e.jpg",
+        "A/f.jpg",
+        "é/g.jpg",
+        "sub.jpg/h.jpg",
+        ".hidden/i.jpg",
+        "sub/.j.jpg",
+        "sub/notes.txt",
+    ] {
+        let path = class.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, &whole).unwrap();
+    }
+    let listed = ImageFolder::open(&root).unwrap();
+    let of_class = listed
+        .files
+        .iter()
+        .filter(|f| f.domain == 0 && f.class == 0);
+    let names: Vec<&str> = of_class
+        .map(|f| f.path.strip_prefix(&class).unwrap().to_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "a.jpg",
+            "b.JPEG",
+            "z.jpg",
+            "A/f.jpg",
+            "sub/a.png",
+            "sub/b.jpg",
+            "sub-1/d.jpg",
+            "sub.jpg/h.jpg",
+            "sub/deep-1/e.jpg",
+            "sub/deep/er/c.jpg",
+            "é/g.jpg",
+        ]
+    );
+    assert_eq!(listed.passed_over.len(), 3, "{:?}", listed.passed_over);
+    let images = read(&root, BadImages::Refuse, None).unwrap();
+    assert_eq!(images.len(), 8 + 9);
+    // Another listing, and so another cache.
+    let before = listed.digest;
+    fs::rename(class.join("sub/b.jpg"), class.join("sub/c.jpg")).unwrap();
+    assert_ne!(ImageFolder::open(&root).unwrap().digest, before);
+    // A class of which all images lie below.
+    fs::rename(root.join("day/dog"), root.join("day/puppy")).unwrap();
+    fs::create_dir(root.join("day/dog")).unwrap();
+    fs::rename(root.join("day/puppy"), root.join("day/dog/puppy")).unwrap();
+    assert_eq!(ImageFolder::open(&root).unwrap().files.len(), 17);
+}
+
+/// A link to a folder is followed, and one that leads back is not followed for ever.
+#[cfg(unix)]
+#[test]
+fn links_among_folders_end() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir().unwrap();
+    let root = set(dir.path());
+    let outside = dir.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::copy(root.join("day/cat/b.JPEG"), outside.join("o.jpg")).unwrap();
+    symlink(&outside, root.join("day/cat/linked")).unwrap();
+    symlink(&outside, root.join("day/cat/again")).unwrap();
+    symlink(root.join("day/cat"), root.join("day/cat/back")).unwrap();
+    let listed = ImageFolder::open(&root).unwrap();
+    assert_eq!(listed.files.len(), 10);
+    assert!(
+        listed
+            .files
+            .iter()
+            .any(|f| f.path.ends_with("linked/o.jpg"))
+    );
+    assert_eq!(listed.passed_over, [root.join("day/cat/back")]);
+}
+
+#[test]
+fn several_damaged_images_are_named_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, cache) = (set(dir.path()), dir.path().join("cache"));
+    let damaged = ["day/dog/a.jpg", "night/cat/b.JPEG", "night/dog/a.jpg"];
+    for name in damaged {
+        fs::write(root.join(name), "<html>").unwrap();
+    }
+    for cache in [None, Some(cache.as_path())] {
+        for _ in 0..2 {
+            let error = read(&root, BadImages::Refuse, cache).unwrap_err();
+            let text = error.to_string();
+            for part in damaged.iter().chain(&["3 files"]) {
+                assert!(text.contains(part), "{text}");
+            }
+            let DgError::Images(files) = &error else {
+                panic!("{error:?}");
+            };
+            let paths: Vec<_> = files.iter().map(|f| f.path.clone()).collect();
+            assert_eq!(paths, damaged.map(|name| root.join(name)));
+            let bench = BenchError::from(error);
+            assert!(
+                bench.exit_code() == 2 && bench.to_string() == text,
+                "{bench}"
+            );
+            // The second time from the cache, if there is one.
+            let images = read(&root, BadImages::LeaveOut, cache).unwrap();
+            assert_eq!((images.len(), images.left_out.len()), (5, 3));
+        }
+    }
+}
+
 #[test]
 fn what_is_wrong_with_a_directory_is_said_with_its_path() {
     let dir = tempfile::tempdir().unwrap();

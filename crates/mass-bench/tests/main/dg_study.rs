@@ -123,6 +123,12 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
             assert_eq!(run["active_per_token"], 1.0);
         }
         grown += run["expansions"].as_array().unwrap().len();
+        for split in run["expansions"].as_array().unwrap() {
+            // A detector's alarm has a p-value, whoever was split; a schedule has none.
+            let by_alarm = run["variant"] != "ours";
+            assert_eq!(split["p_value"].is_f64(), by_alarm, "{split}");
+            assert_eq!(split["watched"] == "expert", by_alarm, "{split}");
+        }
         live += run["detection_live_steps"].as_u64().unwrap_or(0);
     }
     assert!(
@@ -273,11 +279,14 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     fs::create_dir_all(at.join("out")).unwrap();
     let earlier = r#"{"study": "dg", "runs": ["of an earlier run"]}"#;
     fs::write(at.join("out/results.json"), earlier).unwrap();
-    refused(&both, "pacs/there/dog/b.jpg");
+    refused(&both, "a finished run; --resume");
+    let fresh = [&both[..], &["--fresh"]].concat();
+    refused(&fresh, "pacs/there/dog/b.jpg");
     fs::remove_file(&bad).unwrap();
-    refused(&both, "vit-s14");
+    refused(&fresh, "vit-s14");
     let left = fs::read(at.join("out/results.json")).unwrap();
     assert_eq!(left, earlier.as_bytes());
+    fs::remove_dir_all(at.join("out")).unwrap();
     // DomainBed's own spelling, and another folder; but not a way to one.
     fs::rename(at.join("pacs"), at.join("PACS")).unwrap();
     refused(&both, "vit-s14");
@@ -290,6 +299,76 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     fs::rename(at.join("toys"), at.join("pacs")).unwrap();
     fs::remove_dir_all(at.join("pacs/there/dog")).unwrap();
     refused(&both, "pacs/there/dog");
+}
+
+/// A damaged image is named with all others, and `--leave-out-damaged` goes on without them and says so.
+#[test]
+fn damaged_images_are_all_named_and_can_be_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let model = at.join("vit-s14");
+    crate::models::vit(&model);
+    crate::models::split(&model);
+    for (d, domain) in ["here", "there", "yonder"].into_iter().enumerate() {
+        for (c, class) in ["cat", "dog"].into_iter().enumerate() {
+            // torchvision reads folders below a class.
+            let folder = at.join("toys").join(domain).join(class).join("more");
+            fs::create_dir_all(&folder).unwrap();
+            for i in 0..10 {
+                let pixel = image::Rgb([90 * d as u8, 200 * c as u8, 20 * i]);
+                let name = folder.join(format!("{i}.jpg"));
+                image::RgbImage::from_pixel(20, 20, pixel)
+                    .save(name)
+                    .unwrap();
+            }
+        }
+    }
+    let damaged = [
+        "here/cat/more/3.jpg",
+        "there/dog/more/0.jpg",
+        "yonder/cat/more/9.jpg",
+    ];
+    for name in damaged {
+        let path = at.join("toys").join(name);
+        let bytes = fs::read(&path).unwrap();
+        // Without its end-of-image marker.
+        fs::write(&path, &bytes[..bytes.len() - 2]).unwrap();
+    }
+    let study = |out: &str, more: &[&str]| {
+        let mut command = bench();
+        command.arg("--data").arg(at).arg("--models").arg(at);
+        command.args(["--task", "toys", "--methods", "erm", "--threads", "1"]);
+        command.arg("--out").arg(at.join(out)).args(more);
+        command.output().unwrap()
+    };
+    // Named together the first time, and from the cache of a run that left them out.
+    for out in ["first", "second", "first"] {
+        let output = study(out, &["--fresh"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        for part in damaged.iter().chain(&["3 files", "--leave-out-damaged"]) {
+            assert!(error.contains(part), "no `{part}` in {error}");
+        }
+        if out == "first" {
+            continue;
+        }
+        let output = study("first", &["--fresh", "--leave-out-damaged"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{error}");
+        for part in damaged.iter().chain(&["57 images"]) {
+            assert!(error.contains(part), "no `{part}` in {error}");
+        }
+        let table = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            table.contains("Damaged images left out of toys: 3"),
+            "{table}"
+        );
+        let run = &figures(&at.join("first"))[0];
+        assert_eq!(run["metrics"]["images_left_out"], 3.0);
+        let report = fs::read_to_string(at.join("first/report.html")).unwrap();
+        assert!(report.contains("left out of toys: 3"));
+    }
 }
 
 /// Every image of PACS, or of whatever set of that name is there, is read and belongs to a class that all domains have.

@@ -145,7 +145,10 @@ fn tokens_routed_nowhere_get_an_expert_along_their_sum() {
     for (w, s) in newcomer.gate.values().iter().zip(&sum) {
         assert!((w - s / norm).abs() < 1e-5, "{w} for {}", s / norm);
     }
-    assert_eq!(newcomer.fc1.0.values(), template.fc1.0.values());
+    assert_eq!(
+        newcomer.network.fc1.0.values(),
+        template.network.fc1.0.values()
+    );
     let threshold = newcomer.threshold.as_ref().unwrap();
     assert_eq!(threshold.values(), [0.0]);
     // The pool that is left routes and trains.

@@ -76,6 +76,12 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
             run["method"] != "mass"
         );
         grown += run["expansions"].as_array().unwrap().len();
+        for split in run["expansions"].as_array().unwrap() {
+            // A detector's alarm has a p-value, whoever was split; a schedule has none.
+            let by_alarm = run["variant"] != "ours";
+            assert_eq!(split["p_value"].is_f64(), by_alarm, "{split}");
+            assert_eq!(split["watched"] == "expert", by_alarm, "{split}");
+        }
         live += run["detection_live_steps"].as_u64().unwrap_or(0);
         if run["method"] == "static" {
             assert_eq!(
@@ -177,6 +183,57 @@ fn every_task_runs_on_the_sample() {
             "{task}"
         );
     }
+}
+
+/// A model in several files gives what it gives in one, and the head of another task is not gone on with, whatever its size.
+#[test]
+fn a_model_is_read_from_several_files_and_without_its_old_head() {
+    use mass_bench::glue::{sample, task::Target, task::Task};
+    let dir = tempfile::tempdir().unwrap();
+    let glue = dir.path().join("glue/CoLA");
+    std::fs::create_dir_all(&glue).unwrap();
+    let data = sample::dataset(Task::Cola);
+    for (name, examples) in [("train.tsv", &data.train), ("dev.tsv", &data.dev[0].1)] {
+        let line = |e: &mass_bench::glue::data::Example| match e.target {
+            Target::Class(class) => format!("a\t{class}\t\t{}\n", e.first),
+            Target::Value(_) => panic!("CoLA has classes"),
+        };
+        let text: String = examples.iter().map(line).collect();
+        std::fs::write(glue.join(name), text).unwrap();
+    }
+    let run = |name: &str, prepare: &dyn Fn(&Path)| {
+        let models = dir.path().join(name);
+        let model = models.join("minilm-l6");
+        prepare(&model);
+        let out = dir.path().join(format!("{name}-out"));
+        let (data, models) = (dir.path().to_str().unwrap(), models.to_str().unwrap());
+        let output = bench(&[
+            "--task",
+            "CoLA",
+            "--methods",
+            "dense",
+            "--data",
+            data,
+            "--models",
+            models,
+            "--threads",
+            "1",
+            "--out",
+            out.to_str().unwrap(),
+        ]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{name}: {error}");
+        (figures(&out), lines(&out, "metrics.jsonl"))
+    };
+    let one = run("one", &|dir| crate::models::bert(dir, 2));
+    let several = run("several", &|dir| {
+        crate::models::bert(dir, 2);
+        crate::models::split(dir);
+    });
+    assert_eq!(several, one);
+    // CoLA has two labels; this model was tuned for seven.
+    let tuned = run("tuned", &|dir| crate::models::bert(dir, 7));
+    assert_eq!(tuned, one);
 }
 
 #[test]

@@ -11,8 +11,8 @@ use std::thread;
 
 use mass_bench::BenchError;
 use mass_bench::hub::fetch;
-use safetensors::Dtype;
-use safetensors::tensor::{TensorView, serialize};
+
+use crate::models;
 
 const REPOSITORY: &str = "someone/tiny-bert";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -99,18 +99,31 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<&'static str, Vec<u8>>, breaks
 }
 
 fn model() -> BTreeMap<&'static str, Vec<u8>> {
-    let values: Vec<u8> = (0..4096u32)
-        .flat_map(|i| (i as f32).to_le_bytes())
-        .collect();
-    let tensor = TensorView::new(Dtype::F32, vec![64, 64], &values).unwrap();
-    let weights = serialize([("embeddings.weight", tensor)], None).unwrap();
-    BTreeMap::from([
-        ("config.json", br#"{"model_type": "bert"}"#.to_vec()),
-        ("model.safetensors", weights),
-        ("vocab.txt", b"[PAD]\n[UNK]\n".to_vec()),
+    let dir = tempfile::tempdir().unwrap();
+    models::bert(dir.path(), 2);
+    let mut files = BTreeMap::from([
         ("README.md", b"not needed".to_vec()),
         ("pytorch_model.bin", vec![0; 1000]),
-    ])
+    ]);
+    for name in ["config.json", "model.safetensors", "vocab.txt"] {
+        files.insert(name, fs::read(dir.path().join(name)).unwrap());
+    }
+    files
+}
+
+/// The same in two files of weights.
+fn sharded() -> BTreeMap<&'static str, Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    models::bert(dir.path(), 2);
+    let mut files = model();
+    files.remove("model.safetensors");
+    for name in models::split(dir.path()) {
+        let name: &'static str = name.leak();
+        files.insert(name, fs::read(dir.path().join(name)).unwrap());
+    }
+    let index = "model.safetensors.index.json";
+    files.insert(index, fs::read(dir.path().join(index)).unwrap());
+    files
 }
 
 #[test]
@@ -120,7 +133,11 @@ fn a_model_arrives_whole_with_the_files_that_are_needed() {
     let hub = serve(files.clone());
     let fetched = fetch(REPOSITORY, &models, Some(&hub.endpoint)).unwrap();
     assert_eq!(fetched.dir, models.join("tiny-bert"));
-    assert!(fetched.summary.contains("1 tensors"), "{}", fetched.summary);
+    assert!(
+        fetched.summary.contains("41 tensors"),
+        "{}",
+        fetched.summary
+    );
     let mut names: Vec<String> = fs::read_dir(&fetched.dir)
         .unwrap()
         .map(|e| e.unwrap().file_name().into_string().unwrap())
@@ -136,6 +153,32 @@ fn a_model_arrives_whole_with_the_files_that_are_needed() {
     let again = fetch(REPOSITORY, &models, Some(&hub.endpoint)).unwrap_err();
     assert!(again.to_string().contains("is there already"), "{again}");
     assert_eq!(again.exit_code(), 2);
+}
+
+#[test]
+fn a_model_in_several_files_arrives_with_all_of_them() {
+    let (dir, files) = (tempfile::tempdir().unwrap(), sharded());
+    let hub = serve(files.clone());
+    let fetched = fetch(REPOSITORY, dir.path(), Some(&hub.endpoint)).unwrap();
+    assert!(
+        fetched.summary.contains("in 2 files"),
+        "{}",
+        fetched.summary
+    );
+    for (name, content) in &files {
+        let got = fs::read(fetched.dir.join(name)).ok();
+        let wanted = !["README.md", "pytorch_model.bin"].contains(name);
+        assert_eq!(got.as_ref(), wanted.then_some(content), "{name}");
+    }
+    // One file that is the whole model is taken alone, as Hugging Face's own loader does.
+    let mut both = sharded();
+    both.insert(
+        "model.safetensors",
+        model().remove("model.safetensors").unwrap(),
+    );
+    let (dir, hub) = (tempfile::tempdir().unwrap(), serve(both));
+    let fetched = fetch(REPOSITORY, dir.path(), Some(&hub.endpoint)).unwrap();
+    assert!(!fetched.dir.join("model.safetensors.index.json").exists());
 }
 
 #[test]
@@ -163,12 +206,19 @@ fn what_cannot_be_had_is_said_and_leaves_no_model() {
     let mut files = model();
     files.remove("model.safetensors");
     refused(files, "has no model.safetensors", 2);
+    let mut files = sharded();
+    files.remove("model-00002-of-00002.safetensors");
+    refused(files, "has no model-00002-of-00002.safetensors", 2);
     let mut files = model();
     files.get_mut("model.safetensors").unwrap().truncate(9000);
-    refused(files, "truncated", 2);
+    refused(files, "the file ends within tensor", 2);
     let mut files = model();
     files.remove("vocab.txt");
-    refused(files, "no tokenizer.json or vocab.txt", 2);
+    refused(files, "neither tokenizer.json nor vocab.txt", 2);
+    // A model that no study can use.
+    let mut files = model();
+    files.insert("config.json", br#"{"model_type": "roberta"}"#.to_vec());
+    refused(files, "roberta", 2);
 
     let dir = tempfile::tempdir().unwrap();
     for name in ["tiny", "a/b/c", "../up", "a/..", "a/b c", ""] {

@@ -1,6 +1,7 @@
 //! Tests of `mass-bench` from outside, in one binary: each binary is linked by itself.
 
 mod cli;
+mod configurations;
 mod data_check;
 mod dg_data;
 mod dg_study;
@@ -12,6 +13,7 @@ mod glue_study;
 mod glue_tokenise;
 mod golden;
 mod hub;
+mod models;
 mod report;
 mod synthetic;
 mod text;

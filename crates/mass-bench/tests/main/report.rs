@@ -1,9 +1,10 @@
 //! results.json, the line files and the report.
 
 use mass_bench::report::{
-    EventLine, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run, reported,
-    table,
+    EventLine, Existing, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run,
+    reported, table,
 };
+use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -26,6 +27,8 @@ fn mass(seed: u64, loss: f64) -> Run {
             layer: 0,
             source: 2,
             new: 5,
+            watched: Some(Watched::Expert),
+            flagged: Some(2),
             p_value: Some(0.004),
             cosine: Some(0.0007),
         }],
@@ -33,8 +36,12 @@ fn mass(seed: u64, loss: f64) -> Run {
     }
 }
 
-fn open(dir: &std::path::Path, settings: &Value, resume: bool) -> Result<ResultStore, ReportError> {
-    ResultStore::open(dir, header(), settings, resume)
+fn open(
+    dir: &std::path::Path,
+    settings: &Value,
+    existing: Existing,
+) -> Result<ResultStore, ReportError> {
+    ResultStore::open(dir, header(), settings, existing)
 }
 
 fn read(dir: &std::path::Path, name: &str) -> String {
@@ -44,7 +51,7 @@ fn read(dir: &std::path::Path, name: &str) -> String {
 #[test]
 fn results_json_has_every_key_of_the_contract_and_null_for_what_is_absent() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     store.push(mass(0, 2.15)).expect("a run");
     let value: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
     for key in ["study", "preset", "version", "machine", "runs", "summary"] {
@@ -63,7 +70,7 @@ fn results_json_has_every_key_of_the_contract_and_null_for_what_is_absent() {
     }
     assert_eq!(
         run["expansions"][0],
-        json!({"step": 61, "layer": 0, "source": 2, "new": 5, "p_value": 0.004, "cosine": 0.0007})
+        json!({"step": 61, "layer": 0, "source": 2, "new": 5, "watched": "expert", "flagged": 2, "p_value": 0.004, "cosine": 0.0007})
     );
     let summary = &value["summary"][0];
     assert_eq!(summary["method"], "mass");
@@ -76,7 +83,7 @@ fn results_json_has_every_key_of_the_contract_and_null_for_what_is_absent() {
 fn finished_runs_survive_a_resume_and_others_are_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let settings = json!({"steps": 2000, "p": 0.5});
-    let mut store = open(dir.path(), &settings, false).expect("a store");
+    let mut store = open(dir.path(), &settings, Existing::Refuse).expect("a store");
     store.push(mass(0, 2.1)).expect("a run");
     store.push(mass(1, 2.3)).expect("a run");
     assert!(matches!(
@@ -85,7 +92,7 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     ));
     drop(store);
 
-    let store = open(dir.path(), &settings, true).expect("the same settings");
+    let store = open(dir.path(), &settings, Existing::Resume).expect("the same settings");
     assert_eq!(store.finished(&mass(1, 0.0).key()), Some(&mass(1, 2.3)));
     assert_eq!(store.finished(&mass(2, 0.0).key()), None);
     assert_eq!(store.results().summary[0].n, 2);
@@ -93,8 +100,8 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
 
     // Elsewhere: the runs say where they were made, and no longer once the study is back.
     let elsewhere = Header::new("synthetic", "quick", 7);
-    let mut store =
-        ResultStore::open(dir.path(), elsewhere, &settings, true).expect("another machine");
+    let mut store = ResultStore::open(dir.path(), elsewhere, &settings, Existing::Resume)
+        .expect("another machine");
     store.push(mass(2, 2.0)).expect("a run");
     let made_with = |store: &ResultStore| {
         let runs = store.results().runs.iter();
@@ -104,11 +111,12 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     assert_eq!(made_with(&store), [Some(2), Some(2), None]);
     assert!(read(dir.path(), "report.html").contains("2 of the runs on"));
     drop(store);
-    let store = open(dir.path(), &settings, true).expect("back again");
+    let store = open(dir.path(), &settings, Existing::Resume).expect("back again");
     assert_eq!(made_with(&store), [None, None, Some(7)]);
     drop(store);
 
-    let error = open(dir.path(), &json!({"steps": 9, "p": 0.5}), true).expect_err("other steps");
+    let error = open(dir.path(), &json!({"steps": 9, "p": 0.5}), Existing::Resume)
+        .expect_err("other steps");
     assert_eq!(error.exit_code(), 2);
     assert!(
         error.to_string().contains("steps was 2000, now 9"),
@@ -116,17 +124,17 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     );
     let other = Header::new("noise", "quick", 2);
     assert!(matches!(
-        ResultStore::open(dir.path(), other, &settings, true),
+        ResultStore::open(dir.path(), other, &settings, Existing::Resume),
         Err(ReportError::OtherSettings { .. })
     ));
     let other = Header::new("synthetic", "smoke", 2);
     assert!(matches!(
-        ResultStore::open(dir.path(), other, &settings, true),
+        ResultStore::open(dir.path(), other, &settings, Existing::Resume),
         Err(ReportError::OtherSettings { .. })
     ));
     std::fs::write(dir.path().join("results.json"), "{\"study\": 3").expect("a write");
     assert!(matches!(
-        open(dir.path(), &settings, true),
+        open(dir.path(), &settings, Existing::Resume),
         Err(ReportError::Malformed { .. })
     ));
 
@@ -136,10 +144,10 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
     )
     .expect("a write");
 
-    // Without --resume the directory starts anew, checkpoints included.
+    // With --fresh the directory starts anew, checkpoints included.
     let checkpoint = dir.path().join("checkpoints/mass");
     std::fs::create_dir_all(&checkpoint).expect("a directory");
-    let store = open(dir.path(), &settings, false).expect("a fresh store");
+    let store = open(dir.path(), &settings, Existing::Replace).expect("a fresh store");
     assert!(store.results().runs.is_empty());
     assert!(!dir.path().join("report.html").exists());
     assert_eq!(read(dir.path(), "metrics.jsonl"), "");
@@ -152,29 +160,68 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
         r#"{"study": "x", "runs": []}"#,
     )
     .expect("a write");
-    open(cut.path(), &settings, false).expect("results alone");
+    open(cut.path(), &settings, Existing::Refuse).expect("results alone");
     ResultStore::check(
         cut.path(),
         Header::new("synthetic", "quick", 2),
         &settings,
-        true,
+        Existing::Resume,
     )
     .expect("a check");
     // Checkpoints of unknown settings are not gone on from.
     std::fs::create_dir(cut.path().join("checkpoints")).expect("a directory");
     std::fs::remove_file(cut.path().join("settings.json")).expect("a removal");
-    open(cut.path(), &settings, true).expect_err("a checkpoint without settings");
+    open(cut.path(), &settings, Existing::Resume).expect_err("a checkpoint without settings");
 
     // Settings without results that they belong to are no reason to lose results.
     std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
-    open(dir.path(), &settings, true).expect("no run, no settings");
-    let mut store = open(dir.path(), &settings, true).expect("a store");
+    open(dir.path(), &settings, Existing::Resume).expect("no run, no settings");
+    let mut store = open(dir.path(), &settings, Existing::Resume).expect("a store");
     store.push(mass(0, 1.0)).expect("a run");
     drop(store);
     std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
-    let error = open(dir.path(), &settings, true).expect_err("runs of unknown settings");
+    let error =
+        open(dir.path(), &settings, Existing::Resume).expect_err("runs of unknown settings");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("settings.json"), "{error}");
+}
+
+/// Hours of work are not deleted by a command that says nothing about them.
+#[test]
+fn what_is_finished_is_kept_until_someone_says_otherwise() {
+    let settings = json!({"steps": 2000});
+    let refused = |dir: &std::path::Path, settings: &Value, part: &str| {
+        let error = open(dir, settings, Existing::Refuse).expect_err(part);
+        assert_eq!(error.exit_code(), 2);
+        let error = error.to_string();
+        for part in [part, "--resume", "--fresh"] {
+            assert!(error.contains(part), "no `{part}` in {error}");
+        }
+    };
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &settings, Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.1)).expect("a run");
+    drop(store);
+    let before = read(dir.path(), "results.json");
+    refused(dir.path(), &settings, "a finished run");
+    // Whatever the settings are now, and whoever made the runs.
+    refused(dir.path(), &json!({"steps": 1}), "a finished run");
+    let other = Header::new("noise", "smoke", 2);
+    ResultStore::open(dir.path(), other, &settings, Existing::Refuse).expect_err("another study");
+    assert_eq!(read(dir.path(), "results.json"), before);
+    let mut store = open(dir.path(), &settings, Existing::Resume).expect("a store");
+    store.push(mass(1, 2.1)).expect("a run");
+    drop(store);
+    refused(dir.path(), &settings, "2 finished runs");
+    let store = open(dir.path(), &settings, Existing::Replace).expect("a store");
+    assert!(store.results().runs.is_empty());
+    drop(store);
+    // Nothing is lost of a directory without runs, and the checkpoint of one that was interrupted would be.
+    drop(open(dir.path(), &settings, Existing::Refuse).expect("a store"));
+    let checkpoint = dir.path().join("checkpoints/mass");
+    std::fs::create_dir_all(&checkpoint).expect("a directory");
+    refused(dir.path(), &settings, "checkpoint");
+    assert!(checkpoint.exists());
 }
 
 #[test]
@@ -193,8 +240,8 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
         std::fs::create_dir_all(theirs.parent().expect("a parent")).expect("a directory");
         std::fs::write(&theirs, "{}").expect("a write");
         // Again and again: what is refused once does not become ours.
-        for resume in [false, false, true] {
-            let error = open(foreign.path(), &settings, resume).expect_err(name);
+        for existing in [Existing::Refuse, Existing::Replace, Existing::Resume] {
+            let error = open(foreign.path(), &settings, existing).expect_err(name);
             assert_eq!(error.exit_code(), 2, "{name}: {error}");
             assert_eq!(std::fs::read(&theirs).expect(name), b"{}", "{name}");
         }
@@ -203,12 +250,12 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
     let shared = tempfile::tempdir().expect("a temporary directory");
     std::fs::write(shared.path().join("notes.txt"), "mine").expect("a write");
     for _ in 0..2 {
-        open(shared.path(), &settings, false).expect("a store");
+        open(shared.path(), &settings, Existing::Refuse).expect("a store");
     }
     assert_eq!(read(shared.path(), "notes.txt"), "mine");
     // A directory that cannot be made.
     let file = shared.path().join("notes.txt/out");
-    let error = open(&file, &settings, false).expect_err("below a file");
+    let error = open(&file, &settings, Existing::Refuse).expect_err("below a file");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("--out"), "{error}");
 }
@@ -217,16 +264,26 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
 fn runs_of_other_data_are_not_mixed() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let of = |data: Value| json!({"steps": 1, "data": data});
-    let mut store = open(dir.path(), &of(json!({"a": "1"})), false).expect("a store");
+    let mut store = open(dir.path(), &of(json!({"a": "1"})), Existing::Refuse).expect("a store");
     store.push(mass(0, 1.0)).expect("a run");
     drop(store);
-    open(dir.path(), &of(json!({"b": "2"})), true).expect("another task");
-    let error = open(dir.path(), &of(json!({"a": "3", "b": "2"})), true).expect_err("other data");
+    open(dir.path(), &of(json!({"b": "2"})), Existing::Resume).expect("another task");
+    let error = open(
+        dir.path(),
+        &of(json!({"a": "3", "b": "2"})),
+        Existing::Resume,
+    )
+    .expect_err("other data");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("a has changed"), "{error}");
-    let error = open(dir.path(), &of(json!({"b": "3"})), true).expect_err("other data");
+    let error = open(dir.path(), &of(json!({"b": "3"})), Existing::Resume).expect_err("other data");
     assert!(error.to_string().contains("b has changed"), "{error}");
-    open(dir.path(), &of(json!({"a": "1", "b": "2"})), true).expect("the same");
+    open(
+        dir.path(),
+        &of(json!({"a": "1", "b": "2"})),
+        Existing::Resume,
+    )
+    .expect("the same");
     let kept: Value = serde_json::from_str(&read(dir.path(), "settings.json")).expect("JSON");
     assert_eq!(kept, of(json!({"a": "1", "b": "2"})));
 }
@@ -234,7 +291,7 @@ fn runs_of_other_data_are_not_mixed() {
 #[test]
 fn a_run_done_again_leaves_no_line_twice() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     let (a, b) = (mass(0, 1.0).key(), mass(1, 1.0).key());
     for key in [&a, &b] {
         for step in 0..10 {
@@ -257,7 +314,7 @@ fn a_run_done_again_leaves_no_line_twice() {
     std::fs::write(&path, half).expect("a write");
     drop(store);
 
-    let mut store = open(dir.path(), &json!({}), true).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
     store.rewind(&b, 4).expect("a rewind");
     let steps = |store: &ResultStore, run: &str| -> Vec<u64> {
         let lines = store.metrics().expect("lines");
@@ -287,7 +344,7 @@ fn a_run_done_again_leaves_no_line_twice() {
 #[test]
 fn figures_that_are_not_finite_become_null_and_are_told() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     let mut run = mass(0, f64::NAN);
     run.expansions[0].cosine = Some(f64::INFINITY);
     let dropped = store.push(run).expect("a run");
@@ -307,21 +364,70 @@ proptest! {
         name in "[a-z]{1,8}", k in proptest::option::of(1usize..9)
     ) {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let mut store = open(dir.path(), &json!({}), false).expect("a store");
+        let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
         for (seed, &test_loss) in losses.iter().enumerate() {
             store.push(Run { test_loss, k, ..Run::new(&name, seed as u64) }).expect("a run");
         }
         let back: Results = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
         prop_assert_eq!(&back, store.results());
-        let again = open(dir.path(), &json!({}), true).expect("a store");
+        let again = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
         prop_assert_eq!(again.results(), store.results());
     }
 }
 
 #[test]
+fn a_split_is_shown_with_its_stream_and_a_run_with_its_diagnoses() {
+    let mut run = mass(0, 2.15);
+    let split = run.expansions[0].clone();
+    for (watched, flagged, p_value) in [
+        (Some(Watched::Loss), None, Some(1e-5)),
+        (Some(Watched::Layer), None, Some(2e-5)),
+        (Some(Watched::Expert), Some(4), Some(3e-5)),
+        (None, None, None),
+    ] {
+        run.expansions.push(Expansion {
+            watched,
+            flagged,
+            p_value,
+            ..split.clone()
+        });
+    }
+    run.diagnoses = vec![Diagnosis::NoSplitReachable {
+        ready: Some(72),
+        end: 60,
+        room: 2,
+    }];
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.push(run.clone()).expect("a run");
+    store.push(mass(1, 2.2)).expect("a run");
+    let shown = table(store.results());
+    for text in [
+        "step 61: 2 -> 5 p 4.00e-3 (expert 2);",
+        "p 1.00e-5 (loss);",
+        "p 2.00e-5 (layer);",
+        "p 3.00e-5 (expert 4); step 61: 2 -> 5\n",
+        "mass/paper/K5/seed0: no split can be reached: the trigger cannot be satisfied before step 72",
+    ] {
+        assert!(shown.contains(text), "{text} is not in\n{shown}");
+    }
+    assert!(read(dir.path(), "report.html").contains("no split can be reached"));
+    // Absent where there is nothing to say, and read back as it was.
+    let written: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+    assert!(written["runs"][1].get("diagnoses").is_none());
+    let again: Results = serde_json::from_value(written).expect("results");
+    assert_eq!(again.runs[0], run);
+    let healthy = Results {
+        runs: vec![mass(1, 2.2)],
+        ..again
+    };
+    assert!(!table(&healthy).contains("Diagnoses"));
+}
+
+#[test]
 fn table_sets_the_papers_figures_and_the_floor_beside_ours() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     store.push(mass(0, 2.1)).expect("a run");
     store.push(mass(1, 2.2)).expect("a run");
     for experts in [5, 7] {
@@ -372,7 +478,7 @@ fn table_sets_the_papers_figures_and_the_floor_beside_ours() {
 #[test]
 fn report_plots_what_metrics_hold() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     for step in 0..2000 {
         let line = MetricLine {
             run: "mass/paper/K5/seed0".into(),
@@ -402,7 +508,7 @@ fn report_plots_what_metrics_hold() {
         (from..2).map(line).collect::<Vec<_>>()
     };
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut store = open(dir.path(), &json!({}), false).expect("a store");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     let of = |task: &str, seed| Run {
         task: Some(task.into()),
         ..Run::new("erm", seed)

@@ -163,12 +163,21 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
         text.to_str().unwrap(),
         "--out",
         out.to_str().unwrap(),
-        "--json",
     ];
     arguments.extend(sizes);
-    run(&arguments);
+    let output = run(&arguments);
     let run = &results(&out)["runs"][0];
     assert_eq!(run["metric_name"], "bits_per_byte");
+    // The paper's window of 60 steps is not full when splits end, after 30 % of so short a run.
+    let said = String::from_utf8(output.stderr).unwrap();
+    let unreachable = "no split can be reached: the trigger cannot be satisfied before step 59";
+    assert!(said.contains(unreachable), "{said}");
+    let diagnosis = &run["diagnoses"][0];
+    assert_eq!(diagnosis["diagnosis"], "no_split_reachable");
+    assert_eq!(
+        (&diagnosis["ready"], &diagnosis["end"]),
+        (&59.into(), &18.into())
+    );
     // Byte frequencies alone give about 4.3 bits.
     let (bits, nats) = (&run["metric"], run["test_loss"].as_f64().unwrap());
     let bits = bits.as_f64().unwrap();
@@ -241,4 +250,44 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
         run
     };
     assert_eq!(figures(&cut), figures(&whole));
+}
+
+/// What a job scheduler, a service manager and a closed terminal send is heeded as Ctrl-C is.
+#[cfg(unix)]
+#[test]
+fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text.txt");
+    std::fs::write(&text, "A line that says the same as others.\n".repeat(500)).unwrap();
+    for signal in ["INT", "TERM", "HUP"] {
+        let out = dir.path().join(signal);
+        let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+            .args(["train", "--dim", "16", "--hidden", "16", "--layers", "1"])
+            .args(["--seq", "16", "--batch", "2", "--threads", "1"])
+            // So many steps that no checkpoint is due.
+            .args(["--steps", "900000"])
+            .arg("--text")
+            .arg(&text)
+            .arg("--out")
+            .arg(&out)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let begun = std::time::Instant::now();
+        while !out.join("events.jsonl").exists() {
+            assert!(begun.elapsed().as_secs() < 60, "it never began");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let pid = child.id().to_string();
+        let sent = Command::new("kill").args(["-s", signal, &pid]).status();
+        assert!(sent.unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{signal}: {error}");
+        assert!(error.contains("--resume continues"), "{signal}: {error}");
+        let run = std::fs::read_dir(out.join("checkpoints")).unwrap().next();
+        let folder = run.unwrap().unwrap().path();
+        assert!(mass_model::checkpoint::exists(&folder), "{signal}");
+    }
 }

@@ -1,54 +1,118 @@
 //! Eight streams side by side.
 //!
 //! Every quantity is an array over the streams, so that one pass over a block is straight-line vector code: no branch
-//! depends on a stream's values.
+//! depends on a stream's values. Where one of the eight needs a branch, all go the way of a single detector.
 
 use serde::{Deserialize, Serialize};
 
 use crate::cusum::{
     bounded,
-    score::{FAR, Judged},
-    self_starting::SelfStarting,
+    score::FAR,
+    self_starting::{Prediction, SelfStarting},
+    sum::{Sum, of_size},
 };
 
 /// Streams of a block.
 pub(super) const LANES: usize = 8;
 
-type Lanes = [f64; LANES];
+pub(super) type Lanes = [f64; LANES];
+
+/// A struct of numbers as a struct of arrays of them.
+macro_rules! lanes {
+    ($(#[$doc:meta])* $name:ident of $one:ident { $($field:ident),* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub(super) struct $name {
+            $($field: Lanes,)*
+        }
+
+        impl $name {
+            #[inline(always)]
+            pub(super) fn get(&self, i: usize) -> $one {
+                $one { $($field: self.$field[i],)* }
+            }
+
+            #[inline(always)]
+            pub(super) fn set(&mut self, i: usize, one: $one) {
+                $(self.$field[i] = one.$field;)*
+            }
+        }
+    };
+}
+
+lanes! {
+    /// One side of the charts.
+    Sums of Sum { s, onset, number, scores, base, total }
+}
+lanes! {
+    /// The self-starting references.
+    References of SelfStarting {
+        seen, odd, previous, raw, unsure, mean_y, mean_l, yy, yl, ll, time, mean_t, tt, yt, lt
+    }
+}
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Block {
-    /// Observations since the stream was added.
+    /// Steps since the stream was added.
     pub(super) count: Lanes,
-    pub(super) up: Lanes,
-    pub(super) up_onset: Lanes,
-    pub(super) down: Lanes,
-    pub(super) down_onset: Lanes,
+    pub(super) up: Sums,
+    pub(super) down: Sums,
     /// The last score; NaN would not survive JSON, so zero stands for none while `scored` is zero.
     pub(super) score: Lanes,
     /// 1 once the last observation had a score.
     pub(super) scored: Lanes,
-    seen: Lanes,
-    previous: Lanes,
-    mean_y: Lanes,
-    mean_l: Lanes,
-    yy: Lanes,
-    yl: Lanes,
-    ll: Lanes,
-    yt: Lanes,
-    lt: Lanes,
+    pub(super) reference: References,
+}
+
+/// All of one stream, to be put in another place.
+pub(super) struct Stream {
+    count: f64,
+    up: Sum,
+    down: Sum,
+    score: f64,
+    scored: f64,
+    reference: SelfStarting,
 }
 
 /// What all streams share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
     pub(super) k: f64,
-    pub(super) limit: f64,
+    /// Of a score, and of a certain one.
+    pub(super) limits: (f64, f64),
     pub(super) warmup: f64,
-    /// 1 where the side is watched, 0 where not.
-    pub(super) up: f64,
-    pub(super) down: f64,
+    /// Whether the side is watched.
+    pub(super) up: bool,
+    pub(super) down: bool,
+    /// Whether the spread is watched.
+    pub(super) spread: bool,
     pub(super) threshold: f64,
+}
+
+/// What came of the observations of a block.
+pub(super) struct Judgement {
+    pub(super) y: Lanes,
+    pub(super) z: Lanes,
+    /// 1 where the score counts.
+    pub(super) ready: Lanes,
+    /// Level and slope of the references before.
+    pub(super) level: Lanes,
+    pub(super) slope: Lanes,
+}
+
+impl Judgement {
+    pub(super) fn of(y: &Lanes) -> Self {
+        let zero = [0.0; LANES];
+        Self {
+            y: *y,
+            z: zero,
+            ready: zero,
+            level: zero,
+            slope: zero,
+        }
+    }
 }
 
 impl Block {
@@ -60,59 +124,93 @@ impl Block {
         y: &Lanes,
         rule: &Rule,
     ) -> bool {
-        let mut judged = [Judged::NONE; LANES];
-        let (mut z, mut ready) = ([0.0; LANES], [0.0; LANES]);
-        let mut far = false;
+        let mut predictions = [Prediction::NONE; LANES];
+        let mut seen = Judgement::of(y);
+        let mut plain = true;
         for i in 0..LANES {
-            ready[i] = if self.seen[i] >= rule.warmup {
-                1.0
-            } else {
-                0.0
-            };
-            let mut state = self.reference(i);
-            judged[i] = state.update::<AR, DRIFT>(y[i]);
-            self.set_reference(i, state);
-            z[i] = judged[i].near();
-            far |= judged[i].ratio >= FAR;
+            let state = self.reference.get(i);
+            let ready = state.seen >= rule.warmup;
+            seen.ready[i] = if ready { 1.0 } else { 0.0 };
+            (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
+            predictions[i] = state.judge::<AR, DRIFT>(y[i], state.previous);
+            let judged = &predictions[i].judged;
+            seen.z[i] = judged.near();
+            let limit = if ready { rule.limits.0 } else { f64::INFINITY };
+            plain &= (judged.ratio < FAR) & (state.odd == 0.0) & (seen.z[i].abs() <= limit);
         }
-        if far {
-            for (z, judged) in z.iter_mut().zip(&judged) {
-                *z = judged.score();
+        if plain {
+            for i in 0..LANES {
+                let mut state = self.reference.get(i);
+                state.learn::<AR, DRIFT>(y[i], &predictions[i]);
+                self.reference.set(i, state);
+            }
+        } else {
+            for (i, &y) in y.iter().enumerate() {
+                let limit = self.limit(i, rule);
+                let mut state = self.reference.get(i);
+                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
+                self.reference.set(i, state);
             }
         }
-        self.add(&z, &ready, rule)
+        self.add(&seen, rule)
+    }
+
+    /// The same where some streams have no observation.
+    pub(super) fn update_some<const AR: bool, const DRIFT: bool>(
+        &mut self,
+        y: &Lanes,
+        present: &[bool; LANES],
+        rule: &Rule,
+    ) -> bool {
+        let mut seen = Judgement::of(y);
+        for (i, &y) in y.iter().enumerate() {
+            let mut state = self.reference.get(i);
+            if present[i] {
+                let limit = self.limit(i, rule);
+                seen.ready[i] = if state.seen >= rule.warmup { 1.0 } else { 0.0 };
+                (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
+                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
+            } else {
+                state.skip::<AR, DRIFT>();
+            }
+            self.reference.set(i, state);
+        }
+        self.add(&seen, rule)
+    }
+
+    fn limit(&self, i: usize, rule: &Rule) -> f64 {
+        if self.reference.seen[i] >= rule.warmup {
+            rule.limits.0
+        } else {
+            f64::INFINITY
+        }
     }
 
     /// Adds scores to the sums, where they are ready.
     #[inline(always)]
-    pub(super) fn add(&mut self, z: &Lanes, ready: &Lanes, rule: &Rule) -> bool {
-        let positive = |v: f64| if v > 0.0 { v } else { 0.0 };
+    pub(super) fn add(&mut self, seen: &Judgement, rule: &Rule) -> bool {
+        let mut z = seen.z;
+        if rule.spread {
+            z = z.map(of_size);
+        }
         let mut highest = [0.0; LANES];
         for i in 0..LANES {
             self.count[i] += 1.0;
-            let bounded = bounded(z[i], rule.limit);
-            let is_ready = ready[i] > 0.0;
-            let starts = |s: f64, onset: f64| {
-                if is_ready && s == 0.0 {
-                    self.count[i]
-                } else {
-                    onset
-                }
-            };
-            self.up_onset[i] = starts(self.up[i], self.up_onset[i]);
-            self.down_onset[i] = starts(self.down[i], self.down_onset[i]);
-            let up = positive(self.up[i] + (bounded - rule.k)) * rule.up;
-            let down = positive(self.down[i] + (-bounded - rule.k)) * rule.down;
-            self.up[i] = if is_ready { up } else { self.up[i] };
-            self.down[i] = if is_ready { down } else { self.down[i] };
-            self.score[i] = if is_ready { z[i] } else { 0.0 };
-            self.scored[i] = ready[i];
-            let s = if self.up[i] >= self.down[i] {
-                self.up[i]
-            } else {
-                self.down[i]
-            };
-            highest[i] = if is_ready { s } else { 0.0 };
+            let count = self.count[i];
+            let bounded = bounded(z[i], rule.limits);
+            let ready = seen.ready[i] > 0.0;
+            let line = (seen.level[i], seen.slope[i]);
+            let (mut up, mut down) = (self.up.get(i), self.down.get(i));
+            up.add(bounded, rule.k, seen.y[i], count, line);
+            down.add(-bounded, rule.k, seen.y[i], count, line);
+            let up = either(ready & rule.up, up, self.up.get(i));
+            let down = either(ready & rule.down, down, self.down.get(i));
+            self.up.set(i, up);
+            self.down.set(i, down);
+            self.score[i] = if ready { z[i] } else { 0.0 };
+            self.scored[i] = seen.ready[i];
+            let s = if up.s >= down.s { up.s } else { down.s };
+            highest[i] = if ready { s } else { 0.0 };
         }
         // Without a short cut, which would stop the loop from being vectorised.
         highest
@@ -120,113 +218,77 @@ impl Block {
             .fold(false, |any, &s| any | (s >= rule.threshold))
     }
 
-    #[inline(always)]
-    fn reference(&self, i: usize) -> SelfStarting {
-        SelfStarting {
-            seen: self.seen[i],
-            previous: self.previous[i],
-            mean_y: self.mean_y[i],
-            mean_l: self.mean_l[i],
-            yy: self.yy[i],
-            yl: self.yl[i],
-            ll: self.ll[i],
-            yt: self.yt[i],
-            lt: self.lt[i],
-        }
-    }
-
-    #[inline(always)]
-    fn set_reference(&mut self, i: usize, s: SelfStarting) {
-        self.seen[i] = s.seen;
-        self.previous[i] = s.previous;
-        self.mean_y[i] = s.mean_y;
-        self.mean_l[i] = s.mean_l;
-        self.yy[i] = s.yy;
-        self.yl[i] = s.yl;
-        self.ll[i] = s.ll;
-        self.yt[i] = s.yt;
-        self.lt[i] = s.lt;
-    }
-
-    /// The larger sum of stream `i`, and the step at which it began.
-    pub(super) fn statistic(&self, i: usize) -> (f64, f64) {
-        if self.up[i] >= self.down[i] {
-            (self.up[i], self.up_onset[i])
-        } else {
-            (self.down[i], self.down_onset[i])
-        }
+    /// The larger sum of stream `i`.
+    pub(super) fn statistic(&self, i: usize) -> f64 {
+        self.up.s[i].max(self.down.s[i])
     }
 
     /// Sets the sums of stream `i` back to zero.
     pub(super) fn restart(&mut self, i: usize) {
-        for field in [
-            &mut self.up,
-            &mut self.up_onset,
-            &mut self.down,
-            &mut self.down_onset,
-        ] {
-            field[i] = 0.0;
-        }
+        self.up.set(i, Sum::default());
+        self.down.set(i, Sum::default());
     }
 
     /// Forgets what was learned of stream `i`, but not its count.
     pub(super) fn relearn(&mut self, i: usize) {
         self.restart(i);
-        self.set_reference(i, SelfStarting::default());
+        self.reference.set(i, SelfStarting::default());
     }
 
     /// Forgets all of stream `i`.
     pub(super) fn clear(&mut self, i: usize) {
-        for field in self.fields() {
-            field[i] = 0.0;
+        self.relearn(i);
+        self.count[i] = 0.0;
+        self.score[i] = 0.0;
+        self.scored[i] = 0.0;
+    }
+
+    pub(super) fn take(&self, i: usize) -> Stream {
+        Stream {
+            count: self.count[i],
+            up: self.up.get(i),
+            down: self.down.get(i),
+            score: self.score[i],
+            scored: self.scored[i],
+            reference: self.reference.get(i),
         }
     }
 
-    /// All of stream `i`, to be put in another place.
-    pub(super) fn take(&mut self, i: usize) -> [f64; FIELDS] {
-        self.fields().map(|field| field[i])
-    }
-
-    pub(super) fn put(&mut self, i: usize, stream: [f64; FIELDS]) {
-        for (field, value) in self.fields().into_iter().zip(stream) {
-            field[i] = value;
-        }
-    }
-
-    fn fields(&mut self) -> [&mut Lanes; FIELDS] {
-        [
-            &mut self.count,
-            &mut self.up,
-            &mut self.up_onset,
-            &mut self.down,
-            &mut self.down_onset,
-            &mut self.score,
-            &mut self.scored,
-            &mut self.seen,
-            &mut self.previous,
-            &mut self.mean_y,
-            &mut self.mean_l,
-            &mut self.yy,
-            &mut self.yl,
-            &mut self.ll,
-            &mut self.yt,
-            &mut self.lt,
-        ]
+    pub(super) fn put(&mut self, i: usize, stream: Stream) {
+        self.count[i] = stream.count;
+        self.up.set(i, stream.up);
+        self.down.set(i, stream.down);
+        self.score[i] = stream.score;
+        self.scored[i] = stream.scored;
+        self.reference.set(i, stream.reference);
     }
 
     /// Whether a deserialised stream could have come from finite observations.
     pub(super) fn is_valid(&self, i: usize) -> bool {
-        let (count, up, down) = (self.count[i], self.up[i], self.down[i]);
-        let whole = |v: f64| v >= 0.0 && v.fract() == 0.0 && v <= count;
-        self.reference(i).is_valid()
-            && count <= crate::error::MOST as f64
-            && [count, self.seen[i], self.up_onset[i], self.down_onset[i]]
-                .into_iter()
-                .all(whole)
-            && [up, down].iter().all(|s| s.is_finite() && *s >= 0.0)
+        let count = self.count[i];
+        let reference = self.reference.get(i);
+        (0.0..=crate::error::MOST as f64).contains(&count)
+            && count.fract() == 0.0
+            && reference.is_valid()
+            && reference.seen.max(reference.time) <= count
+            && [self.up.get(i), self.down.get(i)]
+                .iter()
+                .all(|sum| sum.is_valid(count as u64))
             && self.score[i].is_finite()
             && (self.scored[i] == 0.0 || self.scored[i] == 1.0)
     }
 }
 
-const FIELDS: usize = 16;
+/// Field by field, so that it is a select and not a branch.
+#[inline(always)]
+fn either(first: bool, a: Sum, b: Sum) -> Sum {
+    let one = |a, b| if first { a } else { b };
+    Sum {
+        s: one(a.s, b.s),
+        onset: one(a.onset, b.onset),
+        number: one(a.number, b.number),
+        scores: one(a.scores, b.scores),
+        base: one(a.base, b.base),
+        total: one(a.total, b.total),
+    }
+}

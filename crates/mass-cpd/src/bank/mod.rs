@@ -16,16 +16,17 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use block::{Block, LANES, Rule};
+use block::{Block, Judgement, LANES, Lanes, Rule};
 
 use crate::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Reference, Step,
+    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Prewhiten, Reference, Step,
+    Watch,
     cusum::{
-        Calibration,
+        Calibration, General,
         lagged::{Lagged, Shape},
+        sum::report,
         transform, transform_all,
     },
-    normal,
 };
 
 /// The name of a stream: never used again within a bank, even when the stream has been removed.
@@ -42,6 +43,7 @@ impl StreamId {
 
 /// Unchecked parameters of a [`Bank`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BankParams {
     /// The detector of every stream; its `alpha` is the level of the whole bank.
     pub detector: CalibratedCusumParams,
@@ -78,8 +80,11 @@ impl BankParams {
             blocks: Vec::new(),
             rolling: Vec::new(),
             windows: Vec::new(),
+            gaps: Vec::new(),
+            general: Vec::new(),
             shape: self.detector.shape(),
             input: Vec::new(),
+            present: Vec::new(),
             hits: Vec::new(),
             alarms: Vec::new(),
             calibration: Calibration::of(&self.detector),
@@ -129,9 +134,15 @@ pub struct Bank {
     /// For the lagged reference: rolling sums, and each stream's window in one piece.
     rolling: Vec<Lagged>,
     windows: Vec<f64>,
+    /// Whether the observation before is missing.
+    gaps: Vec<bool>,
+    /// For an autoregression beyond the first order, and for ranks.
+    general: Vec<General>,
     shape: Shape,
     /// Scratch, padded to whole blocks.
     input: Vec<f64>,
+    /// Which streams have an observation, while some have none.
+    present: Vec<bool>,
     /// Blocks in which a statistic is at the threshold.
     hits: Vec<bool>,
     alarms: Vec<usize>,
@@ -190,9 +201,11 @@ impl Bank {
         self.blocks[place / LANES].clear(place % LANES);
         if matches!(self.params.detector.reference, Reference::Lagged { .. }) {
             self.rolling.push(Lagged::default());
+            self.gaps.push(false);
             self.windows
                 .resize(self.windows.len() + self.shape.capacity(), 0.0);
         }
+        self.general.extend(General::new(&self.params.detector));
         self.relevel();
         id
     }
@@ -217,8 +230,12 @@ impl Bank {
         if !self.rolling.is_empty() {
             let size = self.shape.capacity();
             self.rolling.swap_remove(place);
+            self.gaps.swap_remove(place);
             self.windows.copy_within(last * size.., place * size);
             self.windows.truncate(last * size);
+        }
+        if !self.general.is_empty() {
+            self.general.swap_remove(place);
         }
         self.relevel();
         Ok(())
@@ -247,17 +264,66 @@ impl Bank {
                 self.input[place] = transform(x, how, count)?;
             }
         }
+        self.present.clear();
+        self.advance();
+        Ok(&self.alarms)
+    }
+
+    /// The same where some streams have no observation, as [`Detector::skip`](crate::Detector::skip) is for one.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_cpd::BankParams;
+    ///
+    /// let mut bank = BankParams::default().check()?;
+    /// bank.add();
+    /// bank.add();
+    /// assert!(bank.update_some(&[Some(1.0), None])?.is_empty());
+    /// # Ok::<(), mass_cpd::CpdError>(())
+    /// ```
+    pub fn update_some(&mut self, xs: &[Option<f64>]) -> Result<&[usize], CpdError> {
+        let n = self.ids.len();
+        if xs.len() != n {
+            return Err(CpdError::BatchLength {
+                got: xs.len(),
+                expected: n,
+            });
+        }
+        for (place, x) in xs.iter().enumerate() {
+            let count = self.blocks[place / LANES].count[place % LANES] as u64;
+            self.input[place] = match *x {
+                Some(x) => transform(x, self.params.detector.transform, count)?,
+                None => 0.0,
+            };
+        }
+        self.present.clear();
+        self.present.extend(xs.iter().map(Option::is_some));
+        self.present.resize(self.blocks.len() * LANES, false);
+        self.advance();
+        Ok(&self.alarms)
+    }
+
+    /// Lets every stream take what is in `input`, or a gap where it is not `present`.
+    fn advance(&mut self) {
         self.alarms.clear();
         let rule = self.rule();
         let d = &self.params.detector;
-        match (d.reference, d.prewhiten, d.drift == Drift::Remove) {
-            (Reference::Lagged { .. }, ..) => self.update_lagged(&rule),
-            (Reference::SelfStarting, false, false) => self.update_blocks::<false, false>(&rule),
-            (Reference::SelfStarting, false, true) => self.update_blocks::<false, true>(&rule),
-            (Reference::SelfStarting, true, false) => self.update_blocks::<true, false>(&rule),
-            (Reference::SelfStarting, true, true) => self.update_blocks::<true, true>(&rule),
+        let prewhiten = d.prewhiten != Prewhiten::None;
+        if matches!(d.reference, Reference::Lagged { .. }) {
+            self.update_lagged(&rule);
+        } else if !self.general.is_empty() {
+            self.update_general(&rule);
+        } else {
+            match (prewhiten, d.drift == Drift::Remove) {
+                (false, false) => self.update_blocks::<false, false>(&rule),
+                (false, true) => self.update_blocks::<false, true>(&rule),
+                (true, false) => self.update_blocks::<true, false>(&rule),
+                (true, true) => self.update_blocks::<true, true>(&rule),
+            }
         }
-        Ok(&self.alarms)
     }
 
     /// What the last observation did to the stream at `place`, with its p-values. Where the stream raised an alarm
@@ -272,16 +338,9 @@ impl Bank {
         let (block, lane) = (&self.blocks[place / LANES], place % LANES);
         let mut step = Step::silent(block.count[lane] as u64);
         if block.scored[lane] > 0.0 {
-            let z = block.score[lane];
-            let (s, onset) = block.statistic(lane);
-            step.statistic = Some(s);
-            step.p_value = Some(match self.params.detector.direction {
-                Direction::Up => normal::quick_survival(z),
-                Direction::Down => normal::quick_survival(-z),
-                Direction::Both => 2.0 * normal::quick_survival(z.abs()),
-            });
-            step.p_horizon = Some(self.calibration.p(s));
-            step.onset = (s > 0.0).then_some(onset as u64);
+            let sides = (&block.up.get(lane), &block.down.get(lane));
+            report(&self.params.detector, &mut step, sides, block.score[lane]);
+            step.p_horizon = step.statistic.map(|s| self.calibration.p(s));
             step.alarm = self.alarms.contains(&place);
         }
         Some(step)
@@ -296,8 +355,10 @@ impl Bank {
         if self.input.len() < blocks * LANES {
             self.input.resize(blocks * LANES, 0.0);
             self.hits.resize(blocks, false);
+            self.present.reserve(blocks * LANES);
         }
         if matches!(self.params.detector.reference, Reference::Lagged { .. }) {
+            self.gaps.reserve(streams.saturating_sub(self.gaps.len()));
             self.rolling
                 .reserve(streams.saturating_sub(self.rolling.len()));
             let values = streams * self.shape.capacity();
@@ -309,31 +370,47 @@ impl Bank {
     fn relevel(&mut self) {
         let live = self.ids.len().max(1) as f64;
         self.threshold = self
-            .calibration
-            .threshold(self.params.detector.alpha / live);
+            .params
+            .detector
+            .among(live)
+            .threshold(&self.calibration);
     }
 
     fn rule(&self) -> Rule {
         let d = &self.params.detector;
-        let watched = |yes: bool| if yes { 1.0 } else { 0.0 };
         Rule {
             k: d.k,
-            limit: d.score_limit.unwrap_or(f64::INFINITY),
+            limits: d.limits(self.threshold),
             warmup: d.warmup as f64,
-            up: watched(d.direction != Direction::Down),
-            down: watched(d.direction != Direction::Up),
+            up: d.direction != Direction::Down,
+            down: d.direction != Direction::Up,
+            spread: d.watch == Watch::Spread,
             threshold: self.threshold,
         }
     }
 
     fn update_blocks<const AR: bool, const DRIFT: bool>(&mut self, rule: &Rule) {
-        // With the widest vectors that the processor has; the results are the same bits with any.
-        pulp::Arch::new().dispatch(Pass::<AR, DRIFT> {
-            blocks: &mut self.blocks,
-            input: &self.input,
-            rule,
-            hits: &mut self.hits,
-        });
+        let (inputs, _) = self.input.as_chunks::<LANES>();
+        let (present, _) = self.present.as_chunks::<LANES>();
+        if present.is_empty() {
+            // With the widest vectors that the processor has; the results are the same bits with any.
+            pulp::Arch::new().dispatch(Pass::<AR, DRIFT> {
+                blocks: &mut self.blocks,
+                inputs,
+                rule,
+                hits: &mut self.hits,
+            });
+        } else {
+            for (((block, y), present), hit) in self
+                .blocks
+                .iter_mut()
+                .zip(inputs)
+                .zip(present)
+                .zip(&mut self.hits)
+            {
+                *hit = block.update_some::<AR, DRIFT>(y, present, rule);
+            }
+        }
         for b in 0..self.blocks.len() {
             if self.hits[b] {
                 self.raise(b);
@@ -341,23 +418,67 @@ impl Bank {
         }
     }
 
-    fn update_lagged(&mut self, rule: &Rule) {
-        let size = self.shape.capacity();
+    /// Updates each stream by itself: `one` gives its score, and level and slope of its reference before.
+    fn update_each(
+        &mut self,
+        rule: &Rule,
+        one: impl Fn(&mut Self, usize, Option<f64>) -> (Option<f64>, (f64, f64)),
+    ) {
         for b in 0..self.blocks.len() {
-            let (mut z, mut ready) = ([0.0; LANES], [0.0; LANES]);
-            for (i, place) in (b * LANES..self.ids.len().min((b + 1) * LANES)).enumerate() {
-                let rolling = &mut self.rolling[place];
-                let warm = rolling.seen() as f64 >= rule.warmup;
-                let values = &mut self.windows[place * size..(place + 1) * size];
-                if let Some(score) = rolling.update(values, self.input[place], &self.shape) {
-                    z[i] = score;
-                    ready[i] = if warm { 1.0 } else { 0.0 };
+            let places = b * LANES..self.ids.len().min((b + 1) * LANES);
+            let mut y: Lanes = [0.0; LANES];
+            y[..places.len()].copy_from_slice(&self.input[places.clone()]);
+            let mut seen = Judgement::of(&y);
+            for (i, place) in places.enumerate() {
+                let present = self.present.get(place).copied().unwrap_or(true);
+                let (score, line) = one(self, place, present.then_some(y[i]));
+                (seen.level[i], seen.slope[i]) = line;
+                if let Some(z) = score {
+                    seen.z[i] = z;
+                    seen.ready[i] = 1.0;
                 }
             }
-            if self.blocks[b].add(&z, &ready, rule) {
+            if self.blocks[b].add(&seen, rule) {
                 self.raise(b);
             }
         }
+    }
+
+    fn update_lagged(&mut self, rule: &Rule) {
+        let size = self.shape.capacity();
+        let warmup = self.params.detector.warmup as u64;
+        self.update_each(rule, |bank, place, y| {
+            let Some(y) = y else {
+                bank.gaps[place] = true;
+                return (None, (0.0, 0.0));
+            };
+            let rolling = &mut bank.rolling[place];
+            let values = &mut bank.windows[place * size..(place + 1) * size];
+            let gap = std::mem::take(&mut bank.gaps[place]);
+            let ready = rolling.seen() >= warmup && !(gap && bank.shape.prewhiten);
+            let line = rolling.line(values, &bank.shape);
+            let score = rolling.update(values, y, &bank.shape);
+            (score.filter(|_| ready), line)
+        });
+    }
+
+    fn update_general(&mut self, rule: &Rule) {
+        let Some(model) = self.params.detector.general() else {
+            return;
+        };
+        let warmup = self.params.detector.warmup as u64;
+        let limit = rule.limits.0;
+        self.update_each(rule, |bank, place, y| {
+            let general = &mut bank.general[place];
+            let Some(y) = y else {
+                general.skip(&model);
+                return (None, (0.0, 0.0));
+            };
+            let ready = general.seen() >= warmup;
+            let line = general.line(&model);
+            let z = general.update(y, if ready { limit } else { f64::INFINITY }, &model);
+            (ready.then_some(z), line)
+        });
     }
 
     /// Notes the alarms of block `b`, and does what is to be done after an alarm.
@@ -365,7 +486,7 @@ impl Bank {
     fn raise(&mut self, b: usize) {
         let block = &mut self.blocks[b];
         for i in 0..LANES.min(self.ids.len() - b * LANES) {
-            if block.scored[i] == 0.0 || block.statistic(i).0 < self.threshold {
+            if block.scored[i] == 0.0 || block.statistic(i) < self.threshold {
                 continue;
             }
             let place = b * LANES + i;
@@ -377,6 +498,10 @@ impl Bank {
                     block.relearn(i);
                     if let Some(rolling) = self.rolling.get_mut(place) {
                         *rolling = Lagged::default();
+                        self.gaps[place] = false;
+                    }
+                    if let Some(general) = self.general.get_mut(place) {
+                        general.clear();
                     }
                 }
             }
@@ -387,7 +512,7 @@ impl Bank {
 /// One observation for every block.
 struct Pass<'a, const AR: bool, const DRIFT: bool> {
     blocks: &'a mut [Block],
-    input: &'a [f64],
+    inputs: &'a [Lanes],
     rule: &'a Rule,
     hits: &'a mut [bool],
 }
@@ -398,8 +523,7 @@ impl<const AR: bool, const DRIFT: bool> pulp::NullaryFnOnce for Pass<'_, AR, DRI
     #[inline(always)]
     fn call(self) {
         let rule = *self.rule;
-        let (inputs, _) = self.input.as_chunks::<LANES>();
-        for ((block, y), hit) in self.blocks.iter_mut().zip(inputs).zip(self.hits) {
+        for ((block, y), hit) in self.blocks.iter_mut().zip(self.inputs).zip(self.hits) {
             *hit = block.update::<AR, DRIFT>(y, &rule);
         }
     }

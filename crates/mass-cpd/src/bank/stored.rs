@@ -5,10 +5,14 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::{Bank, BankParams, Block, LANES, StreamId};
-use crate::{CpdError, Reference, cusum::lagged::Lagged, error::MOST};
+use crate::{
+    CpdError, Reference,
+    cusum::{General, lagged::Lagged},
+    error::MOST,
+};
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename = "Bank")]
+#[serde(rename = "Bank", deny_unknown_fields)]
 pub(super) struct Stored {
     params: BankParams,
     ids: Vec<StreamId>,
@@ -16,6 +20,8 @@ pub(super) struct Stored {
     blocks: Vec<Block>,
     rolling: Vec<Lagged>,
     windows: Vec<f64>,
+    gaps: Vec<bool>,
+    general: Vec<General>,
     alarms: Vec<usize>,
 }
 
@@ -28,6 +34,8 @@ impl From<Bank> for Stored {
             blocks: bank.blocks,
             rolling: bank.rolling,
             windows: bank.windows,
+            gaps: bank.gaps,
+            general: bank.general,
             alarms: bank.alarms,
         }
     }
@@ -36,7 +44,7 @@ impl From<Bank> for Stored {
 impl TryFrom<Stored> for Bank {
     type Error = CpdError;
 
-    fn try_from(stored: Stored) -> Result<Self, CpdError> {
+    fn try_from(mut stored: Stored) -> Result<Self, CpdError> {
         let mut bank = stored.params.check()?;
         let n = stored.ids.len();
         let state = |ok: bool, reason| {
@@ -66,6 +74,7 @@ impl TryFrom<Stored> for Bank {
         let size = bank.shape.capacity();
         state(
             stored.rolling.len() == if lagged { n } else { 0 }
+                && stored.gaps.len() == stored.rolling.len()
                 && stored.windows.len() == stored.rolling.len() * size,
             "the reference windows are not those of the streams",
         )?;
@@ -77,6 +86,15 @@ impl TryFrom<Stored> for Bank {
                 .all(|(rolling, values)| rolling.is_valid(values, &bank.shape)),
             "a reference window is impossible",
         )?;
+        let detector = &stored.params.detector;
+        state(
+            stored.general.len() == if detector.general().is_some() { n } else { 0 }
+                && stored
+                    .general
+                    .iter_mut()
+                    .all(|general| general.revive(detector)),
+            "a reference is impossible, or not what the parameters name",
+        )?;
         state(
             stored.alarms.iter().all(|&place| place < n),
             "an alarm has no stream",
@@ -87,6 +105,8 @@ impl TryFrom<Stored> for Bank {
         bank.blocks.extend(stored.blocks);
         bank.rolling.extend(stored.rolling);
         bank.windows.extend(stored.windows);
+        bank.gaps.extend(stored.gaps);
+        bank.general.extend(stored.general);
         bank.alarms.extend(stored.alarms);
         bank.relevel();
         Ok(bank)

@@ -1,23 +1,15 @@
 //! What a sum of scores means: its false-alarm probability over the horizon.
 //!
 //! # Self-starting reference
-//! The scores are independent standard normals, so `p_N(s) = 1 - exp(-N / ARL0(s))` with the exact `ARL0`.
+//! The scores are independent standard normals, so `p_N(s) = 1 - exp(-N / ARL0(s))` with the exact `ARL0`, of scores with
+//! the limit where there is one.
 //!
 //! # Lagged reference
-//! All scores of a stretch share the error of one fitted window, so they are not independent: given that error
-//! they are `N(d, v)`, with `d` the error of the level and `v` that of the scale and of the autocorrelation.
-//! With `tau^2` the leverage of the new point in the regression and `n` targets in the window,
+//! All scores of a stretch share the error of one fitted window, so they are not independent: see [`shared_error`].
 //!
-//! ```text
-//! d ~ N(0, tau^2 / (1 + tau^2))
-//! log sqrt(v) ~ N(log sqrt(1 / (1 + tau^2)), 1 / (2 n) + (1 + phi) / ((1 - phi) n))
-//! p_N(s) = 1 - E[ P(no signal in L steps | d, v) ]^(N / L)
-//! ```
-//!
-//! where the last term is there only with prewhitening (an error of the coefficient leaves the sum of the
-//! scores a long-run variance other than one; it grows with the coefficient, for which 0.3 is taken), and `L` is how long one error lasts: the window's
-//! length for a level, a third of it for an extended line, whose far end moves faster. The inner probability
-//! is exact (the recursion of [`run_length`](crate::run_length)), the expectation a Gauss-Hermite sum.
+//! # With a limit
+//! A sum of scores that are all at the limit is a multiple of `limit - k` exactly, with a probability of its own. There `p_N` jumps down, and a
+//! level within the jump cannot be used up: the threshold is just over the multiple, where `p_N` is less.
 
 use std::{
     fmt,
@@ -25,10 +17,15 @@ use std::{
 };
 
 use super::{
-    params::{CalibratedCusumParams, Direction, Drift, Reference, line_leverage},
+    lagged::Shape,
+    params::{CalibratedCusumParams, Direction, Reference},
     pchip::Pchip,
+    shared_error::{self, Alarm, Chart},
 };
-use crate::run_length::{RunLength, Sides, false_alarm_of_block, siegmund};
+use crate::{
+    normal,
+    run_length::{Lattice, Rate, RunLength, Sides, siegmund},
+};
 
 /// `p_N` as a function of the statistic.
 #[derive(Clone, PartialEq)]
@@ -81,24 +78,31 @@ impl Calibration {
     }
 
     fn new(key: &Key) -> Self {
-        let (log_p, width) = key.tabulate();
-        let coarse = Pchip::new(&log_p, width);
-        let end = coarse.end();
-        let last = log_p.len() - 1;
-        let fine_width = end / CELLS as f64;
-        let p: Vec<f64> = (0..=CELLS)
-            .map(|i| {
-                coarse
-                    .at(i as f64 * fine_width)
-                    .unwrap_or(log_p[last])
-                    .exp()
+        let Table { pieces, width } = key.tabulate();
+        let parts = CELLS.div_ceil(pieces.iter().map(|piece| piece.len() - 1).sum());
+        let fine_width = width / parts as f64;
+        let fine: Vec<Vec<f64>> = pieces
+            .iter()
+            .map(|log_p| {
+                let (smooth, last) = (Pchip::new(log_p, width), log_p.len() - 1);
+                (0..=last * parts)
+                    .map(|i| {
+                        smooth
+                            .at(i as f64 * fine_width)
+                            .unwrap_or(log_p[last])
+                            .exp()
+                    })
+                    .collect()
             })
             .collect();
+        let p = Pchip::joined(&fine, fine_width);
+        // There is at least one piece of at least two values.
+        let last = &pieces[pieces.len() - 1];
         Self {
-            p: Pchip::new(&p, fine_width),
-            end,
-            log_p_at_end: log_p[last],
-            tail_slope: (log_p[last] - log_p[last - 1]) / width,
+            end: p.end(),
+            p,
+            log_p_at_end: last[last.len() - 1],
+            tail_slope: (last[last.len() - 1] - last[last.len() - 2]) / width,
         }
     }
 
@@ -111,7 +115,8 @@ impl Calibration {
     /// The probability that a stream without a change reaches `s` within the horizon.
     #[inline]
     pub(crate) fn p(&self, s: f64) -> f64 {
-        match self.p.at(s) {
+        // A sum of scores that are all at the limit is where `p` jumps down, and belongs to the upper side, rounded or not.
+        match self.p.at(s * (1.0 - 1e-12)) {
             Some(p) => p,
             None => (self.log_p_at_end + self.tail_slope * (s - self.end)).exp(),
         }
@@ -143,21 +148,63 @@ impl Calibration {
     }
 }
 
+/// `ln p` at `0, width, 2 width, ..`, cut where it jumps.
+struct Table {
+    pieces: Vec<Vec<f64>>,
+    width: f64,
+}
+
+impl Table {
+    /// From the probabilities at a lattice's thresholds, down to `smallest`.
+    fn on(lattice: &Lattice, alarms: &[Alarm], smallest: f64) -> Self {
+        // Strictly falling, whatever the rounding: beyond the table the slope is carried on.
+        let mut least = f64::INFINITY;
+        let mut falling = |p: f64| {
+            least = p.ln().min(least - 1e-12);
+            least
+        };
+        let mut pieces = vec![vec![falling(alarms[0][1])]];
+        for (cell, &[at, over]) in alarms.iter().enumerate().skip(1) {
+            if let Some(piece) = pieces.last_mut() {
+                piece.push(falling(at));
+            }
+            if at < smallest && cell > 2 {
+                break;
+            }
+            if lattice.has_atom(cell) && cell + 1 < alarms.len() {
+                pieces.push(vec![falling(over)]);
+            }
+        }
+        Self {
+            pieces,
+            width: lattice.width,
+        }
+    }
+}
+
 /// All that the calibration depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Key {
     k: f64,
+    /// [`UNLIMITED`] where there is none.
+    limit: f64,
     horizon: u64,
     sides: Sides,
     reference: Reference,
-    prewhiten: bool,
-    drift: bool,
+    shape: Shape,
 }
+
+/// The largest statistic of a lagged reference's table.
+const HIGHEST: f64 = 120.0;
+
+/// No score is so large.
+const UNLIMITED: f64 = 12.0;
 
 impl Key {
     fn of(params: &CalibratedCusumParams) -> Self {
         Self {
             k: params.k,
+            limit: params.score_limit.unwrap_or(UNLIMITED).min(UNLIMITED),
             horizon: params.horizon,
             sides: if params.direction == Direction::Both {
                 Sides::Two
@@ -165,95 +212,107 @@ impl Key {
                 Sides::One
             },
             reference: params.reference,
-            prewhiten: params.prewhiten,
-            drift: params.drift == Drift::Remove,
+            shape: params.shape(),
         }
     }
 
-    /// `ln p` at `0, width, 2 width, ..`, down to where a signal is very unlikely.
-    fn tabulate(&self) -> (Vec<f64>, f64) {
-        // The probability falls by about exp(-2 k) per unit of the statistic.
-        let (width, smallest, (wide, widest)) = match self.reference {
-            Reference::SelfStarting => ((0.25 / self.k).clamp(0.125, 1.0), 1e-9, (400.0, 400.0)),
-            // Each point costs a few dozen runs of the recursion; the table goes on until its slope says something.
-            Reference::Lagged { .. } => ((0.5 / self.k).clamp(0.25, 1.0), 1e-7, (30.0, 120.0)),
+    fn tabulate(&self) -> Table {
+        match self.reference {
+            Reference::SelfStarting if self.limit < UNLIMITED => self.independent_with_limit(),
+            Reference::SelfStarting => self.independent_without_limit(),
+            Reference::Lagged { .. } => self.with_shared_error(),
+        }
+    }
+
+    /// The height over which a sum of independent scores comes with a probability of less than `p`. It falls by about exp(-2 k)
+    /// per unit, with a limit faster.
+    fn highest(&self, p: f64) -> f64 {
+        (self.sides.number() * self.horizon as f64 / p).ln() / (2.0 * self.k)
+    }
+
+    fn with_shared_error(&self) -> Table {
+        let widest = (0.2 / self.k).clamp(0.1, 0.25);
+        let chart = Chart {
+            k: self.k,
+            limit: self.limit,
+            two_sided: self.sides == Sides::Two,
+            horizon: self.horizon as f64,
         };
+        // With an error of the reference it falls more slowly, how much so is seen.
+        let mut end = 1.6 * self.highest(1e-7);
+        loop {
+            end = end.min(HIGHEST);
+            let lattice = Lattice::new(self.k, self.limit, widest, end);
+            let mut alarms = shared_error::alarms(&chart, &self.shape, &lattice);
+            // The error of so wide a lattice is about that for independent scores.
+            let coarse = lattice.rates(normal::survival);
+            for ((alarm, coarse), exact) in alarms.iter_mut().zip(coarse).zip(independent(&lattice))
+            {
+                let errors = [exact[0] / coarse.at(), exact[1] / coarse.over()];
+                for (p, error) in alarm.iter_mut().zip(errors) {
+                    *p = -(error * (-*p).ln_1p()).exp_m1();
+                }
+            }
+            let settles = alarms.last().is_some_and(|last| last[0] <= 0.1 * SETTLED);
+            if settles || end == HIGHEST {
+                return Table::on(&lattice, &alarms, 1e-7);
+            }
+            end *= 2.0;
+        }
+    }
+
+    fn independent_with_limit(&self) -> Table {
+        let widest = (0.1 / self.k).clamp(0.05, 0.25);
+        let lattice = Lattice::new(self.k, self.limit, widest, self.highest(1e-9));
+        let chance = self.sides.number() * self.horizon as f64;
+        let alarms: Vec<Alarm> = independent(&lattice)
+            .into_iter()
+            .map(|rates| rates.map(|rate| -(-chance * rate).exp_m1()))
+            .collect();
+        Table::on(&lattice, &alarms, 1e-9)
+    }
+
+    fn independent_without_limit(&self) -> Table {
+        let width = (0.25 / self.k).clamp(0.125, 1.0);
         let chance = self.sides.number() * self.horizon as f64;
         let mut log_p: Vec<f64> = Vec::new();
         let mut correction = 0.0;
         for i in 0.. {
             let h = i as f64 * width;
-            let p = match self.reference {
-                Reference::SelfStarting => {
-                    let approximate = siegmund::formula(self.k, h, 0.0);
-                    // Where the average is beyond any horizon, or the equation large, Siegmund's form is as good up to a
-                    // constant factor, which is carried on.
-                    if approximate < 1e11
-                        && h <= 60.0
-                        && let Ok(run) = RunLength::new(self.k, h, 0.0)
-                    {
-                        correction = (run.average() / approximate).ln();
-                    }
-                    -(-chance / (approximate * f64::exp(correction))).exp_m1()
-                }
-                Reference::Lagged { window, gap } => {
-                    let (lasts, log_stay) = self.log_survival_of_one_error(window, gap, h);
-                    -(chance / lasts * log_stay).exp_m1()
-                }
-            };
+            let approximate = siegmund::formula(self.k, h, 0.0);
+            // Where the average is beyond any horizon, or the equation large, Siegmund's form is as good up to a
+            // constant factor, which is carried on.
+            if approximate < 1e11
+                && h <= 60.0
+                && let Ok(run) = RunLength::new(self.k, h, 0.0)
+            {
+                correction = (run.average() / approximate).ln();
+            }
+            let p = -(-chance / (approximate * f64::exp(correction))).exp_m1();
             // Strictly falling, whatever the rounding: beyond the table the slope is carried on.
             let previous = log_p.last().copied().unwrap_or(f64::INFINITY);
             log_p.push(p.ln().min(previous - 1e-12));
-            let far = h >= wide && p < SETTLED;
-            if i >= 2 && (p < smallest || far || h >= widest) {
+            if i >= 2 && (p < 1e-9 || h >= 400.0) {
                 break;
             }
         }
-        (log_p, width)
-    }
-
-    /// How many steps one error of the reference lasts, and the log probability of no signal in them.
-    fn log_survival_of_one_error(&self, window: usize, gap: usize, h: f64) -> (f64, f64) {
-        let size = window as f64;
-        let n = if self.prewhiten { size - 1.0 } else { size };
-        let mut leverage = 1.0 / n;
-        let mut lasts = window as u64;
-        if self.drift {
-            leverage += line_leverage(window, gap, n);
-            lasts = (lasts / 3).max(1);
+        Table {
+            pieces: vec![log_p],
+            width,
         }
-        let share = leverage / (1.0 + leverage);
-        let level = share.sqrt();
-        let log_scale = 0.5 * (1.0 - share).ln();
-        let coefficient_error = if self.prewhiten { 1.3 / 0.7 } else { 0.0 };
-        let scale_error = ((0.5 + coefficient_error) / n).sqrt();
-        let mut signal = 0.0;
-        for (x, wx) in HERMITE_9 {
-            for (y, wy) in HERMITE_5 {
-                let sd = (log_scale + scale_error * y).exp();
-                signal += wx * wy * false_alarm_of_block(self.k, h, level * x, sd, lasts);
-            }
-        }
-        (lasts as f64, (-signal.clamp(0.0, 1.0 - 1e-15)).ln_1p())
     }
 }
 
-/// Nodes and weights of Gauss-Hermite quadrature for a standard normal variable.
-const HERMITE_9: [(f64, f64); 9] = [
-    (-4.512745863399783, 2.2345844007746607e-05),
-    (-3.20542900285647, 0.0027891413212317692),
-    (-2.07684797867783, 0.04991640676521782),
-    (-1.0232556637891326, 0.24409750289493953),
-    (0.0, 0.40634920634920635),
-    (1.0232556637891326, 0.24409750289493953),
-    (2.07684797867783, 0.04991640676521782),
-    (3.20542900285647, 0.0027891413212317692),
-    (4.512745863399783, 2.2345844007746607e-05),
-];
-const HERMITE_5: [(f64, f64); 5] = [
-    (-2.8569700138728056, 0.011257411327720677),
-    (-1.355626179974266, 0.22207592200561257),
-    (0.0, 0.5333333333333335),
-    (1.355626179974266, 0.22207592200561257),
-    (2.8569700138728056, 0.011257411327720677),
-];
+/// Rates of alarms of independent scores at the lattice's thresholds, without the error that its width makes, which falls with the
+/// width's square (Richardson).
+fn independent(lattice: &Lattice) -> Vec<[f64; 2]> {
+    let fine = lattice.halved().rates(normal::survival);
+    let coarse = lattice.rates(normal::survival);
+    coarse
+        .iter()
+        .zip(fine.iter().step_by(2))
+        .map(|(coarse, fine)| {
+            [Rate::at, Rate::over].map(|of| of(fine) * (of(fine) / of(coarse)).cbrt())
+        })
+        .collect()
+}

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, Reference,
+    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, General, Prewhiten,
+    Reference, Watch,
+    autoregression::Model,
     lagged::{Lagged, Shape},
     self_starting::SelfStarting,
     stored::Stored,
+    sum::{Sum, of_size, report},
     transform::{bounded, transform},
 };
-use crate::{CpdError, Detector, Step, normal};
+use crate::{CpdError, Detector, Step};
 
 /// CUSUM with a false-alarm probability over a horizon; see the [module's documentation](super).
 ///
@@ -45,25 +48,37 @@ pub struct CalibratedCusum {
     pub(super) count: u64,
     pub(super) last_score: Option<f64>,
     pub(super) shape: Shape,
-    pub(super) limit: f64,
+    pub(super) model: Option<Model>,
+    /// Of a score, and of a certain one.
+    pub(super) limits: (f64, f64),
     pub(super) threshold: f64,
     pub(super) calibration: Arc<Calibration>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum State {
     SelfStarting(SelfStarting),
-    Lagged { rolling: Lagged, values: Vec<f64> },
+    General(General),
+    Lagged {
+        rolling: Lagged,
+        values: Vec<f64>,
+        /// Whether the observation before is missing.
+        gap: bool,
+    },
 }
 
 impl State {
-    fn new(reference: Reference) -> Self {
-        match reference {
-            Reference::SelfStarting => Self::SelfStarting(SelfStarting::default()),
+    fn new(params: &CalibratedCusumParams) -> Self {
+        match params.reference {
+            Reference::SelfStarting => match General::new(params) {
+                Some(general) => Self::General(general),
+                None => Self::SelfStarting(SelfStarting::default()),
+            },
             Reference::Lagged { window, gap } => Self::Lagged {
                 rolling: Lagged::default(),
                 values: vec![0.0; window + gap],
+                gap: false,
             },
         }
     }
@@ -71,46 +86,51 @@ impl State {
     fn clear(&mut self) {
         match self {
             Self::SelfStarting(s) => *s = SelfStarting::default(),
-            Self::Lagged { rolling, values } => {
+            Self::General(general) => general.clear(),
+            Self::Lagged {
+                rolling,
+                values,
+                gap,
+            } => {
                 *rolling = Lagged::default();
                 values.fill(0.0);
+                *gap = false;
             }
         }
     }
 }
 
-/// One side of the chart.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct Sum {
-    pub(super) s: f64,
-    pub(super) onset: u64,
-}
-
-impl Sum {
-    /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
-    /// all the arithmetic.
-    #[inline(always)]
-    fn add(&mut self, excess: f64, count: u64) {
-        self.onset = if self.s == 0.0 { count } else { self.onset };
-        let s = self.s + excess;
-        self.s = if s > 0.0 { s } else { 0.0 };
-    }
+/// The self-starting reference as the parameters shape it.
+macro_rules! shaped {
+    ($params:expr, $state:ident . $method:ident ($($argument:expr),*)) => {
+        match (
+            $params.prewhiten != Prewhiten::None,
+            $params.drift == Drift::Remove,
+        ) {
+            (false, false) => $state.$method::<false, false>($($argument),*),
+            (false, true) => $state.$method::<false, true>($($argument),*),
+            (true, false) => $state.$method::<true, false>($($argument),*),
+            (true, true) => $state.$method::<true, true>($($argument),*),
+        }
+    };
 }
 
 impl CalibratedCusum {
     /// `params` must have been validated.
     pub(super) fn new(params: CalibratedCusumParams) -> Self {
         let calibration = Calibration::of(&params);
+        let threshold = params.threshold(&calibration);
         Self {
             params,
-            reference: State::new(params.reference),
+            reference: State::new(&params),
             up: Sum::default(),
             down: Sum::default(),
             count: 0,
             last_score: None,
             shape: params.shape(),
-            limit: params.score_limit.unwrap_or(f64::INFINITY),
-            threshold: calibration.threshold(params.alpha),
+            model: params.general(),
+            limits: params.limits(threshold),
+            threshold,
             calibration,
         }
     }
@@ -140,7 +160,8 @@ impl CalibratedCusum {
         self.calibration.p(s)
     }
 
-    /// `z_t` of the last observation before any limit, `None` before the end of the warm-up.
+    /// `z_t` of the last observation before any limit, `None` before the end of the warm-up, and where the last observation is missing.
+    /// Where the spread is watched it is the score of that.
     #[must_use]
     pub fn last_score(&self) -> Option<f64> {
         self.last_score
@@ -149,23 +170,51 @@ impl CalibratedCusum {
     /// The score of `y`, if the reference is ready for one, which learns `y`.
     #[inline]
     fn score(&mut self, y: f64) -> Option<f64> {
-        let (prewhiten, drift) = (self.params.prewhiten, self.params.drift == Drift::Remove);
         let warmup = self.params.warmup;
         match &mut self.reference {
             State::SelfStarting(s) => {
                 let ready = s.seen >= warmup as f64;
-                let judged = match (prewhiten, drift) {
-                    (false, false) => s.update::<false, false>(y),
-                    (false, true) => s.update::<false, true>(y),
-                    (true, false) => s.update::<true, false>(y),
-                    (true, true) => s.update::<true, true>(y),
-                };
-                ready.then(|| judged.score())
+                let limit = if ready { self.limits.0 } else { f64::INFINITY };
+                let z = shaped!(self.params, s.update(y, limit));
+                ready.then_some(z)
             }
-            State::Lagged { rolling, values } => {
-                let ready = rolling.seen() >= warmup as u64;
+            State::General(general) => {
+                let ready = general.seen() >= warmup as u64;
+                let limit = if ready { self.limits.0 } else { f64::INFINITY };
+                let model = self.model.as_ref()?;
+                let z = general.update(y, limit, model);
+                ready.then_some(z)
+            }
+            State::Lagged {
+                rolling,
+                values,
+                gap,
+            } => {
+                let ready = rolling.seen() >= warmup as u64 && !(*gap && self.shape.prewhiten);
+                *gap = false;
                 rolling.update(values, y, &self.shape).filter(|_| ready)
             }
+        }
+    }
+
+    /// Level and slope of the reference.
+    #[inline]
+    fn line(&self) -> (f64, f64) {
+        match &self.reference {
+            State::SelfStarting(s) => {
+                if self.params.drift == Drift::Remove {
+                    s.line::<true>()
+                } else {
+                    s.line::<false>()
+                }
+            }
+            State::General(general) => self
+                .model
+                .as_ref()
+                .map_or((0.0, 0.0), |model| general.line(model)),
+            State::Lagged {
+                rolling, values, ..
+            } => rolling.line(values, &self.shape),
         }
     }
 
@@ -184,35 +233,28 @@ impl Detector for CalibratedCusum {
         let y = transform(x, self.params.transform, self.count)?;
         self.count += 1;
         let mut step = Step::silent(self.count);
+        let line = self.line();
         self.last_score = self.score(y);
-        let Some(z) = self.last_score else {
+        let Some(mut z) = self.last_score else {
             return Ok(step);
         };
+        if self.params.watch == Watch::Spread {
+            z = of_size(z);
+            self.last_score = Some(z);
+        }
         let k = self.params.k;
-        let bounded = bounded(z, self.limit);
+        let bounded = bounded(z, self.limits);
         let direction = self.params.direction;
+        let count = self.count as f64;
         if direction != Direction::Down {
-            self.up.add(bounded - k, self.count);
+            self.up.add(bounded, k, y, count, line);
         }
         if direction != Direction::Up {
-            self.down.add(-bounded - k, self.count);
+            self.down.add(-bounded, k, y, count, line);
         }
-        // A side that is not watched stays at zero.
-        let rising = self.up.s >= self.down.s;
-        let s = if rising { self.up.s } else { self.down.s };
-        let onset = if rising {
-            self.up.onset
-        } else {
-            self.down.onset
-        };
-        step.statistic = Some(s);
-        step.p_value = Some(match direction {
-            Direction::Up => normal::quick_survival(z),
-            Direction::Down => normal::quick_survival(-z),
-            Direction::Both => 2.0 * normal::quick_survival(z.abs()),
-        });
+        report(&self.params, &mut step, (&self.up, &self.down), z);
+        let s = step.statistic.unwrap_or(0.0);
         step.p_horizon = Some(self.calibration.p(s));
-        step.onset = (s > 0.0).then_some(onset);
         step.alarm = s >= self.threshold;
         if step.alarm {
             match self.params.after_alarm {
@@ -225,6 +267,21 @@ impl Detector for CalibratedCusum {
             }
         }
         Ok(step)
+    }
+
+    fn skip(&mut self) -> Step {
+        self.count += 1;
+        self.last_score = None;
+        match &mut self.reference {
+            State::SelfStarting(s) => shaped!(self.params, s.skip()),
+            State::General(general) => {
+                if let Some(model) = &self.model {
+                    general.skip(model);
+                }
+            }
+            State::Lagged { gap, .. } => *gap = true,
+        }
+        Step::silent(self.count)
     }
 
     fn reset(&mut self) {

@@ -14,9 +14,6 @@ pub(crate) struct Shape {
     pub(crate) gap: usize,
     pub(crate) prewhiten: bool,
     pub(crate) drift: bool,
-    /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
-    /// oldest.
-    n: f64,
     per_n: f64,
     /// Mean place of a target in the window, reciprocal sum of squares around it, and distance to the value judged.
     mean_t: f64,
@@ -24,9 +21,14 @@ pub(crate) struct Shape {
     dt: f64,
     /// `1 + 1 / n (+ dt^2 / tt)`
     leverage: f64,
-    dof: f64,
+    pub(super) dof: f64,
     shrink: f64,
+    /// Size of the values that rounding is relative to, beside their own: 1 for logarithms, whose zero means nothing.
+    unit: f64,
 }
+
+/// Errors beyond this many standard errors are learned as this many.
+const MOST_LEARNED: f64 = 8.0;
 
 impl Shape {
     /// `window` at least 8, or 0 where there is none.
@@ -49,7 +51,6 @@ impl Shape {
             gap,
             prewhiten,
             drift,
-            n,
             per_n: 1.0 / n,
             mean_t,
             per_tt,
@@ -57,7 +58,37 @@ impl Shape {
             leverage: 1.0 + 1.0 / n + trend * dt * dt * per_tt,
             dof,
             shrink: 2.0 / (8.0 * dof + 3.0),
+            unit: 0.0,
         }
+    }
+
+    /// Targets of the regression: all values of the window, or, where each needs its predecessor, all but the
+    /// oldest.
+    pub(super) fn targets(&self) -> usize {
+        self.window - usize::from(self.prewhiten)
+    }
+
+    /// For logarithms.
+    pub(crate) fn of_logarithms(self) -> Self {
+        Self { unit: 1.0, ..self }
+    }
+
+    /// Weights of the targets, newest first, in the prediction of the level.
+    pub(super) fn weights(&self) -> Vec<f64> {
+        let trend = if self.drift {
+            self.dt * self.per_tt
+        } else {
+            0.0
+        };
+        (0..self.targets())
+            .map(|i| self.per_n + trend * (0.5 * (self.targets() as f64 - 1.0) - i as f64))
+            .collect()
+    }
+
+    /// Steps for which the error of a fit is about the same: the far end of a line moves faster than a mean.
+    pub(super) fn error_lasts(&self) -> f64 {
+        let lasts = self.window as f64 / if self.drift { 3.0 } else { 1.0 };
+        lasts.max(1.0)
     }
 
     /// Values to be kept of each stream: the window, and the gap after it.
@@ -68,6 +99,7 @@ impl Shape {
 
 /// Rolling sums over the window, and the place of the ring buffer `values` that goes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Lagged {
     seen: u64,
     /// Where the next value goes, and, once all have been written, where the oldest lies.
@@ -80,6 +112,7 @@ pub(crate) struct Lagged {
 
 /// Sums over the window `v_0 .. v_{W-1}` (oldest first) of `v` less `origin`.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Sums {
     origin: f64,
     first: f64,
@@ -94,6 +127,9 @@ struct Fit {
     z: f64,
     /// Residual sum of squares.
     rest: f64,
+    error: f64,
+    /// Square of the prediction's standard error.
+    variance: f64,
 }
 
 impl Lagged {
@@ -116,19 +152,31 @@ impl Lagged {
     /// `values` is the stream's own buffer, of `shape.capacity()` values.
     #[inline]
     pub(crate) fn update(&mut self, values: &mut [f64], y: f64, shape: &Shape) -> Option<f64> {
-        let z = (self.seen >= values.len() as u64).then(|| self.score(values, y, shape));
-        self.learn(values, y, shape);
-        z
+        if self.seen < values.len() as u64 {
+            self.learn(values, y, shape);
+            return None;
+        }
+        let fit = self.judge(values, y, shape);
+        // A jump is not learned at its full size: as the predecessor of the next value, or in the window, it would have the autoregression
+        // explain all that follows. The window's spread grows with each such value, so that a lasting one is followed in time.
+        let most = MOST_LEARNED * MOST_LEARNED * fit.variance;
+        let learned = if fit.error * fit.error <= most {
+            y
+        } else {
+            y - fit.error + most.sqrt().copysign(fit.error)
+        };
+        self.learn(values, learned, shape);
+        Some(fit.z)
     }
 
-    fn score(&mut self, values: &[f64], y: f64, shape: &Shape) -> f64 {
+    fn judge(&mut self, values: &[f64], y: f64, shape: &Shape) -> Fit {
         let fit = self.fit(values, y, shape);
         // Where nearly all of the sum of squares is explained, its digits are spent: take them anew.
         if fit.rest < 1e-8 * self.sums.square {
             self.refresh(values, shape);
-            return self.fit(values, y, shape).z;
+            return self.fit(values, y, shape);
         }
-        fit.z
+        fit
     }
 
     #[inline]
@@ -190,28 +238,44 @@ impl Lagged {
                 rest -= phi * yl;
                 leverage += dl * dl * per_ll;
                 // Least squares finds too little autocorrelation in a short window (Kendall 1954; with a
-                // trend, Tanaka 1984), which the sum of scores would add up.
+                // trend, Tanaka 1984), which the sum of scores would add up. Never by more than two standard
+                // errors: where nothing is left unexplained the coefficient is exact.
                 let bias = if shape.drift {
                     2.0 + 4.0 * phi
                 } else {
                     1.0 + 3.0 * phi
                 };
-                error -= (phi + bias * per_n).clamp(-0.99, 0.99) * dl;
+                let mut bias = bias * per_n;
+                let most = 4.0 * rest.max(0.0);
+                if bias * bias * ll * shape.dof > most {
+                    bias = (most * per_ll / shape.dof).sqrt().copysign(bias);
+                }
+                let corrected = phi + bias;
+                error -= corrected.clamp(phi.min(-0.99), phi.max(0.99)) * dl;
             }
         }
-        let raw_square = square + origin * (2.0 * first + size * origin);
-        let z = if rest > 1e-13 * square && rest > ROUNDING * raw_square && shape.dof > 0.0 {
-            Judged {
-                ratio: error * error / (rest * leverage),
-                dof: shape.dof,
-                shrink: shape.shrink,
-                error,
-            }
-            .score()
-        } else {
+        // No spread at all is taken for that of rounding: what is beyond it is evidence.
+        let raw_square = square + origin * (2.0 * first + size * origin) + shape.unit * size;
+        let spread = rest.max(1e-13 * square).max(ROUNDING * raw_square);
+        let ratio = if error == 0.0 {
             0.0
+        } else {
+            (error * error / (spread * leverage)).min(f64::MAX)
         };
-        Fit { z, rest }
+        let z = Judged {
+            ratio,
+            dof: shape.dof,
+            shrink: shape.shrink,
+            error,
+            ..Judged::NONE
+        }
+        .score();
+        Fit {
+            z,
+            rest,
+            error,
+            variance: spread * leverage / shape.dof,
+        }
     }
 
     #[inline]
@@ -273,6 +337,28 @@ impl Lagged {
         }
         self.sums = sums;
         self.peak = sums.square;
+    }
+
+    /// The level expected of the next observation if nothing were known of the last ones, and its slope.
+    #[inline]
+    pub(crate) fn line(&self, values: &[f64], shape: &Shape) -> (f64, f64) {
+        if self.seen < values.len() as u64 {
+            return (0.0, 0.0);
+        }
+        let Sums {
+            origin,
+            first,
+            ramp,
+            ..
+        } = self.sums;
+        let size = shape.window as f64;
+        let mean = origin + first / size;
+        if !shape.drift {
+            return (mean, 0.0);
+        }
+        let middle = 0.5 * (size - 1.0);
+        let slope = (ramp - middle * first) * 12.0 / (size * (size * size - 1.0));
+        (mean + slope * (size + shape.gap as f64 - middle), slope)
     }
 
     /// Whether a deserialised state could have come from finite observations.

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{calibration::Calibration, lagged::Shape};
+use super::{
+    autoregression::{MOST_ORDER, Model},
+    calibration::Calibration,
+    lagged::Shape,
+};
 use crate::{CalibratedCusum, CpdError, error::require};
 
 /// What is monitored: the observation or its logarithm.
@@ -18,7 +22,7 @@ pub enum Transform {
 
 /// What an observation is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Reference {
     /// Everything before it (Hawkins 1987): each prediction uses all earlier observations, and the warm-up only
     /// says from when on the evidence is summed.
@@ -53,7 +57,65 @@ pub enum Drift {
     Remove,
 }
 
-/// Which changes of level raise an alarm.
+/// The autoregression that is fitted to the reference and taken off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Prewhiten {
+    /// None: for streams known to be without autocorrelation.
+    None,
+    /// One of this order, in 1..=8. An order higher than needed costs little: it keeps the level, and some power.
+    Order(usize),
+    /// Of the order that Akaike's criterion chooses anew at every step, up to `most`, in 1..=8.
+    Chosen {
+        /// Highest order.
+        most: usize,
+    },
+}
+
+impl Default for Prewhiten {
+    fn default() -> Self {
+        Self::Order(1)
+    }
+}
+
+/// How the error of a prediction becomes a score.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scores {
+    /// By Student's distribution: for noise that is roughly normal.
+    #[default]
+    Normal,
+    /// By its rank among all before it: free of the distribution of the noise. Exactly so without prewhitening; with it as far as
+    /// the coefficients are known. Needs the self-starting reference.
+    Ranks,
+}
+
+/// What is watched for a change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Watch {
+    /// The level.
+    #[default]
+    Level,
+    /// The spread of the noise around its prediction: up is more of it. A jump of the level is errors too, and rises the same until it is
+    /// learned.
+    Spread,
+}
+
+/// When an alarm is raised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AlarmAt {
+    /// At a false-alarm probability of `alpha` within the horizon.
+    #[default]
+    Alpha,
+    /// At the threshold with this average run length without a change, in 10..=10^12; `alpha` is not used.
+    AverageRunLength(f64),
+    /// At this value of the statistic, over 0 and at most 10^6; `alpha` is not used.
+    Threshold(f64),
+}
+
+/// Which changes raise an alarm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
@@ -99,23 +161,33 @@ pub enum AfterAlarm {
 /// # Ok::<(), mass_cpd::CpdError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct CalibratedCusumParams {
     /// Steps over which the false-alarm probability is meant, at least 1.
     pub horizon: u64,
     /// Probability of a false alarm within the horizon, in (0, 0.5].
     pub alpha: f64,
+    /// Whether that says when an alarm is raised.
+    pub alarm_at: AlarmAt,
     /// Allowance of the CUSUM in standard deviations, in [0.05, 3]: half the smallest shift worth finding.
     pub k: f64,
-    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. Under the
-    /// model a limit of 4 changes nothing; in a stream with outliers it takes several, not one, to make an alarm.
+    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. In a stream with outliers it takes
+    /// several, not one, to make an alarm. The calibration knows of it: under the model a limit of 4 makes little difference for `k`
+    /// up to 1. Where `n` scores at the limit just reach the threshold, `alpha` may lie in a jump of `p_N`: it is then not used up.
+    /// A score over 8, which noise of the model does not reach, counts for at least a third of the threshold: the plainest change is
+    /// seen within three observations.
+    /// A self-starting reference learns what is over the limit as if it were at it, once the warm-up is over.
     pub score_limit: Option<f64>,
     /// What is monitored.
     pub transform: Transform,
+    /// Whether its level or its spread.
+    pub watch: Watch,
     /// What it is compared with.
     pub reference: Reference,
-    /// Whether a first-order autoregression is fitted to the reference and taken off.
-    pub prewhiten: bool,
+    /// Which autoregression is taken off. A lagged reference takes none or one of the first order.
+    pub prewhiten: Prewhiten,
+    /// How errors become scores.
+    pub scores: Scores,
     /// Whether slow drift is taken off.
     pub drift: Drift,
     /// Which changes count.
@@ -132,11 +204,14 @@ impl Default for CalibratedCusumParams {
         Self {
             horizon: 1000,
             alpha: 0.05,
+            alarm_at: AlarmAt::Alpha,
             k: 0.5,
             score_limit: Some(4.0),
             transform: Transform::Identity,
+            watch: Watch::Level,
             reference: Reference::SelfStarting,
-            prewhiten: true,
+            prewhiten: Prewhiten::default(),
+            scores: Scores::Normal,
             drift: Drift::Keep,
             direction: Direction::Both,
             warmup: 50,
@@ -153,6 +228,9 @@ impl CalibratedCusumParams {
     /// reference), drift all through training (drift taken off) and wander by a standard deviation or so
     /// without a change of the data (allowance `k = 2`): only a sudden rise of several standard deviations, as
     /// a change of the data distribution makes in the loss, is a change.
+    ///
+    /// At a level per stream between about 0.023 and 0.052 the threshold is just over what one score at the limit reaches, and the probability of
+    /// a false alarm 0.023.
     ///
     /// # Examples
     /// ```
@@ -188,13 +266,82 @@ impl CalibratedCusumParams {
         Ok(CalibratedCusum::new(*self))
     }
 
+    /// The same with its level shared by `streams` detectors: by the union bound, or by the sum of rates of alarms, they have
+    /// together the level that one had. A given threshold stays.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_cpd::{AlarmAt, CalibratedCusumParams};
+    ///
+    /// assert_eq!(CalibratedCusumParams::default().among(10.0).alpha, 0.005);
+    /// let params = CalibratedCusumParams { alarm_at: AlarmAt::AverageRunLength(1e4), ..Default::default() };
+    /// assert_eq!(params.among(10.0).alarm_at, AlarmAt::AverageRunLength(1e5));
+    /// ```
+    #[must_use]
+    pub fn among(self, streams: f64) -> Self {
+        Self {
+            alpha: self.alpha / streams,
+            alarm_at: match self.alarm_at {
+                AlarmAt::AverageRunLength(average) => {
+                    AlarmAt::AverageRunLength((average * streams).min(LONGEST_AVERAGE))
+                }
+                other => other,
+            },
+            ..self
+        }
+    }
+
+    /// The statistic from which on an alarm is raised.
+    /// The limit on scores, and that on scores beyond anything that noise of the model reaches: three of those make an alarm,
+    /// however high the threshold, unless that was given as a number.
+    pub(crate) fn limits(&self, threshold: f64) -> (f64, f64) {
+        let limit = self.score_limit.unwrap_or(f64::INFINITY);
+        match self.alarm_at {
+            AlarmAt::Threshold(_) => (limit, limit),
+            // A little over a third: three of them are not to fall short by a rounding.
+            _ => (limit, limit.max(0.3334 * threshold + self.k)),
+        }
+    }
+
+    pub(crate) fn threshold(&self, calibration: &Calibration) -> f64 {
+        match self.alarm_at {
+            AlarmAt::Alpha => calibration.threshold(self.alpha),
+            // Runs without a change are geometric: as many steps as their average pass without an alarm once in e.
+            AlarmAt::AverageRunLength(average) => Calibration::of(&Self {
+                horizon: average.round() as u64,
+                ..*self
+            })
+            .threshold(-(-1.0f64).exp_m1()),
+            AlarmAt::Threshold(h) => h,
+        }
+    }
+
+    /// The regression, where it takes more than the first order or ranks of its errors.
+    pub(crate) fn general(&self) -> Option<Model> {
+        let (order, choose) = match self.prewhiten {
+            Prewhiten::None => (0, false),
+            Prewhiten::Order(order) => (order, false),
+            Prewhiten::Chosen { most } => (most, true),
+        };
+        (choose || order > 1 || self.scores == Scores::Ranks).then_some(Model {
+            order,
+            choose,
+            drift: self.drift == Drift::Remove,
+        })
+    }
+
     /// Sizes of the lagged reference, empty for the self-starting one.
     pub(crate) fn shape(&self) -> Shape {
         let (window, gap) = match self.reference {
             Reference::SelfStarting => (0, 0),
             Reference::Lagged { window, gap } => (window, gap),
         };
-        Shape::new(window, gap, self.prewhiten, self.drift == Drift::Remove)
+        let prewhiten = self.prewhiten != Prewhiten::None;
+        let shape = Shape::new(window, gap, prewhiten, self.drift == Drift::Remove);
+        match self.transform {
+            Transform::Identity => shape,
+            Transform::Log => shape.of_logarithms(),
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<(), CpdError> {
@@ -225,6 +372,34 @@ impl CalibratedCusumParams {
             self.warmup as f64,
             "in 8..=2^24",
         )?;
+        if let Prewhiten::Order(order) | Prewhiten::Chosen { most: order } = self.prewhiten {
+            require(
+                (1..=MOST_ORDER).contains(&order),
+                "prewhiten",
+                order as f64,
+                "an order in 1..=8, or none",
+            )?;
+        }
+        match self.alarm_at {
+            AlarmAt::Alpha => {}
+            AlarmAt::AverageRunLength(average) => require(
+                (10.0..=LONGEST_AVERAGE).contains(&average),
+                "alarm_at.average_run_length",
+                average,
+                "in [10, 10^12]",
+            )?,
+            AlarmAt::Threshold(h) => require(
+                h > 0.0 && h <= 1e6,
+                "alarm_at.threshold",
+                h,
+                "over 0 and at most 10^6",
+            )?,
+        }
+        if matches!(self.reference, Reference::Lagged { .. }) && self.general().is_some() {
+            return Err(CpdError::Unsupported {
+                what: "a lagged reference with ranks, or with an autoregression beyond the first order",
+            });
+        }
         if let Reference::Lagged { window, gap } = self.reference {
             require(
                 (8..=1 << 20).contains(&window),
@@ -242,7 +417,12 @@ impl CalibratedCusumParams {
                 "shorter, for a line through the window to reach over it",
             )?;
         }
-        if !Calibration::of(self).settles() {
+        let of_average = match self.alarm_at {
+            AlarmAt::AverageRunLength(average) => average.round() as u64,
+            _ => self.horizon,
+        };
+        let horizon = self.horizon.max(of_average);
+        if !Calibration::of(&Self { horizon, ..*self }).settles() {
             return Err(CpdError::NotFound {
                 what: "threshold for this horizon, allowance and reference",
             });
@@ -251,8 +431,11 @@ impl CalibratedCusumParams {
     }
 }
 
+/// Longest average run length that may be asked for.
+const LONGEST_AVERAGE: f64 = 1e12;
+
 /// Leverage of the observation judged in a regression on time over `n` targets of the window.
-pub(super) fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
+fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {
     let reach = 0.5 * (window as f64 + 1.0) + gap as f64;
     12.0 * reach * reach / (n * (n * n - 1.0))
 }

@@ -8,6 +8,17 @@ pub(super) struct Pchip {
 }
 
 impl Pchip {
+    /// One after the other, with a jump where one piece does not end where the next begins; at least two values each.
+    pub(super) fn joined(pieces: &[Vec<f64>], width: f64) -> Self {
+        Self {
+            cells: pieces
+                .iter()
+                .flat_map(|piece| Self::new(piece, width).cells)
+                .collect(),
+            per_width: width.recip(),
+        }
+    }
+
     /// Through `values` at `0, width, 2 width, ..`; at least two values.
     pub(super) fn new(values: &[f64], width: f64) -> Self {
         let secant: Vec<f64> = values.windows(2).map(|v| v[1] - v[0]).collect();

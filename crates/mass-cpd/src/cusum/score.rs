@@ -3,6 +3,9 @@
 /// Below this share of the stream's mean square a residual variance is rounding noise, not spread.
 pub(crate) const ROUNDING: f64 = 1e-26;
 
+/// Below this share of a sum of squares what a regression leaves of it is rounding noise.
+pub(crate) const SPENT: f64 = 1e-13;
+
 /// Natural logarithm of a positive normal number, to the last digit or two.
 ///
 /// Written out, so that a loop over streams can be vectorised; the library's logarithm is a call. The method is
@@ -41,8 +44,14 @@ pub(crate) struct Judged {
     pub(crate) dof: f64,
     /// `2 / (8 dof + 3)`
     pub(crate) shrink: f64,
-    /// For its sign.
+    /// The error, times `unit`.
     pub(crate) error: f64,
+    pub(crate) unit: f64,
+    /// Residual sum of squares of the reference, times `unit`.
+    pub(crate) rest: f64,
+    /// Variance of the error of prediction, in variances of the reference, times `per`.
+    pub(crate) leverage: f64,
+    pub(crate) per: f64,
 }
 
 impl Judged {
@@ -51,7 +60,44 @@ impl Judged {
         dof: 1.0,
         shrink: 0.0,
         error: 0.0,
+        unit: 1.0,
+        rest: 0.0,
+        leverage: 1.0,
+        per: 1.0,
     };
+
+    /// The score, the observation `y` as it is to be learned, and what its spread adds to the reference's sum of squares beyond that.
+    ///
+    /// A robust filter's cleaner (Martin & Thomson 1982): an observation whose score is over `limit` is learned as the one
+    /// whose score is `limit`. So no jump can explain itself through the autoregression or raise the level by itself. The sum of
+    /// squares takes in the whole error, but is at most doubled by one observation: heavy tails are part of the spread.
+    pub(crate) fn clean(&self, y: f64, limit: f64) -> (f64, f64, f64) {
+        let z = self.score();
+        if z.abs() <= limit {
+            return (z, y, 0.0);
+        }
+        let t = limit / (1.0 - self.shrink);
+        let highest = (t * t / self.dof).exp_m1();
+        let excess = self.error / self.unit * (1.0 - (highest / self.ratio).sqrt());
+        let extra = self.rest / self.unit * (self.ratio.min(1.0) - highest).max(0.0);
+        (z, y - excess, extra)
+    }
+
+    /// Whether a prediction from a predecessor so far off means anything, after `n` observations: a coefficient that is good to
+    /// `1 / sqrt(n)` says nothing of one that is off by `n` standard deviations.
+    pub(crate) fn is_within_reach(&self, n: f64) -> bool {
+        self.leverage <= n * n * self.per
+    }
+
+    /// The same error, if `more` variances of the reference are added to that of the prediction.
+    pub(crate) fn with_more_variance(&self, more: f64) -> Self {
+        let leverage = self.leverage + more * self.per;
+        Self {
+            ratio: self.ratio * self.leverage / leverage,
+            leverage,
+            ..*self
+        }
+    }
 
     /// The standard normal score.
     ///
@@ -114,7 +160,7 @@ mod tests {
         #[test]
         fn score_has_the_tail_of_student_s_t(t in 0.01..6.0f64, dof in 5.0..2000.0f64) {
             let tail = StudentsT::new(0.0, 1.0, dof).unwrap().sf(t);
-            let judged = |ratio| Judged { ratio, dof, shrink: 2.0 / (8.0 * dof + 3.0), error: t };
+            let judged = |ratio| Judged { ratio, dof, shrink: 2.0 / (8.0 * dof + 3.0), error: t, ..Judged::NONE };
             let z = judged(t * t / dof).score();
             // d ln(1 - Phi(z)) = -(z + ..) dz, and the last term is what the reference itself is good for.
             let bound = 0.7 / (dof * dof) * z * (z + 1.0) * 1.2 + 1e-7;

@@ -4,94 +4,275 @@
 //! error of predicting the next one, over its standard error, is a recursive residual (Brown, Durbin & Evans 1975):
 //! Student-distributed, and independent of those before it, however few observations the fit has seen. That is
 //! what keeps the false-alarm rate of a CUSUM of such scores where it is meant to be, when parameters that
-//! were estimated once on a warm-up would inflate it.
+//! were estimated once on a warm-up would inflate it. Least squares finds too little autocorrelation, by `(1 + 3 phi) / n`
+//! (Kendall 1954; Marriott & Pope 1954), with a line by `(2 + 4 phi) / n` (Tanaka 1984): it is added before predicting.
+//!
+//! An observation whose score is over the limit is cleaned before it is learned (Martin & Thomson 1982): see
+//! [`Judged::clean`].
 
 use serde::{Deserialize, Serialize};
 
-use super::score::{Judged, ROUNDING};
+use super::score::{Judged, ROUNDING, SPENT};
 
 /// Products of six values are compared with this, so that spreads down to about 1e-48 are told from none.
 const SMALLEST_SPREAD: f64 = 1e-290;
 
+/// The largest coefficient that a correction of its bias may lead to.
+const LARGEST_PHI: f64 = 0.99;
+
 /// Moments of `y`, of its predecessor `l`, and of time, over the targets so far.
 #[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct SelfStarting {
-    /// Observations, of which the first is no target when it is needed as the predecessor.
+    /// Observations learned, of which the first is no target when it is needed as the predecessor.
     pub(crate) seen: f64,
+    /// 1 when the predecessor is not as it was observed: cleaned, or missing.
+    pub(crate) odd: f64,
+    /// The predecessor as it enters the regression.
     pub(crate) previous: f64,
+    /// The predecessor as it was observed, while `odd`.
+    pub(crate) raw: f64,
+    /// Variance of a missing predecessor around its prediction, in variances of the regression's error.
+    pub(crate) unsure: f64,
     pub(crate) mean_y: f64,
     pub(crate) mean_l: f64,
     pub(crate) yy: f64,
     pub(crate) yl: f64,
     pub(crate) ll: f64,
+    /// Steps since the start, and moments of the targets' times: with drift removed only.
+    pub(crate) time: f64,
+    pub(crate) mean_t: f64,
+    pub(crate) tt: f64,
     pub(crate) yt: f64,
     pub(crate) lt: f64,
 }
 
+/// A judged observation, and what learning it needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Prediction {
+    pub(crate) judged: Judged,
+    dy: f64,
+    dl: f64,
+    dt: f64,
+    /// `1 / (n + 1)`
+    share: f64,
+}
+
+impl Prediction {
+    pub(crate) const NONE: Self = Self {
+        judged: Judged::NONE,
+        dy: 0.0,
+        dl: 0.0,
+        dt: 0.0,
+        share: 0.0,
+    };
+}
+
 impl SelfStarting {
-    /// Judges `y` against everything before it, then learns it.
+    /// Judges `y` against everything before it, then learns it: its score, limited in what is learned.
     #[inline(always)]
-    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64) -> Judged {
+    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64, limit: f64) -> f64 {
+        let p = self.judge::<AR, DRIFT>(y, self.previous);
+        if self.odd == 0.0 {
+            let z = p.judged.score();
+            if z.abs() <= limit {
+                self.learn::<AR, DRIFT>(y, &p);
+                return z;
+            }
+        }
+        self.update_odd::<AR, DRIFT>(y, limit, &p)
+    }
+
+    /// The same where the observation is over the limit, or its predecessor was or is missing.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn update_odd<const AR: bool, const DRIFT: bool>(
+        &mut self,
+        y: f64,
+        limit: f64,
+        p: &Prediction,
+    ) -> f64 {
+        if AR && self.unsure > 0.0 {
+            let judged = p
+                .judged
+                .with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+            // Without its predecessor it is no target of the regression.
+            let (z, clean, _) = judged.clean(y, limit);
+            self.pass_over(y, clean);
+            return z;
+        }
+        let (z, clean, extra) = p.judged.clean(y, limit);
+        if AR && self.odd > 0.0 {
+            // The predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
+            let echo = self.judge::<AR, DRIFT>(y, self.raw).judged;
+            if echo.is_within_reach(self.seen) && echo.score().abs() < z.abs() {
+                self.pass_over(y, clean);
+                return echo.score();
+            }
+        }
+        if clean == y {
+            self.learn::<AR, DRIFT>(y, p);
+        } else {
+            let cleaned = Prediction {
+                dy: clean - self.mean_y,
+                ..*p
+            };
+            self.learn::<AR, DRIFT>(clean, &cleaned);
+            self.yy += extra;
+        }
+        self.follow(y, clean);
+        z
+    }
+
+    /// A missing observation.
+    pub(crate) fn skip<const AR: bool, const DRIFT: bool>(&mut self) {
+        if AR && self.seen < 8.0 {
+            // Too early for a prediction in its place.
+            *self = Self {
+                time: self.time + 1.0,
+                ..Self::default()
+            };
+            return;
+        }
+        if AR {
+            let phi = self.phi::<DRIFT>();
+            let (level, slope) = self.line::<DRIFT>();
+            self.previous = level + phi * (self.previous - (level - slope));
+            self.raw = self.previous;
+            self.unsure = 1.0 + phi * phi * self.unsure;
+            self.odd = 1.0;
+        }
+        self.time += 1.0;
+    }
+
+    fn pass_over(&mut self, y: f64, clean: f64) {
+        self.time += 1.0;
+        self.follow(y, clean);
+    }
+
+    fn follow(&mut self, y: f64, clean: f64) {
+        self.previous = clean;
+        self.odd = if clean == y { 0.0 } else { 1.0 };
+        self.raw = if clean == y { 0.0 } else { y };
+        self.unsure = 0.0;
+    }
+
+    /// The coefficient, corrected for its bias.
+    fn phi<const DRIFT: bool>(&self) -> f64 {
+        let (mut yl, mut ll) = (self.yl, self.ll);
+        if DRIFT && self.tt > 0.0 {
+            yl -= self.yt * self.lt / self.tt;
+            ll -= self.lt * self.lt / self.tt;
+        }
+        if ll > SPENT * self.ll && ll > ROUNDING * (self.yy + self.seen * self.mean_y * self.mean_y)
+        {
+            unbiased::<DRIFT>(yl, ll, 1.0 / self.seen) / ll
+        } else {
+            0.0
+        }
+    }
+
+    /// The level expected of the next observation if nothing were known of the last ones, and its slope.
+    #[inline(always)]
+    pub(crate) fn line<const DRIFT: bool>(&self) -> (f64, f64) {
+        if DRIFT && self.tt > 0.0 {
+            let slope = self.yt / self.tt;
+            (self.mean_y + slope * (self.time - self.mean_t), slope)
+        } else {
+            (self.mean_y, 0.0)
+        }
+    }
+
+    /// Judges `y` against everything before it, if its predecessor was `previous`.
+    #[inline(always)]
+    pub(crate) fn judge<const AR: bool, const DRIFT: bool>(
+        &self,
+        y: f64,
+        previous: f64,
+    ) -> Prediction {
         let lag = if AR { 1.0 } else { 0.0 };
         let n = self.seen - lag;
-        let (dy, dl) = (y - self.mean_y, self.previous - self.mean_l);
-
-        // Time is centred on the mean of the targets' indices 1..=n; the new one is n + 1.
-        let dt = 0.5 * (n + 1.0);
+        let (dy, dl) = (y - self.mean_y, previous - self.mean_l);
+        let dt = if DRIFT { self.time - self.mean_t } else { 0.0 };
         let parameters = 1.0 + lag + if DRIFT { 1.0 } else { 0.0 };
         let dof = n - parameters;
+        // One division for two reciprocals.
+        let (targets, wallace) = (n + 1.0, 8.0 * dof + 3.0);
+        let both = 1.0 / (targets * wallace);
+        let share = wallace * both;
         // With l the predecessor and everything freed from the trend,
         //     t^2 / dof = (dy - yl / ll dl)^2 / ((yy - yl^2 / ll) (1 + 1 / n (+ dt^2 / tt) + dl^2 / ll)),
         // multiplied through, so that one division is left.
         let (mut error, mut yy, mut yl, mut ll, mut dl_free) = (dy, self.yy, self.yl, self.ll, dl);
-        let (mut below, mut above) = (n, n + 1.0);
+        let mut above = n + 1.0;
         if DRIFT {
-            let per_tt = 12.0 / (n * (n * n - 1.0));
+            let per_tt = if self.tt > 0.0 { 1.0 / self.tt } else { 0.0 };
             error -= self.yt * per_tt * dt;
             yy -= self.yt * self.yt * per_tt;
-            below *= n - 1.0;
-            above *= n + 2.0;
+            above += n * (dt * dt * per_tt);
             if AR {
                 dl_free -= self.lt * per_tt * dt;
                 yl -= self.yt * self.lt * per_tt;
                 ll -= self.lt * self.lt * per_tt;
             }
         }
-        // Below this the residual sum of squares is rounding noise.
-        let noise = ROUNDING * (self.yy + n * self.mean_y * self.mean_y);
+        // A smaller residual sum of squares is rounding noise, and not told from none: the observation itself is rounded
+        // as well, and what a regression explains costs digits.
+        let rounding = ROUNDING * (self.yy + n * self.mean_y * self.mean_y + y * y);
+        let noise = if AR || DRIFT {
+            rounding + SPENT * self.yy
+        } else {
+            rounding
+        };
         let mut rest = yy;
-        let mut enough = yy > noise;
         let mut leverage = above;
         if AR {
             // A predecessor that never varied explains nothing.
-            let varies = ll > noise;
+            let varies = ll > rounding && (!DRIFT || ll > SPENT * self.ll);
             (ll, yl, dl_free) = if varies {
                 (ll, yl, dl_free)
             } else {
                 (1.0, 0.0, 0.0)
             };
-            error = error * ll - yl * dl_free;
+            error = error * ll - unbiased::<DRIFT>(yl, ll, share) * dl_free;
             rest = yy * ll - yl * yl;
-            leverage = above * ll + below * dl_free * dl_free;
-            enough &= rest > noise * ll;
+            leverage = above * ll + n * dl_free * dl_free;
+        } else {
+            ll = 1.0;
         }
+        let least = noise * ll;
+        rest = if rest > least { rest } else { least };
         let spread = rest * leverage;
-        // One division for two reciprocals.
-        let (targets, wallace) = (n + 1.0, 8.0 * dof + 3.0);
-        let both = 1.0 / (targets * wallace);
-        let ratio = below * error * error / spread;
-        let known = enough && dof > 0.0 && spread > SMALLEST_SPREAD;
-        let judged = Judged {
-            ratio: if known { ratio } else { 0.0 },
-            dof: if known { dof } else { 1.0 },
-            shrink: 2.0 * targets * both,
-            error,
-        };
+        let ratio = n * error * error / spread;
+        // Without spread an error within rounding is none.
+        let known =
+            (dof > 0.0) & (spread > SMALLEST_SPREAD) & ((rest > least) | (ratio * dof > 1.0));
+        Prediction {
+            judged: Judged {
+                ratio: if known { ratio } else { 0.0 },
+                dof: if known { dof } else { 1.0 },
+                shrink: if known { 2.0 * targets * both } else { 0.0 },
+                error,
+                unit: ll,
+                rest,
+                leverage,
+                per: n * ll,
+            },
+            dy,
+            dl,
+            dt,
+            share,
+        }
+    }
 
-        // Welford's update. Before the first target (only with AR) everything is still zero and must stay so.
-        let is_target = self.seen >= lag;
-        let share = if is_target { wallace * both } else { 0.0 };
+    /// Welford's update.
+    #[inline(always)]
+    pub(crate) fn learn<const AR: bool, const DRIFT: bool>(&mut self, y: f64, p: &Prediction) {
+        // Before the first target (only with AR) everything is still zero and must stay so.
+        let is_target = !AR || self.seen >= 1.0;
+        let share = if is_target { p.share } else { 0.0 };
         let keep = if is_target { 1.0 - share } else { 0.0 };
+        let Prediction { dy, dl, dt, .. } = *p;
         self.yy += dy * dy * keep;
         self.mean_y += dy * share;
         if AR {
@@ -100,33 +281,68 @@ impl SelfStarting {
             self.mean_l += dl * share;
         }
         if DRIFT {
+            self.tt += dt * dt * keep;
             self.yt += dy * dt * keep;
+            self.mean_t += dt * share;
+            self.time += 1.0;
             if AR {
                 self.lt += dl * dt * keep;
             }
         }
         self.previous = y;
         self.seen += 1.0;
-        judged
     }
 
     /// Whether a deserialised state could have come from finite observations.
     pub(crate) fn is_valid(&self) -> bool {
         let Self {
             seen,
+            odd,
             previous,
+            raw,
+            unsure,
             mean_y,
             mean_l,
             yy,
             yl,
             ll,
+            time,
+            mean_t,
+            tt,
             yt,
             lt,
         } = *self;
-        [previous, mean_y, mean_l, yl, yt, lt]
+        [previous, raw, mean_y, mean_l, yl, mean_t, yt, lt]
             .iter()
             .all(|v| v.is_finite())
-            && [seen, yy, ll].iter().all(|v| v.is_finite() && *v >= 0.0)
-            && seen.fract() == 0.0
+            && [seen, unsure, yy, ll, time, tt]
+                .iter()
+                .all(|v| v.is_finite() && *v >= 0.0)
+            && [seen, time].iter().all(|v| v.fract() == 0.0)
+            && (odd == 0.0 || odd == 1.0)
+    }
+}
+
+/// The covariance `yl` with the bias of the coefficient `yl / ll` taken out.
+#[inline(always)]
+fn unbiased<const DRIFT: bool>(yl: f64, ll: f64, per_n: f64) -> f64 {
+    let bias = if DRIFT {
+        2.0 * ll + 4.0 * yl
+    } else {
+        ll + 3.0 * yl
+    };
+    let corrected = yl + bias * per_n;
+    let bound = LARGEST_PHI * ll;
+    let highest = if yl > bound { yl } else { bound };
+    let lowest = if yl < -bound { yl } else { -bound };
+    let corrected = if corrected > highest {
+        highest
+    } else {
+        corrected
+    };
+    if corrected < lowest {
+        lowest
+    } else {
+        corrected
     }
 }

@@ -2,15 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    CalibratedCusum, CalibratedCusumParams, Reference,
-    detector::{State, Sum},
-};
+use super::{CalibratedCusum, CalibratedCusumParams, Reference, detector::State, sum::Sum};
 use crate::{CpdError, error::MOST};
 
 /// All but what follows from the parameters.
 #[derive(Serialize, Deserialize)]
-#[serde(rename = "CalibratedCusum")]
+#[serde(rename = "CalibratedCusum", deny_unknown_fields)]
 pub(super) struct Stored {
     params: CalibratedCusumParams,
     reference: State,
@@ -36,17 +33,30 @@ impl From<CalibratedCusum> for Stored {
 impl TryFrom<Stored> for CalibratedCusum {
     type Error = CpdError;
 
-    fn try_from(stored: Stored) -> Result<Self, CpdError> {
+    fn try_from(mut stored: Stored) -> Result<Self, CpdError> {
         let params = stored.params;
         params.validate()?;
         let state = |reason| CpdError::State { reason };
-        match (&stored.reference, params.reference) {
-            (State::SelfStarting(s), Reference::SelfStarting) => {
-                if !s.is_valid() || s.seen > stored.count as f64 {
+        match (&mut stored.reference, params.reference) {
+            (State::General(general), Reference::SelfStarting) => {
+                if params.general().is_none()
+                    || !general.revive(&params)
+                    || general.seen() > stored.count
+                {
+                    return Err(state("the reference does not fit the parameters"));
+                }
+            }
+            (State::SelfStarting(s), Reference::SelfStarting) if params.general().is_none() => {
+                if !s.is_valid() || s.seen.max(s.time) > stored.count as f64 {
                     return Err(state("the moments are impossible"));
                 }
             }
-            (State::Lagged { rolling, values }, Reference::Lagged { .. }) => {
+            (
+                State::Lagged {
+                    rolling, values, ..
+                },
+                Reference::Lagged { .. },
+            ) => {
                 if !rolling.is_valid(values, &params.shape()) || rolling.seen() > stored.count {
                     return Err(state("the reference window does not fit the parameters"));
                 }
@@ -58,7 +68,7 @@ impl TryFrom<Stored> for CalibratedCusum {
             }
         }
         for side in [stored.up, stored.down] {
-            if !(side.s.is_finite() && side.s >= 0.0 && side.onset <= stored.count) {
+            if !side.is_valid(stored.count) {
                 return Err(state("a sum of scores is impossible"));
             }
         }

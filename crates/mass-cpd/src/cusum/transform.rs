@@ -45,9 +45,13 @@ pub(crate) fn transform_all(xs: &[f64], out: &mut [f64], transform: Transform) -
     usual
 }
 
-/// The score with its size limited.
+/// Noise of the model reaches a score of this size once in 10^15 steps.
+const CERTAIN: f64 = 8.0;
+
+/// The score with its size limited, and that of a certain one by the other limit.
 #[inline(always)]
-pub(crate) fn bounded(z: f64, limit: f64) -> f64 {
+pub(crate) fn bounded(z: f64, (limit, certain): (f64, f64)) -> f64 {
+    let limit = if z.abs() > CERTAIN { certain } else { limit };
     let z = if z > limit { limit } else { z };
     if z < -limit { -limit } else { z }
 }

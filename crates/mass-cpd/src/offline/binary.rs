@@ -4,14 +4,17 @@ use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ChangePoint, PeltParams, Segmentation, centred,
+    ChangePoint, Cost, Segmentation,
+    cost::Costs,
+    noise,
+    series::{Series, edges, mean_and_square},
     test::{bridge_p_value, long_run_deviation, max_cusum},
 };
 use crate::{CpdError, error::require};
 
 /// Unchecked parameters of [`BinarySegmentation`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct BinarySegmentationParams {
     /// Probability of finding any change point in a series without one, in (0, 0.5].
     pub alpha: f64,
@@ -54,10 +57,13 @@ impl BinarySegmentationParams {
 ///
 /// # Method
 /// The series is covered by seeded windows: of its whole length, then of lengths smaller by a factor `sqrt(2)` each,
-/// overlapping by half. Among the windows that lie within a segment the one with the largest CUSUM
-/// `T` (see the [module's documentation](super)) is taken; if its p-value times the number of windows is at
-/// most `alpha`, the segment is cut there, and so are both parts in turn. The p-values reported are these adjusted
-/// ones. The long-run variance is that of the residuals of the default [`PeltParams`] segmentation.
+/// overlapping by half. A window whose CUSUM `T` (see the [module's documentation](super)) has a p-value that times the
+/// number of windows is at most `alpha` holds a change. The narrowest such window is cut at its largest CUSUM, then
+/// the narrowest of those that the cut does not run through, and so on: a narrow window holds one change, and a wide one
+/// over a staircase has its largest CUSUM anywhere. In the end each cut is moved to the largest CUSUM between
+/// its neighbours. The p-values reported are the windows', adjusted. The long-run variance is that of the
+/// residuals of the default [`PeltParams`](super::PeltParams) segmentation, and for a window that varies more than they do
+/// around its own two means by as much larger: a few heavy-tailed values in a narrow window are no change.
 ///
 /// # Examples
 /// ```
@@ -91,64 +97,85 @@ impl BinarySegmentation {
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let least = self.params.min_segment;
         let shortest = least.saturating_mul(2);
-        let y = centred(series.view(), shortest)?;
-        let pelt = PeltParams {
-            min_segment: least,
-            ..PeltParams::default()
-        };
-        let rough = pelt.check()?.segment(series)?.indices();
-        let scale = (y.iter().map(|v| v * v).sum::<f64>() / y.len() as f64).sqrt();
-        if scale == 0.0 {
-            return Ok(Segmentation {
-                change_points: Vec::new(),
-                len: y.len(),
-            });
+        let series = Series::new(series, shortest)?;
+        let y = &series.y;
+        if series.is_constant() {
+            return Ok(Segmentation::with(&series, Vec::new(), None));
         }
+        let costs = Costs::new(&series, Cost::Level, least);
+        let (_, rough) = noise::consistent(&costs, noise::LIMIT, least);
+        let (variance, _) = series.moments();
         // Without any noise everything is a change, but for the rounding of sums.
-        let omega = long_run_deviation(&y, &rough).max(1e-10 * scale);
-        let mut windows = seeded_windows(y.len(), shortest);
+        let omega = long_run_deviation(y, &rough).max(1e-10 * variance.sqrt());
+        let windows = seeded_windows(y.len(), shortest);
         let number = windows.len() as f64;
-        let mut scored: Vec<Scored> = Vec::with_capacity(windows.len());
-        for (start, end) in windows.drain(..) {
+        let usual = split_deviation(y, &rough);
+        let mut holding: Vec<Holding> = Vec::new();
+        for (start, end) in windows {
             let (cusum, at) = max_cusum(&y[start..end]);
-            scored.push(Scored {
-                start,
-                end,
-                at: start + at,
-                t: cusum / omega,
-            });
-        }
-        // The strongest first; a window that a later cut runs through is passed over.
-        scored.sort_by(|a, b| b.t.total_cmp(&a.t).then(a.start.cmp(&b.start)));
-        let mut cuts: Vec<ChangePoint> = Vec::new();
-        for window in scored {
-            let p_value = (bridge_p_value(window.t) * number).min(1.0);
-            if p_value > self.params.alpha {
-                break;
+            let wilder = split_deviation(&y[start..end], &[at]) / usual.max(f64::MIN_POSITIVE);
+            let omega = omega * wilder.max(1.0);
+            let p_value = (bridge_p_value(cusum / omega) * number).min(1.0);
+            if p_value <= self.params.alpha {
+                holding.push(Holding {
+                    start,
+                    end,
+                    at: start + at,
+                    cusum,
+                    p_value,
+                });
             }
+        }
+        // The narrowest first, of these the strongest.
+        holding.sort_by(|a, b| {
+            (a.end - a.start)
+                .cmp(&(b.end - b.start))
+                .then(b.cusum.total_cmp(&a.cusum))
+                .then(a.start.cmp(&b.start))
+        });
+        let mut cuts: Vec<ChangePoint> = Vec::new();
+        for window in holding {
             let inside = |c: &ChangePoint| window.start < c.index && c.index < window.end;
             let near = |edge: usize| edge.abs_diff(window.at) < least;
             let crowded = near(0) || near(y.len()) || cuts.iter().any(|c| near(c.index));
             if !cuts.iter().any(inside) && !crowded {
                 cuts.push(ChangePoint {
                     index: window.at,
-                    p_value,
+                    p_value: window.p_value,
                 });
             }
         }
         cuts.sort_by_key(|c| c.index);
-        Ok(Segmentation {
-            change_points: cuts,
-            len: y.len(),
-        })
+        for i in 0..cuts.len() {
+            let left = if i == 0 { 0 } else { cuts[i - 1].index };
+            let right = cuts.get(i + 1).map_or(y.len(), |c| c.index);
+            let at = left + max_cusum(&y[left..right]).1;
+            if at - left >= least && right - at >= least {
+                cuts[i].index = at;
+            }
+        }
+        Ok(Segmentation::with(&series, cuts, None))
     }
 }
 
-struct Scored {
+/// Standard deviation of what a segmentation leaves over.
+fn split_deviation(y: &[f64], indices: &[usize]) -> f64 {
+    let edges = edges(indices, y.len());
+    let square: f64 = edges
+        .windows(2)
+        .map(|e| mean_and_square(&y[e[0]..e[1]]).1)
+        .sum();
+    let freedom = y.len() as f64 - (edges.len() - 1) as f64;
+    (square / freedom.max(1.0)).sqrt()
+}
+
+/// A window that holds a change.
+struct Holding {
     start: usize,
     end: usize,
     at: usize,
-    t: f64,
+    cusum: f64,
+    p_value: f64,
 }
 
 /// Windows of lengths `n 2^(-i/2)`, each shifted by about half its length, down to `least` points.

@@ -1,10 +1,13 @@
 //! Segmentation of a recorded series, with a p-value for each change point. Needs the feature `offline`.
 //!
-//! Two methods, on one-dimensional ndarray views:
+//! On one-dimensional ndarray views:
 //!
-//! * [`PeltParams`]: the segmentation of least penalised cost, found exactly.
+//! * [`PeltParams`]: the segmentation of least penalised cost, found exactly. The default for a series of which nothing is
+//!   known; its penalty comes from the noise.
 //! * [`BinarySegmentationParams`]: one split after another, as long as a maximum-CUSUM test over windows of many
 //!   lengths rejects; its family-wise level is stated.
+//! * [`SegmentNeighbourhoodParams`]: the best segmentation with a given number of change points, found exactly.
+//! * [`PenaltyPathParams`]: the best segmentations for all penalties of an interval.
 //!
 //! # The p-value of a change point
 //! With its two neighbouring segments together of `m` points, `S` their cumulative sums and `omega^2` the long-run
@@ -15,23 +18,34 @@
 //! ```
 //!
 //! the probability that a Brownian bridge goes as far. The change point was chosen by looking at the same data, so
-//! for [`PeltParams`] this ranks the change points rather than tests them.
+//! this ranks the change points rather than tests them, but for [`BinarySegmentationParams`], which corrects for it.
 //!
 //! # Sources
-//! Killick, Fearnhead & Eckley, JASA 107 (2012) for PELT; Kovacs, Li, Buhlmann & Munk, Biometrika 110 (2023)
-//! for the windows; Andrews & Monahan, Econometrica 60 (1992) for the long-run variance.
+//! Killick, Fearnhead & Eckley, JASA 107 (2012) for PELT; Auger & Lawrence, Bulletin of Mathematical Biology 51 (1989)
+//! for the segment neighbourhood; Haynes, Eckley & Fearnhead, JCGS 26 (2017) for the path of penalties; Zhang & Siegmund,
+//! Biometrics 63 (2007) for `3 log n`; Lazarus, Lewis, Stock & Watson, JBES 36 (2018) for the cosines; Kovacs, Li,
+//! Buhlmann & Munk, Biometrika 110 (2023) for the windows; Andrews & Monahan, Econometrica 60 (1992) for the
+//! long-run variance of the p-values.
 
 mod binary;
+mod cost;
+mod double;
+mod neighbourhood;
+mod noise;
+mod path;
 mod pelt;
+mod series;
 mod test;
 
-use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
 pub use binary::{BinarySegmentation, BinarySegmentationParams};
-pub use pelt::{Cost, Pelt, PeltParams, Penalty};
+pub use cost::Cost;
+pub use neighbourhood::{SegmentNeighbourhood, SegmentNeighbourhoodParams};
+pub use path::{PenaltyPath, PenaltyPathParams, PenaltyRange};
+pub use pelt::{Pelt, PeltParams, Penalty};
 
-use crate::CpdError;
+use series::{Series, edges};
 
 /// A change point of a recorded series.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +56,15 @@ pub struct ChangePoint {
     pub p_value: f64,
 }
 
+/// What the values of a segment are like.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SegmentSummary {
+    /// Their mean.
+    pub mean: f64,
+    /// Their standard deviation, `sqrt(sum (y - mean)^2 / (m - 1))` for `m` points and zero for one.
+    pub deviation: f64,
+}
+
 /// A series cut into segments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Segmentation {
@@ -49,6 +72,10 @@ pub struct Segmentation {
     pub change_points: Vec<ChangePoint>,
     /// Number of points of the series.
     pub len: usize,
+    /// Mean and spread of each segment: one more than change points.
+    pub summaries: Vec<SegmentSummary>,
+    /// What each change point cost, where the method has a penalty.
+    pub penalty: Option<f64>,
 }
 
 impl Segmentation {
@@ -62,92 +89,56 @@ impl Segmentation {
     ///
     /// # Examples
     /// ```
-    /// use mass_cpd::offline::{ChangePoint, Segmentation};
+    /// use mass_cpd::offline::PeltParams;
+    /// use ndarray::array;
     ///
-    /// let cut = Segmentation {
-    ///     change_points: vec![ChangePoint { index: 4, p_value: 0.01 }],
-    ///     len: 10,
-    /// };
-    /// assert_eq!(cut.segments(), [0..4, 4..10]);
+    /// let series = array![0.0, 0.2, 0.1, 0.0, 0.1, 5.1, 5.0, 5.2, 5.0, 5.2];
+    /// let cut = PeltParams::default().check()?.segment(series.view())?;
+    /// assert_eq!(cut.segments(), [0..5, 5..10]);
+    /// assert!((cut.summaries[1].mean - 5.1).abs() < 1e-12);
+    /// # Ok::<(), mass_cpd::CpdError>(())
     /// ```
     #[must_use]
     pub fn segments(&self) -> Vec<std::ops::Range<usize>> {
-        let mut edges = vec![0];
-        edges.extend(self.indices());
-        edges.push(self.len);
-        edges.windows(2).map(|e| e[0]..e[1]).collect()
+        edges(&self.indices(), self.len)
+            .windows(2)
+            .map(|e| e[0]..e[1])
+            .collect()
     }
 
     /// From indices, with the p-value of each.
-    fn new(y: &[f64], indices: Vec<usize>) -> Self {
-        let omega = test::long_run_deviation(y, &indices);
-        let edges: Vec<usize> = std::iter::once(0)
-            .chain(indices.iter().copied())
-            .chain([y.len()])
-            .collect();
-        let change_points = edges
+    fn new(series: &Series, indices: &[usize], penalty: Option<f64>) -> Self {
+        let y = &series.y;
+        let omega = test::long_run_deviation(y, indices);
+        let change_points = edges(indices, y.len())
             .windows(3)
             .map(|e| ChangePoint {
                 index: e[1],
                 p_value: test::bridge_p_value(test::max_cusum(&y[e[0]..e[2]]).0 / omega),
             })
             .collect();
-        Self {
+        Self::with(series, change_points, penalty)
+    }
+
+    /// From change points, with the summaries.
+    fn with(series: &Series, change_points: Vec<ChangePoint>, penalty: Option<f64>) -> Self {
+        let mut cut = Self {
             change_points,
-            len: y.len(),
-        }
-    }
-}
-
-/// Largest value whose squares can be summed over any series.
-const LARGEST: f64 = 1e100;
-
-/// The series as a slice around zero, or why it cannot be used.
-fn centred(series: ArrayView1<'_, f64>, needed: usize) -> Result<Vec<f64>, CpdError> {
-    if series.len() < needed {
-        return Err(CpdError::TooShort {
-            got: series.len(),
-            needed,
-        });
-    }
-    let mut largest = 0.0f64;
-    for (i, &value) in series.iter().enumerate() {
-        crate::error::require_finite(value, i as u64)?;
-        if value.abs() > LARGEST {
-            return Err(CpdError::TooLarge {
-                count: i as u64 + 1,
-                value,
-                limit: LARGEST,
-            });
-        }
-        largest = largest.max(value.abs());
-    }
-    let anchor = series[0];
-    let mean = anchor + series.iter().map(|x| x - anchor).sum::<f64>() / series.len() as f64;
-    let y: Vec<f64> = series.iter().map(|x| x - mean).collect();
-    // What is left of a constant series is rounding noise.
-    if y.iter().all(|v| v.abs() <= 1e-14 * largest) {
-        return Ok(vec![0.0; y.len()]);
-    }
-    Ok(y)
-}
-
-/// `sum (y - mean)^2` of every stretch, by prefix sums.
-struct Prefix {
-    sum: Vec<f64>,
-    square: Vec<f64>,
-}
-
-impl Prefix {
-    fn new(y: &[f64]) -> Self {
-        let (mut sum, mut square) = (vec![0.0], vec![0.0]);
-        let (mut a, mut b) = (0.0, 0.0);
-        for v in y {
-            a += v;
-            b += v * v;
-            sum.push(a);
-            square.push(b);
-        }
-        Self { sum, square }
+            len: series.len(),
+            summaries: Vec::new(),
+            penalty,
+        };
+        cut.summaries = cut
+            .segments()
+            .into_iter()
+            .map(|range| {
+                let (mean, square) = series::mean_and_square(&series.y[range.clone()]);
+                SegmentSummary {
+                    mean: series.median() + mean,
+                    deviation: (square / (range.len() as f64 - 1.0).max(1.0)).sqrt(),
+                }
+            })
+            .collect();
+        cut
     }
 }

@@ -3,32 +3,41 @@
 use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
-use super::{Prefix, Segmentation, centred};
+use super::{
+    Segmentation,
+    cost::{Cost, Costs},
+    noise,
+    series::Series,
+};
 use crate::{CpdError, error::require};
-
-/// What a segment costs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Cost {
-    /// `sum (y - mean)^2`: changes of level.
-    #[default]
-    Level,
-    /// `m log(sum (y - mean)^2 / m)`: changes of level or spread (twice the negative Gaussian log-likelihood).
-    LevelAndSpread,
-}
 
 /// What each change point costs.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Penalty {
-    /// `2 log n`, with [`Cost::Level`] times the series' variance and `(1 + phi) / (1 - phi)`, where `phi` is the
-    /// series' first autocorrelation, within `[0, limit]`.
+    /// `2.75 log n` times the long-run variance of the noise, in which changes do not count
+    /// (with [`Cost::LevelAndSpread`] `3.75 log n` times its ratio to the variance).
     ///
-    /// Variance and autocorrelation are those of the whole series, changes included: a change has to stand out from
-    /// everything else that the series does. The limit, in [0, 0.99], is there because a change of level is itself
-    /// autocorrelation.
+    /// # Method
+    /// Penalties are tried from the one that the median difference of neighbours asks for, in steps of a tenth or more,
+    /// to the one that the series' whole variance asks for. One is *consistent* if the residuals of its
+    /// segmentation ask for no more, where they ask for the largest of
+    ///
+    /// * their variance;
+    /// * the mean square of the lowest `0.4 m^(2/3)` cosines of each segment of `m` points, an estimate of the long-run
+    ///   variance that taking off the mean does not bias, raised as Student's distribution is wider than the normal;
+    /// * the mean square of the first cosines alone: a slope or a random walk cut into steps still drifts in each.
+    ///
+    /// Of the consistent segmentations, and that of the last penalty, the one with the least
+    /// `n log(residual variance) + 3 log n` a change point is the result. With [`Cost::LevelAndSpread`] residuals are in
+    /// units of their segment's standard deviation, and their squares have to pass for noise as well.
+    ///
+    /// The last penalty is the variance of the whole series times `2.75 log n (1 + phi) / (1 - phi)`, with `phi` its first
+    /// autocorrelation within `[0, limit]`, or times `2 n / 3` where that is less. Changes do enter there: it decides
+    /// about series that no segmentation turns into noise, such as random walks. In them a change is what
+    /// stands out from everything else, at least what explains twice as much as it leaves over.
     Autocorrelated {
-        /// The most autocorrelation that is allowed for.
+        /// The most autocorrelation that is allowed for in the last penalty, in [0, 0.99].
         limit: f64,
     },
     /// This much, at least 0, in the units of the cost.
@@ -38,9 +47,9 @@ pub enum Penalty {
 /// Unchecked parameters of [`Pelt`].
 ///
 /// The default is meant for series of which nothing is known: changes of level, at least five points a segment, and
-/// autocorrelation of up to 0.6 allowed for.
+/// the penalty from the noise.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct PeltParams {
     /// What a segment costs.
     pub cost: Cost,
@@ -54,7 +63,9 @@ impl Default for PeltParams {
     fn default() -> Self {
         Self {
             cost: Cost::Level,
-            penalty: Penalty::Autocorrelated { limit: 0.6 },
+            penalty: Penalty::Autocorrelated {
+                limit: noise::LIMIT,
+            },
             min_segment: 5,
         }
     }
@@ -84,18 +95,31 @@ impl PeltParams {
                 )?;
             }
         }
-        let least = match self.cost {
-            Cost::Level => 1,
-            Cost::LevelAndSpread => 2,
-        };
-        require(
-            self.min_segment >= least,
-            "min_segment",
-            self.min_segment as f64,
-            "at least 1, and 2 where the spread is fitted",
-        )?;
+        require_segment(self.min_segment, self.cost)?;
         Ok(Pelt { params: *self })
     }
+}
+
+/// Refuses a least segment that the cost cannot be fitted to.
+pub(super) fn require_segment(min_segment: usize, cost: Cost) -> Result<(), CpdError> {
+    require(
+        min_segment >= cost.least(),
+        "min_segment",
+        min_segment as f64,
+        "at least 1, and 2 where the spread is fitted",
+    )
+}
+
+/// Refuses a penalty that the series' sums of squares drown.
+pub(super) fn require_resolved(costs: &Costs<'_>, penalty: f64) -> Result<(), CpdError> {
+    let resolution = costs.series.resolution();
+    if costs.cost == Cost::Level && penalty > 0.0 && penalty < resolution {
+        return Err(CpdError::LostInRounding {
+            penalty,
+            resolution,
+        });
+    }
+    Ok(())
 }
 
 /// The segmentation of least penalised cost, found exactly by pruned dynamic programming.
@@ -104,6 +128,8 @@ impl PeltParams {
 /// Minimises `sum over segments of cost + penalty * (number of change points)` over all segmentations whose
 /// segments have at least `min_segment` points. A start `s` is given up at `t` once
 /// `F(s) + cost(s, t) >= F(t)`: whatever ends at or after `t + min_segment` is then no worse cut at `t`.
+///
+/// Sums of squares are kept in pairs of `f64` where one would lose the penalty in its rounding.
 ///
 /// # Examples
 /// ```
@@ -115,6 +141,7 @@ impl PeltParams {
 /// let found = PeltParams::default().check()?.segment(series.view())?;
 /// assert_eq!(found.indices(), [120]);
 /// assert!(found.change_points[0].p_value < 1e-6);
+/// assert!((found.summaries[1].mean - 3.45).abs() < 0.1);
 /// # Ok::<(), mass_cpd::CpdError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -133,117 +160,19 @@ impl Pelt {
     ///
     /// # Errors
     /// [`CpdError::TooShort`] when it has fewer than `min_segment` points, or none; [`CpdError::NonFinite`] or
-    /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
+    /// [`CpdError::TooLarge`] for a value that cannot be used; [`CpdError::LostInRounding`] where the squares of its
+    /// values are some `10^28` times a penalty given as a value. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
-        let y = centred(series, self.params.min_segment)?;
-        let n = y.len() as f64;
-        let square: f64 = y.iter().map(|v| v * v).sum();
-        if square == 0.0 {
-            return Ok(Segmentation {
-                change_points: Vec::new(),
-                len: y.len(),
-            });
-        }
-        let penalty = match (self.params.penalty, self.params.cost) {
-            (Penalty::Value(value), _) => value,
-            (Penalty::Autocorrelated { limit }, cost) => {
-                let product: f64 = y.windows(2).map(|v| v[0] * v[1]).sum();
-                let phi = (product / square).clamp(0.0, limit);
-                let scale = match cost {
-                    Cost::Level => square / n,
-                    Cost::LevelAndSpread => 1.0,
-                };
-                2.0 * n.ln() * scale * (1.0 + phi) / (1.0 - phi)
+        let least = self.params.min_segment;
+        let series = Series::new(series, least)?;
+        let costs = Costs::new(&series, self.params.cost, least);
+        let (penalty, indices) = match self.params.penalty {
+            Penalty::Value(penalty) => {
+                require_resolved(&costs, penalty)?;
+                (penalty, costs.best(penalty, least))
             }
+            Penalty::Autocorrelated { limit } => noise::consistent(&costs, limit, least),
         };
-        let prefix = Prefix::new(&y);
-        let indices = match self.params.cost {
-            Cost::Level => search(&prefix, penalty, self.params.min_segment, |_, ss| ss),
-            Cost::LevelAndSpread => {
-                // A stretch of equal values would have infinite likelihood.
-                let floor = (1e-8 * square / n).max(f64::MIN_POSITIVE);
-                search(&prefix, penalty, self.params.min_segment, |m, ss| {
-                    m * (ss / m).max(floor).ln()
-                })
-            }
-        };
-        Ok(Segmentation::new(&y, indices))
+        Ok(Segmentation::new(&series, &indices, Some(penalty)))
     }
-}
-
-/// A start that may still be best, beside what its cost needs.
-#[derive(Clone, Copy)]
-struct Start {
-    at: usize,
-    /// Least cost of all before it, penalties included.
-    best: f64,
-    sum: f64,
-    square: f64,
-    /// The end from which on it is given up.
-    until: usize,
-}
-
-/// `cost` takes the number of points of a segment and its sum of squares around its mean.
-fn search(
-    prefix: &Prefix,
-    penalty: f64,
-    min_segment: usize,
-    cost: impl Fn(f64, f64) -> f64,
-) -> Vec<usize> {
-    let n = prefix.sum.len() - 1;
-    let mut best = vec![f64::INFINITY; n + 1];
-    let mut from = vec![0; n + 1];
-    best[0] = -penalty;
-    let mut starts: Vec<Start> = Vec::new();
-    let mut values: Vec<f64> = Vec::new();
-    for end in min_segment..=n {
-        let new = end - min_segment;
-        // No segmentation ends at 1..min_segment.
-        if best[new].is_finite() {
-            starts.push(Start {
-                at: new,
-                best: best[new],
-                sum: prefix.sum[new],
-                square: prefix.square[new],
-                until: usize::MAX,
-            });
-        }
-        let (sum, square) = (prefix.sum[end], prefix.square[end]);
-        values.clear();
-        values.extend(starts.iter().map(|s| {
-            let m = (end - s.at) as f64;
-            let a = sum - s.sum;
-            s.best + cost(m, (square - s.square - a * a / m).max(0.0))
-        }));
-        let (mut least, mut which) = (f64::INFINITY, 0);
-        for (i, &v) in values.iter().enumerate() {
-            if v < least {
-                (least, which) = (v, i);
-            }
-        }
-        best[end] = least + penalty;
-        from[end] = starts[which].at;
-        let limit = best[end];
-        let mut kept = 0;
-        for i in 0..starts.len() {
-            let mut start = starts[i];
-            if values[i] >= limit {
-                start.until = start.until.min(end + min_segment);
-            }
-            // The next end is `end + 1`.
-            if start.until > end + 1 {
-                starts[kept] = start;
-                kept += 1;
-            }
-        }
-        starts.truncate(kept);
-    }
-    let mut indices = Vec::new();
-    let mut end = n;
-    while from[end] > 0 {
-        end = from[end];
-        indices.push(end);
-    }
-    indices.reverse();
-    indices
 }

@@ -1,5 +1,6 @@
 //! The maximum-CUSUM test.
 
+use super::series::{edges, mean_and_square};
 use crate::training_monitor::long_run_variance;
 
 /// `max_j |S_j - (j / m) S_m| / sqrt(m)` and the `j` that attains it, in 1..m.
@@ -19,13 +20,11 @@ pub(super) fn max_cusum(y: &[f64]) -> (f64, usize) {
 
 /// Square root of the long-run variance of what a segmentation leaves over.
 pub(super) fn long_run_deviation(y: &[f64], indices: &[usize]) -> f64 {
-    let mut edges = vec![0];
-    edges.extend_from_slice(indices);
-    edges.push(y.len());
+    let edges = edges(indices, y.len());
     let mut rest = Vec::with_capacity(y.len());
     for e in edges.windows(2) {
         let segment = &y[e[0]..e[1]];
-        let mean = segment.iter().sum::<f64>() / segment.len() as f64;
+        let (mean, _) = mean_and_square(segment);
         rest.extend(segment.iter().map(|v| v - mean));
     }
     let square: f64 = rest.iter().map(|r| r * r).sum();

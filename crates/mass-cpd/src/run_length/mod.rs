@@ -35,6 +35,7 @@
 //! # Ok::<(), mass_cpd::CpdError>(())
 //! ```
 
+mod lattice;
 mod quadrature;
 pub(crate) mod siegmund;
 mod solver;
@@ -42,9 +43,9 @@ mod threshold;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use lattice::{Lattice, Rate};
 pub use siegmund::{siegmund_average, siegmund_threshold_for_horizon};
 pub use solver::RunLength;
-pub(crate) use solver::false_alarm_of_block;
 pub use threshold::{
     exact_threshold_for_horizon, threshold_for_average, threshold_for_horizon, two_sided_average,
 };

@@ -133,13 +133,6 @@ fn log_survival(matrix: &[f64], signal: &[f64], n: u64) -> f64 {
     log
 }
 
-/// Probability that a CUSUM with allowance `k` of scores `N(mu, sd^2)` signals within `n` steps from zero.
-pub(crate) fn false_alarm_of_block(k: f64, h: f64, mu: f64, sd: f64, n: u64) -> f64 {
-    let kernel = Kernel::new((k - mu) / sd, h / sd);
-    let log = log_survival(&kernel.matrix, &kernel.signal, n);
-    (-log.exp_m1()).clamp(0.0, 1.0)
-}
-
 fn step(matrix: &[f64], f: &[f64], next: &mut [f64]) {
     for (row, out) in matrix.chunks_exact(f.len()).zip(next) {
         let mut partial = [0.0; 4];

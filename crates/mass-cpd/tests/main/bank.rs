@@ -2,7 +2,7 @@
 
 use mass_cpd::{
     AfterAlarm, Bank, BankParams, CalibratedCusum, CalibratedCusumParams, CpdError, Detector,
-    Direction, Drift, Reference, Transform,
+    Direction, Drift, Prewhiten, Reference, Scores, Transform, Watch,
 };
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ fn settings() -> Vec<CalibratedCusumParams> {
             ..base
         },
         CalibratedCusumParams {
-            prewhiten: false,
+            prewhiten: Prewhiten::None,
             direction: Direction::Up,
             ..base
         },
@@ -36,6 +36,20 @@ fn settings() -> Vec<CalibratedCusumParams> {
         },
         CalibratedCusumParams {
             reference: lagged,
+            drift: Drift::Remove,
+            ..base
+        },
+        CalibratedCusumParams {
+            watch: Watch::Spread,
+            ..base
+        },
+        CalibratedCusumParams {
+            prewhiten: Prewhiten::Chosen { most: 3 },
+            scores: Scores::Ranks,
+            ..base
+        },
+        CalibratedCusumParams {
+            prewhiten: Prewhiten::Order(2),
             drift: Drift::Remove,
             ..base
         },
@@ -97,6 +111,37 @@ proptest! {
             let read: Bank =
                 serde_json::from_str(&serde_json::to_string(&bank).expect("serialises")).expect("reads back");
             prop_assert_eq!(read.update_all(&rows, live), bank.update_all(&rows, live));
+        }
+    }
+
+    #[test]
+    fn a_gap_in_a_stream_is_a_gap_of_its_detector(
+        rows in prop::collection::vec(prop::collection::vec(0.5..2.0f64, 11), 50..120),
+        jump in 0.0..30.0f64,
+        every in 2usize..9,
+    ) {
+        for params in settings() {
+            let mut bank = bank(params, 11);
+            let mut detectors = singles(params, 11);
+            for (t, row) in rows.iter().enumerate() {
+                let shift = if t > 40 { jump } else { 0.0 };
+                let row: Vec<Option<f64>> = row
+                    .iter()
+                    .enumerate()
+                    .map(|(i, x)| ((t * 7 + i * 3) % (every * 5) > 2).then_some(x + shift))
+                    .collect();
+                let alarms = bank.update_some(&row).expect("positive").to_vec();
+                for (place, (detector, x)) in detectors.iter_mut().zip(&row).enumerate() {
+                    let step = match x {
+                        Some(x) => detector.update(*x).expect("positive"),
+                        None => detector.skip(),
+                    };
+                    prop_assert_eq!(alarms.contains(&place), step.alarm);
+                    if !step.alarm {
+                        prop_assert_eq!(bank.step(place).expect("live"), step, "{:?}", params);
+                    }
+                }
+            }
         }
     }
 

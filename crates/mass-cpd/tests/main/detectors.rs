@@ -1,8 +1,9 @@
 //! Properties that every detector has, and what each kind of bad input does.
 
 use mass_cpd::{
-    AfterAlarm, AnyDetector, AnyDetectorParams, CalibratedCusumParams, CpdError, Detector,
-    Direction, Drift, Reference, Spread, Step, TrainingMonitorParams, Transform, WindowedZParams,
+    AfterAlarm, AlarmAt, AnyDetector, AnyDetectorParams, CalibratedCusumParams, CpdError, Detector,
+    Direction, Drift, Prewhiten, Reference, Scores, Spread, Step, TrainingMonitorParams, Transform,
+    Watch, WindowedZParams,
 };
 use proptest::prelude::*;
 
@@ -39,7 +40,7 @@ fn every_kind() -> Vec<AnyDetectorParams> {
         SMALL_LAG,
         Reference::Lagged { window: 24, gap: 0 },
     ] {
-        for prewhiten in [false, true] {
+        for prewhiten in [Prewhiten::None, Prewhiten::Order(1)] {
             for drift in [Drift::Keep, Drift::Remove] {
                 let params = CalibratedCusumParams {
                     reference,
@@ -50,6 +51,42 @@ fn every_kind() -> Vec<AnyDetectorParams> {
                 kinds.push(params.into());
             }
         }
+    }
+    for (prewhiten, scores, drift, watch) in [
+        (
+            Prewhiten::Order(2),
+            Scores::Normal,
+            Drift::Keep,
+            Watch::Level,
+        ),
+        (
+            Prewhiten::Chosen { most: 3 },
+            Scores::Normal,
+            Drift::Remove,
+            Watch::Spread,
+        ),
+        (Prewhiten::None, Scores::Ranks, Drift::Keep, Watch::Level),
+        (
+            Prewhiten::Order(1),
+            Scores::Ranks,
+            Drift::Remove,
+            Watch::Spread,
+        ),
+        (
+            Prewhiten::Order(1),
+            Scores::Normal,
+            Drift::Keep,
+            Watch::Spread,
+        ),
+    ] {
+        let params = CalibratedCusumParams {
+            prewhiten,
+            scores,
+            drift,
+            watch,
+            ..cusum
+        };
+        kinds.push(params.into());
     }
     for after_alarm in [AfterAlarm::Hold, AfterAlarm::Restart] {
         for direction in [Direction::Up, Direction::Down] {
@@ -174,7 +211,7 @@ proptest! {
     #[test]
     fn a_straight_line_added_changes_no_score_once_drift_is_removed(series in noise()) {
         for reference in [Reference::SelfStarting, SMALL_LAG] {
-            for prewhiten in [false, true] {
+            for prewhiten in [Prewhiten::None, Prewhiten::Order(1)] {
                 let params = CalibratedCusumParams {
                     reference,
                     prewhiten,
@@ -206,7 +243,7 @@ proptest! {
         for reference in [SMALL_LAG, Reference::Lagged { window: 24, gap: 0 }, Reference::SelfStarting] {
             let params = CalibratedCusumParams {
                 reference,
-                prewhiten: false,
+                prewhiten: Prewhiten::None,
                 drift: Drift::Remove,
                 after_alarm: AfterAlarm::Hold,
                 warmup: 10,
@@ -373,6 +410,7 @@ fn the_threshold_is_that_of_the_run_length_solver() {
                 horizon,
                 alpha,
                 direction,
+                score_limit: None,
                 ..Default::default()
             };
             let got = params.check().unwrap().threshold();
@@ -462,6 +500,34 @@ fn each_parameter_out_of_range_is_named() {
             "score_limit",
         ),
         (CalibratedCusumParams { warmup: 7, ..d }, "warmup"),
+        (
+            CalibratedCusumParams {
+                prewhiten: Prewhiten::Order(0),
+                ..d
+            },
+            "prewhiten",
+        ),
+        (
+            CalibratedCusumParams {
+                prewhiten: Prewhiten::Chosen { most: 9 },
+                ..d
+            },
+            "prewhiten",
+        ),
+        (
+            CalibratedCusumParams {
+                alarm_at: AlarmAt::AverageRunLength(f64::NAN),
+                ..d
+            },
+            "alarm_at.average_run_length",
+        ),
+        (
+            CalibratedCusumParams {
+                alarm_at: AlarmAt::Threshold(0.0),
+                ..d
+            },
+            "alarm_at.threshold",
+        ),
         (
             CalibratedCusumParams {
                 reference: lagged(7, 0),
@@ -640,11 +706,16 @@ fn a_lagged_reference_has_a_threshold_over_a_long_horizon_or_none() {
     };
     let (short, long) = (threshold(10_000), threshold(100_000));
     assert!(short < long && long < 60.0, "{short}, {long}");
-    // The reference may be off by more than so small an allowance forgives, and over so long a horizon some will be.
-    assert!(matches!(
-        of(1_000_000_000_000, 0.05).check(),
-        Err(CpdError::NotFound { .. })
-    ));
+    // A reference from so far back is off by more than so small an allowance forgives for thousands of steps, and over so long a
+    // horizon some will be.
+    let off = CalibratedCusumParams {
+        reference: Reference::Lagged {
+            window: 128,
+            gap: 10_000,
+        },
+        ..of(1_000_000_000_000, 0.05)
+    };
+    assert!(matches!(off.check(), Err(CpdError::NotFound { .. })));
     // A line through eight points says nothing of what is ten thousand steps away.
     let far = CalibratedCusumParams {
         reference: Reference::Lagged {

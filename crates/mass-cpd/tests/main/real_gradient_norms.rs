@@ -95,6 +95,7 @@ fn alarms(series: &[f64], streams: usize) -> Vec<usize> {
 fn runs_without_a_change_raise_at_most_one_alarm_over_all_experts() {
     for run in runs("K") {
         let found: Vec<Vec<usize>> = run.norms.iter().map(|n| alarms(n, run.streams())).collect();
+        println!("{}: {found:?}", run.name);
         let after_200 = found.iter().flatten().filter(|&&t| t >= 200).count();
         assert!(after_200 <= 1, "{}: {found:?}", run.name);
         let pooled = alarms(&run.pooled(), run.streams());

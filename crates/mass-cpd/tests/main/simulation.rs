@@ -1,8 +1,8 @@
 //! Claims about probabilities, checked by simulation with fixed seeds.
 
 use mass_cpd::{
-    AnyDetector, AnyDetectorParams, CalibratedCusumParams, Detector, Direction, Reference,
-    TrainingMonitorParams,
+    AnyDetector, AnyDetectorParams, CalibratedCusumParams, Detector, Direction, Drift, Prewhiten,
+    Reference, Scores, TrainingMonitorParams, Watch,
     run_length::{RunLength, Sides, exact_threshold_for_horizon, two_sided_average},
 };
 use ndarray_rand::{
@@ -173,5 +173,122 @@ fn a_training_sample_with_long_run_variance_keeps_its_false_alarm_probability() 
         };
         let share = false_alarms(params, 200, phi);
         assert!((0.02..=0.075).contains(&share), "phi {phi}: {share}");
+    }
+}
+
+/// Share of streams that alarm within 1000 steps after `m` observations: an autoregression of this noise, which is multiplied
+/// from then on.
+fn alarms(
+    params: CalibratedCusumParams,
+    phi: &[f64],
+    noise: impl Fn(&mut ChaCha8Rng) -> f64,
+    factor: f64,
+) -> f64 {
+    let fresh = params.check().unwrap();
+    let streams = 1500;
+    let m = params.warmup;
+    let alarmed = (0..streams)
+        .filter(|&seed| {
+            let mut rng = ChaCha8Rng::seed_from_u64(1000 + seed);
+            let mut detector = fresh.clone();
+            let mut last = [0.0; 3];
+            (0..m + 1100).any(|t| {
+                let mut x: f64 = noise(&mut rng) * if t < 100 + m { 1.0 } else { factor };
+                x += phi.iter().zip(last).map(|(p, l)| p * l).sum::<f64>();
+                last = [x, last[0], last[1]];
+                t >= 100 && detector.update(x).unwrap().alarm
+            })
+        })
+        .count();
+    alarmed as f64 / streams as f64
+}
+
+// Bounds are 0.05 and three standard errors of 0.0056, rounded up.
+
+#[test]
+fn a_chosen_order_keeps_the_level_on_autoregressions_of_any_order() {
+    for phi in [
+        &[0.5, 0.3][..],
+        &[1.2, -0.5],
+        &[0.4, -0.2, 0.3],
+        &[0.6],
+        &[0.9],
+        &[],
+    ] {
+        for drift in [Drift::Keep, Drift::Remove] {
+            let params = CalibratedCusumParams {
+                prewhiten: Prewhiten::Chosen { most: 4 },
+                drift,
+                ..Default::default()
+            };
+            let share = alarms(params, phi, normal, 1.0);
+            assert!(
+                (0.02..=0.068).contains(&share),
+                "{phi:?}, {drift:?}: {share}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_default_keeps_the_level_on_strong_autocorrelation_and_a_short_warmup() {
+    for phi in [0.6, 0.8, 0.9] {
+        let share = alarms(CalibratedCusumParams::default(), &[phi], normal, 1.0);
+        assert!((0.03..=0.068).contains(&share), "{phi}: {share}");
+    }
+}
+
+#[test]
+fn ranks_keep_the_level_whatever_the_noise() {
+    type Noise = fn(&mut ChaCha8Rng) -> f64;
+    let noises: [(&str, Noise); 4] = [
+        ("lognormal, sd 1", |rng| normal(rng).exp()),
+        ("cubes", |rng| normal(rng).powi(3)),
+        ("exponential", |rng| -rng.random::<f64>().max(1e-300).ln()),
+        ("a rounded normal", |rng| normal(rng).round()),
+    ];
+    for (name, noise) in noises {
+        let params = CalibratedCusumParams {
+            prewhiten: Prewhiten::None,
+            scores: Scores::Ranks,
+            ..Default::default()
+        };
+        let share = alarms(params, &[], noise, 1.0);
+        // Values that tie share the middle of their ranks, whose scores vary less: a cautious chart.
+        let least = if name.contains("rounded") {
+            0.003
+        } else {
+            0.02
+        };
+        assert!((least..=0.068).contains(&share), "{name}: {share}");
+    }
+    for phi in [&[0.6][..], &[]] {
+        let params = CalibratedCusumParams {
+            prewhiten: Prewhiten::Chosen { most: 4 },
+            scores: Scores::Ranks,
+            ..Default::default()
+        };
+        let share = alarms(params, phi, |rng| (0.7 * normal(rng)).exp(), 1.0);
+        assert!(
+            (0.02..=0.068).contains(&share),
+            "lognormal, sd .7, {phi:?}: {share}"
+        );
+    }
+}
+
+#[test]
+fn spread_is_watched_at_its_level_and_its_changes_are_found() {
+    for phi in [&[][..], &[0.6]] {
+        let params = CalibratedCusumParams {
+            watch: Watch::Spread,
+            warmup: 200,
+            ..Default::default()
+        };
+        let share = alarms(params, phi, normal, 1.0);
+        assert!((0.02..=0.068).contains(&share), "{phi:?}: {share}");
+        for factor in [2.0, 4.0, 0.3] {
+            let share = alarms(params, phi, normal, factor);
+            assert!(share > 0.9, "{phi:?}, {factor}: {share}");
+        }
     }
 }

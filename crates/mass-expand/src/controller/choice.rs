@@ -51,6 +51,7 @@ pub(super) fn choose(
         id,
         p_value: None,
         p_horizon: None,
+        alarm: None,
         cosine: None,
         awaits_cosine: false,
     }))

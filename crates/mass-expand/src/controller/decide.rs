@@ -1,10 +1,11 @@
 //! The second half of a step: checks are judged, experts split and removed, expansion ended.
 
 use super::Controller;
+use super::diagnosis::Diagnosis;
 use super::event::{EventKind, HoldReason, RemovalReason};
 use super::observation::{Action, StopReason};
 use super::params::{AfterSplit, StopRule};
-use super::pending::{Candidate, LayerPending, Worth};
+use super::pending::{Alarm, Candidate, LayerPending, Worth};
 use super::state::{ExpertState, Newest, reset};
 use crate::{ExpandError, ExpertId};
 
@@ -81,6 +82,7 @@ impl Controller {
         } else if in_a_row {
             state.failures = 0;
         }
+        state.signs.checks = state.signs.checks.saturating_add(1);
         let failures = state.failures;
         let patience_left = match self.params.stop {
             StopRule::Patience { patience, .. } => patience.saturating_sub(failures),
@@ -100,7 +102,8 @@ impl Controller {
         if failed && remove {
             self.remove(step, layer, worth.expert, RemovalReason::NoBenefit, actions);
         }
-        if failed && failures >= limit {
+        // After the phase there is nothing left to stop.
+        if failed && failures >= limit && !self.ended {
             self.stop(step, layer, StopReason::NoBenefit, actions);
         }
     }
@@ -131,14 +134,14 @@ impl Controller {
             self.record(step, Some(layer), kind);
             return None;
         };
-        self.split(step, layer, source, actions)
+        self.split(step, layer, (source, open.cause), actions)
     }
 
     fn split(
         &mut self,
         step: u64,
         layer: usize,
-        source: Candidate,
+        (source, cause): (Candidate, Option<Alarm>),
         actions: &mut Vec<Action>,
     ) -> Option<ExpertId> {
         let after = self.params.after_split;
@@ -185,8 +188,10 @@ impl Controller {
                 source: source.id,
                 new: newcomer,
                 operator: self.params.operator,
-                p_value: source.p_value,
-                p_horizon: source.p_horizon,
+                watched: cause.map(|alarm| alarm.watched),
+                flagged: cause.and_then(|alarm| alarm.expert),
+                p_value: cause.and_then(|alarm| alarm.p_value),
+                p_horizon: cause.and_then(|alarm| alarm.p_horizon),
                 cosine: source.cosine,
                 experts,
             },
@@ -211,11 +216,28 @@ impl Controller {
         actions: &mut Vec<Action>,
     ) {
         let rewarm = self.params.after_split == AfterSplit::Rewarm;
+        let collapsed: Vec<Diagnosis> = self
+            .collapsed_pairs(layer)
+            .filter(|pair| {
+                matches!(pair, Diagnosis::PairCollapsed { source, newcomer, .. }
+                    if *source == expert || *newcomer == expert)
+            })
+            .collect();
         let state = &mut self.layers[layer];
         if state.ids.len() <= 1 || state.position(expert).is_none() {
             return;
         }
+        let heirs = state.heirs(expert, reason != RemovalReason::Unused);
+        state.signs.collapsed.extend(collapsed);
         state.remove(expert);
+        for heir in heirs {
+            if let Some(at) = state.position(heir) {
+                state.experts[at].forget_averages();
+                if rewarm {
+                    reset(&mut state.experts[at].detector);
+                }
+            }
+        }
         if rewarm {
             reset(&mut state.detector);
             reset(&mut self.loss_detector);

@@ -95,7 +95,12 @@ pub enum EventKind {
         source: ExpertId,
         /// Experts that satisfied the trigger.
         candidates: usize,
-        /// Marginal p-value of the source's own detector.
+        /// The stream whose alarm set it off: the source's own, if it raised one; else, of the layer, of the loss and of the
+        /// other candidates, that with the smallest p-value. `None` if no detector had a part in it.
+        watched: Option<Watched>,
+        /// The expert whose stream that is, if it is one's.
+        flagged: Option<ExpertId>,
+        /// Marginal p-value of that alarm.
         p_value: Option<f64>,
         /// Its p-value over the horizon.
         p_horizon: Option<f64>,
@@ -130,7 +135,11 @@ pub enum EventKind {
         new: ExpertId,
         /// How.
         operator: SplitOperator,
-        /// Marginal p-value of the source's own detector.
+        /// The stream whose alarm set it off, as in [`EventKind::Trigger`].
+        watched: Option<Watched>,
+        /// The expert whose stream that is, if it is one's.
+        flagged: Option<ExpertId>,
+        /// Marginal p-value of that alarm.
         p_value: Option<f64>,
         /// Its p-value over the horizon.
         p_horizon: Option<f64>,

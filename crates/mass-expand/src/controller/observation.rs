@@ -228,7 +228,9 @@ pub enum Action {
         /// Why.
         reason: RemovalReason,
     },
-    /// Nothing will be split any more in this layer, or in any (`None`).
+    /// Nothing will be split any more in this layer, or in any (`None`). Newcomers that still await a held-out check
+    /// ([`Controller::awaiting_check`](super::Controller::awaiting_check)) are judged all the same, and pruning goes on, if the
+    /// controller is called.
     Stop {
         /// The layer; `None` stands for all of them.
         layer: Option<usize>,

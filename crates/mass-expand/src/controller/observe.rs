@@ -8,7 +8,7 @@ use super::choice::choose;
 use super::event::{EventKind, HoldReason, Watched};
 use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
 use super::params::{StopRule, Trigger, Unused};
-use super::pending::{Candidate, LayerPending, Pending, Worth};
+use super::pending::{Alarm, Candidate, LayerPending, Pending, Worth};
 use crate::ExpandError;
 
 impl Controller {
@@ -58,7 +58,7 @@ impl Controller {
         );
         let any_open = self.layers.iter().any(|layer| layer.stopped.is_none());
         let mut live = in_phase && any_open && !detects;
-        let mut loss_step = None;
+        let mut loss_alarm = None;
         // A loss of exactly zero, all margins beyond the precision of its numbers, has no logarithm and is no rise.
         let without_logarithm = observation.loss == 0.0 && self.takes_logarithm_of_loss();
         if !self.ended
@@ -67,13 +67,12 @@ impl Controller {
             && let Some(detector) = &mut self.loss_detector
         {
             let outcome = detector.update(observation.loss)?;
-            live |= in_phase && known(&outcome);
+            live |= self.signs.judged(&outcome, in_phase);
             if outcome.alarm {
                 self.flag(step, None, Watched::Loss, None, observation.loss, &outcome);
             }
-            loss_step = Some(outcome);
+            loss_alarm = Alarm::of(Watched::Loss, None, &outcome);
         }
-        let loss_alarm = loss_step.is_some_and(|s| s.alarm);
 
         let keep = 1.0 - 1.0 / self.params.averaging_steps;
         let mut outcomes: Vec<Option<Step>> = Vec::new();
@@ -83,8 +82,9 @@ impl Controller {
             outcomes.resize(observed.experts.len(), None);
             let mut layer_alarm = loss_alarm;
             if open {
-                layer_alarm |=
+                let alarm =
                     self.feed_layer(step, index, observed, &mut outcomes, in_phase, &mut live)?;
+                layer_alarm = layer_alarm.into_iter().chain(alarm).reduce(Alarm::stronger);
             }
             for (state, expert) in self.layers[index].experts.iter_mut().zip(observed.experts) {
                 state.average(expert, keep);
@@ -101,6 +101,9 @@ impl Controller {
             }
         }
         self.live_steps += u64::from(live);
+        if live {
+            self.signs.first_live.get_or_insert(step);
+        }
         self.count_unused(observation);
         self.pending = Some(pending);
 
@@ -188,7 +191,7 @@ impl Controller {
         }
     }
 
-    /// Feeds the layer's detectors; true if the layer's own raised an alarm.
+    /// Feeds the layer's detectors; returns the alarm of the layer's own, if it raised one.
     fn feed_layer(
         &mut self,
         step: u64,
@@ -197,16 +200,18 @@ impl Controller {
         outcomes: &mut [Option<Step>],
         in_phase: bool,
         live: &mut bool,
-    ) -> Result<bool, ExpandError> {
+    ) -> Result<Option<Alarm>, ExpandError> {
         let skip = self.params.unused == Unused::Skip;
         let pooled = pooled(observed);
         for (at, expert) in observed.experts.iter().enumerate() {
-            if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
-                continue;
-            }
             if let Some(detector) = &mut self.layers[index].experts[at].detector {
+                if skip && (expert.load == 0 || expert.gradient_norm == 0.0) {
+                    // A gap: the next norm has no predecessor.
+                    detector.skip();
+                    continue;
+                }
                 let outcome = detector.update(expert.gradient_norm)?;
-                *live |= in_phase && known(&outcome);
+                *live |= self.signs.judged(&outcome, in_phase);
                 if outcome.alarm {
                     let norm = expert.gradient_norm;
                     self.flag(
@@ -225,13 +230,13 @@ impl Controller {
             && let Some(detector) = &mut self.layers[index].detector
         {
             let outcome = detector.update(pooled)?;
-            *live |= in_phase && known(&outcome);
+            *live |= self.signs.judged(&outcome, in_phase);
             if outcome.alarm {
                 self.flag(step, Some(index), Watched::Layer, None, pooled, &outcome);
-                return Ok(true);
             }
+            return Ok(Alarm::of(Watched::Layer, None, &outcome));
         }
-        Ok(false)
+        Ok(None)
     }
 
     fn flag(
@@ -263,20 +268,21 @@ impl Controller {
         index: usize,
         observed: &LayerObservation<'_>,
         outcomes: &[Option<Step>],
-        layer_alarm: bool,
+        layer_alarm: Option<Alarm>,
         scheduled: bool,
         pending: &mut Pending,
     ) -> Result<(), ExpandError> {
         let all = match self.params.trigger {
             Trigger::Schedule { .. } => scheduled,
             Trigger::AlignmentOnly => true,
-            Trigger::DetectorOnly | Trigger::DetectorAndAlignment => layer_alarm,
+            Trigger::DetectorOnly | Trigger::DetectorAndAlignment => layer_alarm.is_some(),
         };
         let by_detector = matches!(
             self.params.trigger,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment
         );
         let open = &mut pending.layers[index];
+        open.alarm = layer_alarm.filter(|_| by_detector);
         if self.tests_alignment() {
             open.delta = Some(self.params.alignment.delta(observed.hidden, observed.dim)?);
         }
@@ -296,6 +302,9 @@ impl Controller {
                 id: expert.id,
                 p_value: outcome.and_then(|o| o.p_value),
                 p_horizon: outcome.and_then(|o| o.p_horizon),
+                alarm: outcome
+                    .filter(|_| by_detector)
+                    .and_then(|o| Alarm::of(Watched::Expert, Some(expert.id), &o)),
                 cosine: expert.cosine,
                 awaits_cosine,
             });
@@ -339,6 +348,8 @@ impl Controller {
         }
         open.triggered = open.candidates.len();
         if open.triggered > 0 {
+            let signs = &mut self.layers[layer].signs;
+            signs.first_trigger.get_or_insert(step);
             match self.hold_reason(layer, open) {
                 Some(reason) => {
                     let candidates = open.triggered;
@@ -367,15 +378,19 @@ impl Controller {
             &open.candidates,
             &mut self.generator,
         );
+        open.cause = open.source.and_then(|source| open.cause_of(&source));
         if let Some(source) = open.source {
+            let cause = open.cause;
             self.record(
                 step,
                 Some(layer),
                 EventKind::Trigger {
                     source: source.id,
                     candidates: open.candidates.len(),
-                    p_value: source.p_value,
-                    p_horizon: source.p_horizon,
+                    watched: cause.map(|alarm| alarm.watched),
+                    flagged: cause.and_then(|alarm| alarm.expert),
+                    p_value: cause.and_then(|alarm| alarm.p_value),
+                    p_horizon: cause.and_then(|alarm| alarm.p_horizon),
                     cosine: source.cosine,
                 },
             );
@@ -406,22 +421,15 @@ impl Controller {
     }
 
     fn ask_held_out(&mut self, layer: usize) {
-        let StopRule::HeldOut { wait, .. } = self.params.stop else {
+        let expert = self.awaiting_check(layer);
+        let born = self.layers[layer].newest.map(|newest| newest.born);
+        let (Some(expert), Some(born), Some(pending)) = (expert, born, &mut self.pending) else {
             return;
         };
-        let state = &self.layers[layer];
-        let (Some(newest), Some(pending)) = (state.newest, &mut self.pending) else {
-            return;
-        };
-        let grown_up = pending.step.saturating_sub(newest.born) >= wait;
-        if self.ended || state.stopped.is_some() || newest.checked || !grown_up {
-            return;
+        if pending.step >= self.params.check_due(born) {
+            pending.layers[layer].check = Some(expert);
+            pending.open.push(Request::ProbeLoss { layer, expert });
         }
-        pending.layers[layer].check = Some(newest.id);
-        pending.open.push(Request::ProbeLoss {
-            layer,
-            expert: newest.id,
-        });
     }
 
     pub(super) fn tests_alignment(&self) -> bool {
@@ -458,9 +466,4 @@ impl Controller {
         let passed = |step: u64| step.checked_sub(first).map_or(0, |since| since / every + 1);
         passed(step) > self.last_step.map_or(0, passed)
     }
-}
-
-/// Whether a detector is past its warm-up, its window full: whether it could have raised an alarm.
-fn known(outcome: &Step) -> bool {
-    outcome.statistic.is_some() || outcome.p_value.is_some()
 }

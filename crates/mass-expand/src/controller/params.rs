@@ -8,7 +8,7 @@ use crate::{AlignmentThreshold, Decomposition, ExpandError};
 
 /// When an expert may be split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Trigger {
     /// A detector's alarm and a passed alignment test (`paper`, `reference`).
@@ -49,7 +49,7 @@ pub enum Choice {
 
 /// How an expert is split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum SplitOperator {
     /// The newcomer copies the source; see [`divide_gradient`](crate::divide_gradient) and
@@ -75,7 +75,7 @@ pub enum Moments {
     Inherit,
 }
 
-/// What becomes of the detectors after a split. The newcomer's own detector always starts afresh.
+/// What becomes of the detectors after a split or a removal. The newcomer's own detector always starts afresh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AfterSplit {
@@ -84,7 +84,10 @@ pub enum AfterSplit {
     /// The source's count starts again and its windows stay (`reference`).
     ResetSourceCount,
     /// The source's detector, the layer's and the loss's all start afresh (`ours`): the split itself moves what they
-    /// watch, and would otherwise raise the next alarm.
+    /// watch, and would otherwise raise the next alarm. After a removal those of the layer, of the loss and of the experts
+    /// that inherit the tokens do: the other half of the latest split that the removed expert took part in, if it is still
+    /// there. Without one, and where an unused expert goes, whose gate is not given back, they are all to whom its tokens
+    /// could add more than a twentieth.
     Rewarm,
 }
 
@@ -94,13 +97,13 @@ pub enum AfterSplit {
 pub enum Unused {
     /// A norm of zero (`paper`, `reference`). Not with a detector of logarithms.
     ObserveZero,
-    /// Nothing: its detector does not advance (`ours`).
+    /// A gap: it learns nothing, and the next norm is not predicted from the last ([`Detector::skip`](mass_cpd::Detector::skip); `ours`).
     Skip,
 }
 
 /// When expansion ends for lack of benefit. `k_max` always ends it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum StopRule {
     /// Never.
@@ -121,7 +124,9 @@ pub enum StopRule {
         checks_after_expansions: u64,
     },
     /// `ours`: `wait` steps after each split the newest expert is masked on a held-out probe set. It has failed unless
-    /// `difference - z * standard_error > margin`. Until it has been checked the layer does not split again.
+    /// `difference - z * standard_error > margin`. Until it has been checked the layer does not split again. A check that
+    /// falls due after the phase is made all the same, and at the latest on the run's last step
+    /// ([`ControllerParams::steps`]).
     HeldOut {
         /// Loss, in nats, that an expert has to be worth; at least 0.
         margin: f64,
@@ -139,6 +144,7 @@ pub enum StopRule {
 /// When a split may happen, in steps. Detectors are fed from the first step on, so that they can be warm at
 /// `live_from`, until `live_until`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Phase {
     /// First step at which a split may happen.
     pub live_from: u64,
@@ -151,6 +157,7 @@ pub struct Phase {
 
 /// Taking experts out of the pool. It goes on after expansion has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pruning {
     /// Never fewer than this many experts in a layer, at least 1.
     pub min_experts: usize,
@@ -164,6 +171,7 @@ pub struct Pruning {
 
 /// Removes an expert whose averaged load stays under `share` of the layer's mean load for `steps` steps in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PruneUnused {
     /// Fraction of the mean load, in (0, 1).
     pub share: f64,
@@ -174,6 +182,7 @@ pub struct PruneUnused {
 /// Every `every` steps one expert of each layer, in turn, is masked on the probe set; it is removed if
 /// `difference + z * standard_error < margin`, that is, if masking it is shown to cost less than the margin.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PruneRedundant {
     /// Steps between probes, at least 1.
     pub every: u64,
@@ -205,6 +214,10 @@ pub struct ControllerParams {
     pub experts: Vec<usize>,
     /// Most experts a layer may have.
     pub k_max: usize,
+    /// Steps of the whole run, numbered from 0; `None` if that is not known. No split depends on it: a held-out check is
+    /// made on the last of them if it would fall due later, and [`reach`](Self::reach) ends with it.
+    #[serde(default)]
+    pub steps: Option<u64>,
     /// When.
     pub phase: Phase,
     /// What is watched, and by which detectors.

@@ -1,8 +1,10 @@
 //! What is open between the observation of a step and its decisions.
 
+use mass_cpd::Step;
 use serde::{Deserialize, Serialize};
 
 use super::Controller;
+use super::event::Watched;
 use super::observation::Request;
 use crate::{ExpandError, ExpertId};
 
@@ -15,12 +17,43 @@ pub(super) struct Pending {
     pub(super) open: Vec<Request>,
 }
 
+/// An alarm that a detector raised in the step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Alarm {
+    pub(super) watched: Watched,
+    /// The expert, if it watches one.
+    pub(super) expert: Option<ExpertId>,
+    pub(super) p_value: Option<f64>,
+    pub(super) p_horizon: Option<f64>,
+}
+
+impl Alarm {
+    pub(super) fn of(watched: Watched, expert: Option<ExpertId>, outcome: &Step) -> Option<Self> {
+        outcome.alarm.then_some(Self {
+            watched,
+            expert,
+            p_value: outcome.p_value,
+            p_horizon: outcome.p_horizon,
+        })
+    }
+
+    /// The one with the smaller p-value, this one if neither is smaller.
+    pub(super) fn stronger(self, other: Self) -> Self {
+        let p = |alarm: &Self| alarm.p_value.or(alarm.p_horizon).unwrap_or(f64::INFINITY);
+        if p(&other) < p(&self) { other } else { self }
+    }
+}
+
 /// An expert that the detectors (or the schedule) name, with what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Candidate {
     pub(super) id: ExpertId,
+    /// Of its own detector, whether or not that raised an alarm.
     pub(super) p_value: Option<f64>,
     pub(super) p_horizon: Option<f64>,
+    /// Its own detector's alarm.
+    #[serde(default)]
+    pub(super) alarm: Option<Alarm>,
     pub(super) cosine: Option<f64>,
     /// Whether the cosine is still to come.
     pub(super) awaits_cosine: bool,
@@ -40,8 +73,14 @@ pub(super) struct LayerPending {
     pub(super) candidates: Vec<Candidate>,
     /// Threshold of the alignment test, if it is part of the trigger.
     pub(super) delta: Option<f64>,
+    /// The alarm of the layer's detector or the loss's.
+    #[serde(default)]
+    pub(super) alarm: Option<Alarm>,
     /// The expert chosen to be split.
     pub(super) source: Option<Candidate>,
+    /// The alarm that set the split off.
+    #[serde(default)]
+    pub(super) cause: Option<Alarm>,
     /// Experts that satisfied the trigger.
     pub(super) triggered: usize,
     /// The expert that the stop rule has masked.
@@ -50,6 +89,15 @@ pub(super) struct LayerPending {
     /// The expert that pruning has masked.
     pub(super) probe: Option<ExpertId>,
     pub(super) probe_answer: Option<Worth>,
+}
+
+impl LayerPending {
+    /// The alarm behind a split of `source`: its own, else the strongest of those that made it a candidate, or others.
+    pub(super) fn cause_of(&self, source: &Candidate) -> Option<Alarm> {
+        let others = self.candidates.iter().filter_map(|c| c.alarm);
+        let strongest = || self.alarm.into_iter().chain(others).reduce(Alarm::stronger);
+        source.alarm.or_else(strongest)
+    }
 }
 
 impl Pending {

@@ -3,6 +3,7 @@
 use mass_cpd::{AnyDetector, Detector};
 use serde::{Deserialize, Serialize};
 
+use super::diagnosis::{LayerSigns, Signs};
 use super::observation::{ExpertObservation, StopReason};
 use super::params::ControllerParams;
 use super::pending::Pending;
@@ -17,7 +18,7 @@ pub(super) struct Average {
 }
 
 impl Average {
-    fn update(&mut self, x: f64, keep: f64) {
+    pub(super) fn update(&mut self, x: f64, keep: f64) {
         self.weight = keep * self.weight + 1.0;
         self.value += (x - self.value) / self.weight;
     }
@@ -34,6 +35,9 @@ pub(super) struct ExpertState {
     pub(super) entropy: Average,
     /// Steps in a row with almost no tokens.
     pub(super) unused_for: u64,
+    /// Steps that the averages are of.
+    #[serde(default)]
+    pub(super) averaged_steps: u64,
 }
 
 impl ExpertState {
@@ -45,10 +49,12 @@ impl ExpertState {
             loss_share: Average::default(),
             entropy: Average::default(),
             unused_for: 0,
+            averaged_steps: 0,
         }
     }
 
     pub(super) fn average(&mut self, observed: &ExpertObservation, keep: f64) {
+        self.averaged_steps = self.averaged_steps.saturating_add(1);
         self.load.update(observed.load as f64, keep);
         if let Some(share) = observed.loss_share {
             self.loss_share.update(share, keep);
@@ -58,8 +64,9 @@ impl ExpertState {
         }
     }
 
-    /// After a split both halves are other experts than the source was.
+    /// After a split both halves are other experts than the source was, and so is who inherits the tokens of one removed.
     pub(super) fn forget_averages(&mut self) {
+        self.averaged_steps = 0;
         self.load = Average::default();
         self.loss_share = Average::default();
         self.entropy = Average::default();
@@ -95,11 +102,39 @@ pub(super) struct LayerState {
     pub(super) probed: Option<ExpertId>,
     /// Step of that probe.
     pub(super) probed_at: Option<u64>,
+    /// What diagnoses need.
+    #[serde(default)]
+    pub(super) signs: LayerSigns,
 }
 
 impl LayerState {
     pub(super) fn position(&self, id: ExpertId) -> Option<usize> {
         self.ids.binary_search(&id).ok()
+    }
+
+    /// Who gets the tokens of an expert that is removed: the other half of the latest split that it took part in and whose gate
+    /// it so gets back, if that is still there. Where there is none, or the gate is not given back, everyone whose own tokens
+    /// these are more than a twentieth of, on average: less does not show in a gradient norm.
+    pub(super) fn heirs(&self, id: ExpertId, gate_is_given_back: bool) -> Vec<ExpertId> {
+        let half = self
+            .pairs
+            .iter()
+            .rev()
+            .find_map(|&(a, b)| (a == id).then_some(b).or_else(|| (b == id).then_some(a)));
+        if let Some(half) = half
+            && gate_is_given_back
+        {
+            return vec![half];
+        }
+        let load = self
+            .position(id)
+            .map_or(0.0, |at| self.experts[at].load.value);
+        let gains = |expert: &ExpertState| load > 0.05 * expert.load.value;
+        let others = self.ids.iter().zip(&self.experts);
+        others
+            .filter(|&(&other, expert)| other != id && (Some(other) == half || gains(expert)))
+            .map(|(&other, _)| other)
+            .collect()
     }
 
     pub(super) fn remove(&mut self, id: ExpertId) {
@@ -135,6 +170,7 @@ impl Controller {
                 stopped: full.then_some(StopReason::Maximum),
                 probed: None,
                 probed_at: None,
+                signs: LayerSigns::default(),
             });
         }
         let loss_detector = watch.make_loss(&params)?;
@@ -150,6 +186,7 @@ impl Controller {
             ended: false,
             ended_at: None,
             pending: None,
+            signs: Signs::default(),
             events: Vec::new(),
         })
     }
@@ -196,6 +233,8 @@ pub(super) struct Stored {
     ended: bool,
     ended_at: Option<u64>,
     pending: Option<Pending>,
+    #[serde(default)]
+    signs: Signs,
     events: Vec<super::Event>,
 }
 
@@ -215,6 +254,7 @@ impl TryFrom<Stored> for Controller {
             ended: stored.ended,
             ended_at: stored.ended_at,
             pending: stored.pending,
+            signs: stored.signs,
             events: stored.events,
         };
         match controller.contradiction() {
@@ -276,6 +316,8 @@ impl Controller {
                 .experts
                 .iter()
                 .all(|e| sound(&e.load) && sound(&e.loss_share) && sound(&e.entropy))
+                || !sound(&layer.signs.selected)
+                || !sound(&layer.signs.constant)
             {
                 return Some("an average is not finite");
             }

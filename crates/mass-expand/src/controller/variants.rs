@@ -19,6 +19,7 @@ impl ControllerParams {
         Self {
             experts: vec![experts; layers],
             k_max,
+            steps: Some(steps),
             phase: Phase {
                 live_from: 0,
                 live_until: (steps / 10).max(1),
@@ -72,7 +73,9 @@ impl ControllerParams {
 
     /// The same aim with a known false-alarm rate: calibrated CUSUMs on the logarithms of the loss, of each layer's
     /// pooled norm and of each expert's norm share alpha 0.05 over the phase (the first 30 % of `steps`); the expert with the largest
-    /// share of the loss is bisected; a held-out check 50 steps later decides whether growth goes on.
+    /// share of the loss is bisected; a held-out check a tenth of the run later, at most 50 steps, decides whether growth goes
+    /// on. References are [`shortened`](Watch::shortened) in runs of under 2000 steps. Mind that in runs of under 250 steps
+    /// detectors have not learnt enough when the phase ends: [`reach`](Self::reach) tells.
     #[must_use]
     pub fn ours(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
         let live_until = (steps.saturating_mul(3) / 10).max(1);
@@ -82,7 +85,7 @@ impl ControllerParams {
                 live_until,
                 continual: None,
             },
-            watch: Self::calibrated_watch(0.05, live_until),
+            watch: Self::calibrated_watch(0.05, live_until).shortened(steps),
             unused: Unused::Skip,
             trigger: Trigger::DetectorOnly,
             choice: Choice::LossShare,
@@ -91,7 +94,7 @@ impl ControllerParams {
             stop: StopRule::HeldOut {
                 margin: 0.0,
                 z: 1.0,
-                wait: 50,
+                wait: (steps / 10).clamp(1, 50),
                 patience: 2,
                 remove: true,
             },

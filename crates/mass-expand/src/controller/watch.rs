@@ -1,6 +1,6 @@
 //! What is watched, and how the false-alarm level is shared among the detectors.
 
-use mass_cpd::{AnyDetector, AnyDetectorParams};
+use mass_cpd::{AnyDetector, AnyDetectorParams, Reference};
 use serde::{Deserialize, Serialize};
 
 use super::params::ControllerParams;
@@ -45,11 +45,46 @@ impl Watch {
         }
     }
 
-    pub(super) fn kinds(&self) -> usize {
+    /// Shortens lagged references and warm-ups of calibrated CUSUMs to a tenth of a run of `steps`, where they are longer than
+    /// that, but not to fewer than 64 steps: estimated on fewer, a level is no longer what it says.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_expand::ControllerParams;
+    /// let watch = ControllerParams::calibrated_watch(0.05, 480);
+    /// // A window of 128, a gap of 16 and a warm-up of 200 become 80, 10 and 80.
+    /// let shortened = watch.clone().shortened(800);
+    /// assert_eq!(watch.loss.map(|d| d.observations_needed()), Some(201));
+    /// assert_eq!(shortened.loss.map(|d| d.observations_needed()), Some(91));
+    /// ```
+    #[must_use]
+    pub fn shortened(mut self, steps: u64) -> Self {
+        let tenth = usize::try_from(steps / 10).unwrap_or(usize::MAX).max(64);
+        for detector in [&mut self.expert, &mut self.layer, &mut self.loss] {
+            if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
+                if let Reference::Lagged { window, gap } = &mut cusum.reference {
+                    *window = (*window).min(tenth);
+                    *gap = (*gap).min(*window / 8);
+                }
+                cusum.warmup = cusum.warmup.min(tenth);
+            }
+        }
+        self
+    }
+
+    fn detectors(&self) -> impl Iterator<Item = &AnyDetectorParams> {
         [&self.expert, &self.layer, &self.loss]
             .into_iter()
-            .filter(|kind| kind.is_some())
-            .count()
+            .flatten()
+    }
+
+    pub(super) fn kinds(&self) -> usize {
+        self.detectors().count()
+    }
+
+    /// Observations until the first detector can raise an alarm; `None` without detectors.
+    pub(super) fn observations_needed(&self) -> Option<u64> {
+        self.detectors().map(|d| d.observations_needed()).min()
     }
 
     pub(super) fn make_expert(
@@ -86,7 +121,7 @@ impl Watch {
             let share = streams * self.kinds() as f64;
             match &mut detector {
                 AnyDetectorParams::WindowedZ(p) => p.alpha /= share,
-                AnyDetectorParams::CalibratedCusum(p) => p.alpha /= share,
+                AnyDetectorParams::CalibratedCusum(p) => *p = p.among(share),
                 AnyDetectorParams::TrainingMonitor(p) => p.alpha /= share,
                 _ => {
                     return Err(ExpandError::Parameter {

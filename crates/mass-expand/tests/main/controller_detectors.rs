@@ -117,16 +117,16 @@ fn a_shared_level_is_divided_among_all_streams_that_there_may_be() {
     assert_levels(&per_stream.check().unwrap(), [0.05; 3]);
 }
 
-/// A split starts source, newcomer, layer and loss afresh as its rule says, and a removal layer and loss; nobody else.
+/// A split starts source, newcomer, layer and loss afresh as its rule says, and a removal sibling, layer and loss; nobody else.
 #[test]
 fn splits_and_removals_start_afresh_only_what_the_rule_names() {
-    // Counts after the split of the source, and of layer and loss; and of these after the removal.
-    let rules: [(AfterSplit, u64, u64, u64); 3] = [
-        (AfterSplit::Keep, 21, 21, 71),
-        (AfterSplit::ResetSourceCount, 0, 21, 71),
-        (AfterSplit::Rewarm, 0, 0, 0),
+    // Counts after the split of the source, and of layer and loss; and of both after the removal.
+    let rules: [(AfterSplit, u64, u64, u64, u64); 3] = [
+        (AfterSplit::Keep, 21, 21, 71, 71),
+        (AfterSplit::ResetSourceCount, 0, 21, 50, 71),
+        (AfterSplit::Rewarm, 0, 0, 0, 0),
     ];
-    for (after_split, source, split, removed) in rules {
+    for (after_split, source, split, back, removed) in rules {
         let params = ControllerParams {
             choice: Choice::TriggeredLowestIndex,
             after_split,
@@ -168,7 +168,8 @@ fn splits_and_removals_start_afresh_only_what_the_rule_names() {
                             ..
                         }]
                     ));
-                    assert_eq!((experts[0][0], experts[0][2]), (71, 71), "{after_split:?}");
+                    // The sibling has the newcomer's tokens back.
+                    assert_eq!(experts[0], [71, back, 71], "{after_split:?}");
                     assert_eq!(experts[1], [71; 3], "{after_split:?}");
                     assert_eq!(
                         (layers, loss),
@@ -238,7 +239,7 @@ fn an_alarm_of_one_layer_splits_in_that_layer_alone() {
             window: 40,
             gap: 10,
         },
-        prewhiten: false,
+        prewhiten: mass_cpd::Prewhiten::None,
         direction: Direction::Up,
         warmup: 30,
         ..CalibratedCusumParams::default()

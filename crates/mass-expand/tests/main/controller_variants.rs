@@ -27,6 +27,7 @@ fn paper() -> ControllerParams {
     ControllerParams {
         experts: vec![6, 6],
         k_max: 16,
+        steps: Some(2000),
         phase: Phase {
             live_from: 0,
             live_until: 200,
@@ -81,14 +82,17 @@ fn our_settings_are_the_documented_ones() {
     let detector = CalibratedCusumParams {
         horizon: 600,
         alpha: 0.05,
+        alarm_at: mass_cpd::AlarmAt::Alpha,
         k: 2.0,
         score_limit: Some(4.0),
+        scores: mass_cpd::Scores::Normal,
+        watch: mass_cpd::Watch::Level,
         transform: Transform::Log,
         reference: Reference::Lagged {
             window: 128,
             gap: 16,
         },
-        prewhiten: true,
+        prewhiten: mass_cpd::Prewhiten::Order(1),
         drift: Drift::Remove,
         direction: Direction::Up,
         warmup: 200,

@@ -1,8 +1,12 @@
 //! Tests of `mass-expand` from outside, in one binary: each binary is linked by itself.
 
 mod arithmetic;
+mod configuration;
+mod controller_alarms;
 mod controller_detectors;
+mod controller_diagnoses;
 mod controller_properties;
+mod controller_reach;
 mod controller_refusals;
 mod controller_rules;
 mod controller_selection;

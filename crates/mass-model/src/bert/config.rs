@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::pretrained::{
-    PretrainedError, activation, checked, config_file, field_error, read_config,
+    Head, PretrainedError, activation, checked, config_file, field_error, read_config,
 };
 
 /// Sizes and rates of a BERT encoder: the `config.json` of Hugging Face, with its defaults (`bert-base-uncased`).
@@ -95,12 +95,22 @@ impl BertConfig {
     /// the wrong kind, for another kind of model (`model_type`, relative positions, a decoder, cross-attention, several labels at
     /// once), and for sizes and rates that no model can have.
     pub fn read(dir: &Path) -> Result<Self, ModelError> {
-        Self::read_for(dir, None)
+        let others = read_config::<Others>(dir)?;
+        others.check_head(dir, None)?;
+        Self::read_encoder(dir, &others)
     }
 
     /// As [`read`](Self::read), for a head with so many outputs.
-    pub(super) fn read_for(dir: &Path, labels: Option<usize>) -> Result<Self, ModelError> {
-        read_config::<Others>(dir)?.check(dir, labels)?;
+    pub(super) fn read_for(dir: &Path, labels: usize, head: Head) -> Result<Self, ModelError> {
+        let others = read_config::<Others>(dir)?;
+        if head == Head::OfFile {
+            others.check_head(dir, Some(labels))?;
+        }
+        Self::read_encoder(dir, &others)
+    }
+
+    fn read_encoder(dir: &Path, others: &Others) -> Result<Self, ModelError> {
+        others.check_encoder(dir)?;
         let config: Self = read_config(dir)?;
         checked(dir, config.check())?;
         Ok(config)
@@ -180,7 +190,7 @@ struct Others {
 }
 
 impl Others {
-    fn check(&self, dir: &Path, labels: Option<usize>) -> Result<(), PretrainedError> {
+    fn check_encoder(&self, dir: &Path) -> Result<(), PretrainedError> {
         let path = config_file(dir);
         let refuse = |field, why: String| Err(field_error(&path, field, &why));
         let other = |field, value: &str| refuse(field, format!("{value:?} is not supported"));
@@ -200,13 +210,18 @@ impl Others {
                 return refuse(field, "true is not supported".into());
             }
         }
-        match (self.problem_type.as_deref(), labels) {
-            (Some("regression"), Some(n)) if n != 1 => refuse(
-                "problem_type",
-                format!("regression has one output, not {n}"),
-            ),
-            (None | Some("single_label_classification" | "regression"), _) => Ok(()),
-            (Some(t), _) => other("problem_type", t),
-        }
+        Ok(())
+    }
+
+    /// Whether the head of the file is one for so many labels.
+    fn check_head(&self, dir: &Path, labels: Option<usize>) -> Result<(), PretrainedError> {
+        let why = match (self.problem_type.as_deref(), labels) {
+            (Some("regression"), Some(n)) if n != 1 => {
+                format!("regression has one output, not {n}")
+            }
+            (None | Some("single_label_classification" | "regression"), _) => return Ok(()),
+            (Some(t), _) => format!("{t:?} is not supported"),
+        };
+        Err(field_error(&config_file(dir), "problem_type", &why))
     }
 }

@@ -1,14 +1,14 @@
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
 
 use super::BertConfig;
 use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
-use crate::lm::{LayerTrace, Masked};
 use crate::nn::{LayerNorm, SelfAttention};
 use crate::ops::{self, Rows, Sequences};
-use crate::param::{Param, Parameters, join};
+use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
+use crate::{mixtures, parameters};
 
 /// A post-norm layer: `h = norm(x + dropout(attention(x)))`, then `y = norm(h + dropout(mlp(h)))`.
 #[derive(Clone, Debug)]
@@ -78,20 +78,5 @@ impl BertLayer {
     }
 }
 
-impl Parameters for BertLayer {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.attention.visit(&join(prefix, "attention"), f);
-        self.attention_norm
-            .visit(&join(prefix, "attention_norm"), f);
-        self.mlp.visit(prefix, f);
-        self.ffn_norm.visit(&join(prefix, "ffn_norm"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.attention.visit_mut(&join(prefix, "attention"), f);
-        self.attention_norm
-            .visit_mut(&join(prefix, "attention_norm"), f);
-        self.mlp.visit_mut(prefix, f);
-        self.ffn_norm.visit_mut(&join(prefix, "ffn_norm"), f);
-    }
-}
+parameters!(BertLayer { attention, attention_norm, mlp as "", ffn_norm });
+mixtures!(BertLayer { mlp as "" });

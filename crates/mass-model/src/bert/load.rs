@@ -1,6 +1,6 @@
 //! The names that BERT's parameters have in files.
 
-use crate::pretrained::{Part, Weights};
+use crate::pretrained::{Head, Part, Weights};
 
 /// The tensors of the file that make up a parameter, without the prefix `bert.`.
 pub(super) fn parts(name: &str, shape: &[usize]) -> Vec<Part> {
@@ -54,15 +54,21 @@ pub(super) fn spellings(name: &str) -> Vec<String> {
 
 /// What a file need not have: a pretrained encoder comes without a head, and may come without a pooler. A head without a pooler
 /// read something else, such as every token.
-pub(super) fn optional(weights: &Weights) -> impl Fn(&str) -> bool {
-    let head = weights.names().any(|name| name.starts_with("classifier."));
+pub(super) fn optional(weights: &Weights, head: Head) -> impl Fn(&str) -> bool {
+    let named = |name: &str| name.starts_with("classifier.");
+    let head = head == Head::OfFile && weights.names().any(named);
     move |name| name.starts_with("head.") || (name.starts_with("pooler.") && !head)
 }
 
 /// Whether a tensor that is not read makes another model. The heads of pretraining and of answering questions do not, nor the
-/// positions 0, 1, 2, ... that old versions of the library stored.
-pub(super) fn belongs(tensor: &str) -> bool {
-    let name = tensor.strip_prefix("bert.").unwrap_or(tensor);
-    let heads = ["cls.", "qa_outputs."];
-    !heads.iter().any(|start| name.starts_with(start)) && name != "embeddings.position_ids"
+/// positions 0, 1, 2, ... that old versions of the library stored. With a new head nothing does that is outside the encoder.
+pub(super) fn belongs(tensor: &str, head: Head) -> bool {
+    let inside = tensor.strip_prefix("bert.");
+    let name = inside.unwrap_or(tensor);
+    let starts = |with: &[&str]| with.iter().any(|start| name.starts_with(start));
+    let of_head = match head {
+        Head::OfFile => starts(&["cls.", "qa_outputs."]),
+        Head::New => inside.is_none() && !starts(&["embeddings.", "encoder.", "pooler."]),
+    };
+    !of_head && name != "embeddings.position_ids"
 }

@@ -2,6 +2,7 @@ use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFr
 
 use super::Targets;
 use crate::error::ModelError;
+use crate::gradients::leaves_are_named;
 use crate::ops::{self, MeanAndRows, Rows, read, take_gradient};
 
 /// Mean over sequences of their loss, and the loss of each.
@@ -44,6 +45,7 @@ fn mean_squared_error<T: Tape<f32, Cpu>>(
     if T::OWNS_TAPE {
         let (x_ghost, y_ghost) = (outputs.ghost(), loss.ghost());
         tape.add_backward_op(move |g| {
+            leaves_are_named(g)?;
             let upstream = take_gradient!(g, y_ghost)[0];
             for (dx, r) in g.get_or_alloc_mut(&x_ghost)?.iter_mut().zip(&residuals) {
                 *dx += upstream * 2.0 * r / n as f32;

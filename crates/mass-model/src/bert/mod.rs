@@ -45,25 +45,22 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{
-    AsArray, Backward, Cpu, Module, NoneTape, OwnedTape, PutTape, SplitTape, Tape,
-};
-use mass_routing::RouterConfig;
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, SplitTape, Tape};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
-use crate::encoder::{Wanted, check_masked};
+use crate::encoder::Wanted;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
-use crate::lm::{LayerTrace, Masked, TrainPass};
-use crate::nn::{LayerNorm, Linear, MoeConfig};
+use crate::mixtures::{Mixtures, check_masked};
+use crate::nn::{LayerNorm, Linear};
 use crate::ops::{self, Rows, read};
 use crate::param::Param;
-use crate::pretrained::{Drawn, Kind, Source, Stored, Weights};
+use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use layer::BertLayer;
 
 /// A BERT encoder with a pooler and a linear head on the first token.
@@ -105,8 +102,9 @@ impl BertClassifier {
 
     /// Reads `config.json` and the weights of a folder in Hugging Face's layout; see [`pretrained`](crate::pretrained).
     ///
-    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. The head is
-    /// drawn as by [`new`](Self::new) if the file has none, and then the pooler too. Heads of pretraining and of question
+    /// Names may begin with `bert.` or not, and layer norms may have the names `gamma` and `beta` of old files. The head is the
+    /// file's, which must be of as many labels, and drawn as by [`new`](Self::new) if the file has none, and then the pooler
+    /// too; [`load_with_new_head`](Self::load_with_new_head) draws one whatever the file has. Heads of pretraining and of question
     /// answering are passed over.
     ///
     /// # Errors
@@ -114,14 +112,38 @@ impl BertClassifier {
     /// wrong value or makes another model (see [`BertConfig::read`]), or if a tensor is missing, of another shape or type, not
     /// finite, or has no place in the model; [`ModelError::Config`] if there is no label.
     pub fn load(dir: &Path, labels: usize, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
-        let config = BertConfig::read_for(dir, Some(labels))?;
+        Self::load_with(dir, labels, Head::OfFile, rng)
+    }
+
+    /// As [`load`](Self::load), with a head that is drawn whatever the file has: a classifier of one task is tuned again for
+    /// another. Every tensor beside embeddings, encoder and pooler belongs to the old head and is passed over with it, as is
+    /// what the configuration says of its problem. The pooler is the file's, or drawn if it has none.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_with_new_head(
+        dir: &Path,
+        labels: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        Self::load_with(dir, labels, Head::New, rng)
+    }
+
+    fn load_with(
+        dir: &Path,
+        labels: usize,
+        head: Head,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self, ModelError> {
+        let config = BertConfig::read_for(dir, labels, head)?;
         let weights = Weights::open(dir)?;
-        let optional = load::optional(&weights);
+        let optional = load::optional(&weights, head);
         let std = config.initializer_range;
         let drawn = Drawn { std, rng };
-        let mut source = Stored::new(&weights, &load::parts, &load::spellings, &optional, drawn);
+        let (parts, spellings) = (&load::parts, &load::spellings);
+        let mut source = Stored::new(&weights, parts, spellings, &optional, drawn, head);
         let model = Self::build(&config, labels, &mut source)?;
-        source.nothing_left(load::belongs)?;
+        source.nothing_left(|tensor| load::belongs(tensor, head))?;
         Ok(model)
     }
 
@@ -175,49 +197,6 @@ impl BertClassifier {
     /// Number of outputs.
     pub fn labels(&self) -> usize {
         self.config.outputs
-    }
-
-    /// Makes the feed-forward network of a layer, counted from zero, a mixture whose experts are copies of it, with a gate
-    /// drawn at random. With weights that sum to one the outputs are at first the same.
-    ///
-    /// # Errors
-    /// [`ModelError::Config`] if there is no such layer, it is a mixture already, or `experts` is zero;
-    /// [`ModelError::Routing`] if the router's parameters are not valid.
-    pub fn convert(
-        &mut self,
-        layer: usize,
-        experts: usize,
-        router: RouterConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let BertConfig {
-            hidden_size,
-            intermediate_size,
-            hidden_act,
-            ..
-        } = self.config.encoder;
-        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
-        self.convert_to(layer, &config, rng)
-    }
-
-    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
-    ///
-    /// # Errors
-    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
-    pub fn convert_to(
-        &mut self,
-        layer: usize,
-        mixture: &MoeConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let layers = self.layers.len();
-        let Some(found) = self.layers.get_mut(layer) else {
-            let what = format!("there is no layer {layer}, there are {layers}");
-            return Err(ModelError::Config(what));
-        };
-        found.mlp.convert(mixture, rng)?;
-        self.config.mixtures.insert(layer, mixture.clone());
-        Ok(())
     }
 
     fn encode<T: Tape<f32, Cpu>>(
@@ -319,24 +298,12 @@ impl BertClassifier {
     ) -> Result<TrainPass, ModelError> {
         let (logits, layers) = self.forward(batch, None, dropout, OwnedTape::default())?;
         let (loss, losses) = loss::loss(logits, targets)?;
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
-        let mut gradients = loss.try_backward()?;
-        let words = self.words.handle();
-        let mut gradient = words.take(&mut gradients)?;
-        gradient[self.padding()].fill(0.0);
-        words.put(&mut gradients, gradient)?;
         let spans = batch.offsets.windows(2).zip(losses);
-        Ok(TrainPass {
-            loss: value,
-            token_losses: spans
-                .flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]))
-                .collect(),
-            gradients,
-            layers,
-        })
+        let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
+        let mut pass = TrainPass::new(loss, rows.collect(), layers)?;
+        let words = self.words.gradient(&mut pass.gradients)?;
+        words[self.padding()].fill(0.0);
+        Ok(pass)
     }
 
     /// Logits `[batch, labels]` without dropout, and what each mixture layer did.

@@ -1,14 +1,20 @@
 //! Where checkpoints lie: folders that are complete or not there, and the name of the newest.
 
+#[cfg(test)]
+mod simulated;
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::error::CheckpointError;
 use super::seal::Seals;
+use super::storage::Storage;
 use super::{FORMAT, LATEST, SEALS, STATE, broken, manifest};
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 
 pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> ModelError + '_ {
@@ -19,59 +25,117 @@ pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> ModelError + '_ {
 }
 
 /// Writes a file and syncs it to disk.
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    let mut file = File::create(path).map_err(io(path))?;
-    file.write_all(bytes)
-        .and_then(|()| file.sync_all())
-        .map_err(io(path))
+fn write_synced(storage: &impl Storage, path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let written = || {
+        let mut file = storage.create(path)?;
+        storage.write(&mut file, bytes)?;
+        storage.sync(&file)
+    };
+    written().map_err(io(path))
 }
 
-fn sync_directory(path: &Path) -> Result<(), ModelError> {
-    File::open(path)
-        .and_then(|d| d.sync_all())
-        .map_err(io(path))
+/// Makes the names in a directory last.
+fn sync_names(storage: &impl Storage, dir: &Path) -> Result<(), ModelError> {
+    storage.sync_dir(dir).map_err(io(dir))
+}
+
+/// A directory, with those above it that are missing. The name of each is synced in its parent: a directory whose name is lost
+/// takes all that was synced in it along.
+fn create_directory(storage: &impl Storage, dir: &Path) -> Result<(), ModelError> {
+    let parent = match dir.parent() {
+        Some(parent) if parent == Path::new("") => Path::new("."),
+        Some(parent) => parent,
+        None => return Ok(()),
+    };
+    if storage.is_dir(dir) {
+        // Who made it may not have synced its name. The first checkpoint in it does, where it may.
+        return match storage.read(&dir.join(LATEST)) {
+            Ok(_) => Ok(()),
+            Err(_) => match storage.sync_dir(parent) {
+                Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(()),
+                synced => synced.map_err(io(parent)),
+            },
+        };
+    }
+    if parent != dir {
+        create_directory(storage, parent)?;
+    }
+    match storage.create_dir(dir) {
+        // Made by another process in the meantime.
+        Err(_) if storage.is_dir(dir) => {}
+        made => made.map_err(io(dir))?,
+    }
+    sync_names(storage, parent)
 }
 
 /// Receives the files of a checkpoint one after the other.
 pub(super) type Sink<'a> = dyn FnMut(&str, Vec<u8>) -> Result<(), ModelError> + 'a;
 
-/// Writes a folder under a temporary name, renames it, names it in `latest` and removes the others. `produce` hands over the
-/// files.
+/// What a folder is called until it is complete.
+const PARTIAL: &str = ".partial-";
+
+/// Writes a folder under a temporary name, renames it and names it in `latest`. `produce` hands over the files. The folder that
+/// `latest` named before stays, for a reader who has read the name and not yet the files; older ones are removed. After an
+/// error nothing of the new folder is left, and `latest` names what it named.
 pub(super) fn write(
+    storage: &impl Storage,
     dir: &Path,
     step: u64,
     produce: impl FnOnce(&mut Sink<'_>) -> Result<(), ModelError>,
 ) -> Result<PathBuf, ModelError> {
-    fs::create_dir_all(dir).map_err(io(dir))?;
+    create_directory(storage, dir)?;
+    // What a killed process left of a folder would keep a full disk full.
+    remove_folders(storage, dir, |name| name.starts_with(PARTIAL))?;
+    let previous = newest(storage, dir).ok();
     // A step saved twice gets a name of its own: the folder that `latest` names is never touched.
     let mut name = format!("step-{step:010}");
-    while dir.join(&name).exists() {
+    let names = storage.names(dir).map_err(io(dir))?;
+    while names.contains(&name) {
         name.push('+');
     }
-    let partial = dir.join(format!(".partial-{name}"));
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(io(&partial))?;
-    }
-    fs::create_dir(&partial).map_err(io(&partial))?;
-    produce(&mut |file, bytes| write_synced(&partial.join(file), &bytes))?;
-    sync_directory(&partial)?;
-
+    let partial = dir.join(format!("{PARTIAL}{name}"));
     let complete = dir.join(&name);
-    fs::rename(&partial, &complete).map_err(io(&complete))?;
-    sync_directory(dir)?;
     let pointer = dir.join(".latest");
-    write_synced(&pointer, render_pointer(&name).as_bytes())?;
-    fs::rename(&pointer, dir.join(LATEST)).map_err(io(&pointer))?;
-    sync_directory(dir)?;
-    for entry in fs::read_dir(dir).map_err(io(dir))? {
-        let entry = entry.map_err(io(dir))?;
-        let other = entry.file_name().to_string_lossy().into_owned();
-        let ours = is_step(other.strip_prefix(".partial-").unwrap_or(&other));
-        if other != name && ours && entry.path().is_dir() {
-            fs::remove_dir_all(entry.path()).map_err(io(&entry.path()))?;
+    let prepare = || {
+        storage.create_dir(&partial).map_err(io(&partial))?;
+        produce(&mut |file, bytes| write_synced(storage, &partial.join(file), &bytes))?;
+        sync_names(storage, &partial)?;
+        storage.rename(&partial, &complete).map_err(io(&complete))?;
+        // The name of the folder has to last before anything says that it is there.
+        sync_names(storage, dir)?;
+        write_synced(storage, &pointer, render_pointer(&name).as_bytes())?;
+        let latest = dir.join(LATEST);
+        storage.rename(&pointer, &latest).map_err(io(&latest))
+    };
+    if let Err(error) = prepare() {
+        // The first error is the one to report. What cannot be removed now is removed by the next checkpoint.
+        let _ = storage.remove_dir_all(&partial);
+        let _ = storage.remove_dir_all(&complete);
+        let _ = storage.remove_file(&pointer);
+        return Err(error);
+    }
+    sync_names(storage, dir)?;
+    let kept = [Some(&complete), previous.as_ref()];
+    remove_folders(storage, dir, |other| {
+        !kept.contains(&Some(&dir.join(other)))
+    })?;
+    Ok(complete)
+}
+
+/// Removes the folders of checkpoints whose names are `unwanted`, whole or not.
+fn remove_folders(
+    storage: &impl Storage,
+    dir: &Path,
+    unwanted: impl Fn(&str) -> bool,
+) -> Result<(), ModelError> {
+    for name in storage.names(dir).map_err(io(dir))? {
+        let path = dir.join(&name);
+        let ours = is_step(name.strip_prefix(PARTIAL).unwrap_or(&name));
+        if ours && unwanted(&name) && storage.is_dir(&path) {
+            storage.remove_dir_all(&path).map_err(io(&path))?;
         }
     }
-    Ok(complete)
+    Ok(())
 }
 
 /// Whether a folder has the name of a checkpoint.
@@ -88,9 +152,9 @@ fn render_pointer(name: &str) -> String {
 }
 
 /// The folder that `latest` names.
-pub(super) fn newest(dir: &Path) -> Result<PathBuf, ModelError> {
+pub(super) fn newest(storage: &impl Storage, dir: &Path) -> Result<PathBuf, ModelError> {
     let pointer = dir.join(LATEST);
-    let bytes = fs::read(&pointer).map_err(io(&pointer))?;
+    let bytes = storage.read(&pointer).map_err(io(&pointer))?;
     let text = String::from_utf8_lossy(&bytes);
     let name = text.split(' ').next().unwrap_or_default();
     if !is_step(name) || render_pointer(name).as_bytes() != bytes {
@@ -98,7 +162,7 @@ pub(super) fn newest(dir: &Path) -> Result<PathBuf, ModelError> {
         return Err(broken(&pointer, CheckpointError::Pointer { found }));
     }
     let folder = dir.join(name);
-    if !folder.is_dir() {
+    if !storage.is_dir(&folder) {
         let name = name.to_owned();
         return Err(broken(&pointer, CheckpointError::NoFolder { name }));
     }

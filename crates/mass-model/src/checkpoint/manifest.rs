@@ -9,12 +9,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::broken;
-use super::error::CheckpointError;
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 use crate::optim::{AdamWConfig, EmaConfig};
 
 /// Written with borrowed, read with owned contents.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Manifest<C, S> {
     pub(super) format: u64,
     pub(super) kind: String,
@@ -36,6 +37,7 @@ struct Head {
 
 /// The experts of a mixture layer, in the order of its logits.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Pool {
     pub(super) experts: Vec<ExpertId>,
     pub(super) next_id: u32,

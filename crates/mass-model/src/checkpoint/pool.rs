@@ -7,11 +7,12 @@ use mass_expand::{ExpertId, preserve_mass};
 use serde::{Deserialize, Serialize};
 
 use super::broken;
-use super::error::{CheckpointError, ExpertCounts};
 use super::manifest::Pool;
 use super::tensors::TensorFile;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
+use crate::error::{CheckpointError, ExpertCounts};
+use crate::mixtures::Mixtures;
+use crate::param::join;
 
 /// What to do when checkpoint and model have different numbers of experts in a layer.
 ///
@@ -36,6 +37,7 @@ pub enum PoolMismatch {
 
 /// How a checkpoint is loaded into a model that exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoadOptions {
     /// What to do when numbers of experts differ.
     #[serde(default)]
@@ -148,7 +150,7 @@ impl Reading {
             let ids = saved.experts.clone();
             let (pool, sources) = fit(layer, saved);
             layers.push(LayerReading {
-                prefix: format!("{}.experts.", model.mixture_name(layer)),
+                prefix: join(&model.mixture_name(layer), "experts."),
                 pool,
                 sources,
                 saved: ids,

@@ -13,8 +13,8 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::error::CheckpointError;
 use super::{SEALS, broken};
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 
 /// Length and checksum of the files of a checkpoint.

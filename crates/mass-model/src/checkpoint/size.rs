@@ -25,6 +25,10 @@ impl MoeConfig {
                 width as u64,
                 (width as u64).checked_mul(dim.checked_add(1)?)?,
             ),
+            GateConfig::LowRank { rank, anchors, .. } => (
+                (rank as u64).checked_mul(anchors as u64)?,
+                (rank as u64).checked_mul(dim)?,
+            ),
             _ => (dim, 0),
         };
         let expert = network(self.hidden)?.checked_add(gate)?;

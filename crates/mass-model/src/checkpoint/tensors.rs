@@ -7,7 +7,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 
 use super::broken;
-use super::error::CheckpointError;
+use crate::error::CheckpointError;
 use crate::error::ModelError;
 
 /// A tensor to be written.

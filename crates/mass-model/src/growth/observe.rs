@@ -1,19 +1,22 @@
 //! What a layer's gradients and routing say of its experts.
 
-use mass_expand::ExpertObservation;
+use mass_expand::{ExpertObservation, RoutingObservation};
+use mass_routing::RoutingPlan;
 
 use super::GradientNorm;
 use crate::error::ModelError;
-use crate::lm::LayerTrace;
+use crate::gradients::CpuGradients;
 use crate::nn::MoeLayer;
-use crate::param::{CpuGradients, Param};
+use crate::param::Param;
+use crate::pass::LayerTrace;
 
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
 ///
 /// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced.
+/// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced;
+/// [`ModelError::NoGradient`] if an expert has tokens but no gradient: the gradients are not those of the pass that was traced.
 pub fn observe(
     layer: &MoeLayer,
     trace: &LayerTrace,
@@ -59,15 +62,25 @@ pub(super) fn observe_with(
     let total: f64 = shares.iter().sum();
     let mut observed = Vec::with_capacity(shares.len());
     for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
+        let mut square_norm = |param: &Param| match param.find_gradient(gradients)? {
+            Some(gradient) => Ok(crate::optim::sum_of_squares(gradient)),
+            None if plan.load(e) == 0 => Ok(0.0),
+            None => Err(ModelError::NoGradient(format!("expert {id}"))),
+        };
         let mut squares = match norm {
-            Some(_) => square_norm(&expert.fc1.0, gradients)?,
+            Some(_) => square_norm(&expert.network.fc1.0)?,
             None => 0.0,
         };
         if norm == Some(GradientNorm::AllParameters) {
-            let up = expert.up.iter().flat_map(|(w, b)| [w, b]);
-            let rest = [&expert.gate, &expert.fc1.1, &expert.fc2.0, &expert.fc2.1];
+            let up = expert.network.up.iter().flat_map(|(w, b)| [w, b]);
+            let rest = [
+                &expert.gate,
+                &expert.network.fc1.1,
+                &expert.network.fc2.0,
+                &expert.network.fc2.1,
+            ];
             for param in rest.into_iter().chain(up) {
-                squares += square_norm(param, gradients)?;
+                squares += square_norm(param)?;
             }
         }
         observed.push(ExpertObservation {
@@ -82,6 +95,23 @@ pub(super) fn observe_with(
     Ok(observed)
 }
 
-fn square_norm(param: &Param, gradients: &mut CpuGradients) -> Result<f64, ModelError> {
-    Ok(crate::optim::sum_of_squares(param.gradient(gradients)?))
+/// What a controller is told of a layer's router.
+///
+/// A token's weight is constant where it has one expert, at a weight of 1 but for the rounding of the division. DynMoE's gate,
+/// whose gradient goes past the weights, and one that has a loss of its own learn from such tokens all the same.
+pub(super) fn observe_routing(layer: &MoeLayer, plan: &RoutingPlan) -> RoutingObservation {
+    let learns_otherwise =
+        !layer.config().losses.is_empty() || layer.experts().iter().any(|e| e.threshold.is_some());
+    let weight_of_first = |t: usize| {
+        let assignment = plan.token_assignments()[plan.token_offsets()[t] as usize];
+        plan.weights()[assignment as usize]
+    };
+    let constant = (0..plan.num_tokens())
+        .filter(|&t| plan.k(t) == 1 && (weight_of_first(t) - 1.0).abs() < 1e-6)
+        .count();
+    RoutingObservation {
+        tokens: plan.num_tokens() as u64,
+        assignments: plan.num_assignments() as u64,
+        constant: if learns_otherwise { 0 } else { constant as u64 },
+    }
 }

@@ -49,16 +49,32 @@ impl GateShift {
 
     /// Takes the shift off the gate of one half.
     pub(super) fn undo(&self, layer: &mut MoeLayer, half: ExpertId) -> Result<(), ModelError> {
+        let expert = layer.expert_mut(half)?;
+        let (row, offset) = self.without(half, expert)?;
+        if let Some(row) = row {
+            expert.gate.move_to(&row)?;
+        }
+        expert.logit_offset = offset;
+        Ok(())
+    }
+
+    /// Gate row (where the shift is in it) and offset of one half without the shift.
+    pub(super) fn without(
+        &self,
+        half: ExpertId,
+        expert: &MoeExpert,
+    ) -> Result<(Option<Vec<f32>>, f32), ModelError> {
         let which = usize::from(half != self.source);
         let row = &self.rows[which];
-        let expert = layer.expert_mut(half)?;
-        if !row.is_empty() && row.len() != expert.gate.len() {
+        let offset = expert.logit_offset - self.offsets[which];
+        if row.is_empty() {
+            return Ok((None, offset));
+        }
+        if row.len() != expert.gate.len() {
             let (expected, actual) = ([expert.gate.len()], [row.len()]);
             return Err(ModelError::shape("shift of a gate row", &expected, &actual));
         }
-        let values = expert.gate.values_mut();
-        values.iter_mut().zip(row).for_each(|(w, d)| *w -= d);
-        expert.logit_offset -= self.offsets[which];
-        Ok(())
+        let pairs = expert.gate.values().iter().zip(row);
+        Ok((Some(pairs.map(|(w, d)| w - d).collect()), offset))
     }
 }

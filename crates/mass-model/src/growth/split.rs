@@ -9,14 +9,15 @@ use ndarray::Array2;
 use super::BISECT_NEEDS;
 use super::shift::{self, GateShift};
 use crate::error::ModelError;
-use crate::lm::LayerTrace;
+use crate::gradients::CpuGradients;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::{MoeExpert, Rows};
-use crate::param::CpuGradients;
+use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
-/// The newcomer gets the source's weights, biases, gate row and full gradient. What happens to the source's gradient and
+/// The newcomer gets the source's weights, biases, gate row, full gradient and what its router has learned of it (a balancing
+/// bias). What happens to the source's gradient and
 /// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
 /// back to a clone that preserves the pair's routing mass.
 ///
@@ -31,7 +32,7 @@ pub fn split_expert(
     gradients: &mut CpuGradients,
 ) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
-    let mut newcomer = layer.experts()[index].clone();
+    let mut newcomer = layer.experts()[index].offspring();
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
@@ -40,27 +41,21 @@ pub fn split_expert(
             decomposition,
             preserve_mass: preserve,
         } => {
-            let matrix = (old.fc1.0.shape()[0], old.fc1.0.shape()[1]);
+            let matrix = (old.network.fc1.0.shape()[0], old.network.fc1.0.shape()[1]);
             // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
             for (a, b, shape) in [
-                (&old.fc1.0, &newcomer.fc1.0, matrix),
+                (&old.network.fc1.0, &newcomer.network.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
-                let mut whole = std::mem::take(a.gradient(gradients)?);
-                let copy = b.gradient(gradients);
-                let divided = copy.and_then(|copy| {
-                    let rows = a.values();
-                    Ok(divide_gradient(
-                        &mut whole,
-                        copy,
-                        rows,
-                        shape,
-                        decomposition,
-                    )?)
-                });
-                // Back in its place whatever became of it: a gradient that is lost would look like one of zero.
-                *a.gradient(gradients)? = whole;
+                let Some(mut whole) = a.take_gradient(gradients)? else {
+                    continue;
+                };
+                let (mut copy, rows) = (vec![0.0; whole.len()], a.values());
+                let divided = divide_gradient(&mut whole, &mut copy, rows, shape, decomposition);
+                // Back in its place whatever became of it.
+                a.set_gradient(gradients, whole)?;
                 divided?;
+                b.set_gradient(gradients, copy)?;
             }
             copy_gradients(old, &newcomer, gradients, false)?;
             if preserve {
@@ -84,11 +79,8 @@ pub fn split_expert(
                 BisectParams::default(),
             ) {
                 Ok(halves) => {
-                    old.gate.values_mut().copy_from_slice(&halves.source_row);
-                    newcomer
-                        .gate
-                        .values_mut()
-                        .copy_from_slice(&halves.newcomer_row);
+                    old.gate.move_to(&halves.source_row)?;
+                    newcomer.gate.move_to(&halves.newcomer_row)?;
                     old.logit_offset = halves.source_offset;
                     newcomer.logit_offset = halves.newcomer_offset;
                 }
@@ -108,7 +100,7 @@ pub fn split_expert(
     let (rows, offsets) = shift::between(&row, offset, halves);
     Ok(GateShift {
         source,
-        newcomer: layer.push(newcomer)?,
+        newcomer: layer.push_split(newcomer, source)?,
         rows,
         offsets,
     })
@@ -145,22 +137,26 @@ fn copy_gradients(
     with_fc1_and_gate: bool,
 ) -> Result<(), ModelError> {
     let mut pairs = vec![
-        (&from.fc1.1, &to.fc1.1),
-        (&from.fc2.0, &to.fc2.0),
-        (&from.fc2.1, &to.fc2.1),
+        (&from.network.fc1.1, &to.network.fc1.1),
+        (&from.network.fc2.0, &to.network.fc2.0),
+        (&from.network.fc2.1, &to.network.fc2.1),
     ];
     if let (Some(a), Some(b)) = (&from.threshold, &to.threshold) {
         pairs.push((a, b));
     }
-    if let (Some(a), Some(b)) = (&from.up, &to.up) {
+    if let (Some(a), Some(b)) = (&from.network.up, &to.network.up) {
         pairs.extend([(&a.0, &b.0), (&a.1, &b.1)]);
     }
     if with_fc1_and_gate {
-        pairs.extend([(&from.fc1.0, &to.fc1.0), (&from.gate, &to.gate)]);
+        pairs.extend([
+            (&from.network.fc1.0, &to.network.fc1.0),
+            (&from.gate, &to.gate),
+        ]);
     }
     for (a, b) in pairs {
-        let copy = a.gradient(gradients)?.clone();
-        *b.gradient(gradients)? = copy;
+        if let Some(copy) = a.find_gradient(gradients)?.map(|g| g.clone()) {
+            b.set_gradient(gradients, copy)?;
+        }
     }
     Ok(())
 }

@@ -21,13 +21,28 @@ pub struct MatMut<'a> {
     row_stride: usize,
 }
 
-/// The smallest slice that holds a matrix of this form.
-fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
-    if rows == 0 || cols == 0 {
-        0
-    } else {
-        (rows - 1) * row_stride + (cols - 1) * col_stride + 1
+/// Checks that every element of a row-major matrix lies in a slice of `len` values, and that rows do not overlap. Returns the
+/// stride of its rows: one that is never used is made harmless.
+///
+/// # Panics
+/// If an element lies outside, also where its position is larger than a number can be, or `row_stride < cols`.
+fn checked_stride(len: usize, rows: usize, cols: usize, row_stride: usize) -> usize {
+    assert!(
+        row_stride >= cols,
+        "rows overlap: stride {row_stride}, {cols} columns"
+    );
+    if rows <= 1 || cols == 0 {
+        assert!(rows == 0 || cols <= len, "matrix view leaves its slice");
+        return cols;
     }
+    let last = (rows - 1)
+        .checked_mul(row_stride)
+        .and_then(|start| start.checked_add(cols));
+    assert!(
+        last.is_some_and(|end| end <= len),
+        "matrix view leaves its slice"
+    );
+    row_stride
 }
 
 impl<'a> Mat<'a> {
@@ -44,14 +59,7 @@ impl<'a> Mat<'a> {
     /// # Panics
     /// If `data` is too short or `row_stride < cols`.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(
-            row_stride >= cols,
-            "rows overlap: stride {row_stride}, {cols} columns"
-        );
-        assert!(
-            data.len() >= extent(rows, cols, row_stride, 1),
-            "matrix view leaves its slice"
-        );
+        let row_stride = checked_stride(data.len(), rows, cols, row_stride);
         Self {
             data,
             rows,
@@ -101,14 +109,7 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// If `data` is too short or `row_stride < cols`.
     pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(
-            row_stride >= cols,
-            "rows overlap: stride {row_stride}, {cols} columns"
-        );
-        assert!(
-            data.len() >= extent(rows, cols, row_stride, 1),
-            "matrix view leaves its slice"
-        );
+        let row_stride = checked_stride(data.len(), rows, cols, row_stride);
         Self {
             data,
             rows,
@@ -183,8 +184,9 @@ pub(super) fn portable(dst: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, scale: f32, stor
         }
         return;
     }
-    // SAFETY: the constructors of `Mat` and `MatMut` checked that every element (i, j) with i < rows and j < cols
-    // lies in its slice (`t` swaps both pairs alike), the sizes were matched above, `dst` is borrowed mutably so it
+    // SAFETY: the constructors of `Mat` and `MatMut` checked, without overflow, that every element (i, j) with i < rows and
+    // j < cols lies in its slice (`t` swaps both pairs alike), so strides that are used are at most the length of a slice and
+    // fit an `isize`, as does `cols`, to which unused ones are set; no size is zero here. The sizes were matched above, `dst` is borrowed mutably so it
     // cannot alias `a` or `b`, and no element of `dst` is written twice because rows do not overlap.
     #[allow(unsafe_code)]
     unsafe {
@@ -248,9 +250,65 @@ mod tests {
         }
     }
 
+    /// Sizes whose products wrap around to something small, where arithmetic wraps as in a release build.
     #[test]
-    #[should_panic(expected = "leaves its slice")]
     fn a_view_that_leaves_its_slice_is_refused() {
-        let _ = Mat::new(&[0.0; 5], 2, 3);
+        const HALF: usize = 1 << (usize::BITS / 2);
+        let refused = [
+            (5, 2, 3, 3),
+            (1, HALF + 1, 1, HALF),
+            (1, HALF + 1, 1, HALF * 2),
+            (1, 2, 1, usize::MAX),
+            (1, 3, 1, usize::MAX / 2 + 1),
+            (4, usize::MAX, 1, usize::MAX),
+            (4, usize::MAX, 2, usize::MAX - 1),
+            (4, 2, usize::MAX, usize::MAX),
+            (4, 1, usize::MAX, usize::MAX),
+            (4, 1, 5, 5),
+            (4, 1, 5, usize::MAX),
+            (0, 1, 1, 1),
+            (0, usize::MAX, 1, 1),
+            (8, 3, 2, 1),
+        ];
+        for (len, rows, cols, stride) in refused {
+            let mut data = vec![0.0; len];
+            let read = std::panic::catch_unwind(|| Mat::strided(&data, rows, cols, stride).cols);
+            assert!(read.is_err(), "{rows} x {cols} at {stride} in {len}");
+            let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                MatMut::strided(&mut data, rows, cols, stride).cols
+            }));
+            assert!(written.is_err(), "{rows} x {cols} at {stride} in {len}");
+        }
+    }
+
+    #[test]
+    fn a_stride_that_is_not_used_may_be_anything() {
+        let (a, b) = ([2.0, 3.0], [5.0, 7.0]);
+        let mut dst = [0.0];
+        let row = Mat::strided(&a, 1, 2, usize::MAX);
+        let column = Mat::strided(&b, 1, 2, usize::MAX - 1).t();
+        let one = MatMut::strided(&mut dst, 1, 1, usize::MAX);
+        gemm(one, row, column, 1.0, Store::Replace);
+        assert_eq!(dst, [31.0]);
+        // Views without elements.
+        let none = Mat::strided(&[], usize::MAX, 0, usize::MAX);
+        gemm(
+            MatMut::new(&mut [], 0, 0),
+            Mat::new(&[], 0, 0),
+            Mat::new(&[], 0, 0),
+            1.0,
+            Store::Replace,
+        );
+        assert_eq!((none.rows, none.t().cols), (usize::MAX, usize::MAX));
+        let mut dst = [1.0; 4];
+        let empty = Mat::strided(&[], 2, 0, usize::MAX);
+        gemm(
+            MatMut::new(&mut dst, 2, 2),
+            empty,
+            Mat::new(&[], 0, 2),
+            1.0,
+            Store::Replace,
+        );
+        assert_eq!(dst, [0.0; 4]);
     }
 }

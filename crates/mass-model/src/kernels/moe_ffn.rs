@@ -557,6 +557,9 @@ fn backward_weights(
     for (expert, g) in gradients.iter_mut().enumerate() {
         let store = g.store;
         let load = plan.segment(expert).len();
+        if load == 0 && store == Store::Add {
+            continue;
+        }
         let chunks = (load * GRADIENT_TASKS).div_ceil(assigned.max(1)).max(1);
         let (inputs, hidden_values) = ((xs, apart), (h, kept_apart));
         let first = ((by_pre, kept_apart), inputs, dim, &mut *g.w1, &mut *g.b1);

@@ -1,11 +1,11 @@
-use dfdx::prelude::{Cpu, Module, Tape};
+use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::ops::{self, Attention, Rows, Sequences};
-use crate::param::{Param, Parameters, join};
+use crate::parameters;
 
 /// Multi-head self-attention with an output projection.
 #[derive(Clone, Debug)]
@@ -85,14 +85,4 @@ impl SelfAttention {
     }
 }
 
-impl Parameters for SelfAttention {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.qkv.visit(&join(prefix, "qkv"), f);
-        self.out.visit(&join(prefix, "out"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.qkv.visit_mut(&join(prefix, "qkv"), f);
-        self.out.visit_mut(&join(prefix, "out"), f);
-    }
-}
+parameters!(SelfAttention { qkv, out });

@@ -1,14 +1,16 @@
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{LayerNorm, MoeConfig, MoeLayer, Routed, SelfAttention};
+use super::{LayerNorm, MoeConfig, MoeLayer, SelfAttention};
 use crate::error::ModelError;
 use crate::ops::{self, Rows, Sequences};
-use crate::param::{Param, Parameters, join};
+use crate::parameters;
+use crate::pass::{LayerTrace, Masked};
 
 /// Sizes of a transformer block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// Attention heads; divides the width.
     pub heads: usize,
@@ -46,7 +48,7 @@ impl Block {
         })
     }
 
-    /// The forward pass over sequences; also returns the input of the gate.
+    /// The forward pass over sequences; `masked` and `traces` as in [`MoeLayer::forward_traced`].
     ///
     /// # Errors
     /// As its layers.
@@ -54,42 +56,22 @@ impl Block {
         &self,
         x: Rows<T>,
         sequences: &Sequences,
-        mask: Option<&[bool]>,
-    ) -> Result<(Routed<T>, Rows<dfdx::prelude::NoneTape>), ModelError> {
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Rows<T>, ModelError> {
         let (residual, tape) = x.split_tape();
         let h = self.norm1.try_forward(residual.clone().put_tape(tape))?;
         let h = ops::add(self.attention.forward(h, sequences, None)?, &residual, None)?;
         let (residual, tape) = h.split_tape();
-        let (gate_input, tape) = self
-            .norm2
-            .try_forward(residual.clone().put_tape(tape))?
-            .split_tape();
-        let routed = self
-            .moe
-            .forward_routed(gate_input.clone().put_tape(tape), mask)?;
-        let output = ops::add(routed.output, &residual, None)?;
-        Ok((
-            Routed {
-                output,
-                plan: routed.plan,
-            },
-            gate_input,
-        ))
+        let h = self.norm2.try_forward(residual.clone().put_tape(tape))?;
+        let h = self.moe.forward_traced(h, masked, traces)?;
+        ops::add(h, &residual, None)
     }
 }
 
-impl Parameters for Block {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.norm1.visit(&join(prefix, "norm1"), f);
-        self.attention.visit(&join(prefix, "attention"), f);
-        self.norm2.visit(&join(prefix, "norm2"), f);
-        self.moe.visit(&join(prefix, "moe"), f);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.norm1.visit_mut(&join(prefix, "norm1"), f);
-        self.attention.visit_mut(&join(prefix, "attention"), f);
-        self.norm2.visit_mut(&join(prefix, "norm2"), f);
-        self.moe.visit_mut(&join(prefix, "moe"), f);
-    }
-}
+parameters!(Block {
+    norm1,
+    attention,
+    norm2,
+    moe
+});

@@ -1,41 +1,11 @@
-use dfdx::prelude::{Cpu, Module, Tape};
+use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, MoeExpert, Rows};
-use crate::param::{Param, Parameters, join};
-
-pub(super) fn visit_network<'a>(
-    e: &'a MoeExpert,
-    prefix: &str,
-    f: &mut dyn FnMut(String, &'a Param),
-) {
-    f(join(prefix, "fc1.weight"), &e.fc1.0);
-    f(join(prefix, "fc1.bias"), &e.fc1.1);
-    f(join(prefix, "fc2.weight"), &e.fc2.0);
-    f(join(prefix, "fc2.bias"), &e.fc2.1);
-    if let Some((weight, bias)) = &e.up {
-        f(join(prefix, "up.weight"), weight);
-        f(join(prefix, "up.bias"), bias);
-    }
-}
-
-pub(super) fn visit_network_mut(
-    e: &mut MoeExpert,
-    prefix: &str,
-    f: &mut dyn FnMut(String, &mut Param),
-) {
-    f(join(prefix, "fc1.weight"), &mut e.fc1.0);
-    f(join(prefix, "fc1.bias"), &mut e.fc1.1);
-    f(join(prefix, "fc2.weight"), &mut e.fc2.0);
-    f(join(prefix, "fc2.bias"), &mut e.fc2.1);
-    if let Some((weight, bias)) = &mut e.up {
-        f(join(prefix, "up.weight"), weight);
-        f(join(prefix, "up.bias"), bias);
-    }
-}
+use crate::ops::{self, Network, Rows};
+use crate::param::{Param, Parameters};
 
 /// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or gated, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
 ///
@@ -49,7 +19,7 @@ pub(super) fn visit_network_mut(
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct FeedForward(pub(super) MoeExpert, Activation);
+pub struct FeedForward(pub(super) Network, Activation);
 
 impl FeedForward {
     /// A network with weights drawn as PyTorch's `Linear` draws them: U(-1/√in, 1/√in).
@@ -86,20 +56,16 @@ impl FeedForward {
             let bias = layer.bias.map_or_else(|| Param::zeros(&[out], false), Ok)?;
             Ok((layer.weight, bias))
         };
-        let expert = MoeExpert {
-            // A dense network has no gate; the field is not visited.
-            gate: Param::zeros(&[1], false)?,
-            logit_offset: 0.0,
-            threshold: None,
+        let network = Network {
             fc1: with_bias(fc1)?,
             fc2: with_bias(fc2)?,
             up: None,
         };
-        expert.check("feed-forward network", None)?;
-        Ok(Self(expert, activation))
+        network.check("feed-forward network", None)?;
+        Ok(Self(network, activation))
     }
 
-    pub(super) fn add_factor(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
+    fn add_factor(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let (hidden, dim) = self.sizes()?;
         let bound = 1.0 / (dim as f32).sqrt();
         let weight = Param::uniform(&[hidden, dim], bound, true, rng)?;
@@ -134,19 +100,19 @@ impl FeedForward {
 
 impl Parameters for FeedForward {
     fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        visit_network(&self.0, prefix, f);
+        self.0.visit(prefix, f);
     }
 
     fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        visit_network_mut(&mut self.0, prefix, f);
+        self.0.visit_mut(prefix, f);
     }
 }
 
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for FeedForward {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
+impl FeedForward {
+    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+    ) -> Result<Rows<T>, ModelError> {
         ops::feed_forward(x, &self.0, self.1)
     }
 }

@@ -1,8 +1,9 @@
-use dfdx::prelude::{Cpu, Module, Tape};
+use dfdx::prelude::{Cpu, Tape};
 
 use crate::error::ModelError;
 use crate::ops::{self, Rows};
-use crate::param::{Param, Parameters, join};
+use crate::param::Param;
+use crate::parameters;
 
 /// Layer normalisation over the last axis, `(x - mean)/√(var + eps) ⊙ weight + bias`.
 #[derive(Clone, Debug)]
@@ -23,7 +24,7 @@ impl LayerNorm {
     pub fn new(dim: usize, eps: f32) -> Result<Self, ModelError> {
         if dim == 0 || !eps.is_finite() || eps <= 0.0 {
             return Err(ModelError::Config(format!(
-                "layer norm over {dim} values with eps {eps}"
+                "layer norm over {dim} values with eps {eps}: it needs at least one value, and an eps that is positive and finite"
             )));
         }
         Ok(Self {
@@ -34,23 +35,13 @@ impl LayerNorm {
     }
 }
 
-impl Parameters for LayerNorm {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        f(join(prefix, "weight"), &self.weight);
-        f(join(prefix, "bias"), &self.bias);
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        f(join(prefix, "weight"), &mut self.weight);
-        f(join(prefix, "bias"), &mut self.bias);
-    }
-}
-
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for LayerNorm {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
+impl LayerNorm {
+    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+    ) -> Result<Rows<T>, ModelError> {
         ops::layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 }
+
+parameters!(LayerNorm { weight, bias });

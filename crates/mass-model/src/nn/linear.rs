@@ -1,9 +1,8 @@
-use dfdx::prelude::{Cpu, Module, Tape};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::ModelError;
-use crate::ops::{self, Rows};
-use crate::param::{Param, Parameters, join};
+use crate::param::Param;
+use crate::parameters;
 
 /// A fully connected layer, `y = x Wᵀ + b`.
 ///
@@ -38,7 +37,7 @@ impl Linear {
     ) -> Result<Self, ModelError> {
         if inp == 0 || out == 0 {
             return Err(ModelError::Config(format!(
-                "a linear layer from {inp} to {out} values"
+                "a linear layer cannot lead from {inp} to {out} values: each must be at least 1"
             )));
         }
         let bound = 1.0 / (inp as f32).sqrt();
@@ -52,27 +51,4 @@ impl Linear {
     }
 }
 
-impl Parameters for Linear {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        f(join(prefix, "weight"), &self.weight);
-        if let Some(bias) = &self.bias {
-            f(join(prefix, "bias"), bias);
-        }
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        f(join(prefix, "weight"), &mut self.weight);
-        if let Some(bias) = &mut self.bias {
-            f(join(prefix, "bias"), bias);
-        }
-    }
-}
-
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for Linear {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
-    }
-}
+parameters!(Linear { weight, bias });

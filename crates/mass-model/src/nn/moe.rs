@@ -1,22 +1,24 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, Shape, SplitTape, Tape, Tensor};
 use mass_expand::ExpertId;
-use mass_routing::{AnyRouter, Router, RouterConfig, RoutingPlan};
+use mass_routing::{AnyRouter, Router, RouterConfig, RoutingError, RoutingPlan};
 use ndarray::ArrayView2;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::FeedForward;
-use super::feed_forward::{visit_network, visit_network_mut};
+use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, RoutingLoss, Rows};
 use crate::param::{Param, Parameters, join};
+use crate::pass::{LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MoeConfig {
     /// Token width d.
     pub dim: usize,
@@ -45,7 +47,7 @@ pub struct MoeConfig {
 
 /// How a mixture layer scores tokens for experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "gate", rename_all = "snake_case")]
+#[serde(tag = "gate", rename_all = "snake_case", from = "WrittenGate")]
 pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
@@ -57,6 +59,60 @@ pub enum GateConfig {
         /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
+    /// Bounded scores in a space of low rank: see [`LowRankGate`](mass_routing::LowRankGate).
+    LowRank {
+        /// Rank r of the query projection, at least 1.
+        rank: usize,
+        /// Anchors of each expert, at least 1.
+        anchors: usize,
+        /// The largest absolute score, positive.
+        scale: f32,
+    },
+}
+
+fn scale_one() -> f32 {
+    1.0
+}
+
+/// A gate as it is read: of a variant without fields serde would pass over those that do not belong to it.
+#[derive(Deserialize)]
+#[serde(tag = "gate", rename_all = "snake_case", deny_unknown_fields)]
+enum WrittenGate {
+    Linear {},
+    Cosine {
+        projection: Option<usize>,
+        temperature: Option<f32>,
+    },
+    LowRank {
+        rank: usize,
+        anchors: usize,
+        #[serde(default = "scale_one")]
+        scale: f32,
+    },
+}
+
+impl From<WrittenGate> for GateConfig {
+    fn from(written: WrittenGate) -> Self {
+        match written {
+            WrittenGate::Linear {} => Self::Linear,
+            WrittenGate::Cosine {
+                projection,
+                temperature,
+            } => Self::Cosine {
+                projection,
+                temperature,
+            },
+            WrittenGate::LowRank {
+                rank,
+                anchors,
+                scale,
+            } => Self::LowRank {
+                rank,
+                anchors,
+                scale,
+            },
+        }
+    }
 }
 
 impl MoeConfig {
@@ -83,33 +139,65 @@ impl MoeConfig {
 }
 
 impl MoeConfig {
+    /// Refuses a gate that cannot be made, before anything is drawn.
+    fn check_gate(&self) -> Result<(), ModelError> {
+        let positive = |x: f32| x.is_finite() && x > 0.0;
+        match self.gate {
+            GateConfig::Cosine {
+                projection,
+                temperature,
+            } if projection == Some(0) || temperature.is_some_and(|t| !positive(t)) => {
+                Err(ModelError::Config(format!(
+                    "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be \
+                     positive and finite"
+                )))
+            }
+            GateConfig::LowRank {
+                rank,
+                anchors,
+                scale,
+            } if rank == 0 || anchors == 0 || !positive(scale) => Err(ModelError::Config(format!(
+                "a low-rank gate with rank {rank}, {anchors} anchors an expert and scale {scale}; they must be positive and finite"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// A gate row as PyTorch's `Linear` draws it.
     fn gate_row(&self, rng: &mut ChaCha8Rng) -> Result<Param, ModelError> {
-        let width = match self.gate {
+        self.check_gate()?;
+        let (width, inputs) = match self.gate {
             GateConfig::Cosine {
                 projection: Some(width),
                 ..
-            } => width,
-            _ => self.dim,
+            } => (width, width),
+            GateConfig::LowRank { rank, anchors, .. } => (rank.saturating_mul(anchors), rank),
+            _ => (self.dim, self.dim),
         };
-        Param::uniform(&[width], 1.0 / (width as f32).sqrt(), true, rng)
+        Param::uniform(&[width], 1.0 / (inputs as f32).sqrt(), true, rng)
     }
 
     fn new_gate(&self, rng: &mut ChaCha8Rng) -> Result<Gate, ModelError> {
-        let GateConfig::Cosine {
-            projection,
-            temperature,
-        } = self.gate
-        else {
-            return Ok(Gate::Linear);
-        };
-        if projection == Some(0) || temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
-            return Err(ModelError::Config(format!(
-                "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be positive \
-                 and finite"
-            )));
-        }
+        self.check_gate()?;
         let bound = 1.0 / (self.dim as f32).sqrt();
+        let (projection, temperature) = match self.gate {
+            GateConfig::Linear => return Ok(Gate::Linear),
+            GateConfig::LowRank {
+                rank,
+                anchors,
+                scale,
+            } => {
+                return Ok(Gate::LowRank {
+                    query: Param::uniform(&[rank, self.dim], bound, true, rng)?,
+                    anchors,
+                    scale,
+                });
+            }
+            GateConfig::Cosine {
+                projection,
+                temperature,
+            } => (projection, temperature),
+        };
         Ok(Gate::Cosine {
             projection: projection
                 .map(|width| {
@@ -202,12 +290,13 @@ impl MoeLayer {
         let experts = (0..experts)
             .map(|_| {
                 let gate = config.gate_row(rng)?;
-                let mut network = FeedForward::new(dim, hidden, config.activation, false, rng)?;
-                network.0.gate = gate;
-                if config.gated {
-                    network.add_factor(rng)?;
-                }
-                Ok(network.0)
+                let network = FeedForward::new(dim, hidden, config.activation, config.gated, rng)?;
+                Ok(MoeExpert {
+                    gate,
+                    logit_offset: 0.0,
+                    threshold: None,
+                    network: network.0,
+                })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
         let mut layer = Self::assemble(config, experts, rng)?;
@@ -246,7 +335,9 @@ impl MoeLayer {
             .map(|_| {
                 Ok(MoeExpert {
                     gate: config.gate_row(rng)?,
-                    ..network.0.clone()
+                    logit_offset: 0.0,
+                    threshold: None,
+                    network: network.0.clone(),
                 })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
@@ -283,17 +374,19 @@ impl MoeLayer {
                 config.experts
             )));
         }
-        if let Some(loss) = config.losses.iter().find(|l| !l.weight().is_finite()) {
-            return Err(ModelError::Config(format!(
-                "routing loss {loss:?}; its weight must be finite"
-            )));
+        for loss in &config.losses {
+            if let Some(problem) = loss.problem() {
+                return Err(ModelError::Config(format!(
+                    "routing loss {loss:?}; {problem}"
+                )));
+            }
         }
         let router = config.router.build()?;
         for loss in &config.losses {
-            if let Some(needed) = loss.lacks(&router) {
+            if let Some(needed) = loss.lacks(&router, &config.gate) {
                 return Err(ModelError::Config(format!(
-                    "routing loss {loss:?} {needed}, not {:?}",
-                    config.router
+                    "routing loss {loss:?} {needed}, not {:?} behind {:?}",
+                    config.router, config.gate
                 )));
             }
         }
@@ -305,8 +398,10 @@ impl MoeLayer {
         }
         let any = matches!(config.router, RouterConfig::TopAny { .. });
         for (e, expert) in experts.iter_mut().enumerate() {
-            expert.check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
-            let gated = expert.up.is_some();
+            expert
+                .network
+                .check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+            let gated = expert.network.up.is_some();
             if gated != config.gated {
                 let what = format!("expert {e}: gated is {gated}, configured {}", config.gated);
                 return Err(ModelError::Config(what));
@@ -359,11 +454,21 @@ impl MoeLayer {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a router that balances itself learn from a plan; call it after each training step.
+    /// Lets a router that balances itself learn from a plan: a balancing bias moves, a controlled p is steered. Call it once for each
+    /// training step, while the pool is the one that the plan is of; [`Mixtures::adapt`](crate::growth::Mixtures::adapt) does it for
+    /// every layer of a model.
     ///
     /// # Errors
     /// [`ModelError::Routing`] if the plan is of another number of experts.
     pub fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), ModelError> {
+        let (expected, found) = (self.experts.len(), plan.num_experts());
+        if expected != found {
+            return Err(ModelError::Routing(RoutingError::ShapeMismatch {
+                what: "experts of the plan to adapt to",
+                expected,
+                found,
+            }));
+        }
         Ok(self.router_mut().adapt(plan)?)
     }
 
@@ -399,8 +504,10 @@ impl MoeLayer {
     /// layer has no id left; the pool is as it was then.
     pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
         let first = &self.experts[0];
-        expert.check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
-        if expert.up.is_some() != first.up.is_some()
+        expert
+            .network
+            .check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
+        if expert.network.up.is_some() != first.network.up.is_some()
             || expert.threshold.is_some() != first.threshold.is_some()
         {
             let what = "a newcomer is gated, or has a threshold, unlike the other experts";
@@ -415,6 +522,23 @@ impl MoeLayer {
         self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
         self.experts.push(expert);
         self.ids.push(id);
+        Ok(id)
+    }
+
+    /// Adds an expert that was split off one of the pool ([`MoeExpert::offspring`]): as [`push`](Self::push), and what the router
+    /// has learned of the source, such as its balancing bias, is the newcomer's too.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push), and [`ModelError::NoSuchExpert`] if the source is not in the pool.
+    pub fn push_split(
+        &mut self,
+        newcomer: MoeExpert,
+        source: ExpertId,
+    ) -> Result<ExpertId, ModelError> {
+        let index = self.index_of(source)?;
+        let id = self.push(newcomer)?;
+        let last = self.experts.len() - 1;
+        self.router_mut().split_expert(index, last);
         Ok(id)
     }
 
@@ -506,6 +630,46 @@ impl MoeLayer {
         let output = ops::add(both, &output, None)?;
         Ok(Routed { output, plan })
     }
+
+    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+        &self,
+        x: Rows<T>,
+    ) -> Result<Rows<T>, ModelError> {
+        Ok(self.forward_routed(x, None)?.output)
+    }
+
+    /// The forward pass over the last axis of a tensor, as part of a model: `traces` are those of the mixture layers below, which
+    /// this layer's own is appended to. If `masked` is an expert of this layer, it takes no part.
+    ///
+    /// # Errors
+    /// As [`forward_routed`](Self::forward_routed); [`ModelError::NoSuchExpert`] for a masked expert that is not there.
+    pub fn forward_traced<S: Shape, T: Tape<f32, Cpu>>(
+        &self,
+        x: Tensor<S, f32, Cpu, T>,
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Tensor<S, f32, Cpu, T>, ModelError> {
+        let mask = match masked {
+            Some(m) if m.layer == traces.len() => {
+                self.index_of(m.expert)?;
+                Some(
+                    self.ids
+                        .iter()
+                        .map(|&id| id != m.expert)
+                        .collect::<Vec<_>>(),
+                )
+            }
+            _ => None,
+        };
+        let shape = *x.shape();
+        let (gate_input, tape) = rows(x)?.split_tape();
+        let routed = self.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
+        traces.push(LayerTrace {
+            plan: routed.plan,
+            gate_input,
+        });
+        Ok(routed.output.try_reshape_like(&shape)?)
+    }
 }
 
 impl Parameters for MoeLayer {
@@ -516,20 +680,10 @@ impl Parameters for MoeLayer {
             if let Some(threshold) = &expert.threshold {
                 f(join(&prefix, "threshold"), threshold);
             }
-            visit_network(expert, &prefix, f);
+            expert.network.visit(&prefix, f);
         }
-        if let Gate::Cosine {
-            projection,
-            log_scale,
-        } = &self.gate
-        {
-            if let Some((weight, bias)) = projection {
-                f(join(prefix, "gate.projection.weight"), weight);
-                f(join(prefix, "gate.projection.bias"), bias);
-            }
-            if let Some(scale) = log_scale {
-                f(join(prefix, "gate.log_scale"), scale);
-            }
+        for (name, param) in self.gate.params() {
+            f(join(prefix, name), param);
         }
         if let Some(shared) = &self.shared {
             shared.visit(&join(prefix, "shared"), f);
@@ -543,32 +697,13 @@ impl Parameters for MoeLayer {
             if let Some(threshold) = &mut expert.threshold {
                 f(join(&prefix, "threshold"), threshold);
             }
-            visit_network_mut(expert, &prefix, f);
+            expert.network.visit_mut(&prefix, f);
         }
-        if let Gate::Cosine {
-            projection,
-            log_scale,
-        } = &mut self.gate
-        {
-            if let Some((weight, bias)) = projection {
-                f(join(prefix, "gate.projection.weight"), weight);
-                f(join(prefix, "gate.projection.bias"), bias);
-            }
-            if let Some(scale) = log_scale {
-                f(join(prefix, "gate.log_scale"), scale);
-            }
+        for (name, param) in self.gate.params_mut() {
+            f(join(prefix, name), param);
         }
         if let Some(shared) = &mut self.shared {
             shared.visit_mut(&join(prefix, "shared"), f);
         }
-    }
-}
-
-impl<T: Tape<f32, Cpu>> Module<Rows<T>> for MoeLayer {
-    type Output = Rows<T>;
-    type Error = ModelError;
-
-    fn try_forward(&self, x: Rows<T>) -> Result<Rows<T>, ModelError> {
-        Ok(self.forward_routed(x, None)?.output)
     }
 }

@@ -4,6 +4,7 @@ use dfdx::prelude::{
 
 use super::{Rows, read, take_gradient};
 use crate::error::ModelError;
+use crate::gradients::leaves_are_named;
 use crate::kernels::cross_entropy as kernel;
 
 fn check<T: Tape<f32, Cpu>>(
@@ -48,6 +49,8 @@ pub fn cross_entropy<T: Tape<f32, Cpu>>(
         let (x_ghost, y_ghost) = (logits.ghost(), loss.ghost());
         let targets = targets.to_vec();
         tape.add_backward_op(move |g| {
+            // There is no gradient yet but the loss's: the answer costs nothing now.
+            leaves_are_named(g)?;
             let upstream = take_gradient!(g, y_ghost)[0];
             let dlogits = g.get_or_alloc_mut(&x_ghost)?;
             kernel::backward(&probs, &targets, upstream / n as f32, dlogits, classes);

@@ -7,7 +7,8 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::moe_ffn::{self as kernel, FfnShape, Grouped, Hidden};
 use crate::kernels::scratch::Scratch;
-use crate::ops::moe::{Held, MoeExpert};
+use crate::ops::Network;
+use crate::ops::moe::Held;
 
 /// Every row assigned to the one network, with weight one.
 struct Everyone {
@@ -40,13 +41,13 @@ impl Everyone {
 
 /// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or with a factor, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
 ///
-/// It is the mixture layer with one expert that everyone is sent to; the expert's gate row and offset are not used.
+/// It is the mixture layer with one expert that everyone is sent to.
 ///
 /// # Errors
 /// [`ModelError::Shape`] if the shapes do not fit.
 pub fn feed_forward<T: Tape<f32, Cpu>>(
     x: Rows<T>,
-    network: &MoeExpert,
+    network: &Network,
     activation: Activation,
 ) -> Result<Rows<T>, ModelError> {
     let (hidden, dim) = network.check("feed-forward network", None)?;

@@ -1,20 +1,20 @@
 use std::sync::Arc;
 
 use dfdx::tensor::CpuError;
-use mass_routing::losses::{
-    BalanceCount, gshard_balance, importance, load, router_z, routing_entropy, softmax_backward,
+use mass_routing::{
+    AnyRouter, CosineForward, CosineGate, LowRankForward, LowRankGate, RoutingPlan,
 };
-use mass_routing::{AnyRouter, CosineForward, CosineGate, Noisy, RoutingError, RoutingPlan};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, ShapeError};
-use serde::{Deserialize, Serialize};
 
 use super::MoeExpert;
+use super::routing_loss::LossGradients;
 use crate::error::ModelError;
+use crate::gradients::CpuGradients;
 use crate::kernels::gemm::Store;
 use crate::kernels::linear;
 use crate::kernels::scratch::Scratch;
-use crate::kernels::vector::{add_assign, softmax_in_place};
-use crate::param::{CpuGradients, Param, ParamHandle};
+use crate::kernels::vector::add_assign;
+use crate::param::{Param, ParamHandle};
 
 /// What a mixture layer's logits are made of, beside the gate row of each expert.
 #[derive(Clone, Debug, Default)]
@@ -29,47 +29,22 @@ pub enum Gate {
         /// Logarithm of the scale, `[1]`; scale one without.
         log_scale: Option<Param>,
     },
-}
-
-/// A loss on the routing of a batch, added to the model's own with a weight. It changes gradients only: the loss that a
-/// training pass reports does not hold it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "loss", rename_all = "snake_case")]
-pub enum RoutingLoss {
-    /// [`gshard_balance`].
-    Balance {
-        /// Factor.
-        weight: f32,
-        /// Which tokens count.
-        count: BalanceCount,
-    },
-    /// [`routing_entropy`].
-    Entropy {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`importance`] of the softmax of the logits, without a router's noise.
-    Importance {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`load`] of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
-    /// takes.
-    Load {
-        /// Factor.
-        weight: f32,
-    },
-    /// [`router_z`].
-    RouterZ {
-        /// Factor.
-        weight: f32,
+    /// Bounded scores in a space of low rank, with several anchors an expert: see [`LowRankGate`]. The gate row of an expert is its
+    /// anchors, one after another.
+    LowRank {
+        /// The query projection, `[r, d]`.
+        query: Param,
+        /// Anchors of an expert.
+        anchors: usize,
+        /// The largest absolute score.
+        scale: f32,
     },
 }
 
 /// The logits of a batch and what their backward pass needs.
 pub(super) struct Gated {
     pub(super) logits: Scratch,
-    rows: Vec<f32>,
+    pub(super) rows: Vec<f32>,
     kind: Kind,
     handles: Vec<ParamHandle>,
     thresholds: Vec<ParamHandle>,
@@ -82,9 +57,15 @@ enum Kind {
         projection: Option<[(Arc<Vec<f32>>, ParamHandle); 2]>,
         log_scale: Option<(f32, ParamHandle)>,
     },
+    LowRank {
+        forward: Box<LowRankForward>,
+        query: (Arc<Vec<f32>>, ParamHandle),
+        anchors: usize,
+        scale: f32,
+    },
 }
 
-fn internal(error: ShapeError) -> ModelError {
+pub(super) fn internal(error: ShapeError) -> ModelError {
     ModelError::Config(format!("gate: {error}"))
 }
 
@@ -109,7 +90,74 @@ fn cosine_gate<'a>(
     })
 }
 
+/// The low-rank gate as mass-routing knows it; `rows` holds the anchors of one expert after another's.
+fn low_rank_gate<'a>(
+    rows: &'a [f32],
+    experts: usize,
+    query: &'a [f32],
+    anchors: usize,
+    scale: f32,
+    dim: usize,
+) -> Result<LowRankGate<'a>, ModelError> {
+    let rank = query.len() / dim;
+    let query = ArrayView2::from_shape((rank, dim), query).map_err(internal)?;
+    let all = ArrayView2::from_shape((experts * anchors, rank), rows).map_err(internal)?;
+    Ok(LowRankGate::new(query, all, anchors)?.with_scale(scale)?)
+}
+
+/// Copies logits, each expert's offset added.
+fn add_offsets(sums: ArrayView2<'_, f32>, offsets: &[f32], logits: &mut [f32]) {
+    let rows = logits.chunks_exact_mut(offsets.len());
+    for (to, from) in rows.zip(sums.outer_iter()) {
+        for ((to, from), offset) in to.iter_mut().zip(from).zip(offsets) {
+            *to = from + offset;
+        }
+    }
+}
+
 impl Gate {
+    /// Parameters that all experts share, with their names.
+    pub(crate) fn params(&self) -> Vec<(&'static str, &Param)> {
+        match self {
+            Self::Linear => Vec::new(),
+            Self::Cosine {
+                projection,
+                log_scale,
+            } => {
+                let projection = projection.iter().flat_map(|(weight, bias)| {
+                    [
+                        ("gate.projection.weight", weight),
+                        ("gate.projection.bias", bias),
+                    ]
+                });
+                let scale = log_scale.iter().map(|scale| ("gate.log_scale", scale));
+                projection.chain(scale).collect()
+            }
+            Self::LowRank { query, .. } => vec![("gate.query", query)],
+        }
+    }
+
+    /// [`params`](Self::params), to be changed.
+    pub(crate) fn params_mut(&mut self) -> Vec<(&'static str, &mut Param)> {
+        match self {
+            Self::Linear => Vec::new(),
+            Self::Cosine {
+                projection,
+                log_scale,
+            } => {
+                let projection = projection.iter_mut().flat_map(|(weight, bias)| {
+                    [
+                        ("gate.projection.weight", weight),
+                        ("gate.projection.bias", bias),
+                    ]
+                });
+                let scale = log_scale.iter_mut().map(|scale| ("gate.log_scale", scale));
+                projection.chain(scale).collect()
+            }
+            Self::LowRank { query, .. } => vec![("gate.query", query)],
+        }
+    }
+
     /// Width of an expert's gate row for tokens of width `dim`.
     pub(super) fn width(&self, dim: usize) -> usize {
         match self {
@@ -117,6 +165,7 @@ impl Gate {
                 projection: Some((weight, _)),
                 ..
             } => weight.shape()[0],
+            Self::LowRank { query, anchors, .. } => query.shape()[0] * anchors,
             _ => dim,
         }
     }
@@ -158,19 +207,37 @@ impl Gate {
                 )?;
                 let x = ArrayView2::from_shape((n, dim), x).map_err(internal)?;
                 let forward = gate.forward(x)?;
-                let sums = forward.logits();
-                for (to, from) in logits
-                    .chunks_exact_mut(experts.len())
-                    .zip(sums.outer_iter())
-                {
-                    for ((to, from), offset) in to.iter_mut().zip(from).zip(&offsets) {
-                        *to = from + offset;
-                    }
-                }
+                add_offsets(forward.logits(), &offsets, &mut logits);
                 Kind::Cosine {
                     forward: Box::new(forward),
                     projection: held,
                     log_scale: scale,
+                }
+            }
+            Self::LowRank {
+                query,
+                anchors,
+                scale,
+            } => {
+                if query.shape().last() != Some(&dim) {
+                    let (wanted, found) = ([query.shape()[0], dim], query.shape());
+                    return Err(ModelError::shape(
+                        "query projection of a gate",
+                        &wanted,
+                        found,
+                    ));
+                }
+                let (anchors, scale) = (*anchors, *scale);
+                let gate =
+                    low_rank_gate(&rows, experts.len(), query.values(), anchors, scale, dim)?;
+                let x = ArrayView2::from_shape((n, dim), x).map_err(internal)?;
+                let forward = gate.forward(x)?;
+                add_offsets(forward.logits(), &offsets, &mut logits);
+                Kind::LowRank {
+                    forward: Box::new(forward),
+                    query: (query.shared(), query.handle()),
+                    anchors,
+                    scale,
                 }
             }
         };
@@ -211,7 +278,7 @@ impl Gated {
         &self,
         router: &AnyRouter,
         plan: &RoutingPlan,
-        losses: &[RoutingLoss],
+        losses: &LossGradients,
         (x, d_weights): (&[f32], &[f32]),
         dx: &mut [f32],
         g: &mut CpuGradients,
@@ -223,10 +290,10 @@ impl Gated {
         let mut d_logits = Scratch::zeros(n * experts);
         let mut view = ArrayViewMut2::from_shape((n, experts), &mut d_logits).map_err(internal)?;
         router.backward(plan, d_weights, &mut view)?;
-        let logits = ArrayView2::from_shape((n, experts), &self.logits).map_err(internal)?;
-        for loss in losses {
-            loss.add_gradient(router, plan, logits, &mut view)?;
-        }
+        losses
+            .logits
+            .iter()
+            .for_each(|d| add_assign(&mut d_logits, d));
         if let AnyRouter::TopAny(router) = router {
             let mut d = vec![0.0; experts];
             router.backward_thresholds(plan, d_weights, &mut ArrayViewMut1::from(&mut d[..]))?;
@@ -265,7 +332,22 @@ impl Gated {
                     add(handle, &[d], g)?;
                 }
             }
+            Kind::LowRank {
+                forward,
+                query: (query, handle),
+                anchors,
+                scale,
+            } => {
+                let gate = low_rank_gate(&self.rows, experts, query, *anchors, *scale, dim)?;
+                let x = ArrayView2::from_shape((n, dim), x).map_err(internal)?;
+                let d = ArrayView2::from_shape((n, experts), &d_logits).map_err(internal)?;
+                let gradients = gate.backward(x, forward, d)?;
+                add_assign(dx, &flat(gradients.x));
+                d_rows.copy_from_slice(&flat(gradients.anchors));
+                add(handle, &flat(gradients.query), g)?;
+            }
         }
+        losses.rows.iter().for_each(|d| add_assign(&mut d_rows, d));
         let width = self.rows.len() / experts;
         for (handle, d) in self.handles.iter().zip(d_rows.chunks_exact(width)) {
             add(handle, d, g)?;
@@ -282,92 +364,4 @@ fn add(handle: &ParamHandle, share: &[f32], g: &mut CpuGradients) -> Result<(), 
     let mut gradient = handle.take(g)?;
     add_assign(&mut gradient, share);
     handle.put(g, gradient)
-}
-
-impl RoutingLoss {
-    /// The factor on the loss.
-    pub fn weight(&self) -> f32 {
-        match *self {
-            Self::Balance { weight, .. }
-            | Self::Entropy { weight }
-            | Self::Importance { weight }
-            | Self::Load { weight }
-            | Self::RouterZ { weight } => weight,
-        }
-    }
-
-    /// What the loss needs and the router does not have.
-    pub(crate) fn lacks(&self, router: &AnyRouter) -> Option<&'static str> {
-        match self {
-            Self::Load { .. } => {
-                let needed = "needs noisy top-k routing";
-                noisy_top_k(router).is_none().then_some(needed)
-            }
-            Self::Balance { .. } | Self::Entropy { .. } => {
-                let needed = "needs routing by a softmax";
-                matches!(router, AnyRouter::TopAny(_)).then_some(needed)
-            }
-            Self::Importance { .. } | Self::RouterZ { .. } => None,
-        }
-    }
-
-    fn add_gradient(
-        self,
-        router: &AnyRouter,
-        plan: &RoutingPlan,
-        logits: ArrayView2<'_, f32>,
-        d_logits: &mut ArrayViewMut2<'_, f32>,
-    ) -> Result<(), RoutingError> {
-        let in_use = Some(plan.in_use());
-        match self {
-            Self::Balance { weight, count } => gshard_balance(plan, count, weight, d_logits)?,
-            Self::Entropy { weight } => routing_entropy(plan, weight, d_logits)?,
-            Self::RouterZ { weight } => router_z(logits, in_use, weight, d_logits)?,
-            Self::Importance { weight } => {
-                let mut r = logits.to_owned();
-                for mut row in r.outer_iter_mut() {
-                    let masked = |(_, used): &(&mut f32, &bool)| !**used;
-                    let hide = |row: &mut ArrayViewMut1<'_, f32>, value| {
-                        let experts = row.iter_mut().zip(plan.in_use());
-                        experts.filter(masked).for_each(|(r, _)| *r = value);
-                    };
-                    hide(&mut row, f32::NEG_INFINITY);
-                    if let Some(row) = row.as_slice_mut() {
-                        softmax_in_place(row);
-                    }
-                    // The exponential of a kernel ends above zero.
-                    hide(&mut row, 0.0);
-                }
-                let mut d_r = Array2::zeros(r.dim());
-                let loss = importance(r.view(), in_use, weight, &mut d_r.view_mut())?;
-                softmax_backward(r.view(), d_r.view(), d_logits)?;
-                loss
-            }
-            Self::Load { weight } => {
-                // Layers are not made otherwise.
-                let Some((noisy, k)) = noisy_top_k(router) else {
-                    return Ok(());
-                };
-                let (noised, std) = (noisy.noisy_logits(), f64::from(noisy.std()));
-                let mut d_noisy = Array2::zeros(noised.dim());
-                let mut into = d_noisy.view_mut();
-                let loss = load(logits, noised, in_use, k, std, weight, d_logits, &mut into)?;
-                // The noise is added, so that both have the same gradient.
-                *d_logits += &d_noisy;
-                loss
-            }
-        };
-        Ok(())
-    }
-}
-
-/// A router that takes the k best of logits with noise on them.
-fn noisy_top_k(router: &AnyRouter) -> Option<(&Noisy, usize)> {
-    let AnyRouter::Noisy(noisy) = router else {
-        return None;
-    };
-    match noisy.inner() {
-        AnyRouter::TopK(top_k) if noisy.std() > 0.0 => Some((noisy, top_k.k())),
-        _ => None,
-    }
 }

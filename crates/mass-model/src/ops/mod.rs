@@ -13,6 +13,8 @@ mod gate;
 mod layer_norm;
 mod linear;
 mod moe;
+mod network;
+mod routing_loss;
 mod rows;
 mod sequences;
 
@@ -21,12 +23,14 @@ pub use attention::{Attention, self_attention};
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
+pub use gate::Gate;
 pub(crate) use gate::set_thresholds;
-pub use gate::{Gate, RoutingLoss};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub(crate) use moe::moe_ffn_with;
 pub use moe::{MoeExpert, moe_ffn};
+pub use network::Network;
+pub use routing_loss::RoutingLoss;
 pub use rows::{pick_rows, scale_rows};
 pub use sequences::Sequences;
 

@@ -6,78 +6,40 @@ use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
 use super::gate::set_thresholds;
-use super::{Gate, RoutingLoss, Rows, expect_width, read, take_gradient};
-use crate::error::ModelError;
+use super::routing_loss::LossGradients;
+use super::{Gate, Network, RoutingLoss, Rows, expect_width, read, take_gradient};
+use crate::error::{ModelError, into_dfdx};
+use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
 use crate::kernels::gemm::Store;
 use crate::kernels::moe_ffn::{
     self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
 };
 use crate::kernels::scratch::Scratch;
-use crate::param::{CpuGradients, Param, ParamHandle};
+use crate::param::{Param, ParamHandle};
 
-/// The parameters of one expert: gate row (`[d]`, or as wide as the gate's projection), `fc1: [h, d]`, `[h]`, `fc2: [d, h]`,
-/// `[d]`, and a fixed offset on its logit.
+/// The parameters of one expert: a gate row and a network, and a fixed offset on its logit.
 #[derive(Clone, Debug)]
 pub struct MoeExpert {
-    /// Row of the gate matrix.
+    /// Row of the gate matrix: `[d]`, or as wide as the gate's projection.
     pub gate: Param,
     /// Added to the expert's logit; not trained. Zero but for experts that were bisected, or split with their mass preserved.
     pub logit_offset: f32,
     /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
     pub threshold: Option<Param>,
-    /// First matrix and bias.
-    pub fc1: (Param, Param),
-    /// Second matrix and bias.
-    pub fc2: (Param, Param),
-    /// Matrix and bias of the factor on the activation (SwiGLU and its kin), shaped as `fc1`.
-    pub up: Option<(Param, Param)>,
+    /// What it computes.
+    pub network: Network,
 }
 
 impl MoeExpert {
-    /// Matrices and biases, the factor's last.
-    fn params(&self) -> impl Iterator<Item = &Param> {
-        let up = self.up.iter().flat_map(|(w, b)| [w, b]);
-        [&self.fc1.0, &self.fc1.1, &self.fc2.0, &self.fc2.1]
-            .into_iter()
-            .chain(up)
-    }
-
-    pub(crate) fn weights(&self) -> ExpertWeights<'_> {
-        ExpertWeights {
-            w1: self.fc1.0.values(),
-            b1: self.fc1.1.values(),
-            w2: self.fc2.0.values(),
-            b2: self.fc2.1.values(),
-            up: self.up.as_ref().map(|(w, b)| (w.values(), b.values())),
+    /// The same expert, to be split off this one: see [`Param::offspring`].
+    pub fn offspring(&self) -> Self {
+        Self {
+            gate: self.gate.offspring(),
+            logit_offset: self.logit_offset,
+            threshold: self.threshold.as_ref().map(Param::offspring),
+            network: self.network.offspring(),
         }
-    }
-
-    /// Hidden and outer width; an error if the shapes do not fit each other, or are not those `wanted`.
-    pub(crate) fn check(
-        &self,
-        what: &str,
-        wanted: Option<(usize, usize)>,
-    ) -> Result<(usize, usize), ModelError> {
-        let (hidden, dim) = match (wanted, self.fc1.0.shape()) {
-            (Some(wanted), _) => wanted,
-            (None, &[hidden, dim]) => (hidden, dim),
-            (None, other) => return Err(ModelError::shape(what, &[0, 0], other)),
-        };
-        let shapes: [&[usize]; 6] = [
-            &[hidden, dim],
-            &[hidden],
-            &[dim, hidden],
-            &[dim],
-            &[hidden, dim],
-            &[hidden],
-        ];
-        for (param, wanted) in self.params().zip(shapes) {
-            if param.shape() != wanted {
-                return Err(ModelError::shape(what, wanted, param.shape()));
-            }
-        }
-        Ok((hidden, dim))
     }
 }
 
@@ -94,10 +56,10 @@ pub(crate) struct TakenExpert {
 }
 
 impl Held {
-    pub(crate) fn of(expert: &MoeExpert) -> Self {
+    pub(crate) fn of(network: &Network) -> Self {
         Self {
-            values: expert.params().map(Param::shared).collect(),
-            handles: expert.params().map(Param::handle).collect(),
+            values: network.params().map(Param::shared).collect(),
+            handles: network.params().map(Param::handle).collect(),
         }
     }
 
@@ -139,6 +101,14 @@ impl Held {
             values: values.collect(),
             store,
         })
+    }
+
+    /// The gradients of an expert without tokens: empty, so that nothing is computed for it.
+    fn nothing(&self) -> TakenExpert {
+        TakenExpert {
+            values: vec![Vec::new(); self.handles.len()],
+            store: Store::Add,
+        }
     }
 
     pub(crate) fn put(&self, g: &mut CpuGradients, taken: TakenExpert) -> Result<(), CpuError> {
@@ -183,13 +153,14 @@ fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 /// Logits `z = gate(x) + offset`, for a linear gate `x W_gᵀ + offset`; `router` turns them into assignments with weights w;
 /// `y[t] = Σ_e w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`. Gradients reach the experts, the gate rows and `x`, the
 /// latter both through the experts and through the gate, where the gradients of the routing `losses` join. `mask`, if
-/// given, says which experts are in use.
+/// given, says which experts are in use. The matrices and biases of an expert that no token is routed to get no gradient, not one
+/// of zero ([`Param::find_gradient`]); its gate row gets one.
 ///
 /// Returns the output and the plan that made it.
 ///
 /// # Errors
 /// [`ModelError::Shape`] if an expert does not fit the input's width, [`ModelError::Routing`] if the router refuses the
-/// logits (a NaN among them, or no expert in use).
+/// logits (a NaN among them, or no expert in use), or with a tape cannot run backward, or a routing loss is undefined.
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     experts: &[MoeExpert],
@@ -219,12 +190,14 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
             "a mixture layer needs at least one expert".into(),
         ));
     };
-    let (hidden, dim) = first.check("expert 0", None)?;
-    let factor = first.up.is_some();
+    let (hidden, dim) = first.network.check("expert 0", None)?;
+    let factor = first.network.up.is_some();
     let width = gate.width(dim);
     for (e, expert) in experts.iter().enumerate() {
-        expert.check(&format!("expert {e}"), Some((hidden, dim)))?;
-        if expert.up.is_some() != factor {
+        expert
+            .network
+            .check(&format!("expert {e}"), Some((hidden, dim)))?;
+        if expert.network.up.is_some() != factor {
             let what = format!("expert {e} is gated or not, unlike expert 0");
             return Err(ModelError::Config(what));
         }
@@ -246,6 +219,13 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
     let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
         .expect("the buffer has this size");
     let router = route(view, &mut plan)?;
+    // What the backward pass cannot do is said now, in the router's or the loss's own words.
+    let losses = if T::OWNS_TAPE {
+        router.check_backward(&plan)?;
+        LossGradients::of(losses, &router, &plan, &gated)?
+    } else {
+        LossGradients::default()
+    };
     let plan = Arc::new(plan);
 
     let shape = FfnShape {
@@ -254,7 +234,7 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
         activation,
         gated: factor,
     };
-    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(MoeExpert::weights).collect();
+    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
     let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
     let mut y = vec![0.0; n * dim];
     kernel::forward(
@@ -269,15 +249,19 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
 
     if let Some(mut hidden) = hidden {
         let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
-        let held: Vec<Held> = experts.iter().map(Held::of).collect();
+        let held: Vec<Held> = experts.iter().map(|e| Held::of(&e.network)).collect();
         let plan = Arc::clone(&plan);
-        let losses = losses.to_vec();
         tape.add_backward_op(move |g| {
             let dy = take_gradient!(g, y_ghost);
             let mut dx = take_gradient!(g, x_ghost);
+            // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
             let mut taken = held
                 .iter()
-                .map(|expert| expert.take(g))
+                .enumerate()
+                .map(|(e, expert)| match plan.load(e) {
+                    0 => Ok(expert.nothing()),
+                    _ => expert.take(g),
+                })
                 .collect::<Result<Vec<_>, _>>()?;
             let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
             let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
@@ -295,14 +279,15 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
                 &mut d_weights,
             );
 
-            for (expert, taken) in held.iter().zip(taken) {
-                expert.put(g, taken)?;
+            for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
+                if plan.load(e) > 0 {
+                    expert.put(g, taken)?;
+                }
             }
             let given = (&*input, &*d_weights);
             gated
                 .backward(&router, &plan, &losses, given, &mut dx, g)
-                // dfdx lets a backward operation fail only with its own errors.
-                .map_err(|_| CpuError::WrongNumElements)?;
+                .map_err(into_dfdx)?;
             **g.get_or_alloc_mut(&x_ghost)? = dx;
             Ok(())
         });

@@ -29,7 +29,7 @@ impl Sequences {
     pub fn uniform(batch: usize, seq: usize) -> Result<Self, ModelError> {
         if batch == 0 || seq == 0 || batch.checked_mul(seq).is_none() {
             return Err(ModelError::Config(format!(
-                "{batch} sequences of {seq} rows"
+                "{batch} sequences of {seq} rows: each must be at least 1, and all together fit into memory"
             )));
         }
         Ok(Self {

@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
 use crate::error::ModelError;
-use crate::param::{CpuGradients, Parameters};
+use crate::gradients::CpuGradients;
+use crate::param::Parameters;
 
 /// Mean of the gradients of several micro-batches, for batches larger than memory allows.
 ///
@@ -9,8 +10,9 @@ use crate::param::{CpuGradients, Parameters};
 /// `Σ n_i g_i / Σ n_i`: the gradient of the mean over all of them. It is kept as a running mean, so that one micro-batch
 /// alone passes through without a change of a bit.
 ///
-/// Gradients are kept by parameter name. One that appears between two micro-batches (an expert just split off) counts as
-/// zero in those before, and one that vanishes is dropped.
+/// Gradients are kept by parameter name. A parameter without a gradient in some micro-batches (an expert that was just split
+/// off, or one that they do not read) counts as zero there; one without a gradient in all of them has none afterwards. What
+/// vanishes from the model is dropped.
 ///
 /// ```
 /// use mass_model::optim::GradientAccumulator;
@@ -20,7 +22,7 @@ use crate::param::{CpuGradients, Parameters};
 /// let mut gradients = CpuGradients::leaky();
 /// let mut accumulator = GradientAccumulator::new();
 /// for (rows, g) in [(3.0, 1.0), (1.0, 5.0)] {
-///     model.weight.gradient(&mut gradients)?.fill(g); // a backward pass in real life
+///     model.weight.set_gradient(&mut gradients, vec![g; 2])?; // a backward pass in real life
 ///     accumulator.add(&model, &mut gradients, rows)?;
 /// }
 /// accumulator.mean_into(&model, &mut gradients)?;
@@ -86,23 +88,31 @@ impl GradientAccumulator {
             if outcome.is_err() {
                 return;
             }
-            let g = match param.gradient(gradients) {
-                Ok(g) => g,
+            let found = match param.find_gradient(gradients) {
+                Ok(found) => found,
                 Err(e) => {
                     outcome = Err(e);
                     return;
                 }
             };
-            let mut mean = before
-                .remove(&name)
-                .unwrap_or_else(|| vec![0.0; param.len()]);
-            if share == 1.0 {
-                mean.copy_from_slice(g);
-            } else {
-                for (mean, g) in mean.iter_mut().zip(g.iter()) {
-                    *mean += (g - *mean) * share;
+            let mean = match (before.remove(&name), found) {
+                (None, None) => return,
+                (mean, Some(g)) => {
+                    let mut mean = mean.unwrap_or_else(|| vec![0.0; param.len()]);
+                    if share == 1.0 {
+                        mean.copy_from_slice(g);
+                    } else {
+                        for (mean, g) in mean.iter_mut().zip(g.iter()) {
+                            *mean += (g - *mean) * share;
+                        }
+                    }
+                    mean
                 }
-            }
+                (Some(mut mean), None) => {
+                    mean.iter_mut().for_each(|mean| *mean -= *mean * share);
+                    mean
+                }
+            };
             self.means.insert(name, mean);
         });
         outcome
@@ -128,20 +138,15 @@ impl GradientAccumulator {
             if outcome.is_err() {
                 return;
             }
-            match param.gradient(gradients) {
-                Ok(g) => match means.remove(&name) {
-                    Some(mean) if mean.len() == g.len() => *g = mean,
-                    Some(mean) => {
-                        outcome = Err(ModelError::shape(
-                            format!("accumulated gradient of {name}"),
-                            &[g.len()],
-                            &[mean.len()],
-                        ));
-                    }
-                    None => g.fill(0.0),
-                },
-                Err(e) => outcome = Err(e),
-            }
+            outcome = match means.remove(&name) {
+                Some(mean) if mean.len() == param.len() => param.set_gradient(gradients, mean),
+                Some(mean) => Err(ModelError::shape(
+                    format!("accumulated gradient of {name}"),
+                    &[param.len()],
+                    &[mean.len()],
+                )),
+                None => param.clear_gradient(gradients),
+            };
         });
         outcome
     }

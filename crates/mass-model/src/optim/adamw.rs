@@ -6,11 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use super::groups::{Group, Select, decide};
 use crate::error::ModelError;
+use crate::gradients::CpuGradients;
 use crate::kernels::adamw::{AdamWStep, update};
 use crate::kernels::scratch::give_back;
 use crate::kernels::vector::dot;
 use crate::kernels::vectorised;
-use crate::param::{CpuGradients, Parameters};
+use crate::param::Parameters;
 
 /// Settings of [`AdamW`] but for the learning rate, which is given with each step.
 ///
@@ -29,6 +30,7 @@ use crate::param::{CpuGradients, Parameters};
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,
@@ -89,6 +91,12 @@ pub struct ParameterState {
 /// updates of that very parameter: a newcomer's first update is as large as anyone's first, where one global count would
 /// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
 /// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
+///
+/// A parameter without a gradient ([`Param::find_gradient`](crate::Param::find_gradient)) is passed over, as PyTorch passes over
+/// one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and biases of
+/// an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move on by
+/// momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a gradient in
+/// every batch, zero or not; like a row of PyTorch's `Linear` it decays and moves. A gradient of zero is a gradient.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -145,11 +153,15 @@ impl AdamW {
         &self.config
     }
 
-    /// Updates every parameter of `model` by its gradient, at learning rate `lr`. The gradients are used up: their memory
+    /// Updates every parameter of `model` that has a gradient, at learning rate `lr`. The gradients are used up: their memory
     /// serves the next backward pass. Returns the norm of all gradients.
     ///
+    /// A parameter that has no gradient, because no operation of the backward pass read it, stays as it is with its moments and
+    /// its step count: it does not decay either (PyTorch's rule for a gradient of `None`).
+    ///
     /// # Errors
-    /// [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
+    /// [`ModelError::NoGradient`] if no parameter has a gradient, so that nothing could be learnt: the gradients are of another
+    /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
     /// learning rate, [`ModelError::Shape`] if a parameter
     /// has another size than its moments; no parameter is changed then.
     pub fn step<M: Parameters + ?Sized>(
@@ -166,31 +178,38 @@ impl AdamW {
                 "a learning rate of {lr}; it must not be negative"
             )));
         }
-        let mut squares = 0.0;
+        let (mut squares, mut parameters, mut found) = (0.0, 0_usize, 0_usize);
         let mut failed = None;
         model.visit("", &mut |name, param| {
             if failed.is_some() {
                 return;
             }
-            match param.gradient(gradients) {
-                Ok(g) => {
+            parameters += 1;
+            match param.find_gradient(gradients) {
+                Ok(None) => {}
+                Ok(Some(g)) => {
+                    found += 1;
                     let own = sum_of_squares(g);
                     if !own.is_finite() {
                         failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
                     }
                     squares += own;
-                    if let Some(s) = self.state.get(&name)
-                        && s.m.len() != param.len()
-                    {
-                        let what = format!("moments of {name}");
-                        failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
-                    }
                 }
                 Err(e) => failed = Some(e),
+            }
+            if let Some(s) = self.state.get(&name)
+                && s.m.len() != param.len()
+            {
+                let what = format!("moments of {name}");
+                failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
         });
         if let Some(e) = failed {
             return Err(e);
+        }
+        if parameters > 0 && found == 0 {
+            let what = format!("each of the optimiser's {parameters} parameters");
+            return Err(ModelError::NoGradient(what));
         }
         let norm = squares.sqrt();
         let gradient_scale = match self.config.clip_norm {
@@ -210,6 +229,14 @@ impl AdamW {
             if outcome.is_err() {
                 return;
             }
+            let g = match param.take_gradient(gradients) {
+                Ok(Some(g)) => g,
+                Ok(None) => return,
+                Err(e) => {
+                    outcome = Err(e);
+                    return;
+                }
+            };
             let n = param.len();
             let (decay, lr_scale) = decide(groups, weight_decay, &name, param);
             let state = self.state.entry(name).or_insert_with(|| ParameterState {
@@ -231,10 +258,8 @@ impl AdamW {
                 bias2: (1.0 - beta2.powi(t)) as f32,
                 gradient_scale: gradient_scale as f32,
             };
-            outcome = param.gradient(gradients).map(std::mem::take).map(|g| {
-                update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
-                give_back(g);
-            });
+            update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
+            give_back(g);
         });
         outcome.map(|()| norm)
     }

@@ -3,14 +3,20 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
+use crate::lineage::{Lineage, tick};
 use crate::param::Parameters;
 
 /// Exponential moving average of weights, by parameter name.
 ///
 /// `s = decay s + (1 - decay) θ` after every update (Polyak and Juditsky, 1992), beginning at the first weights seen. The
-/// pool may change between two updates: a parameter that appears begins at its own value ([`adopt`](Self::adopt) gives it
-/// its source's average instead), one that vanishes is dropped. Averaged are trainable values alone; offsets of
-/// logits and the state of routers are the model's own.
+/// pool may change between two updates: a parameter that was split off another ([`Param::offspring`](crate::Param::offspring))
+/// begins at that one's average, any other that appears at its own value ([`adopt`](Self::adopt) gives it the average of another),
+/// and one that vanishes is dropped. Averaged are trainable values alone; offsets of logits and the state of routers are the
+/// model's own.
+///
+/// A split also moves values at once: a bisection parts two gate rows, and the offsets with them. The average makes the same move
+/// ([`Param::move_to`](crate::Param::move_to)) before it is used again, so that the averaged model after a split is the split of the
+/// averaged model. Averaging the move itself would leave rows and offsets that do not belong together for `1 / (1 - decay)` steps.
 ///
 /// ```
 /// use mass_model::{Param, Parameters, nn::LayerNorm, optim::Ema};
@@ -26,15 +32,28 @@ use crate::param::Parameters;
 /// assert_eq!(model.weight.values(), [5.0, 5.0]);
 /// # Ok::<(), mass_model::ModelError>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Ema {
     config: EmaConfig,
     shadow: BTreeMap<String, Vec<f32>>,
     swapped: bool,
+    /// Moves of parameters before this time are in the averages.
+    seen: u64,
+    /// Newcomers that began at the average of another, with its name.
+    adopted: BTreeMap<String, String>,
+}
+
+/// By settings and averages, whenever they were seen.
+impl PartialEq for Ema {
+    fn eq(&self, other: &Self) -> bool {
+        let of = |ema: &Self| (ema.config, ema.swapped);
+        of(self) == of(other) && self.shadow == other.shadow
+    }
 }
 
 /// Settings of an [`Ema`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EmaConfig {
     /// How much of the average stays at an update, in [0, 1).
     pub decay: f64,
@@ -67,6 +86,8 @@ impl Ema {
             config,
             shadow,
             swapped: false,
+            seen: tick(),
+            adopted: BTreeMap::new(),
         })
     }
 
@@ -75,7 +96,8 @@ impl Ema {
         &self.config
     }
 
-    /// The averages by parameter name (the model's own weights while they are [swapped](Self::swap)).
+    /// The averages by parameter name (the model's own weights while they are [swapped](Self::swap)), as of the last
+    /// [`update`](Self::update) or [`follow`](Self::follow).
     pub fn shadow(&self) -> &BTreeMap<String, Vec<f32>> {
         &self.shadow
     }
@@ -91,12 +113,7 @@ impl Ema {
     /// [`ModelError::Config`] while the averages are in the model, [`ModelError::Shape`] if a parameter has changed its
     /// size; nothing is changed then.
     pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
-        if self.swapped {
-            return Err(ModelError::Config(
-                "averaged weights are in the model; swap them out before training on".into(),
-            ));
-        }
-        self.check_sizes(model)?;
+        self.follow(model)?;
         let keep = self.config.decay as f32;
         let mut before = std::mem::take(&mut self.shadow);
         model.visit("", &mut |name, param| {
@@ -111,10 +128,69 @@ impl Ema {
             };
             self.shadow.insert(name, average);
         });
+        let shadow = &self.shadow;
+        self.adopted.retain(|name, _| shadow.contains_key(name));
         Ok(())
     }
 
-    /// Gives every parameter under `newcomer` (a prefix such as `blocks.0.moe.experts.7`) the average of its source.
+    /// Takes in what splits did to the model since the last update: parameters that were split off another get its average, and
+    /// values that were moved at once move here too. [`update`](Self::update), [`swap`](Self::swap) and checkpoints do so
+    /// themselves.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    pub fn follow<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
+        self.refuse_swapped()?;
+        self.check_sizes(model)?;
+        if !self.lags(model) {
+            return Ok(());
+        }
+        let now = tick();
+        let mut names = BTreeMap::new();
+        model.visit("", &mut |name, param| {
+            names.insert(param.lineage().id, name);
+        });
+        // In the order of their births: a newcomer may itself be the source of the next.
+        let mut births = BTreeMap::new();
+        model.visit("", &mut |name, param| {
+            let Lineage { id, parent, .. } = param.lineage();
+            let parent = parent.and_then(|id| names.get(&id));
+            if let (Some(parent), false) = (parent, self.shadow.contains_key(&name)) {
+                births.insert(*id, (name, parent.clone()));
+            }
+        });
+        for (name, parent) in births.into_values() {
+            if let Some(average) = self.shadow.get(&parent) {
+                self.shadow.insert(name.clone(), average.clone());
+                self.adopted.insert(name, parent);
+            }
+        }
+        model.visit("", &mut |name, param| {
+            if let Some(average) = self.shadow.get_mut(&name) {
+                for step in unseen(param.lineage(), self.seen) {
+                    average.iter_mut().zip(step).for_each(|(s, d)| *s += d);
+                }
+            }
+        });
+        self.seen = now;
+        Ok(())
+    }
+
+    /// Whether a split has done something to the model that is not in the averages yet.
+    pub(crate) fn lags<M: Parameters + ?Sized>(&self, model: &M) -> bool {
+        let mut lags = false;
+        model.visit("", &mut |name, param| {
+            let lineage = param.lineage();
+            lags |= match self.shadow.contains_key(&name) {
+                true => unseen(lineage, self.seen).next().is_some(),
+                false => lineage.parent.is_some_and(|_| lineage.id > self.seen),
+            };
+        });
+        lags
+    }
+
+    /// Gives every parameter under `newcomer` (a prefix such as `blocks.0.moe.experts.7`) the average of its source. One that was
+    /// split off the source has it already.
     pub fn adopt(&mut self, source: &str, newcomer: &str) {
         let prefix = format!("{source}.");
         let copies: Vec<_> = self
@@ -122,10 +198,23 @@ impl Ema {
             .iter()
             .filter_map(|(name, average)| {
                 let rest = name.strip_prefix(&prefix)?;
-                Some((format!("{newcomer}.{rest}"), average.clone()))
+                let own = format!("{newcomer}.{rest}");
+                (self.adopted.get(&own) != Some(name)).then(|| (own, name.clone(), average.clone()))
             })
             .collect();
-        self.shadow.extend(copies);
+        for (own, name, average) in copies {
+            self.shadow.insert(own.clone(), average);
+            self.adopted.insert(own, name);
+        }
+    }
+
+    fn refuse_swapped(&self) -> Result<(), ModelError> {
+        if self.swapped {
+            return Err(ModelError::Config(
+                "averaged weights are in the model; swap them out before training on".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// Exchanges weights and averages; a second call brings the weights back. A parameter without an average keeps its
@@ -134,7 +223,11 @@ impl Ema {
     /// # Errors
     /// [`ModelError::Shape`] if a parameter has changed its size; nothing is exchanged then.
     pub fn swap<M: Parameters + ?Sized>(&mut self, model: &mut M) -> Result<(), ModelError> {
-        self.check_sizes(model)?;
+        if self.swapped {
+            self.check_sizes(model)?;
+        } else {
+            self.follow(model)?;
+        }
         model.visit_mut("", &mut |name, param| {
             if let Some(average) = self.shadow.get_mut(&name) {
                 param.values_mut().swap_with_slice(average);
@@ -179,4 +272,10 @@ impl Ema {
         });
         wrong.map_or(Ok(()), Err)
     }
+}
+
+/// The moves of a parameter that averages of before `seen` do not have.
+fn unseen(lineage: &Lineage, seen: u64) -> impl Iterator<Item = &Vec<f32>> {
+    let later = lineage.moves.iter().filter(move |step| step.at > seen);
+    later.map(|step| &*step.by)
 }

@@ -45,6 +45,7 @@ impl Select {
 
 /// A rule that gives some parameters their own weight decay or learning rate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Group {
     /// Name of the rule, for messages.
     pub name: String,

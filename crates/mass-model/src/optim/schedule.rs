@@ -39,6 +39,7 @@ pub enum Decay {
 /// assert_eq!(Schedule::constant(3e-4, 1000).at(999), 3e-4);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Schedule {
     /// Largest learning rate.
     pub peak: f64,

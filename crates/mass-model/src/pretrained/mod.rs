@@ -1,7 +1,8 @@
 //! Pretrained weights in Hugging Face's layout: a folder with `config.json` and `model.safetensors`.
 //!
 //! Weights stored as `F32`, `F16` or `BF16` are read as `f32`. A model in several files is read through its
-//! `model.safetensors.index.json`. Files are read tensor by tensor, so a model needs no second copy of itself in memory,
+//! `model.safetensors.index.json`; a `model.safetensors` beside it that the index does not name is refused, since either could be
+//! meant. Files are read tensor by tensor, so a model needs no second copy of itself in memory,
 //! and nothing is allocated before a file has been seen to hold it.
 //!
 //! ```no_run
@@ -23,8 +24,8 @@ use std::path::{Path, PathBuf};
 
 pub use config::read_config;
 pub(crate) use config::{config_file, field_error, from_fields, present};
-pub(crate) use source::{Blank, Drawn, Kind, Part, Source, Stored};
-pub use weights::Weights;
+pub(crate) use source::{Blank, Drawn, Head, Kind, Part, Source, Stored};
+pub use weights::{Weights, shards, weight_files};
 
 use crate::checkpoint::CheckpointError;
 use crate::error::ModelError;

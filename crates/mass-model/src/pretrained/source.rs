@@ -88,6 +88,15 @@ impl Source for Blank {
     }
 }
 
+/// Where the head of a model that is read comes from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Head {
+    /// The file, or drawn if it has none.
+    OfFile,
+    /// Drawn, whatever the file has.
+    New,
+}
+
 /// A tensor of the file that is a parameter of the model, or one of several that are one together.
 pub(crate) struct Part {
     pub(crate) name: String,
@@ -113,6 +122,7 @@ pub(crate) struct Stored<'a> {
     /// Whether a parameter may be drawn, by its name in the model.
     optional: &'a dyn Fn(&str) -> bool,
     drawn: Drawn<'a>,
+    head: Head,
     used: BTreeSet<String>,
 }
 
@@ -123,6 +133,7 @@ impl<'a> Stored<'a> {
         spellings: &'a dyn Fn(&str) -> Vec<String>,
         optional: &'a dyn Fn(&str) -> bool,
         drawn: Drawn<'a>,
+        head: Head,
     ) -> Self {
         Self {
             weights,
@@ -130,6 +141,7 @@ impl<'a> Stored<'a> {
             spellings,
             optional,
             drawn,
+            head,
             used: BTreeSet::new(),
         }
     }
@@ -149,16 +161,6 @@ impl<'a> Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// A parameter that is drawn whatever the file has.
-    pub(crate) fn draw(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        kind: Kind,
-    ) -> Result<Param, ModelError> {
-        self.drawn.param(name, shape, kind)
-    }
-
     /// The name of a part in the file, as it is spelt there.
     fn find(&self, name: &str) -> Option<String> {
         let mut names = (self.spellings)(name).into_iter();
@@ -176,7 +178,8 @@ impl Stored<'_> {
 
 impl Source for Stored<'_> {
     fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
-        if (self.optional)(name) && self.absent(name, shape) {
+        let redrawn = self.head == Head::New && name.starts_with("head.");
+        if redrawn || (self.optional)(name) && self.absent(name, shape) {
             return self.drawn.param(name, shape, kind);
         }
         let parts: Vec<_> = (self.parts)(name, shape)

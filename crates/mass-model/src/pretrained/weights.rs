@@ -103,47 +103,79 @@ fn header_of(json: &[u8]) -> Result<Metadata, String> {
     Metadata::new(None, tensors).map_err(|e| e.to_string())
 }
 
+/// The files that a `model.safetensors.index.json` names, each with the tensors that it says are in it.
+///
+/// # Errors
+/// [`PretrainedError::Io`] if the index cannot be read; [`PretrainedError::Damaged`] if it is none, or names a file outside its
+/// folder.
+pub fn shards(index: &Path) -> Result<BTreeMap<String, Vec<String>>, PretrainedError> {
+    let map = read_json(index, LONGEST_HEADER)?;
+    let Some(Value::Object(places)) = map.get("weight_map") else {
+        return Err(damaged(index, "there is no weight_map"));
+    };
+    let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (tensor, file) in places {
+        let outside = |f: &&str| f.is_empty() || f.contains(['/', '\\']) || [".", ".."].contains(f);
+        let Some(file) = file.as_str().filter(|f| !outside(f)) else {
+            let why = format!("tensor {tensor} is in {file}, which is no name of a file");
+            return Err(damaged(index, why));
+        };
+        let tensors = shards.entry(file.to_owned()).or_default();
+        tensors.push(tensor.clone());
+    }
+    Ok(shards)
+}
+
+/// The files of a folder, each with the tensors that an index says are in it.
+fn parts(dir: &Path) -> Result<BTreeMap<String, Vec<String>>, PretrainedError> {
+    let index = dir.join(INDEX);
+    if !index.exists() {
+        return Ok(BTreeMap::from([(SINGLE.to_owned(), Vec::new())]));
+    }
+    let shards = shards(&index)?;
+    if shards.is_empty() {
+        return Err(damaged(&index, "there is no tensor in weight_map"));
+    }
+    if dir.join(SINGLE).exists() && !shards.contains_key(SINGLE) {
+        let why = format!(
+            "{SINGLE} is beside it, and it does not name that: remove whichever is not the model"
+        );
+        return Err(damaged(&index, why));
+    }
+    Ok(shards)
+}
+
+/// The files that hold the weights of a folder, without looking into them: `model.safetensors`, or those that
+/// `model.safetensors.index.json` names.
+///
+/// # Errors
+/// As [`shards`], and [`PretrainedError::Damaged`] for an index beside a `model.safetensors` that it does not name.
+pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, PretrainedError> {
+    Ok(parts(dir)?.into_keys().map(|file| dir.join(file)).collect())
+}
+
 impl Weights {
     /// Opens `model.safetensors` of a folder, or the files that its `model.safetensors.index.json` names.
     ///
     /// # Errors
     /// [`PretrainedError::Io`] naming a file that cannot be read; [`PretrainedError::Damaged`] if a header is no header or
-    /// promises other than what the file holds, or the index names what no file has.
+    /// promises other than what the file holds, the index names what no file has, or there are both an index and a
+    /// `model.safetensors` that it does not name.
     pub fn open(dir: &Path) -> Result<Self, PretrainedError> {
         let mut weights = Self {
             dir: dir.to_owned(),
             files: Vec::new(),
             entries: BTreeMap::new(),
         };
-        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
-        if single.exists() || !index.exists() {
-            weights.add(single)?;
-            return Ok(weights);
-        }
-        let map = read_json(&index, LONGEST_HEADER)?;
-        let Some(Value::Object(places)) = map.get("weight_map") else {
-            return Err(damaged(&index, "there is no weight_map"));
-        };
-        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, file) in places {
-            let plain = |f: &&str| !f.is_empty() && !f.contains(['/', '\\']) && *f != "..";
-            let Some(file) = file.as_str().filter(plain) else {
-                let why = format!("tensor {tensor} is in {file}, which is no name of a file");
-                return Err(damaged(&index, why));
-            };
-            shards.entry(file).or_default().push(tensor);
-        }
-        for (file, tensors) in shards {
-            weights.add(dir.join(file))?;
+        let index = dir.join(INDEX);
+        for (file, tensors) in parts(dir)? {
+            weights.add(dir.join(&file))?;
             let last = weights.files.len() - 1;
-            let held = |t: &&str| weights.entries.get(*t).is_some_and(|e| e.file == last);
+            let held = |t: &String| weights.entries.get(t).is_some_and(|e| e.file == last);
             if let Some(absent) = tensors.into_iter().find(|t| !held(t)) {
                 let why = format!("tensor {absent} is not in {file}");
                 return Err(damaged(&index, why));
             }
-        }
-        if weights.entries.is_empty() {
-            return Err(damaged(&index, "there is no tensor in weight_map"));
         }
         Ok(weights)
     }

@@ -1,14 +1,15 @@
-use dfdx::prelude::{Cpu, Module, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
 
 use super::VitConfig;
 use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
-use crate::lm::{LayerTrace, Masked};
 use crate::nn::{LayerNorm, SelfAttention};
 use crate::ops::{self, Rows, Sequences};
-use crate::param::{Param, Parameters, join};
+use crate::param::Param;
+use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::{Kind, Source};
+use crate::{mixtures, parameters};
 
 /// A pre-norm block: `h = x + scale1 ⊙ attention(norm1(x))`, then `y = h + scale2 ⊙ mlp(norm2(h))`.
 #[derive(Clone, Debug)]
@@ -88,30 +89,5 @@ fn scaled<T: Tape<f32, Cpu>>(x: Rows<T>, factor: Option<&Param>) -> Result<Rows<
     }
 }
 
-impl Parameters for VitBlock {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.norm1.visit(&join(prefix, "norm1"), f);
-        self.attention.visit(&join(prefix, "attention"), f);
-        if let Some(scale) = &self.scale1 {
-            f(join(prefix, "scale1"), scale);
-        }
-        self.norm2.visit(&join(prefix, "norm2"), f);
-        self.mlp.visit(prefix, f);
-        if let Some(scale) = &self.scale2 {
-            f(join(prefix, "scale2"), scale);
-        }
-    }
-
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.norm1.visit_mut(&join(prefix, "norm1"), f);
-        self.attention.visit_mut(&join(prefix, "attention"), f);
-        if let Some(scale) = &mut self.scale1 {
-            f(join(prefix, "scale1"), scale);
-        }
-        self.norm2.visit_mut(&join(prefix, "norm2"), f);
-        self.mlp.visit_mut(prefix, f);
-        if let Some(scale) = &mut self.scale2 {
-            f(join(prefix, "scale2"), scale);
-        }
-    }
-}
+parameters!(VitBlock { norm1, attention, scale1, norm2, mlp as "", scale2 });
+mixtures!(VitBlock { mlp as "" });

@@ -4,13 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::pretrained::activation;
+use crate::pretrained::{Head, activation};
 
 use super::files;
 
 /// Sizes and rates of a vision transformer. The default is ViT-B/16.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct VitConfig {
     /// Width d of the hidden states.
     pub hidden_size: usize,
@@ -110,7 +110,7 @@ impl VitConfig {
     /// value, or that makes another model (SwiGLU networks, stochastic depth, register tokens, other pooling than by class token,
     /// other problems than one label of several), or sizes and rates that no model can have.
     pub fn read(dir: &Path) -> Result<Self, ModelError> {
-        Ok(files::read(dir)?.0)
+        Ok(files::read(dir, Head::OfFile)?.0)
     }
 
     /// Patches along a side of an image of `image_size`; zero for patches of no size, which [`check`](Self::check) refuses.

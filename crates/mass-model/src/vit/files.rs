@@ -10,7 +10,8 @@ use super::{Resampling, VitConfig};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::pretrained::{
-    Part, PretrainedError, activation, checked, config_file, field_error, present, read_config,
+    Head, Part, PretrainedError, activation, checked, config_file, field_error, present,
+    read_config,
 };
 
 /// Whose names a file's tensors have, and whose fields its configuration.
@@ -24,7 +25,7 @@ pub(super) enum Layout {
     Timm,
 }
 
-pub(super) fn read(dir: &Path) -> Result<(VitConfig, Layout), ModelError> {
+pub(super) fn read(dir: &Path, head: Head) -> Result<(VitConfig, Layout), ModelError> {
     let path = &config_file(dir);
     let kind: Kind = read_config(dir)?;
     let layout = match (kind.model_type.as_deref(), kind.architecture) {
@@ -41,7 +42,7 @@ pub(super) fn read(dir: &Path) -> Result<(VitConfig, Layout), ModelError> {
     };
     let config = match layout {
         Layout::Timm => timm::read(dir)?,
-        _ => read_config::<HuggingFace>(dir)?.convert(path, layout)?,
+        _ => read_config::<HuggingFace>(dir)?.convert(path, layout, head)?,
     };
     checked(dir, config.check())?;
     Ok((config, layout))
@@ -137,10 +138,17 @@ impl Default for HuggingFace {
 }
 
 impl HuggingFace {
-    fn convert(self, path: &Path, layout: Layout) -> Result<VitConfig, PretrainedError> {
+    fn convert(
+        self,
+        path: &Path,
+        layout: Layout,
+        head: Head,
+    ) -> Result<VitConfig, PretrainedError> {
         let dino = layout == Layout::Dinov2;
         match self.problem_type.as_deref() {
             None | Some("single_label_classification") => {}
+            // Of a head that is not read.
+            Some(_) if head == Head::New => {}
             Some(other) => return Err(unsupported(path, "problem_type", format!("{other:?}"))),
         }
         if dino && self.use_swiglu_ffn {

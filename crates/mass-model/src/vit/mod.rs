@@ -57,20 +57,18 @@ mod trainable;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use mass_routing::RouterConfig;
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
+use crate::encoder::classifier;
 pub use config::{Resampling, VitConfig};
 pub use trainable::Trainable;
 
-use crate::checkpoint::Checkpointed;
-use crate::encoder::check_mixtures;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
-use crate::nn::{LayerNorm, Linear, MoeConfig, MoeLayer};
-use crate::param::{Param, Parameters, join};
-use crate::pretrained::{Blank, Drawn, Kind, Source, Stored, Weights};
+use crate::nn::{LayerNorm, Linear};
+use crate::param::Param;
+use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
+use crate::{mixtures, parameters};
 use block::VitBlock;
 
 /// What a model is given: images, or what a frozen trunk made of them.
@@ -106,27 +104,6 @@ pub struct VitClassifier {
     config: ClassifierConfig<VitConfig>,
 }
 
-/// Where the head of a model that is read comes from.
-#[derive(Clone, Copy, PartialEq)]
-enum Head {
-    /// The file, or drawn if it has none.
-    OfFile,
-    New,
-}
-
-/// Reads everything but the head, which is drawn.
-struct NewHead<'s, 'a>(&'s mut Stored<'a>);
-
-impl Source for NewHead<'_, '_> {
-    fn param(&mut self, name: &str, shape: &[usize], kind: Kind) -> Result<Param, ModelError> {
-        if files::optional(name) {
-            self.0.draw(name, shape, kind)
-        } else {
-            self.0.param(name, shape, kind)
-        }
-    }
-}
-
 impl VitClassifier {
     /// A model with freshly drawn weights: matrices, class token and positions from N(0, `initializer_range`²), biases zero,
     /// norms one, layer scales as configured.
@@ -156,7 +133,7 @@ impl VitClassifier {
     }
 
     /// As [`load`](Self::load), with a head that is drawn whatever the file has: a classifier of ImageNet becomes one of other
-    /// classes.
+    /// classes. What the configuration says of the old head's problem is passed over with it.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -174,16 +151,14 @@ impl VitClassifier {
         head: Head,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let (config, layout) = files::read(dir)?;
+        let (config, layout) = files::read(dir, head)?;
         let weights = Weights::open(dir)?;
         let std = config.initializer_range;
         let parts = |name: &str, shape: &[usize]| files::parts(&config, layout, name, shape);
         let drawn = Drawn { std, rng };
-        let mut source = Stored::new(&weights, &parts, &files::spellings, &files::optional, drawn);
-        let model = match head {
-            Head::OfFile => Self::build(&config, classes, &mut source)?,
-            Head::New => Self::build(&config, classes, &mut NewHead(&mut source))?,
-        };
+        let (spellings, optional) = (&files::spellings, &files::optional);
+        let mut source = Stored::new(&weights, &parts, spellings, optional, drawn, head);
+        let model = Self::build(&config, classes, &mut source)?;
         source.nothing_left(|tensor| {
             files::belongs(layout, tensor) && !(head == Head::New && files::is_head(layout, tensor))
         })?;
@@ -239,49 +214,6 @@ impl VitClassifier {
         self.config.outputs
     }
 
-    /// Makes the feed-forward network of a block, counted from zero, a mixture whose experts are copies of it, with a gate
-    /// drawn at random. With weights that sum to one the outputs are at first the same.
-    ///
-    /// # Errors
-    /// [`ModelError::Config`] if there is no such block, it is a mixture already, or `experts` is zero;
-    /// [`ModelError::Routing`] if the router's parameters are not valid.
-    pub fn convert(
-        &mut self,
-        block: usize,
-        experts: usize,
-        router: RouterConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let VitConfig {
-            hidden_size,
-            intermediate_size,
-            hidden_act,
-            ..
-        } = self.config.encoder;
-        let config = MoeConfig::new(hidden_size, intermediate_size, experts, hidden_act, router);
-        self.convert_to(block, &config, rng)
-    }
-
-    /// As [`convert`](Self::convert), with any gate and routing losses. The sizes and the activation must be the network's.
-    ///
-    /// # Errors
-    /// As [`convert`](Self::convert); [`ModelError::Config`] for a mixture that the network cannot become.
-    pub fn convert_to(
-        &mut self,
-        block: usize,
-        mixture: &MoeConfig,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<(), ModelError> {
-        let blocks = self.blocks.len();
-        let Some(found) = self.blocks.get_mut(block) else {
-            let what = format!("there is no block {block}, there are {blocks}");
-            return Err(ModelError::Config(what));
-        };
-        found.mlp.convert(mixture, rng)?;
-        self.config.mixtures.insert(block, mixture.clone());
-        Ok(())
-    }
-
     /// The parameters above the first `blocks` blocks: what is trained on [`ImageBatch::Features`].
     ///
     /// # Errors
@@ -293,91 +225,27 @@ impl VitClassifier {
             blocks,
         })
     }
-
-    fn blocks_with_mixture(&self) -> impl Iterator<Item = (usize, &MoeLayer)> {
-        let blocks = self.blocks.iter().enumerate();
-        blocks.filter_map(|(b, block)| Some((b, block.mlp.mixture()?)))
-    }
 }
 
-impl Parameters for VitClassifier {
-    fn visit<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a Param)) {
-        self.patch.visit(&join(prefix, "embeddings.patch"), f);
-        f(join(prefix, "embeddings.class"), &self.class);
-        f(join(prefix, "embeddings.positions"), &self.positions);
-        for (b, block) in self.blocks.iter().enumerate() {
-            block.visit(&join(prefix, &format!("blocks.{b}")), f);
-        }
-        self.norm.visit(&join(prefix, "norm"), f);
-        self.head.visit(&join(prefix, "head"), f);
-    }
+parameters!(VitClassifier {
+    patch as "embeddings.patch",
+    class as "embeddings.class",
+    positions as "embeddings.positions",
+    blocks,
+    norm,
+    head,
+});
+mixtures!(VitClassifier { blocks });
 
-    fn visit_mut(&mut self, prefix: &str, f: &mut dyn FnMut(String, &mut Param)) {
-        self.patch.visit_mut(&join(prefix, "embeddings.patch"), f);
-        f(join(prefix, "embeddings.class"), &mut self.class);
-        f(join(prefix, "embeddings.positions"), &mut self.positions);
-        for (b, block) in self.blocks.iter_mut().enumerate() {
-            block.visit_mut(&join(prefix, &format!("blocks.{b}")), f);
-        }
-        self.norm.visit_mut(&join(prefix, "norm"), f);
-        self.head.visit_mut(&join(prefix, "head"), f);
-    }
-}
+classifier!(VitClassifier, VitConfig, "vision transformer", blocks "block");
 
-/// Mixture layers are counted among themselves, bottom first.
-impl Mixtures for VitClassifier {
-    fn mixtures(&self) -> usize {
-        self.blocks_with_mixture().count()
-    }
-
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        let found = self.blocks_with_mixture().nth(layer);
-        found.expect("a mixture layer of the model").1
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        let blocks = self.blocks.iter_mut();
-        let mut mixtures = blocks.filter_map(|b| b.mlp.mixture_mut());
-        mixtures.nth(layer).expect("a mixture layer of the model")
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        let found = self.blocks_with_mixture().nth(layer);
-        let (index, _) = found.expect("a mixture layer of the model");
-        format!("blocks.{index}.moe")
-    }
-}
-
-impl Checkpointed for VitClassifier {
-    const KIND: &'static str = "vision transformer";
-    type Config = ClassifierConfig<VitConfig>;
-
-    fn checkpoint_config(&self) -> &Self::Config {
-        &self.config
-    }
-
-    fn from_checkpoint_config(config: &Self::Config) -> Result<Self, ModelError> {
-        let mut model = Self::build(&config.encoder, config.outputs, &mut Blank)?;
-        for (&block, mixture) in &config.mixtures {
-            model.convert_to(block, mixture, &mut crate::seeded_rng(0))?;
-        }
-        Ok(model)
-    }
-
-    fn check_config(&self) -> Result<(), ModelError> {
-        check_mixtures(self, self.config.mixtures.values())
-    }
-
-    fn values_at_least(config: &Self::Config) -> Option<u64> {
-        let c = &config.encoder;
-        let (d, hidden) = (c.hidden_size, c.intermediate_size);
-        let layers = config.layers_at_least(c.num_hidden_layers, d, hidden)?;
-        let (side, grid) = (
-            c.patch_size as u64,
-            c.image_size.checked_div(c.patch_size)? as u64,
-        );
+impl VitClassifier {
+    /// Values outside the blocks and the head.
+    fn outer_values(c: &VitConfig) -> Option<u64> {
+        let side = c.patch_size as u64;
+        let grid = c.image_size.checked_div(c.patch_size)? as u64;
         let pixels = side.checked_mul(side)?.checked_mul(c.num_channels as u64)?;
         let rows = grid.checked_mul(grid)?.checked_add(pixels)?;
-        layers.checked_add(rows.checked_mul(d as u64)?)
+        rows.checked_mul(c.hidden_size as u64)
     }
 }

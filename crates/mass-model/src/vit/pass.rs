@@ -1,18 +1,15 @@
 //! Forward and training passes.
 
-use dfdx::prelude::{
-    AsArray, Backward, Cpu, HasShape, Module, NoneTape, OwnedTape, PutTape, SplitTape, Tape,
-    TensorFromVec,
-};
+use dfdx::prelude::{Cpu, HasShape, NoneTape, OwnedTape, PutTape, SplitTape, Tape, TensorFromVec};
 
 use super::patches::{Interpolation, assemble, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
-use crate::encoder::{Wanted, check_masked};
+use crate::encoder::Wanted;
 use crate::error::ModelError;
-use crate::growth::Mixtures;
 use crate::kernels::dropout::DropoutKeys;
-use crate::lm::{LayerTrace, Masked, TrainPass};
+use crate::mixtures::{Mixtures, check_masked};
 use crate::ops::{self, Rows, Sequences, read};
+use crate::pass::{LayerTrace, Masked, TrainPass};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
 struct Entered<T: Tape<f32, Cpu>> {
@@ -225,7 +222,12 @@ impl VitClassifier {
     pub fn tokens(&self, size: (usize, usize)) -> Result<usize, ModelError> {
         let (rows, cols) = patch_grid(size, self.config.encoder.patch_size)?;
         let patches = rows.checked_mul(cols).and_then(|n| n.checked_add(1));
-        patches.ok_or_else(|| ModelError::Config(format!("images of {} x {}", size.0, size.1)))
+        patches.ok_or_else(|| {
+            ModelError::Config(format!(
+                "images of {} x {} do not fit into memory",
+                size.0, size.1
+            ))
+        })
     }
 
     /// Mean cross-entropy over the images of a batch, nats, and its gradients; without `dropout` nothing is dropped.
@@ -243,19 +245,10 @@ impl VitClassifier {
     ) -> Result<TrainPass, ModelError> {
         let logits = self.forward(batch, None, dropout, OwnedTape::default())?;
         let (loss, losses) = ops::cross_entropy(logits.states, classes)?;
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
         let rows = losses
             .into_iter()
             .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
-        Ok(TrainPass {
-            loss: value,
-            token_losses: rows.collect(),
-            gradients: loss.try_backward()?,
-            layers: logits.traces,
-        })
+        TrainPass::new(loss, rows.collect(), logits.traces)
     }
 
     /// Logits `[batch, classes]` without dropout, and what each mixture layer did.

@@ -1,5 +1,5 @@
 use super::VitClassifier;
-use crate::growth::Mixtures;
+use crate::mixtures::Mixtures;
 use crate::nn::MoeLayer;
 use crate::param::{Param, Parameters, join};
 
@@ -33,19 +33,15 @@ impl Parameters for Trainable<'_> {
 
 /// No mixture is in a frozen trunk, so these are all the model has.
 impl Mixtures for Trainable<'_> {
-    fn mixtures(&self) -> usize {
-        self.model.mixtures()
+    fn visit_mixtures<'a>(&'a self, prefix: &str, f: &mut dyn FnMut(String, &'a MoeLayer)) {
+        self.model.visit_mixtures(prefix, f);
     }
 
-    fn mixture(&self, layer: usize) -> &MoeLayer {
-        self.model.mixture(layer)
-    }
-
-    fn mixture_mut(&mut self, layer: usize) -> &mut MoeLayer {
-        self.model.mixture_mut(layer)
-    }
-
-    fn mixture_name(&self, layer: usize) -> String {
-        self.model.mixture_name(layer)
+    fn visit_mixtures_mut<'a>(
+        &'a mut self,
+        prefix: &str,
+        f: &mut dyn FnMut(String, &'a mut MoeLayer),
+    ) {
+        self.model.visit_mixtures_mut(prefix, f);
     }
 }

@@ -1,12 +1,16 @@
 //! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool.
 
+use dfdx::prelude::{Backward, Cpu, NoneTape, OwnedTape, SumTo, TensorFromVec, Trace};
 use mass_model::kernels::attention::{self, AttentionShape};
 use mass_model::kernels::gemm::Store;
 use mass_model::kernels::moe_ffn::{
     self, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
 };
 use mass_model::kernels::{adamw, cross_entropy, dropout, layer_norm, linear};
-use mass_model::{Activation, DropoutKeys};
+use mass_model::nn::{FeedForward, MoeConfig, MoeLayer};
+use mass_model::ops::{self, Attention, Rows, Sequences};
+use mass_model::{Activation, DropoutKeys, Param, Parameters};
+use mass_routing::{Combine, RouterConfig};
 
 /// Bytes that the third run asks for on this thread.
 fn steady(mut run: impl FnMut()) -> u64 {
@@ -188,5 +192,126 @@ fn run_kernels() {
             _ => 0,
         };
         assert!(bytes <= packing, "{name} allocates {bytes} bytes");
+    }
+}
+
+#[test]
+fn operations_allocate_their_results_and_gradients_and_no_copies_of_data() {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .unwrap();
+    pool.install(run_operations);
+}
+
+/// Forward and backward passes of operations on 1024 rows of width 64, in units of that many values.
+fn run_operations() {
+    let (n, d, hidden) = (1024, 64, 128);
+    let device = Cpu::default();
+    let x: Rows<NoneTape> = device.tensor_from_vec(vec![0.1f32; n * d], (n, d));
+    let qkv: Rows<NoneTape> = device.tensor_from_vec(vec![0.1f32; 3 * n * d], (n, 3 * d));
+    let matrix = |rows, cols| Param::new(vec![0.1; rows * cols], &[rows, cols], true).unwrap();
+    let vector = |len| Param::new(vec![0.1; len], &[len], false).unwrap();
+    let (square, bias, ids) = (matrix(d, d), vector(d), vec![3u32; n]);
+    let sequences = Sequences::uniform(16, n / 16).unwrap();
+    let attention = Attention {
+        heads: 4,
+        causal: true,
+        dropout: None,
+    };
+    let router = RouterConfig::TopK {
+        k: 2,
+        combine: Combine::Raw,
+    };
+    let config = MoeConfig::new(d, hidden, 4, Activation::GeluErf, router);
+    let mut rng = mass_model::seeded_rng(0);
+    let mixture = MoeLayer::new(&config, &mut rng).unwrap();
+    let network = FeedForward::new(d, hidden, Activation::GeluErf, false, &mut rng).unwrap();
+    let keys = DropoutKeys::new(0, 1).next(0.1);
+    // Gradients stay the next run's, as an optimiser gives them back.
+    let back = |y: Rows<OwnedTape<f32, Cpu>>, params: &[&Param]| {
+        let mut gradients = y.sum().backward();
+        for param in params {
+            param.clear_gradient(&mut gradients).unwrap();
+        }
+    };
+    let mut of_mixture = Vec::new();
+    mixture.visit("", &mut |_, p| of_mixture.push(p));
+    let mut of_network = Vec::new();
+    network.visit("", &mut |_, p| of_network.push(p));
+    let unit = (n * d * size_of::<f32>()) as u64;
+    let of = |run: &mut dyn FnMut()| steady(run) as f64 / unit as f64;
+    // The first operation of a backward pass that writes a parameter's gradient asks on a copy of the gradients so far, here the
+    // result's, whether leaves are named.
+    const COPY: f64 = 1.0;
+    let found = [
+        (
+            "linear",
+            3.5 + COPY,
+            of(&mut || {
+                back(
+                    ops::linear(x.leaky_trace(), &square, Some(&bias)).unwrap(),
+                    &[&square, &bias],
+                )
+            }),
+        ),
+        (
+            "layer norm",
+            3.5 + COPY,
+            of(&mut || {
+                back(
+                    ops::layer_norm(x.leaky_trace(), &bias, &bias, 1e-5).unwrap(),
+                    &[&bias],
+                )
+            }),
+        ),
+        (
+            "attention",
+            7.8,
+            of(&mut || {
+                back(
+                    ops::self_attention(qkv.leaky_trace(), &sequences, attention).unwrap(),
+                    &[],
+                )
+            }),
+        ),
+        (
+            "feed-forward",
+            10.0 + COPY,
+            of(&mut || back(network.try_forward(x.leaky_trace()).unwrap(), &of_network)),
+        ),
+        (
+            "mixture",
+            13.0 + COPY,
+            of(&mut || back(mixture.try_forward(x.leaky_trace()).unwrap(), &of_mixture)),
+        ),
+        (
+            "embedding",
+            2.5 + COPY,
+            of(&mut || {
+                back(
+                    ops::embedding(&[(&square, &ids)], OwnedTape::default()).unwrap(),
+                    &[&square],
+                )
+            }),
+        ),
+        (
+            "dropout",
+            3.5,
+            of(&mut || back(ops::dropout(x.leaky_trace(), keys).unwrap(), &[])),
+        ),
+        (
+            "residual",
+            3.5,
+            of(&mut || back(ops::add(x.leaky_trace(), &x, keys).unwrap(), &[])),
+        ),
+    ];
+    // The result, its gradient and the input's are three units, but for attention, whose input is of three, and the embedding,
+    // which has none. The matrix product's packing comes on top, as in the kernels above.
+    for (name, limit, units) in found {
+        assert!(
+            units <= limit,
+            "{name} allocates {units:.3} times the size of its input"
+        );
     }
 }

@@ -251,12 +251,19 @@ fn dropout_is_a_function_of_seed_and_step() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let (model, batch) = (model(3), batch());
+    // As many sequences as make several pieces of every kernel's work, the largest being dropout's.
+    let (model, three, times) = (model(3), batch(), 130);
+    assert!(times * three.ids.len() * config().hidden_size > 1 << 14);
+    let starts = (0..times).map(|i| i * three.ids.len());
+    let ends = starts.flat_map(|start| three.offsets[1..].iter().map(move |end| start + end));
+    let offsets = std::iter::once(0).chain(ends).collect();
+    let batch = TextBatch::packed(three.ids.repeat(times), three.types.repeat(times), offsets);
+    let classes: Vec<u32> = (0..3 * times as u32).map(|i| i % 3).collect();
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let keys = &mut DropoutKeys::new(2, 2);
         let pool = pool.build().unwrap();
-        pool.install(|| gradients(&model, &batch, Targets::Classes(&[2, 0, 1]), Some(keys)))
+        pool.install(|| gradients(&model, &batch, Targets::Classes(&classes), Some(keys)))
     };
     let one = run(1);
     assert_eq!(one, run(2));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use dfdx::prelude::*;
 use mass_model::nn::{MoeConfig, MoeLayer};
-use mass_model::ops::MoeExpert;
+use mass_model::ops::{MoeExpert, Network};
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_model::{Activation, CpuGradients, Param, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
@@ -97,9 +97,11 @@ fn golden_moe_ffn() {
                         gate: row("gate", e, &[d], true),
                         logit_offset: 0.0,
                         threshold: None,
-                        fc1: (row("fc1_w", e, &[h, d], true), row("fc1_b", e, &[h], false)),
-                        fc2: (row("fc2_w", e, &[d, h], true), row("fc2_b", e, &[d], false)),
-                        up: None,
+                        network: Network {
+                            fc1: (row("fc1_w", e, &[h, d], true), row("fc1_b", e, &[h], false)),
+                            fc2: (row("fc2_w", e, &[d, h], true), row("fc2_b", e, &[d], false)),
+                            up: None,
+                        },
                     })
                     .collect();
                 let router = RouterConfig::TopP { p, combine };
@@ -128,10 +130,10 @@ fn golden_moe_ffn() {
                     all
                 };
                 check("dgate", &collect(&|e| &e.gate));
-                check("dfc1_w", &collect(&|e| &e.fc1.0));
-                check("dfc1_b", &collect(&|e| &e.fc1.1));
-                check("dfc2_w", &collect(&|e| &e.fc2.0));
-                check("dfc2_b", &collect(&|e| &e.fc2.1));
+                check("dfc1_w", &collect(&|e| &e.network.fc1.0));
+                check("dfc1_b", &collect(&|e| &e.network.fc1.1));
+                check("dfc2_w", &collect(&|e| &e.network.fc2.0));
+                check("dfc2_b", &collect(&|e| &e.network.fc2.1));
             }
         }
     }
@@ -176,9 +178,8 @@ fn golden_adamw() {
         let mut grads = CpuGradients::leaky();
         model
             .0
-            .gradient(&mut grads)
-            .unwrap()
-            .copy_from_slice(&g.values(&format!("g{t}")));
+            .set_gradient(&mut grads, g.values(&format!("g{t}")))
+            .unwrap();
         optimiser
             .step(&mut model, &mut grads, number(&g.json["lr"]))
             .unwrap();

@@ -32,7 +32,8 @@ fn probe(y: ops::Rows<OwnedTape<f32, Cpu>>) -> CpuGradients {
 #[test]
 fn linear_agrees_with_dfdx() {
     let dev = Cpu::default();
-    for n in [1, 7, 300] {
+    // Up to three pieces of 512 rows, the last of them short.
+    for n in [1, 7, 300, 513, 1100] {
         let (inp, out) = (5, 70);
         let x = dev.tensor_from_vec(values(n * inp, 1.0), (n, inp));
         let w = Param::new(values(out * inp, 2.0), &[out, inp], true).unwrap();
@@ -353,6 +354,29 @@ fn a_masked_expert_takes_no_part() {
         expert: mass_expand::ExpertId(99),
     });
     assert!(model.score(&tokens, &targets, 8, missing).is_err());
+}
+
+#[test]
+fn threads_do_not_change_a_bit_of_linear() {
+    let (n, inp, out) = (1700, 9, 130);
+    let x = Cpu::default().tensor_from_vec(values(n * inp, 1.0), (n, inp));
+    let w = Param::new(values(out * inp, 2.0), &[out, inp], true).unwrap();
+    let b = Param::new(values(out, 3.0), &[out], false).unwrap();
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build().unwrap().install(|| {
+            let y = ops::linear(x.leaky_trace(), &w, Some(&b)).unwrap();
+            let mut all = y.as_vec();
+            let mut grads = probe(y);
+            all.extend(grads.get(&x).as_vec());
+            all.extend_from_slice(w.gradient(&mut grads).unwrap());
+            all.extend_from_slice(b.gradient(&mut grads).unwrap());
+            all.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(5));
 }
 
 #[test]

@@ -103,9 +103,12 @@ fn a_split_hands_on_every_gradient_and_cuts_two_of_the_sources() {
             let mut kept = source.clone();
             if let SplitOperator::Clone { decomposition, .. } = operator {
                 let expert = &moe.experts()[busiest];
-                let shape = (expert.fc1.0.shape()[0], expert.fc1.0.shape()[1]);
+                let shape = (
+                    expert.network.fc1.0.shape()[0],
+                    expert.network.fc1.0.shape()[1],
+                );
                 for (name, param, shape) in [
-                    ("fc1.weight", &expert.fc1.0, shape),
+                    ("fc1.weight", &expert.network.fc1.0, shape),
                     ("gate", &expert.gate, (1, expert.gate.len())),
                 ] {
                     let part = kept.get_mut(name).unwrap();
@@ -166,7 +169,8 @@ fn what_is_observed_follows_from_gradients_weights_and_losses() {
                     let squares = f32::from(square_of(name)) / param.len() as f32;
                     let times = id.parse::<u32>().unwrap() + 1;
                     let value = times as f32 * squares.sqrt();
-                    param.gradient(&mut pass.gradients).unwrap().fill(value);
+                    let gradient = vec![value; param.len()];
+                    param.set_gradient(&mut pass.gradients, gradient).unwrap();
                 });
                 // Token by token, where the layer goes expert by expert.
                 let (mut shares, mut loads) = ([0.0f64; 3], [0u64; 3]);
@@ -226,7 +230,7 @@ fn an_expert_is_split_by_the_cosine_of_its_own_first_matrix() {
     for (l, found) in cosines.iter_mut().enumerate() {
         let moe = model.mixture(l);
         for (&id, expert) in moe.ids().iter().zip(moe.experts()) {
-            let fc1 = &expert.fc1.0;
+            let fc1 = &expert.network.fc1.0;
             let gradient = fc1.gradient(&mut pass.gradients).unwrap();
             let cosine = alignment(gradient, fc1.values()).unwrap().cosine;
             found.push((id, cosine.unwrap()));

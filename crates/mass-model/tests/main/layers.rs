@@ -193,9 +193,13 @@ fn thresholds_of_top_any_get_the_straight_through_gradient() {
             let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
             rows.map(|(row, b)| dot(row) + b).collect()
         };
-        let hidden = affine(&expert.fc1.0, &expert.fc1.1, &input[t * 6..][..6]);
+        let hidden = affine(
+            &expert.network.fc1.0,
+            &expert.network.fc1.1,
+            &input[t * 6..][..6],
+        );
         let hidden: Vec<f32> = hidden.iter().map(|h| h.max(0.0)).collect();
-        let y = affine(&expert.fc2.0, &expert.fc2.1, &hidden);
+        let y = affine(&expert.network.fc2.0, &expert.network.fc2.1, &hidden);
         y.iter().zip(&dy[t * 6..]).map(|(y, d)| y * d).sum()
     };
     let mut d_weights = Vec::new();

@@ -71,7 +71,8 @@ impl Bag {
     fn gradients(&self, value: f32) -> CpuGradients {
         let mut gradients = CpuGradients::leaky();
         for (_, p) in &self.0 {
-            p.gradient(&mut gradients).unwrap().fill(value);
+            p.set_gradient(&mut gradients, vec![value; p.len()])
+                .unwrap();
         }
         gradients
     }
@@ -236,6 +237,7 @@ fn settings_that_are_no_numbers_are_refused_by_name() {
     assert_eq!(bag.values(), before);
     // Moments of another size: restored from elsewhere.
     optimizer.step(&mut bag, &mut gradients, 0.1).unwrap();
+    let mut gradients = bag.gradients(1.0);
     let before = bag.values();
     let mut state = optimizer.state().clone();
     let s = state.get_mut("a.weight").unwrap();

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::hf_names::bert_names;
 use half::{bf16, f16};
 use mass_model::bert::{BertClassifier, BertConfig, TextBatch};
-use mass_model::pretrained::{PretrainedError, Weights, read_config};
+use mass_model::pretrained::{PretrainedError, Weights, read_config, weight_files};
 use mass_model::{ModelError, Parameters, seeded_rng};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -244,6 +244,104 @@ fn pooler_and_head_are_drawn_where_there_are_none() {
     bare.insert("classifier.bias".into(), (Dtype::F32, vec![3], vec![0; 12]));
     let e = refused(&bare, &config_json());
     assert!(e.contains("is missing"), "{e}");
+}
+
+/// A model tuned for one task begins another with a head of its own, and never with one that merely has the right size.
+#[test]
+fn a_classifier_is_tuned_again_with_a_new_head() {
+    let tuned = tensors_of(&original());
+    let new =
+        |dir: &Path, labels| BertClassifier::load_with_new_head(dir, labels, &mut seeded_rng(8));
+    let head = |model: &BertClassifier| -> Vec<f32> {
+        let values = values_of(model).into_iter();
+        let head = values.filter(|(name, _)| name.starts_with("head."));
+        head.flat_map(|(_, values)| values).collect()
+    };
+    let without_head = |model: &BertClassifier| {
+        let mut values = values_of(model);
+        values.retain(|(name, _)| !name.starts_with("head."));
+        values
+    };
+    let dir = folder(&tuned, &config_json());
+    for labels in [1, 2, 3, 5] {
+        let model = new(dir.path(), labels).unwrap();
+        assert_eq!(model.labels(), labels);
+        assert_eq!(without_head(&model), without_head(&original()));
+        assert_ne!(head(&model), head(&original()), "{labels}");
+        // As of a file without a head.
+        let mut bare = tuned.clone();
+        bare.retain(|name, _| !name.starts_with("classifier."));
+        let bare = folder(&bare, &config_json());
+        let drawn = BertClassifier::load(bare.path(), labels, &mut seeded_rng(8)).unwrap();
+        assert_eq!(values_of(&drawn), values_of(&model));
+    }
+    // Heads of other kinds, whatever their problem was.
+    for (tensor, shape) in [
+        ("classifier.dense.weight", vec![8, 8]),
+        ("classifier.out_proj.bias", vec![4]),
+        ("score.weight", vec![2, 8]),
+        ("cls.predictions.bias", vec![11]),
+    ] {
+        let mut other = tuned.clone();
+        other.retain(|name, _| !name.starts_with("classifier."));
+        let bytes = vec![0; 4 * shape.iter().product::<usize>()];
+        other.insert(tensor.into(), (Dtype::F32, shape, bytes));
+        let mut config = config_json();
+        config["problem_type"] = json!("multi_label_classification");
+        let dir = folder(&other, &config);
+        assert!(load(dir.path()).is_err(), "{tensor}");
+        let model = new(dir.path(), 2).unwrap();
+        assert_eq!(without_head(&model), without_head(&original()), "{tensor}");
+    }
+    let mut regression = config_json();
+    regression["problem_type"] = json!("regression");
+    new(folder(&tuned, &regression).path(), 3).unwrap();
+    // A head that read every token had no pooler; a new one is drawn.
+    let mut tokens = tuned.clone();
+    tokens.retain(|name, _| !name.contains("pooler"));
+    new(folder(&tokens, &config_json()).path(), 3).unwrap();
+    // What is inside the encoder is no head.
+    for inside in [
+        "bert.encoder.layer.0.adapter.weight",
+        "encoder.layer.2.output.dense.bias",
+    ] {
+        let mut other = tuned.clone();
+        other.insert(inside.into(), (Dtype::F32, vec![8], vec![0; 32]));
+        let e = new(folder(&other, &config_json()).path(), 3).unwrap_err();
+        assert!(e.to_string().contains(inside), "{e}");
+    }
+}
+
+/// Of a file and an index that does not name it either could be meant.
+#[test]
+fn a_single_file_beside_an_index_is_refused_unless_the_index_names_it() {
+    let all = tensors_of(&original());
+    let dir = folder(&all, &config_json());
+    let index = |file: &str| {
+        let map: serde_json::Map<String, Value> =
+            all.keys().map(|name| (name.clone(), json!(file))).collect();
+        let text = json!({ "weight_map": map }).to_string();
+        std::fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+    };
+    index("model.safetensors");
+    assert_eq!(
+        values_of(&load(dir.path()).unwrap()),
+        values_of(&original())
+    );
+    index("model-00001-of-00001.safetensors");
+    write(&dir.path().join("model-00001-of-00001.safetensors"), &all);
+    let e = load(dir.path()).unwrap_err().to_string();
+    assert!(
+        e.contains("model.safetensors.index.json: model.safetensors is beside it"),
+        "{e}"
+    );
+    std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    assert_eq!(
+        values_of(&load(dir.path()).unwrap()),
+        values_of(&original())
+    );
+    let files = weight_files(dir.path()).unwrap();
+    assert_eq!(files, [dir.path().join("model-00001-of-00001.safetensors")]);
 }
 
 #[test]

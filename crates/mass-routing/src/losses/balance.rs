@@ -3,6 +3,7 @@
 use std::f64::consts::{PI, SQRT_2};
 
 use ndarray::{ArrayView2, ArrayViewMut2};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 use statrs::function::erf::erfc;
 
@@ -11,8 +12,12 @@ use crate::gate::{finite, same};
 use crate::{RoutingError, RoutingPlan};
 
 /// Which tokens count as an expert's in [`gshard_balance`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum BalanceCount {
     /// Those whose most probable expert it is (GShard, GMoE).
     #[default]

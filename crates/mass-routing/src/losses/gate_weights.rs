@@ -1,6 +1,7 @@
 //! Losses on the weights of the gate.
 
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
 use super::{finite_weight, in_use};
@@ -65,8 +66,12 @@ pub fn diverse_and_simple(
 }
 
 /// Whether a loss over pairs is averaged or summed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum Reduction {
     /// The mean over pairs.
     #[default]

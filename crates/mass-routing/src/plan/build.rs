@@ -1,6 +1,7 @@
 //! Filling a plan: rows to selections, a block of tokens at a time, then the grouping by expert.
 
 use ndarray::ArrayView2;
+#[cfg(feature = "rayon")]
 use rayon::prelude::*;
 
 use super::{Combine, RoutingPlan, WeightRule, group};
@@ -103,11 +104,14 @@ impl Batch<'_> {
         plan.scores
             .resize(if self.keep_scores { n * k } else { 0 }, 0.0);
 
+        #[cfg(feature = "rayon")]
         let threads = if n * k < SERIAL {
             1
         } else {
             rayon::current_num_threads()
         };
+        #[cfg(not(feature = "rayon"))]
+        let threads = 1;
         // Some more blocks than threads, so that a thread that was held up does not hold up all.
         let count = if threads == 1 {
             1
@@ -115,7 +119,7 @@ impl Batch<'_> {
             (threads * 4).min(n * k / SERIAL).max(1)
         };
         // Whole tiles, so that the cut does not decide which tokens are routed together.
-        let size = n.div_ceil(count.max(1)).next_multiple_of(LANES).max(LANES);
+        let size = n.div_ceil(count).next_multiple_of(LANES).max(LANES);
         let count = n.div_ceil(size).max(1);
         let blocks = &mut plan.scratch.blocks;
         blocks.resize_with(count.max(blocks.len()), Block::default);
@@ -126,13 +130,15 @@ impl Batch<'_> {
         let offsets = &mut plan.token_offsets[1..];
         if count == 1 {
             blocks[0].fill(self, kernel, offsets, &mut plan.scores);
-        } else if self.keep_scores {
+        }
+        #[cfg(feature = "rayon")]
+        if count > 1 && self.keep_scores {
             let parts = blocks
                 .par_iter_mut()
                 .zip(offsets.par_chunks_mut(size))
                 .zip(plan.scores.par_chunks_mut(size * k));
             parts.for_each(|((block, offsets), scores)| block.fill(self, kernel, offsets, scores));
-        } else {
+        } else if count > 1 {
             let parts = blocks.par_iter_mut().zip(offsets.par_chunks_mut(size));
             parts.for_each(|(block, offsets)| block.fill(self, kernel, offsets, &mut []));
         }

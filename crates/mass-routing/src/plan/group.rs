@@ -3,6 +3,7 @@
 use super::build::Block;
 use super::{Combine, RoutingPlan};
 use crate::select::Picks;
+use crate::threads;
 
 /// A block's picks sorted by expert.
 #[derive(Debug, Default)]
@@ -117,7 +118,7 @@ pub(super) fn group(plan: &mut RoutingPlan) {
         weights: &mut plan.weights,
     };
     if parallel {
-        rayon::join(|| by_token.run(true), || by_expert.run(true));
+        threads::join(|| by_token.run(true), || by_expert.run(true));
     } else {
         by_token.run(false);
         by_expert.run(false);
@@ -226,7 +227,7 @@ impl ByToken<'_> {
                     experts: e2,
                 };
                 if parallel {
-                    rayon::join(|| a.run(true), || b.run(true));
+                    threads::join(|| a.run(true), || b.run(true));
                 } else {
                     a.run(false);
                     b.run(false);
@@ -275,7 +276,7 @@ impl ByExpert<'_> {
                 tokens: t2,
                 weights: w2,
             };
-            rayon::join(|| a.run(true), || b.run(true));
+            threads::join(|| a.run(true), || b.run(true));
             return;
         }
         for e in first..first + experts {

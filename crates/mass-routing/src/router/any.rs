@@ -1,9 +1,10 @@
 //! A router chosen at run time.
 
 use ndarray::{ArrayView2, ArrayViewMut2};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{BiasBalanced, ExpertChoice, Noisy, Router, TargetK, TopAny, TopK, TopP};
+use super::{BiasBalanced, ExpertChoice, GateGradient, Noisy, Router, TargetK, TopAny, TopK, TopP};
 use crate::{Combine, RoutingError, RoutingPlan};
 
 /// Which router, with which settings: the plain, serialisable form for configuration files. [`build`](Self::build) checks it.
@@ -11,13 +12,21 @@ use crate::{Combine, RoutingError, RoutingPlan};
 /// ```
 /// use mass_routing::{Combine, RouterConfig};
 ///
+/// # #[cfg(feature = "serde")] {
 /// let config: RouterConfig = serde_json::from_str(r#"{ "router": "top_p", "p": 0.5, "combine": "raw" }"#).unwrap();
 /// assert_eq!(config, RouterConfig::TopP { p: 0.5, combine: Combine::Raw });
 /// let router = config.build()?;
+/// // Or in one line, for command lines.
+/// assert_eq!(config, "top_p:p=0.5,combine=raw".parse()?);
+/// # }
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "router", rename_all = "snake_case", deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(tag = "router", rename_all = "snake_case", deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub enum RouterConfig {
     /// [`TopP`].
@@ -25,7 +34,7 @@ pub enum RouterConfig {
         /// Mass to reach, in (0, 1].
         p: f32,
         /// How probabilities become weights.
-        #[serde(default)]
+        #[cfg_attr(feature = "serde", serde(default))]
         combine: Combine,
     },
     /// [`TopK`].
@@ -33,12 +42,12 @@ pub enum RouterConfig {
         /// Experts per token.
         k: usize,
         /// How probabilities become weights.
-        #[serde(default)]
+        #[cfg_attr(feature = "serde", serde(default))]
         combine: Combine,
     },
     /// [`TopAny`].
     TopAny {
-        /// Number of experts; all thresholds start at zero.
+        /// Number of experts; all thresholds start at zero. A layer whose experts bring thresholds of their own may leave it at 0.
         experts: usize,
     },
     /// [`BiasBalanced`].
@@ -46,10 +55,10 @@ pub enum RouterConfig {
         /// Experts per token.
         k: usize,
         /// Step of the bias.
-        #[serde(default = "bias_rate")]
+        #[cfg_attr(feature = "serde", serde(default = "bias_rate"))]
         rate: f32,
         /// How probabilities become weights.
-        #[serde(default)]
+        #[cfg_attr(feature = "serde", serde(default))]
         combine: Combine,
     },
     /// [`TargetK`], with its default gains.
@@ -59,7 +68,7 @@ pub enum RouterConfig {
         /// Mass to start from, in (0, 1).
         p: f32,
         /// How probabilities become weights.
-        #[serde(default)]
+        #[cfg_attr(feature = "serde", serde(default))]
         combine: Combine,
     },
     /// [`ExpertChoice`].
@@ -67,7 +76,7 @@ pub enum RouterConfig {
         /// Mean number of experts per token.
         capacity: f64,
         /// How probabilities become weights.
-        #[serde(default)]
+        #[cfg_attr(feature = "serde", serde(default))]
         combine: Combine,
     },
     /// [`Noisy`]: any of the others behind gate noise.
@@ -84,12 +93,28 @@ pub enum RouterConfig {
 /// Most experts that settings may ask for before there are any.
 const MOST_EXPERTS: usize = 1 << 24;
 
-/// The paper's.
+/// Step of a balancing bias: the paper's.
+pub(super) const BIAS_RATE: f32 = 1e-3;
+
+#[cfg(feature = "serde")]
 fn bias_rate() -> f32 {
-    1e-3
+    BIAS_RATE
 }
 
 impl RouterConfig {
+    /// The same for a pool of so many experts: top-any's thresholds, also behind noise.
+    pub fn with_experts(self, experts: usize) -> Self {
+        match self {
+            Self::TopAny { .. } => Self::TopAny { experts },
+            Self::Noisy { std, seed, inner } => Self::Noisy {
+                std,
+                seed,
+                inner: Box::new(inner.with_experts(experts)),
+            },
+            other => other,
+        }
+    }
+
     /// The router these settings describe.
     ///
     /// # Errors
@@ -125,8 +150,12 @@ impl RouterConfig {
 }
 
 /// Any router of this crate, with its state; serialisable, so that a checkpoint can hold it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "router", rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(tag = "router", rename_all = "snake_case")
+)]
 #[non_exhaustive]
 pub enum AnyRouter {
     /// [`TopP`].
@@ -188,6 +217,18 @@ impl Router for AnyRouter {
         d_logits: &mut ArrayViewMut2<'_, f32>,
     ) -> Result<(), RoutingError> {
         self.inner().backward(plan, d_weights, d_logits)
+    }
+
+    fn check_backward(&self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        self.inner().check_backward(plan)
+    }
+
+    fn gate_gradient(&self) -> GateGradient {
+        self.inner().gate_gradient()
+    }
+
+    fn split_expert(&mut self, source: usize, newcomer: usize) {
+        self.inner_mut().split_expert(source, newcomer);
     }
 
     fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {

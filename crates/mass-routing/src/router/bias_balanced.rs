@@ -2,10 +2,12 @@
 
 use ndarray::ArrayView2;
 use pulp::Simd;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::Router;
+#[cfg(feature = "serde")]
 use super::top_p::yes;
+use super::{GateGradient, Router};
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::{Machine, fold2, vectors, vectors_mut};
@@ -20,9 +22,9 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 ///
 /// `b_e += u sign(mean load - load_e)`, `u = 1e-3` in the paper.
 ///
-/// The bias enters the selection only, so it has no gradient. It starts at zero and grows with the pool: a batch with more experts
-/// than before gives the new ones a bias of zero. When the pool shrinks, tell it which expert left
-/// ([`Router::remove_expert`]).
+/// The bias enters the selection only, so it has no gradient. It starts at zero and grows with the pool: tell it when an expert is
+/// split, so that the newcomer has its source's bias ([`Router::split_expert`]); a batch with more experts than before otherwise
+/// gives the new ones a bias of zero. When the pool shrinks, tell it which expert left ([`Router::remove_expert`]).
 ///
 /// # Source
 /// Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664.
@@ -42,8 +44,12 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// assert_eq!(plan.load(0), 0);
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parts", into = "Parts")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "Parts", into = "Parts")
+)]
 pub struct BiasBalanced {
     k: usize,
     rate: f32,
@@ -135,6 +141,16 @@ impl Router for BiasBalanced {
         )
     }
 
+    fn gate_gradient(&self) -> GateGradient {
+        GateGradient::of(self.combine, Some(self.k))
+    }
+
+    fn split_expert(&mut self, source: usize, newcomer: usize) {
+        let bias = self.bias.get(source).copied().unwrap_or(0.0);
+        self.bias.resize(newcomer, 0.0);
+        self.bias.push(bias);
+    }
+
     fn remove_expert(&mut self, index: usize) {
         if index < self.bias.len() {
             self.bias.remove(index);
@@ -219,6 +235,7 @@ impl Select for Biased<'_> {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
@@ -234,6 +251,7 @@ struct Parts {
     bias: Vec<f32>,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<Parts> for BiasBalanced {
     type Error = RoutingError;
 
@@ -255,6 +273,7 @@ impl TryFrom<Parts> for BiasBalanced {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<BiasBalanced> for Parts {
     fn from(router: BiasBalanced) -> Self {
         let BiasBalanced {

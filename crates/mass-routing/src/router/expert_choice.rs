@@ -1,21 +1,23 @@
 //! Expert choice: experts choose tokens.
 
 use ndarray::ArrayView2;
-use rayon::prelude::*;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::Router;
+use super::{GateGradient, Router};
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::Threshold;
 use crate::simd::Machine;
 use crate::softmax::Row;
+use crate::threads;
 use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 
 /// Expert choice: every expert takes the tokens that want it most, the same number for each.
 ///
 /// # Formula
 /// `r = softmax(logits)` per token over the experts in use; every one of the `K` experts in use takes the `C` tokens of largest `r_e`,
-/// ties to the lower token, `C = min(N, ceil(N c / K))` with the capacity factor `c`, the mean number of experts per token. Weights are
+/// ties to the lower token, `C = min(N, ceil(N c / K))` with the capacity factor `c`, the mean number of experts per token, taken as
+/// the decimal number that it is written as: 100 tokens, 10 experts and 1.1 make 11. Weights are
 /// `r_e`, or `r_e / sum_{selected} r`. A token may get no expert at all.
 ///
 /// Load is balanced by construction, but a token's routing depends on the other tokens of its batch: later tokens on earlier ones
@@ -35,8 +37,12 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// assert_eq!(plan.tokens(), [0, 1, 2, 3]); // expert 0 takes tokens 0 and 1, expert 1 the others
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parts", into = "Parts")]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "Parts", into = "Parts")
+)]
 pub struct ExpertChoice {
     capacity: f64,
     combine: Combine,
@@ -74,6 +80,28 @@ impl ExpertChoice {
     pub fn capacity(&self) -> f64 {
         self.capacity
     }
+
+    /// `C = ceil(N c / K)` for `K` experts in use, with `c` the decimal number that was written down.
+    ///
+    /// A float is that number only nearly: in floating point 100 x 1.1 / 10 is a little over 11, and not 12 tokens for it. A
+    /// quotient within the rounding of its three numbers and two operations of a whole number is that number.
+    fn tokens_each(&self, tokens: usize, experts: usize) -> usize {
+        // A setting that was kept in f32 is the decimal that f32 prints.
+        let short = self.capacity as f32;
+        let factor = if f64::from(short) == self.capacity {
+            short.to_string().parse().unwrap_or(self.capacity)
+        } else {
+            self.capacity
+        };
+        let wanted = tokens as f64 * factor / experts as f64;
+        let whole = wanted.round();
+        let exact = (wanted - whole).abs() <= 4.0 * f64::EPSILON * whole;
+        if exact {
+            whole as usize
+        } else {
+            wanted.ceil() as usize
+        }
+    }
 }
 
 impl Router for ExpertChoice {
@@ -99,10 +127,9 @@ impl Router for ExpertChoice {
             |plan, chosen| {
                 let (n, k) = logits.dim();
                 let available = mask.map_or(k, |m| m.iter().filter(|&&m| m).count());
-                let capacity = ((n as f64 * self.capacity / available as f64).ceil() as usize)
-                    .min(n - plan.skipped());
+                let capacity = self.tokens_each(n, available).min(n - plan.skipped());
                 let r = plan.probabilities();
-                chosen.par_iter_mut().enumerate().for_each(|(e, tokens)| {
+                threads::for_each_mut(chosen, |e, tokens| {
                     tokens.clear();
                     if mask.is_some_and(|m| !m[e]) {
                         return;
@@ -128,6 +155,10 @@ impl Router for ExpertChoice {
             },
         )
     }
+
+    fn gate_gradient(&self) -> GateGradient {
+        GateGradient::of(self.combine, None)
+    }
 }
 
 /// Selects nothing: the rows only fill the probabilities.
@@ -147,6 +178,7 @@ impl Select for Nobody {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
@@ -157,6 +189,7 @@ struct Parts {
     non_finite: NonFinite,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<Parts> for ExpertChoice {
     type Error = RoutingError;
 
@@ -165,6 +198,7 @@ impl TryFrom<Parts> for ExpertChoice {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<ExpertChoice> for Parts {
     fn from(router: ExpertChoice) -> Self {
         let ExpertChoice {

@@ -4,9 +4,10 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::{Distribution, StandardNormal};
 use rand_chacha::ChaCha8Rng;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{AnyRouter, Router};
+use super::{AnyRouter, GateGradient, Router};
 use crate::{RoutingError, RoutingPlan};
 
 /// Any router, with Gaussian noise added to the logits while training.
@@ -17,8 +18,12 @@ use crate::{RoutingError, RoutingPlan};
 /// gradient is that of the inner router, noise being additive. GMoE and Tutel use `std = 1 / K`.
 ///
 /// The noise is off while the router is set to evaluation ([`Router::set_training`]).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parts", into = "Parts")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "Parts", into = "Parts")
+)]
 pub struct Noisy {
     inner: AnyRouter,
     std: f32,
@@ -98,6 +103,18 @@ impl Router for Noisy {
         self.inner.backward(plan, d_weights, d_logits)
     }
 
+    fn check_backward(&self, plan: &RoutingPlan) -> Result<(), RoutingError> {
+        self.inner.check_backward(plan)
+    }
+
+    fn gate_gradient(&self) -> GateGradient {
+        self.inner.gate_gradient()
+    }
+
+    fn split_expert(&mut self, source: usize, newcomer: usize) {
+        self.inner.split_expert(source, newcomer);
+    }
+
     fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
         self.inner.adapt(plan)
     }
@@ -117,6 +134,7 @@ impl Router for Noisy {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
@@ -128,6 +146,7 @@ struct Parts {
     training: bool,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<Parts> for Noisy {
     type Error = RoutingError;
 
@@ -142,6 +161,7 @@ impl TryFrom<Parts> for Noisy {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<Noisy> for Parts {
     fn from(router: Noisy) -> Self {
         let Noisy {

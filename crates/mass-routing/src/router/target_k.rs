@@ -1,9 +1,10 @@
 //! Top-p with p steered to a wanted mean number of experts.
 
 use ndarray::ArrayView2;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{Router, TopP};
+use super::{GateGradient, Router, TopP};
 use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 
 /// Top-p whose `p` a PI controller steers so that tokens use a wanted number of experts on average.
@@ -34,8 +35,12 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// assert!((plan.mean_k() - 3.0).abs() < 0.2);
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parts", into = "Parts")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "Parts", into = "Parts")
+)]
 pub struct TargetK {
     target: f64,
     proportional: f64,
@@ -141,6 +146,10 @@ impl Router for TargetK {
         self.inner.route(logits, mask, plan)
     }
 
+    fn gate_gradient(&self) -> GateGradient {
+        self.inner.gate_gradient()
+    }
+
     /// One step of the controller; a plan without assignments changes nothing.
     fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
         let routed = plan.num_tokens() - plan.skipped();
@@ -158,6 +167,7 @@ impl Router for TargetK {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
@@ -169,6 +179,7 @@ struct Parts {
     top_p: TopP,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<Parts> for TargetK {
     type Error = RoutingError;
 
@@ -201,6 +212,7 @@ impl TryFrom<Parts> for TargetK {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<TargetK> for Parts {
     fn from(router: TargetK) -> Self {
         let TargetK {

@@ -1,6 +1,7 @@
 //! DynMoE's top-any routing.
 
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
 use super::Router;
@@ -43,8 +44,12 @@ use crate::{NonFinite, RoutingError, RoutingPlan};
 /// assert_eq!((plan.k(0), plan.k(1)), (2, 1));
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Parts", into = "Parts")]
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "Parts", into = "Parts")
+)]
 pub struct TopAny {
     thresholds: Vec<f32>,
     training: bool,
@@ -180,6 +185,12 @@ impl Router for TopAny {
         )
     }
 
+    fn split_expert(&mut self, source: usize, newcomer: usize) {
+        let threshold = self.thresholds.get(source).copied().unwrap_or(0.0);
+        self.thresholds.resize(newcomer, 0.0);
+        self.thresholds.push(threshold);
+    }
+
     fn remove_expert(&mut self, index: usize) {
         if index < self.thresholds.len() {
             self.thresholds.remove(index);
@@ -239,6 +250,7 @@ impl RowKernel for Active<'_> {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
@@ -248,6 +260,7 @@ struct Parts {
     non_finite: NonFinite,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<Parts> for TopAny {
     type Error = RoutingError;
 
@@ -258,6 +271,7 @@ impl TryFrom<Parts> for TopAny {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<TopAny> for Parts {
     fn from(router: TopAny) -> Self {
         let TopAny {

@@ -1,10 +1,12 @@
 //! Top-k routing.
 
 use ndarray::ArrayView2;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::Router;
+#[cfg(feature = "serde")]
 use super::top_p::yes;
+use super::{GateGradient, Router};
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::Machine;
@@ -31,8 +33,12 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// assert_eq!(plan.token_experts(), [0, 2, 0, 1]);
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "TopKParts", into = "TopKParts")]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "TopKParts", into = "TopKParts")
+)]
 pub struct TopK {
     k: usize,
     combine: Combine,
@@ -111,6 +117,10 @@ impl Router for TopK {
         )
     }
 
+    fn gate_gradient(&self) -> GateGradient {
+        GateGradient::of(self.combine, Some(self.k))
+    }
+
     fn least_experts(&self) -> usize {
         self.k
     }
@@ -157,6 +167,7 @@ impl Select for Largest {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TopKParts {
@@ -169,6 +180,7 @@ struct TopKParts {
     keep_probabilities: bool,
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<TopKParts> for TopK {
     type Error = RoutingError;
 
@@ -179,6 +191,7 @@ impl TryFrom<TopKParts> for TopK {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<TopK> for TopKParts {
     fn from(router: TopK) -> Self {
         let TopK {

@@ -1,9 +1,10 @@
 //! Top-p routing.
 
 use ndarray::ArrayView2;
+#[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::Router;
+use super::{GateGradient, Router};
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::{Mass, Threshold, threshold};
 use crate::simd::Machine;
@@ -37,8 +38,12 @@ use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 /// assert_eq!((plan.k(0), plan.k(1)), (2, 1));
 /// # Ok::<(), mass_routing::RoutingError>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "TopPParts", into = "TopPParts")]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(Serialize, Deserialize),
+    serde(try_from = "TopPParts", into = "TopPParts")
+)]
 pub struct TopP {
     p: f32,
     combine: Combine,
@@ -129,6 +134,10 @@ impl Router for TopP {
             plan,
         )
     }
+
+    fn gate_gradient(&self) -> GateGradient {
+        GateGradient::of(self.combine, None)
+    }
 }
 
 struct ToMass(f32);
@@ -164,6 +173,7 @@ impl Select for ToMass {
 }
 
 /// The unchecked form that serde reads and writes.
+#[cfg(feature = "serde")]
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TopPParts {
@@ -176,10 +186,12 @@ struct TopPParts {
     keep_probabilities: bool,
 }
 
+#[cfg(feature = "serde")]
 pub(super) fn yes() -> bool {
     true
 }
 
+#[cfg(feature = "serde")]
 impl TryFrom<TopPParts> for TopP {
     type Error = RoutingError;
 
@@ -190,6 +202,7 @@ impl TryFrom<TopPParts> for TopP {
     }
 }
 
+#[cfg(feature = "serde")]
 impl From<TopP> for TopPParts {
     fn from(router: TopP) -> Self {
         let TopP {

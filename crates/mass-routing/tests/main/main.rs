@@ -5,6 +5,8 @@ mod golden_gates;
 mod golden_top_p;
 mod gradients;
 mod losses;
+mod own_plans;
 mod routing;
+mod settings;
 mod statistics;
 mod steady_state;

@@ -21,7 +21,7 @@ const AUTHORS_DEPTH: usize = 12;
 
 /// How the feed-forward networks of some blocks are replaced.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "method")]
+#[serde(rename_all = "snake_case", tag = "method", deny_unknown_fields)]
 pub(super) enum Method {
     /// Not at all: empirical risk minimisation.
     Erm,
@@ -99,16 +99,19 @@ impl Method {
                     ..moe(experts, noisy)
                 })
             }
-            Self::DynMoe { experts, .. } => Some(MoeConfig {
-                gate: GateConfig::Cosine {
-                    projection: None,
-                    temperature: None,
-                },
-                ..moe(experts, RouterConfig::TopAny { experts })
-            }),
+            Self::DynMoe { experts, .. } => {
+                let router = RouterConfig::TopAny { experts };
+                Some(MoeConfig {
+                    gate: variants::gate(&router),
+                    ..moe(experts, router)
+                })
+            }
             Self::Mass(ref m) => {
-                let combine = variants::combine(m.variant);
-                Some(moe(m.experts, RouterConfig::TopP { p: m.p, combine }))
+                let router = m.router();
+                Some(MoeConfig {
+                    gate: variants::gate(&router),
+                    ..moe(m.experts, router)
+                })
             }
         }
     }

@@ -16,6 +16,7 @@ use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::dg::DgError;
 use crate::dg::augment::Augment;
+use crate::dg::features::check_channels;
 use crate::dg::folder::{ImageFolder, find_set};
 use crate::dg::images::{BadImages, DomainImages, PIECE};
 use crate::dg::reported::SETS;
@@ -23,7 +24,7 @@ use crate::dg::sample;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::study::mass::{MassSetting, wanted};
-use crate::study::unusable_model;
+use crate::study::{has_model, unusable_model};
 
 /// The folder of the model that quick and full fine-tune.
 const SMALL_MODEL: &str = "vit-s14";
@@ -100,6 +101,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.3,
+                router: None,
                 live_percent,
                 experts: 6,
                 experts_max: 8,
@@ -161,6 +163,16 @@ impl Plan {
             },
         };
         plan.only(args)?;
+        if let Some(router) = &args.router {
+            for method in &mut plan.methods {
+                if let Method::Mass(m) = method {
+                    m.router = Some(router.clone());
+                    if wanted(&named(&Method::Mass(m.clone()), 0), args) {
+                        m.check_router()?;
+                    }
+                }
+            }
+        }
         Ok(plan)
     }
 
@@ -170,6 +182,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.3,
+                router: None,
                 live_percent: Some(90),
                 experts: 3,
                 experts_max: 5,
@@ -301,13 +314,7 @@ impl Plan {
         };
         let base = base.map_err(|e| self.model.problem(e))?;
         let (patch, size) = (base.config().patch_size, self.size);
-        if base.config().num_channels != 3 {
-            let problem = format!(
-                "a model of images with {} channels; these have three",
-                base.config().num_channels
-            );
-            return Err(self.model.problem(ModelError::Config(problem)));
-        }
+        check_channels(base.config()).map_err(|e| self.model.problem(e))?;
         if !size.is_multiple_of(patch) || self.frozen > base.config().num_hidden_layers {
             return Err(BenchError::Usage(format!(
                 "a model of {} blocks with patches of {patch} pixels does not fit this preset, which has images of {size} pixels \
@@ -448,7 +455,11 @@ fn decoded(
         bar.tick(done as u64, || format!("{}: decoding", dir.display()));
         !flag.load(Ordering::SeqCst)
     };
-    let (bad, cache) = (BadImages::Refuse, cache(args));
+    let bad = match args.leave_out_damaged {
+        true => BadImages::LeaveOut,
+        false => BadImages::Refuse,
+    };
+    let cache = cache(args);
     match DomainImages::read_with(dir, size, bad, Some(&cache), &mut progress) {
         Err(DgError::Stopped) => Err(BenchError::Interrupted {
             out: args.out.clone(),
@@ -480,16 +491,15 @@ fn directory(args: &ReproduceArgs, name: &str) -> Result<Model, BenchError> {
     let Some(models) = &args.models else {
         return Err(BenchError::Usage(format!(
             "dg, preset {preset}, needs a pretrained model: give --models DIR (or $MASS_MODELS_DIR) with DIR/{name}/ \
-             (config.json and model.safetensors), or --preset smoke, which needs none"
+             (config.json, and model.safetensors or its index and the files it names), or --preset smoke, which needs none"
         )));
     };
     let dir = models.join(name);
-    let there = |file: &str| dir.join(file).is_file();
-    if !(there("config.json") && there("model.safetensors")) {
+    if !has_model(&dir) {
         return Err(BenchError::Input {
             path: dir,
             problem: format!(
-                "no model there; preset {preset} needs config.json and model.safetensors, as https://huggingface.co has them; \
+                "no model there; preset {preset} needs config.json, and model.safetensors or its index and the files it names, as https://huggingface.co has them; \
                  `cargo xtask data fetch {name}` gets them"
             ),
         });

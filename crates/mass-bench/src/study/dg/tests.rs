@@ -22,6 +22,7 @@ fn setting(variant: Variant) -> MassSetting {
     MassSetting {
         variant,
         p: 0.3,
+        router: None,
         live_percent: Some(60),
         experts: 6,
         experts_max: 8,

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use mass_expand::Diagnosis;
 use mass_model::growth::{Grower, LossOn, Mixtures};
 use mass_model::lm::Masked;
 use mass_model::ops::MoeExpert;
@@ -32,6 +33,7 @@ const PROBE: usize = 32;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct TrainerConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub(super) run: String,
@@ -290,6 +292,7 @@ impl<'a> Trainer<'a> {
             .model
             .train_pass(batch, &input.classes, Some(&mut keys))
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.split.probe;
             let losses =
@@ -458,6 +461,12 @@ impl<'a> Trainer<'a> {
 
     pub(super) fn expansions(&self) -> Vec<Expansion> {
         expansions(&self.saved.growth_events)
+    }
+
+    /// Known ways to fail that the controller saw; empty but for MASS.
+    pub(super) fn diagnoses(&self) -> Vec<Diagnosis> {
+        let grower = self.saved.grower.as_ref();
+        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
     }
 }
 

@@ -154,13 +154,6 @@ impl TaskData {
             digest: digest.0,
         })
     }
-
-    /// The largest id of any of its tokens.
-    pub(super) fn largest_id(&self) -> Option<u32> {
-        let sets = self.dev.iter().map(|(_, examples)| examples);
-        let all = sets.chain([&self.train]).flat_map(|e| &e.encoded);
-        all.flat_map(|e| e.ids.iter().copied()).max()
-    }
 }
 
 impl Labelled {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use mass_expand::Diagnosis;
 use mass_model::bert::{BertClassifier, TextBatch};
 use mass_model::growth::{Grower, LossOn, Mixtures};
 use mass_model::lm::Masked;
@@ -25,6 +26,7 @@ use crate::study::unusable_model;
 
 /// Everything that fixes a run but for its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct FineTuneConfig {
     /// Name of the run in metrics.jsonl and events.jsonl.
     pub(super) run: String,
@@ -229,6 +231,7 @@ impl<'a> FineTuner<'a> {
             .model
             .train_pass(&batch, labels.targets(), Some(&mut keys))
             .map_err(failed)?;
+        self.model.adapt(&pass.layers).map_err(failed)?;
         if let Some(grower) = &mut self.saved.grower {
             let probe = &self.data.held_out.1;
             let size = self.config.batch;
@@ -366,6 +369,12 @@ impl<'a> FineTuner<'a> {
 
     pub(super) fn expansions(&self) -> Vec<Expansion> {
         expansions(&self.saved.growth_events)
+    }
+
+    /// Known ways to fail that the controller saw; empty but for MASS.
+    pub(super) fn diagnoses(&self) -> Vec<Diagnosis> {
+        let grower = self.saved.grower.as_ref();
+        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
     }
 }
 

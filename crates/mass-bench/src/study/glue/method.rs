@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use mass_model::ModelError;
 use mass_model::bert::{BertClassifier, BertConfig};
 use mass_model::growth::GrowerConfig;
-use mass_model::nn::{GateConfig, MoeConfig};
+use mass_model::nn::MoeConfig;
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -21,12 +21,17 @@ use crate::variants;
 
 /// How the feed-forward network of one layer is replaced.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "method")]
+#[serde(rename_all = "snake_case", tag = "method", deny_unknown_fields)]
 pub(super) enum Method {
     /// Not at all.
     Dense,
-    /// By a fixed pool with top-k routing, weights renormalised.
-    Static { experts: usize, k: usize },
+    /// By a fixed pool with top-k routing, weights renormalised, unless another router is chosen.
+    Static {
+        experts: usize,
+        k: usize,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        router: Option<RouterConfig>,
+    },
     /// By DynMoE's pool.
     #[serde(rename = "dynmoe")]
     DynMoe { experts: usize, experts_max: usize },
@@ -46,15 +51,39 @@ impl Method {
     pub(super) fn mixture(&self) -> Option<(usize, RouterConfig)> {
         match self {
             Self::Dense => None,
-            &Self::Static { experts, k } => {
+            &Self::Static {
+                experts,
+                k,
+                ref router,
+            } => {
                 let combine = Combine::Renormalised;
-                Some((experts, RouterConfig::TopK { k, combine }))
+                let router = router.clone().unwrap_or(RouterConfig::TopK { k, combine });
+                Some((experts, router.with_experts(experts)))
             }
             &Self::DynMoe { experts, .. } => Some((experts, RouterConfig::TopAny { experts })),
-            Self::Mass(m) => {
-                let combine = variants::combine(m.variant);
-                Some((m.experts, RouterConfig::TopP { p: m.p, combine }))
-            }
+            Self::Mass(m) => Some((m.experts, m.router())),
+        }
+    }
+
+    /// The same with another router, if its routing is a choice.
+    pub(super) fn routed_by(&mut self, chosen: &RouterConfig) {
+        match self {
+            Self::Static { router, .. } => *router = Some(chosen.clone()),
+            Self::Mass(m) => m.router = Some(chosen.clone()),
+            Self::Dense | Self::DynMoe { .. } => {}
+        }
+    }
+
+    /// Refuses a chosen router that no run of these settings can have.
+    pub(super) fn check_router(&self) -> Result<(), BenchError> {
+        match self {
+            Self::Static {
+                experts,
+                router: Some(router),
+                ..
+            } => variants::check_router(router, *experts, None),
+            Self::Mass(m) => m.check_router(),
+            _ => Ok(()),
         }
     }
 
@@ -102,7 +131,7 @@ impl Pretrained {
     ) -> Result<BertClassifier, ModelError> {
         let mut model = match self {
             Self::Drawn(config) => BertClassifier::new(config, outputs, rng)?,
-            Self::Directory(dir) => BertClassifier::load(dir, outputs, rng)?,
+            Self::Directory(dir) => BertClassifier::load_with_new_head(dir, outputs, rng)?,
         };
         if let Some((experts, router)) = method.mixture() {
             let bert = model.config();
@@ -114,12 +143,7 @@ impl Pretrained {
                 bert.hidden_act,
                 router,
             );
-            if matches!(method, Method::DynMoe { .. }) {
-                rules.gate = GateConfig::Cosine {
-                    projection: None,
-                    temperature: None,
-                };
-            }
+            rules.gate = variants::gate(&rules.router);
             model.convert_to(layer, &rules, rng)?;
         }
         Ok(model)

@@ -16,6 +16,7 @@ use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::report::Run;
+use crate::study::has_model;
 use crate::study::mass::{MassSetting, wanted};
 
 /// The folder of the model that quick and full fine-tune.
@@ -59,6 +60,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.5,
+                router: None,
                 live_percent,
                 experts: 8,
                 experts_max: 16,
@@ -70,7 +72,11 @@ impl Plan {
             experts: 8,
             experts_max: 16,
         };
-        let pool = |experts, k| Method::Static { experts, k };
+        let pool = |experts, k| Method::Static {
+            experts,
+            k,
+            router: None,
+        };
         let small = Self {
             pretrained: Pretrained::Drawn(tiny()),
             tasks: vec![(Task::Cola, 2), (Task::Rte, 2)],
@@ -121,6 +127,22 @@ impl Plan {
             }
         };
         plan.only(args.task.as_deref());
+        if let Some(router) = &args.router {
+            plan.methods.iter_mut().for_each(|m| m.routed_by(router));
+            // Methods that differed by their routing alone are one now.
+            let all = std::mem::take(&mut plan.methods);
+            for method in all {
+                if !plan
+                    .methods
+                    .iter()
+                    .any(|m| named(m, 0).key() == named(&method, 0).key())
+                {
+                    plan.methods.push(method);
+                }
+            }
+            let asked = plan.methods.iter().filter(|m| wanted(&named(m, 0), args));
+            asked.into_iter().try_for_each(Method::check_router)?;
+        }
         Ok(plan)
     }
 
@@ -130,6 +152,7 @@ impl Plan {
             Method::Mass(MassSetting {
                 variant,
                 p: 0.5,
+                router: None,
                 live_percent: Some(90),
                 experts: 3,
                 experts_max: 5,
@@ -140,7 +163,11 @@ impl Plan {
             tasks: vec![(Task::Cola, 12), (Task::Mnli, 8), (Task::Stsb, 8)],
             methods: vec![
                 Method::Dense,
-                Method::Static { experts: 3, k: 2 },
+                Method::Static {
+                    experts: 3,
+                    k: 2,
+                    router: None,
+                },
                 Method::DynMoe {
                     experts: 3,
                     experts_max: 5,
@@ -249,9 +276,13 @@ fn named(method: &Method, seed: u64) -> Run {
     let mut run = Run::new("dense", seed);
     match method {
         Method::Dense => {}
-        Method::Static { experts, k } => {
+        Method::Static { experts, k, router } => {
             run.method = "static".into();
-            (run.experts_init, run.k) = (Some(*experts), Some(*k));
+            run.experts_init = Some(*experts);
+            match router {
+                Some(router) => run.setting = Some(router.to_string()),
+                None => run.k = Some(*k),
+            }
         }
         Method::DynMoe { experts, .. } => {
             run.method = "dynmoe".into();
@@ -268,25 +299,23 @@ fn directory(args: &ReproduceArgs, name: &str) -> Result<Pretrained, BenchError>
     let Some(models) = &args.models else {
         return Err(BenchError::Usage(format!(
             "glue, preset {preset}, needs a pretrained model: give --models DIR (or $MASS_MODELS_DIR) with DIR/{name}/ \
-             (config.json, model.safetensors, and tokenizer.json or vocab.txt), or --preset smoke, which needs none"
+             (config.json, model.safetensors or its index and the files it names, and tokenizer.json or vocab.txt), or --preset smoke, which needs none"
         )));
     };
     let dir = models.join(name);
-    if !has_model(&dir) {
+    if !(has_model(&dir) && has_tokenizer(&dir)) {
         return Err(BenchError::Input {
             path: dir,
             problem: format!(
-                "no model there; preset {preset} needs config.json, model.safetensors, and tokenizer.json or vocab.txt, as \
-                 https://huggingface.co has them; `cargo xtask data fetch {name}` gets them"
+                "no model there; preset {preset} needs config.json, model.safetensors or its index and the files it names, and \
+                 tokenizer.json or vocab.txt, as https://huggingface.co has them; `cargo xtask data fetch {name}` gets them"
             ),
         });
     }
     Ok(Pretrained::Directory(dir))
 }
 
-fn has_model(dir: &Path) -> bool {
+fn has_tokenizer(dir: &Path) -> bool {
     let there = |name: &str| dir.join(name).is_file();
-    there("config.json")
-        && there("model.safetensors")
-        && (there("tokenizer.json") || there("vocab.txt"))
+    there("tokenizer.json") || there("vocab.txt")
 }

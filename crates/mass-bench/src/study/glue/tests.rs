@@ -8,6 +8,7 @@ use serde_json::json;
 use super::data::TaskData;
 use super::finetune::{FineTuneConfig, FineTuner, train_of};
 use super::method::{Method, Pretrained, at_depth};
+use super::plan::Plan;
 use crate::cli::{ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
@@ -76,15 +77,25 @@ fn every_method_resumes_to_the_same_bits() {
         Method::Mass(MassSetting {
             variant,
             p: 0.5,
+            router: None,
             live_percent: Some(90),
             experts: 3,
             experts_max: 5,
             loose: true,
         })
     };
+    let pool = Method::Static {
+        experts: 3,
+        k: 2,
+        router: None,
+    };
+    let routed = |mut method: Method, router: &str| {
+        method.routed_by(&router.parse().unwrap());
+        method
+    };
     let methods = [
         Method::Dense,
-        Method::Static { experts: 3, k: 2 },
+        pool.clone(),
         Method::DynMoe {
             experts: 3,
             experts_max: 5,
@@ -92,6 +103,11 @@ fn every_method_resumes_to_the_same_bits() {
         mass(Variant::Paper),
         mass(Variant::Reference),
         mass(Variant::Ours),
+        routed(
+            mass(Variant::Ours),
+            "bias_balanced:k=1,rate=0.01,combine=raw",
+        ),
+        routed(pool, "noisy:std=0.2/target_k:target=1.5,p=0.9,combine=raw"),
     ];
     let task = Task::Stsb;
     let data = data(task);
@@ -115,6 +131,55 @@ fn every_method_resumes_to_the_same_bits() {
         assert_eq!(whole.1, rest.1, "{:?}", config.method);
         assert!(whole.0 == rest.0, "weights of {:?}", config.method);
     }
+}
+
+#[test]
+fn a_chosen_router_routes_what_has_a_choice_and_names_the_run() {
+    let args = |more: &[&str]| {
+        let line = ["glue", "--preset", "smoke", "--task", "STS-B"];
+        ReproduceArgs::parsed(&[&line[..], more].concat())
+    };
+    let keys = |more: &[&str]| -> Vec<String> {
+        let args = args(more);
+        let runs = Plan::of(&args).unwrap().runs(&args);
+        runs.iter().map(|r| r.run.key().to_string()).collect()
+    };
+    let (own, chosen) = (keys(&[]), keys(&["--router", "bias_balanced:k=2"]));
+    assert_eq!(own.len(), chosen.len());
+    for (own, chosen) in own.iter().zip(&chosen) {
+        let has_a_choice = own.starts_with("static") || own.starts_with("mass");
+        assert_eq!(own != chosen, has_a_choice, "{own} and {chosen}");
+        let named = chosen.contains("bias_balanced:k=2,rate=0.001,combine=renormalised");
+        assert_eq!(named, has_a_choice, "{chosen}");
+    }
+    let method = |router: &str| {
+        let mut method = Method::Mass(MassSetting {
+            variant: Variant::Ours,
+            p: 0.5,
+            router: None,
+            live_percent: None,
+            experts: 3,
+            experts_max: 5,
+            loose: false,
+        });
+        method.routed_by(&router.parse().unwrap());
+        method.mixture().unwrap().1.to_string()
+    };
+    assert_eq!(method("top_any"), "top_any:experts=3");
+    let refused = |more: &[&str]| Plan::of(&args(more)).unwrap_err().to_string();
+    let text = refused(&["--router", "top_any"]);
+    assert!(text.contains("cannot bisect"), "{text}");
+    Plan::of(&args(&["--router", "top_any", "--variant", "paper"])).unwrap();
+    let text = refused(&["--router", "top_k:k=1"]);
+    assert!(text.contains("add combine=raw"), "{text}");
+    // Nobody is asked to route otherwise.
+    Plan::of(&args(&[
+        "--router",
+        "top_k:k=1",
+        "--methods",
+        "dense,dynmoe",
+    ]))
+    .unwrap();
 }
 
 #[test]
@@ -157,6 +222,7 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
         Method::Mass(MassSetting {
             variant,
             p: 0.5,
+            router: None,
             live_percent: None,
             experts: 3,
             experts_max: 5,

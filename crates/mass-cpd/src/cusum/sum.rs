@@ -1,0 +1,107 @@
+//! One side of the chart, and what both sides share.
+
+use serde::{Deserialize, Serialize};
+
+use super::{CalibratedCusumParams, Direction, Watch};
+use crate::{Shift, Step, normal};
+
+/// Scores no further down than this where none is limited: the score of no error at all is not finite.
+const LOWEST: f64 = -8.0;
+
+/// The score of an error's size: standard normal where `z` is.
+///
+/// # Formula
+/// `Phi^-1(2 Phi(|z|) - 1)`; no error at all, which only a stream without spread has, is no evidence.
+pub(crate) fn of_size(z: f64) -> f64 {
+    if z == 0.0 {
+        return 0.0;
+    }
+    let tail = 2.0 * normal::survival(z.abs());
+    if tail <= 0.0 {
+        return z.abs();
+    }
+    if tail >= 1.0 {
+        return LOWEST;
+    }
+    normal::upper_quantile(tail).max(LOWEST)
+}
+
+/// One side of the chart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Sum {
+    pub(crate) s: f64,
+    /// Step at which the change is thought to begin.
+    pub(crate) onset: f64,
+    /// Scores since then, and their sum.
+    pub(crate) number: f64,
+    pub(crate) scores: f64,
+    /// Level of the reference just before.
+    pub(crate) base: f64,
+    /// Sum of the observations since, less the reference's drift from then on.
+    pub(crate) total: f64,
+}
+
+impl Sum {
+    /// Adds a score beyond the allowance, of the observation `y` at step `count`, when the reference had this level and
+    /// slope.
+    ///
+    /// The onset is the first step since the sum was zero, but moves to a later one whose score alone is more likely under a change of its
+    /// own size than all since are under one change: `z^2 > (sum z)^2 / n`. So a large step is not blurred by the noise just before.
+    ///
+    /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
+    /// all the arithmetic.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, z: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
+        let (number, scores) = (self.number + 1.0, self.scores + z);
+        let alone = (z > 0.0) & (z * z * number > scores * scores);
+        let starts = (self.s == 0.0) | alone;
+        self.onset = if starts { count } else { self.onset };
+        self.base = if starts { level } else { self.base };
+        self.number = if starts { 1.0 } else { number };
+        self.scores = if starts { z } else { scores };
+        let total = if starts { 0.0 } else { self.total };
+        self.total = total + (y - slope * (count - self.onset));
+        let s = self.s + (z - k);
+        self.s = if s > 0.0 { s } else { 0.0 };
+    }
+
+    pub(crate) fn is_valid(&self, count: u64) -> bool {
+        let whole = |v: f64| v >= 0.0 && v.fract() == 0.0 && v <= count as f64;
+        self.s.is_finite()
+            && self.s >= 0.0
+            && whole(self.onset)
+            && whole(self.number)
+            && self.scores.is_finite()
+            && self.base.is_finite()
+            && self.total.is_finite()
+    }
+}
+
+/// What the sums say after the score `z`; the probability over the horizon and the alarm are the caller's.
+#[inline(always)]
+pub(crate) fn report(
+    params: &CalibratedCusumParams,
+    step: &mut Step,
+    (up, down): (&Sum, &Sum),
+    z: f64,
+) {
+    // A side that is not watched stays at zero.
+    let rising = up.s >= down.s;
+    let side = if rising { up } else { down };
+    step.statistic = Some(side.s);
+    step.p_value = Some(match params.direction {
+        Direction::Up => normal::quick_survival(z),
+        Direction::Down => normal::quick_survival(-z),
+        Direction::Both => 2.0 * normal::quick_survival(z.abs()),
+    });
+    if side.s > 0.0 {
+        step.onset = Some(side.onset as u64);
+        step.direction = Some(if rising { Shift::Up } else { Shift::Down });
+        let score = side.scores / side.number;
+        step.size_in_deviations = Some(if rising { score } else { -score });
+        if params.watch == Watch::Level {
+            step.size = Some(side.total / side.number - side.base);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What a forward or training pass hands around.
+
+use std::sync::Arc;
+
+use dfdx::prelude::{AsArray, Backward, Cpu, NoneTape, OwnedTape, Tensor};
+use mass_expand::ExpertId;
+use mass_routing::RoutingPlan;
+
+use crate::error::ModelError;
+use crate::gradients::CpuGradients;
+use crate::ops::Rows;
+
+/// What a mixture layer did in a forward pass.
+#[derive(Clone, Debug)]
+pub struct LayerTrace {
+    /// Who computed what.
+    pub plan: Arc<RoutingPlan>,
+    /// Input of the gate, `[tokens, d]`.
+    pub gate_input: Rows<NoneTape>,
+}
+
+/// An expert that takes no part in a forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Masked {
+    /// Which mixture layer, counted from the bottom.
+    pub layer: usize,
+    /// Which expert.
+    pub expert: ExpertId,
+}
+
+/// A training pass: loss, gradients and what each mixture layer did.
+pub struct TrainPass {
+    /// Mean loss, nats.
+    pub loss: f32,
+    /// The loss of each token, nats; where a loss belongs to a whole sequence or image, each of its tokens has it.
+    pub token_losses: Vec<f32>,
+    /// Gradients of the loss.
+    pub gradients: CpuGradients,
+    /// One a mixture layer, bottom first.
+    pub layers: Vec<LayerTrace>,
+}
+
+impl TrainPass {
+    /// Runs the backward pass of a loss. `token_losses` are the losses of the rows that the mixture layers routed, and `layers`
+    /// what [`MoeLayer::forward_traced`](crate::nn::MoeLayer::forward_traced) noted, bottom first.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] if the loss is not a number, [`ModelError::Tensor`] if an operation fails.
+    pub fn new(
+        loss: Tensor<(), f32, Cpu, OwnedTape<f32, Cpu>>,
+        token_losses: Vec<f32>,
+        layers: Vec<LayerTrace>,
+    ) -> Result<Self, ModelError> {
+        let value = loss.array();
+        if !value.is_finite() {
+            return Err(ModelError::NonFinite("the training loss".into()));
+        }
+        Ok(Self {
+            loss: value,
+            token_losses,
+            gradients: loss.try_backward()?,
+            layers,
+        })
+    }
+}
