@@ -63,7 +63,13 @@ pub fn backward_weight(
             sums,
             ..Extras::default()
         };
-        product(MatMut::new(dw, rows, inp), dy, Mat::new(x, n, inp), extras, |_| {});
+        product(
+            MatMut::new(dw, rows, inp),
+            dy,
+            Mat::new(x, n, inp),
+            extras,
+            |_| {},
+        );
     };
     let dw = dw.par_chunks_mut(block * inp).enumerate();
     match db {

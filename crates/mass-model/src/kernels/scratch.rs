@@ -40,7 +40,7 @@ fn push(data: Vec<f32>) {
     let kept = pool
         .get_or_insert_with(HashMap::new)
         .entry(data.len())
-        .or_default();
+        .or_insert_with(|| Vec::with_capacity(KEPT_PER_SIZE));
     if kept.len() < KEPT_PER_SIZE {
         kept.push(data);
     }
