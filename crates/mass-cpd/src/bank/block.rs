@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::cusum::{
     bounded,
     score::FAR,
-    self_starting::{Prediction, SelfStarting},
+    self_starting::SelfStarting,
     sum::{Sum, of_size},
 };
 
@@ -124,7 +124,7 @@ impl Block {
         y: &Lanes,
         rule: &Rule,
     ) -> bool {
-        let mut predictions = [Prediction::NONE; LANES];
+        let mut share = [0.0; LANES];
         let mut seen = Judgement::of(y);
         let mut plain = true;
         for i in 0..LANES {
@@ -132,8 +132,8 @@ impl Block {
             let ready = state.seen >= rule.warmup;
             seen.ready[i] = if ready { 1.0 } else { 0.0 };
             (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
-            predictions[i] = state.judge::<AR, DRIFT>(y[i], state.previous);
-            let judged = &predictions[i].judged;
+            let judged;
+            (judged, share[i]) = state.judge::<AR, DRIFT>(y[i], state.previous);
             seen.z[i] = judged.near();
             let limit = if ready { rule.limits.0 } else { f64::INFINITY };
             plain &= (judged.ratio < FAR) & (state.odd == 0.0) & (seen.z[i].abs() <= limit);
@@ -141,7 +141,7 @@ impl Block {
         if plain {
             for i in 0..LANES {
                 let mut state = self.reference.get(i);
-                state.learn::<AR, DRIFT>(y[i], &predictions[i]);
+                state.learn::<AR, DRIFT>(y[i], share[i]);
                 self.reference.set(i, state);
             }
         } else {

@@ -54,8 +54,13 @@ impl Sum {
     #[inline(always)]
     pub(crate) fn add(&mut self, z: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
         let (number, scores) = (self.number + 1.0, self.scores + z);
-        let alone = (z > 0.0) & (z * z * number > scores * scores);
-        let starts = (self.s == 0.0) | alone;
+        // One comparison of numbers for both reasons: below AVX-512 only that makes a mask to select with.
+        let least = if self.s == 0.0 {
+            f64::NEG_INFINITY
+        } else {
+            scores * scores
+        };
+        let starts = z * z.abs() * number > least;
         self.onset = if starts { count } else { self.onset };
         self.base = if starts { level } else { self.base };
         self.number = if starts { 1.0 } else { number };
