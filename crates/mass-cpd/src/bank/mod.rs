@@ -19,12 +19,12 @@ use serde::{Deserialize, Serialize};
 use block::{Block, Judgement, LANES, Lanes, Rule};
 
 use crate::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Prewhiten, Reference, Step,
+    AfterAlarm, CalibratedCusumParams, CpdError, Drift, Prewhiten, Reference, Step,
     Watch,
     cusum::{
         Calibration, General,
         lagged::{Lagged, Shape},
-        sum::report,
+        sum::{Sides, report},
         transform, transform_all,
     },
 };
@@ -338,8 +338,8 @@ impl Bank {
         let (block, lane) = (&self.blocks[place / LANES], place % LANES);
         let mut step = Step::silent(block.count[lane] as u64);
         if block.scored[lane] > 0.0 {
-            let sides = (&block.up.get(lane), &block.down.get(lane));
-            report(&self.params.detector, &mut step, sides, block.score[lane]);
+            let sides = Sides::new([block.up.get(lane), block.down.get(lane)]);
+            report(&self.params.detector, &mut step, &sides, block.score[lane]);
             step.p_horizon = step.statistic.map(|s| self.calibration.p(s));
             step.alarm = self.alarms.contains(&place);
         }
@@ -379,11 +379,9 @@ impl Bank {
     fn rule(&self) -> Rule {
         let d = &self.params.detector;
         Rule {
-            k: d.k,
+            k: d.allowances(),
             limits: d.limits(self.threshold),
             warmup: d.warmup as f64,
-            up: d.direction != Direction::Down,
-            down: d.direction != Direction::Up,
             spread: d.watch == Watch::Spread,
             threshold: self.threshold,
         }

@@ -48,24 +48,52 @@ pub(crate) struct SelfStarting {
 }
 
 impl SelfStarting {
-    /// Judges `y` against everything before it, then learns it: its score, limited in what is learned.
+    /// Judges `y` against everything before it, then learns it: its score, limited in what is learned once that is after
+    /// `warmup` observations.
     #[inline(always)]
-    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64, limit: f64) -> f64 {
+    pub(crate) fn update<const AR: bool, const DRIFT: bool>(
+        &mut self,
+        y: f64,
+        limit: f64,
+        warmup: f64,
+    ) -> f64 {
         let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
-        if self.odd == 0.0 {
+        if self.is_usual::<AR>() {
             let z = judged.score();
-            if z.abs() <= limit {
+            if z.abs() <= limit || self.seen < warmup {
                 self.learn::<AR, DRIFT>(y, share);
                 return z;
             }
         }
-        self.update_odd::<AR, DRIFT>(y, limit)
+        self.update_odd::<AR, DRIFT>(y, limit, warmup)
     }
 
-    /// The same where the observation is over the limit, or its predecessor was or is missing.
+    /// Whether the predecessor is as it was observed, and needs no care: before the first target (only with AR) it is none.
+    #[inline(always)]
+    pub(crate) fn is_usual<const AR: bool>(&self) -> bool {
+        (self.odd == 0.0) & (!AR || self.seen >= 1.0)
+    }
+
+    /// The same where the observation is over the limit, or its predecessor was, is missing, or is none.
     #[cold]
     #[inline(never)]
-    fn update_odd<const AR: bool, const DRIFT: bool>(&mut self, y: f64, limit: f64) -> f64 {
+    fn update_odd<const AR: bool, const DRIFT: bool>(
+        &mut self,
+        y: f64,
+        limit: f64,
+        warmup: f64,
+    ) -> f64 {
+        if AR && self.seen == 0.0 {
+            self.previous = y;
+            self.seen = 1.0;
+            self.time += if DRIFT { 1.0 } else { 0.0 };
+            return 0.0;
+        }
+        let limit = if self.seen >= warmup {
+            limit
+        } else {
+            f64::INFINITY
+        };
         let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
         if AR && self.unsure > 0.0 {
             let judged =
@@ -227,13 +255,10 @@ impl SelfStarting {
         (judged, share)
     }
 
-    /// Welford's update.
+    /// Welford's update; not before there is a predecessor (only with AR).
     #[inline(always)]
     pub(crate) fn learn<const AR: bool, const DRIFT: bool>(&mut self, y: f64, share: f64) {
-        // Before the first target (only with AR) everything is still zero and must stay so.
-        let is_target = !AR || self.seen >= 1.0;
-        let share = if is_target { share } else { 0.0 };
-        let keep = if is_target { 1.0 - share } else { 0.0 };
+        let keep = 1.0 - share;
         let (dy, dl) = (y - self.mean_y, self.previous - self.mean_l);
         let dt = self.time - self.mean_t;
         self.yy += dy * dy * keep;

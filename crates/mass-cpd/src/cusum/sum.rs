@@ -33,7 +33,7 @@ pub(crate) struct Sum {
     pub(crate) s: f64,
     /// Step at which the change is thought to begin.
     pub(crate) onset: f64,
-    /// Scores since then, and their sum.
+    /// Scores since then, and their sum (not turned round on the side of falls).
     pub(crate) number: f64,
     pub(crate) scores: f64,
     /// Level of the reference just before.
@@ -52,22 +52,17 @@ impl Sum {
     /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
     /// all the arithmetic.
     #[inline(always)]
-    pub(crate) fn add(&mut self, z: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
+    pub(crate) fn add(&mut self, z: f64, rise: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
         let (number, scores) = (self.number + 1.0, self.scores + z);
-        // One comparison of numbers for both reasons: below AVX-512 only that makes a mask to select with.
-        let least = if self.s == 0.0 {
-            f64::NEG_INFINITY
-        } else {
-            scores * scores
-        };
-        let starts = z * z.abs() * number > least;
-        self.onset = if starts { count } else { self.onset };
-        self.base = if starts { level } else { self.base };
-        self.number = if starts { 1.0 } else { number };
-        self.scores = if starts { z } else { scores };
-        let total = if starts { 0.0 } else { self.total };
-        self.total = total + (y - slope * (count - self.onset));
-        let s = self.s + (z - k);
+        let since = if self.s > 0.0 { scores * scores } else { 0.0 };
+        let starts = if rise * z.abs() * number > since { 1.0 } else { 0.0 };
+        let goes_on = 1.0 - starts;
+        self.onset = self.onset * goes_on + count * starts;
+        self.number = self.number * goes_on + 1.0;
+        self.scores = self.scores * goes_on + z;
+        self.base = self.base * goes_on + level * starts;
+        self.total = self.total * goes_on + (y - slope * (count - self.onset));
+        let s = self.s + (rise - k);
         self.s = if s > 0.0 { s } else { 0.0 };
     }
 
@@ -83,17 +78,69 @@ impl Sum {
     }
 }
 
+/// Both sides of one chart, up first. As arrays, so that one instruction does for both.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Sides {
+    s: [f64; 2],
+    onset: [f64; 2],
+    number: [f64; 2],
+    scores: [f64; 2],
+    base: [f64; 2],
+    total: [f64; 2],
+}
+
+impl Sides {
+    pub(crate) fn new([up, down]: [Sum; 2]) -> Self {
+        let mut sides = Self::default();
+        sides.set(0, up);
+        sides.set(1, down);
+        sides
+    }
+
+    #[inline(always)]
+    pub(crate) fn get(&self, i: usize) -> Sum {
+        Sum {
+            s: self.s[i],
+            onset: self.onset[i],
+            number: self.number[i],
+            scores: self.scores[i],
+            base: self.base[i],
+            total: self.total[i],
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn set(&mut self, i: usize, sum: Sum) {
+        self.s[i] = sum.s;
+        self.onset[i] = sum.onset;
+        self.number[i] = sum.number;
+        self.scores[i] = sum.scores;
+        self.base[i] = sum.base;
+        self.total[i] = sum.total;
+    }
+
+    #[inline(always)]
+    pub(crate) fn add(&mut self, z: f64, k: [f64; 2], y: f64, count: f64, line: (f64, f64)) {
+        let signed = [z, -z];
+        for i in 0..2 {
+            let mut sum = self.get(i);
+            sum.add(z, signed[i], k[i], y, count, line);
+            self.set(i, sum);
+        }
+    }
+}
+
 /// What the sums say after the score `z`; the probability over the horizon and the alarm are the caller's.
 #[inline(always)]
 pub(crate) fn report(
     params: &CalibratedCusumParams,
     step: &mut Step,
-    (up, down): (&Sum, &Sum),
+    sides: &Sides,
     z: f64,
 ) {
-    // A side that is not watched stays at zero.
-    let rising = up.s >= down.s;
-    let side = if rising { up } else { down };
+    // A side that is not watched stays at zero. By its place, so that it is a load and not a branch.
+    let falling = sides.s[0] < sides.s[1];
+    let side = sides.get(usize::from(falling));
     step.statistic = Some(side.s);
     step.p_value = Some(match params.direction {
         Direction::Up => normal::quick_survival(z),
@@ -101,10 +148,9 @@ pub(crate) fn report(
         Direction::Both => 2.0 * normal::quick_survival(z.abs()),
     });
     if side.s > 0.0 {
-        step.onset = Some(side.onset as u64);
-        step.direction = Some(if rising { Shift::Up } else { Shift::Down });
-        let score = side.scores / side.number;
-        step.size_in_deviations = Some(if rising { score } else { -score });
+        step.onset = Some(side.onset as i64 as u64);
+        step.direction = Some(if falling { Shift::Down } else { Shift::Up });
+        step.size_in_deviations = Some(side.scores / side.number);
         if params.watch == Watch::Level {
             step.size = Some(side.total / side.number - side.base);
         }
