@@ -422,6 +422,7 @@ impl Bank {
         rule: &Rule,
         one: impl Fn(&mut Self, usize, Option<f64>) -> (Option<f64>, (f64, f64)),
     ) {
+        let arch = pulp::Arch::new();
         for b in 0..self.blocks.len() {
             let places = b * LANES..self.ids.len().min((b + 1) * LANES);
             let mut y: Lanes = [0.0; LANES];
@@ -436,7 +437,8 @@ impl Bank {
                     seen.ready[i] = 1.0;
                 }
             }
-            if self.blocks[b].add(&seen, rule) {
+            let block = &mut self.blocks[b];
+            if arch.dispatch(|| block.add(&seen, rule)) {
                 self.raise(b);
             }
         }
