@@ -437,8 +437,12 @@ impl Bank {
                     seen.ready[i] = 1.0;
                 }
             }
-            let block = &mut self.blocks[b];
-            if arch.dispatch(|| block.add(&seen, rule)) {
+            let scored = Add {
+                block: &mut self.blocks[b],
+                seen: &seen,
+                rule,
+            };
+            if arch.dispatch(scored) {
                 self.raise(b);
             }
         }
@@ -526,5 +530,21 @@ impl<const AR: bool, const DRIFT: bool> pulp::NullaryFnOnce for Pass<'_, AR, DRI
         for ((block, y), hit) in self.blocks.iter_mut().zip(self.inputs).zip(self.hits) {
             *hit = block.update::<AR, DRIFT>(y, &rule);
         }
+    }
+}
+
+/// Scores that were found one by one, for one block.
+struct Add<'a> {
+    block: &'a mut Block,
+    seen: &'a Judgement,
+    rule: &'a Rule,
+}
+
+impl pulp::NullaryFnOnce for Add<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn call(self) -> bool {
+        self.block.add(self.seen, self.rule)
     }
 }
