@@ -19,8 +19,7 @@ use serde::{Deserialize, Serialize};
 use block::{Block, Judgement, LANES, Lanes, Rule};
 
 use crate::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Drift, Prewhiten, Reference, Step,
-    Watch,
+    AfterAlarm, CalibratedCusumParams, CpdError, Drift, Prewhiten, Reference, Step, Watch,
     cusum::{
         Calibration, General,
         lagged::{Lagged, Shape},

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AfterAlarm, CalibratedCusumParams, Calibration, Drift, General, Prewhiten,
-    Reference, Watch,
+    AfterAlarm, CalibratedCusumParams, Calibration, Drift, General, Prewhiten, Reference, Watch,
     autoregression::Model,
     lagged::{Lagged, Shape},
     self_starting::SelfStarting,
@@ -44,6 +43,7 @@ pub struct CalibratedCusum {
     pub(super) params: CalibratedCusumParams,
     pub(super) reference: State,
     pub(super) sides: Sides,
+    /// Allowance of each side.
     pub(super) k: [f64; 2],
     pub(super) count: u64,
     pub(super) last_score: Option<f64>,

@@ -195,8 +195,7 @@ impl Lagged {
         let learned = if fit.ratio * shape.dof <= MOST_LEARNED * MOST_LEARNED {
             y
         } else {
-            y - fit.error
-                + (MOST_LEARNED * (fit.spread / shape.dof).sqrt()).copysign(fit.error)
+            y - fit.error + (MOST_LEARNED * (fit.spread / shape.dof).sqrt()).copysign(fit.error)
         };
         self.learn(values, &ends, learned, shape);
         Some(z)

@@ -96,8 +96,7 @@ impl SelfStarting {
         };
         let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
         if AR && self.unsure > 0.0 {
-            let judged =
-                judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+            let judged = judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
             // Without its predecessor it is no target of the regression.
             let (z, clean, _) = judged.clean(y, limit);
             self.pass_over(y, clean);

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CalibratedCusum, CalibratedCusumParams, Reference, detector::State, sum::{Sides, Sum}};
+use super::{
+    CalibratedCusum, CalibratedCusumParams, Reference,
+    detector::State,
+    sum::{Sides, Sum},
+};
 use crate::{CpdError, error::MOST};
 
 /// All but what follows from the parameters.

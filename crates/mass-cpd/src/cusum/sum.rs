@@ -26,14 +26,14 @@ pub(crate) fn of_size(z: f64) -> f64 {
     normal::upper_quantile(tail).max(LOWEST)
 }
 
-/// One side of the chart.
+/// One side of the chart. While the sum is zero the other fields say nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sum {
     pub(crate) s: f64,
     /// Step at which the change is thought to begin.
     pub(crate) onset: f64,
-    /// Scores since then, and their sum (not turned round on the side of falls).
+    /// Scores since then, and their sum, of falls as well with the sign that they have.
     pub(crate) number: f64,
     pub(crate) scores: f64,
     /// Level of the reference just before.
@@ -43,19 +43,34 @@ pub(crate) struct Sum {
 }
 
 impl Sum {
-    /// Adds a score beyond the allowance, of the observation `y` at step `count`, when the reference had this level and
-    /// slope.
+    /// Adds the score `z` beyond the allowance `k`, of the observation `y` at step `count`, when the
+    /// reference had this level and slope. `rise` is `z` or, on the side of falls, `-z`.
     ///
-    /// The onset is the first step since the sum was zero, but moves to a later one whose score alone is more likely under a change of its
-    /// own size than all since are under one change: `z^2 > (sum z)^2 / n`. So a large step is not blurred by the noise just before.
+    /// The onset is the first step since the sum was zero, but moves to a later one whose score alone
+    /// is more likely under a change of its own size than all since are under one change:
+    /// `z^2 > (sum z)^2 / n`. So a large step is not blurred by the noise just before.
     ///
-    /// Without a branch: whether the sum is zero is as good as a coin toss, and a wrong guess costs more than
-    /// all the arithmetic.
+    /// Without a branch: whether it starts anew is as good as a coin toss, and a wrong guess costs
+    /// more than all the arithmetic. As a weight, since below AVX-512 selects of numbers by one
+    /// condition become a branch again.
     #[inline(always)]
-    pub(crate) fn add(&mut self, z: f64, rise: f64, k: f64, y: f64, count: f64, (level, slope): (f64, f64)) {
+    pub(crate) fn add(
+        &mut self,
+        z: f64,
+        rise: f64,
+        k: f64,
+        y: f64,
+        count: f64,
+        (level, slope): (f64, f64),
+    ) {
         let (number, scores) = (self.number + 1.0, self.scores + z);
+        // A sum that stays at zero need not start.
         let since = if self.s > 0.0 { scores * scores } else { 0.0 };
-        let starts = if rise * z.abs() * number > since { 1.0 } else { 0.0 };
+        let starts = if rise * z.abs() * number > since {
+            1.0
+        } else {
+            0.0
+        };
         let goes_on = 1.0 - starts;
         self.onset = self.onset * goes_on + count * starts;
         self.number = self.number * goes_on + 1.0;
@@ -78,7 +93,7 @@ impl Sum {
     }
 }
 
-/// Both sides of one chart, up first. As arrays, so that one instruction does for both.
+/// Both sides of one chart, rises first. As arrays, so that one instruction does for both.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Sides {
     s: [f64; 2],
@@ -119,6 +134,7 @@ impl Sides {
         self.total[i] = sum.total;
     }
 
+    /// [`Sum::add`] for both, each with its allowance.
     #[inline(always)]
     pub(crate) fn add(&mut self, z: f64, k: [f64; 2], y: f64, count: f64, line: (f64, f64)) {
         let signed = [z, -z];
@@ -132,12 +148,7 @@ impl Sides {
 
 /// What the sums say after the score `z`; the probability over the horizon and the alarm are the caller's.
 #[inline(always)]
-pub(crate) fn report(
-    params: &CalibratedCusumParams,
-    step: &mut Step,
-    sides: &Sides,
-    z: f64,
-) {
+pub(crate) fn report(params: &CalibratedCusumParams, step: &mut Step, sides: &Sides, z: f64) {
     // A side that is not watched stays at zero. By its place, so that it is a load and not a branch.
     let falling = sides.s[0] < sides.s[1];
     let side = sides.get(usize::from(falling));
