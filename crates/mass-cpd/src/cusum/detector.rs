@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     AfterAlarm, CalibratedCusumParams, Calibration, Drift, General, Prewhiten, Reference, Watch,
-    autoregression::Model,
     lagged::{Lagged, Shape},
     self_starting::SelfStarting,
     stored::Stored,
@@ -48,7 +47,6 @@ pub struct CalibratedCusum {
     pub(super) count: u64,
     pub(super) last_score: Option<f64>,
     pub(super) shape: Shape,
-    pub(super) model: Option<Model>,
     /// Of a score, and of a certain one.
     pub(super) limits: (f64, f64),
     pub(super) threshold: f64,
@@ -128,7 +126,6 @@ impl CalibratedCusum {
             count: 0,
             last_score: None,
             shape: params.shape(),
-            model: params.general(),
             limits: params.limits(threshold),
             threshold,
             calibration,
@@ -181,8 +178,7 @@ impl CalibratedCusum {
             State::General(general) => {
                 let ready = general.seen() >= warmup as u64;
                 let limit = if ready { self.limits.0 } else { f64::INFINITY };
-                let model = self.model.as_ref()?;
-                let z = general.update(y, limit, model);
+                let z = general.update(y, limit, &self.params.general()?);
                 ready.then_some(z)
             }
             State::Lagged {
@@ -209,9 +205,9 @@ impl CalibratedCusum {
                 }
             }
             State::General(general) => self
-                .model
-                .as_ref()
-                .map_or((0.0, 0.0), |model| general.line(model)),
+                .params
+                .general()
+                .map_or((0.0, 0.0), |model| general.line(&model)),
             State::Lagged {
                 rolling, values, ..
             } => rolling.line(values, &self.shape),
@@ -267,8 +263,8 @@ impl Detector for CalibratedCusum {
         match &mut self.reference {
             State::SelfStarting(s) => shaped!(self.params, s.skip()),
             State::General(general) => {
-                if let Some(model) = &self.model {
-                    general.skip(model);
+                if let Some(model) = self.params.general() {
+                    general.skip(&model);
                 }
             }
             State::Lagged { gap, .. } => *gap = true,
