@@ -31,18 +31,18 @@ fn pelt(c: &mut Criterion) {
     for n in [10_000, 100_000] {
         let y = series(n);
         // The noise has variance one.
-        let penalty = Penalty::Value(2.0 * (n as f64).ln());
-        let pelt = PeltParams {
-            penalty,
+        let given = PeltParams {
+            penalty: Penalty::Value(2.0 * (n as f64).ln()),
             min_segment: 2,
             ..Default::default()
-        }
-        .check()
-        .expect("valid");
+        };
         group.throughput(Throughput::Elements(n));
-        group.bench_function(format!("{n} points"), |b| {
-            b.iter(|| pelt.segment(y.view()).expect("a series"));
-        });
+        for (name, params) in [("", given), (", default", PeltParams::default())] {
+            let pelt = params.check().expect("valid");
+            group.bench_function(format!("{n} points{name}"), |b| {
+                b.iter(|| pelt.segment(y.view()).expect("a series"));
+            });
+        }
     }
     group.finish();
 }

@@ -234,13 +234,13 @@ impl TrainingMonitor {
                 0.0
             }
         };
-        let turn = turns.iter().fold(turns[0], |best, turn| {
-            if likelihood(turn) > likelihood(&best) {
-                *turn
-            } else {
-                best
+        let (mut turn, mut most) = (turns[0], likelihood(&turns[0]));
+        for other in &turns[1..] {
+            let likelihood = likelihood(other);
+            if likelihood > most {
+                (turn, most) = (*other, likelihood);
             }
-        });
+        }
         step.statistic = Some(statistic);
         step.p_value = Some(p_value);
         step.p_horizon = Some(p_horizon);
@@ -385,13 +385,16 @@ fn two_sided(d: f64) -> f64 {
     }
     let sign = |j: u32| if j.is_multiple_of(2) { 1.0 } else { -1.0 };
     if d < 1.0 {
-        let stay: f64 = (0..20)
-            .map(|j| {
-                let odd = f64::from(2 * j + 1);
-                let e = std::f64::consts::PI * odd / d;
-                sign(j) / odd * (-e * e / 8.0).exp()
-            })
-            .sum();
+        let mut stay = 0.0;
+        for j in 0..20 {
+            let odd = f64::from(2 * j + 1);
+            let e = std::f64::consts::PI * odd / d;
+            let term = sign(j) / odd * (-e * e / 8.0).exp();
+            stay += term;
+            if term.abs() <= 1e-18 * stay {
+                break;
+            }
+        }
         return (1.0 - 4.0 / std::f64::consts::PI * stay).clamp(0.0, 1.0);
     }
     // Reflections: 4 sum_j (-1)^j (1 - Phi((2 j + 1) d)), whose second term is already under 0.3 % at d = 1.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::cusum::{
     bounded,
     score::FAR,
-    self_starting::{Prediction, SelfStarting},
+    self_starting::SelfStarting,
     sum::{Sum, of_size},
 };
 
@@ -79,13 +79,11 @@ pub(super) struct Stream {
 /// What all streams share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
-    pub(super) k: f64,
+    /// Of each side.
+    pub(super) k: [f64; 2],
     /// Of a score, and of a certain one.
     pub(super) limits: (f64, f64),
     pub(super) warmup: f64,
-    /// Whether the side is watched.
-    pub(super) up: bool,
-    pub(super) down: bool,
     /// Whether the spread is watched.
     pub(super) spread: bool,
     pub(super) threshold: f64,
@@ -124,7 +122,7 @@ impl Block {
         y: &Lanes,
         rule: &Rule,
     ) -> bool {
-        let mut predictions = [Prediction::NONE; LANES];
+        let mut share = [0.0; LANES];
         let mut seen = Judgement::of(y);
         let mut plain = true;
         for i in 0..LANES {
@@ -132,23 +130,23 @@ impl Block {
             let ready = state.seen >= rule.warmup;
             seen.ready[i] = if ready { 1.0 } else { 0.0 };
             (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
-            predictions[i] = state.judge::<AR, DRIFT>(y[i], state.previous);
-            let judged = &predictions[i].judged;
+            let judged;
+            (judged, share[i]) = state.judge::<AR, DRIFT>(y[i], state.previous);
             seen.z[i] = judged.near();
-            let limit = if ready { rule.limits.0 } else { f64::INFINITY };
-            plain &= (judged.ratio < FAR) & (state.odd == 0.0) & (seen.z[i].abs() <= limit);
+            plain &= (judged.ratio < FAR)
+                & state.is_usual::<AR>()
+                & ((seen.z[i].abs() <= rule.limits.0) | !ready);
         }
         if plain {
             for i in 0..LANES {
                 let mut state = self.reference.get(i);
-                state.learn::<AR, DRIFT>(y[i], &predictions[i]);
+                state.learn::<AR, DRIFT>(y[i], share[i]);
                 self.reference.set(i, state);
             }
         } else {
             for (i, &y) in y.iter().enumerate() {
-                let limit = self.limit(i, rule);
                 let mut state = self.reference.get(i);
-                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
+                seen.z[i] = state.update::<AR, DRIFT>(y, rule.limits.0, rule.warmup);
                 self.reference.set(i, state);
             }
         }
@@ -166,24 +164,15 @@ impl Block {
         for (i, &y) in y.iter().enumerate() {
             let mut state = self.reference.get(i);
             if present[i] {
-                let limit = self.limit(i, rule);
                 seen.ready[i] = if state.seen >= rule.warmup { 1.0 } else { 0.0 };
                 (seen.level[i], seen.slope[i]) = state.line::<DRIFT>();
-                seen.z[i] = state.update::<AR, DRIFT>(y, limit);
+                seen.z[i] = state.update::<AR, DRIFT>(y, rule.limits.0, rule.warmup);
             } else {
                 state.skip::<AR, DRIFT>();
             }
             self.reference.set(i, state);
         }
         self.add(&seen, rule)
-    }
-
-    fn limit(&self, i: usize, rule: &Rule) -> f64 {
-        if self.reference.seen[i] >= rule.warmup {
-            rule.limits.0
-        } else {
-            f64::INFINITY
-        }
     }
 
     /// Adds scores to the sums, where they are ready.
@@ -201,10 +190,10 @@ impl Block {
             let ready = seen.ready[i] > 0.0;
             let line = (seen.level[i], seen.slope[i]);
             let (mut up, mut down) = (self.up.get(i), self.down.get(i));
-            up.add(bounded, rule.k, seen.y[i], count, line);
-            down.add(-bounded, rule.k, seen.y[i], count, line);
-            let up = either(ready & rule.up, up, self.up.get(i));
-            let down = either(ready & rule.down, down, self.down.get(i));
+            up.add(bounded, bounded, rule.k[0], seen.y[i], count, line);
+            down.add(bounded, -bounded, rule.k[1], seen.y[i], count, line);
+            let up = either(ready, up, self.up.get(i));
+            let down = either(ready, down, self.down.get(i));
             self.up.set(i, up);
             self.down.set(i, down);
             self.score[i] = if ready { z[i] } else { 0.0 };

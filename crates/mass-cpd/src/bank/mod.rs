@@ -19,12 +19,11 @@ use serde::{Deserialize, Serialize};
 use block::{Block, Judgement, LANES, Lanes, Rule};
 
 use crate::{
-    AfterAlarm, CalibratedCusumParams, CpdError, Direction, Drift, Prewhiten, Reference, Step,
-    Watch,
+    AfterAlarm, CalibratedCusumParams, CpdError, Drift, Prewhiten, Reference, Step, Watch,
     cusum::{
         Calibration, General,
         lagged::{Lagged, Shape},
-        sum::report,
+        sum::{Sides, report},
         transform, transform_all,
     },
 };
@@ -338,8 +337,8 @@ impl Bank {
         let (block, lane) = (&self.blocks[place / LANES], place % LANES);
         let mut step = Step::silent(block.count[lane] as u64);
         if block.scored[lane] > 0.0 {
-            let sides = (&block.up.get(lane), &block.down.get(lane));
-            report(&self.params.detector, &mut step, sides, block.score[lane]);
+            let sides = Sides::new([block.up.get(lane), block.down.get(lane)]);
+            report(&self.params.detector, &mut step, &sides, block.score[lane]);
             step.p_horizon = step.statistic.map(|s| self.calibration.p(s));
             step.alarm = self.alarms.contains(&place);
         }
@@ -379,11 +378,9 @@ impl Bank {
     fn rule(&self) -> Rule {
         let d = &self.params.detector;
         Rule {
-            k: d.k,
+            k: d.allowances(),
             limits: d.limits(self.threshold),
             warmup: d.warmup as f64,
-            up: d.direction != Direction::Down,
-            down: d.direction != Direction::Up,
             spread: d.watch == Watch::Spread,
             threshold: self.threshold,
         }
@@ -424,6 +421,7 @@ impl Bank {
         rule: &Rule,
         one: impl Fn(&mut Self, usize, Option<f64>) -> (Option<f64>, (f64, f64)),
     ) {
+        let arch = pulp::Arch::new();
         for b in 0..self.blocks.len() {
             let places = b * LANES..self.ids.len().min((b + 1) * LANES);
             let mut y: Lanes = [0.0; LANES];
@@ -438,7 +436,12 @@ impl Bank {
                     seen.ready[i] = 1.0;
                 }
             }
-            if self.blocks[b].add(&seen, rule) {
+            let scored = Add {
+                block: &mut self.blocks[b],
+                seen: &seen,
+                rule,
+            };
+            if arch.dispatch(scored) {
                 self.raise(b);
             }
         }
@@ -526,5 +529,21 @@ impl<const AR: bool, const DRIFT: bool> pulp::NullaryFnOnce for Pass<'_, AR, DRI
         for ((block, y), hit) in self.blocks.iter_mut().zip(self.inputs).zip(self.hits) {
             *hit = block.update::<AR, DRIFT>(y, &rule);
         }
+    }
+}
+
+/// Scores that were found one by one, for one block.
+struct Add<'a> {
+    block: &'a mut Block,
+    seen: &'a Judgement,
+    rule: &'a Rule,
+}
+
+impl pulp::NullaryFnOnce for Add<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn call(self) -> bool {
+        self.block.add(self.seen, self.rule)
     }
 }

@@ -5,14 +5,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AfterAlarm, CalibratedCusumParams, Calibration, Direction, Drift, General, Prewhiten,
-    Reference, Watch,
-    autoregression::Model,
+    AfterAlarm, CalibratedCusumParams, Calibration, Drift, General, Prewhiten, Reference, Watch,
     lagged::{Lagged, Shape},
     self_starting::SelfStarting,
     stored::Stored,
-    sum::{Sum, of_size, report},
-    transform::{bounded, transform},
+    sum::{Sides, of_size, report},
+    transform::{seldom_bounded, transform},
 };
 use crate::{CpdError, Detector, Step};
 
@@ -43,12 +41,12 @@ use crate::{CpdError, Detector, Step};
 pub struct CalibratedCusum {
     pub(super) params: CalibratedCusumParams,
     pub(super) reference: State,
-    pub(super) up: Sum,
-    pub(super) down: Sum,
+    pub(super) sides: Sides,
+    /// Allowance of each side.
+    pub(super) k: [f64; 2],
     pub(super) count: u64,
     pub(super) last_score: Option<f64>,
     pub(super) shape: Shape,
-    pub(super) model: Option<Model>,
     /// Of a score, and of a certain one.
     pub(super) limits: (f64, f64),
     pub(super) threshold: f64,
@@ -123,12 +121,11 @@ impl CalibratedCusum {
         Self {
             params,
             reference: State::new(&params),
-            up: Sum::default(),
-            down: Sum::default(),
+            sides: Sides::default(),
+            k: params.allowances(),
             count: 0,
             last_score: None,
             shape: params.shape(),
-            model: params.general(),
             limits: params.limits(threshold),
             threshold,
             calibration,
@@ -173,16 +170,15 @@ impl CalibratedCusum {
         let warmup = self.params.warmup;
         match &mut self.reference {
             State::SelfStarting(s) => {
-                let ready = s.seen >= warmup as f64;
-                let limit = if ready { self.limits.0 } else { f64::INFINITY };
-                let z = shaped!(self.params, s.update(y, limit));
+                let warmup = warmup as i64 as f64;
+                let ready = s.seen >= warmup;
+                let z = shaped!(self.params, s.update(y, self.limits.0, warmup));
                 ready.then_some(z)
             }
             State::General(general) => {
                 let ready = general.seen() >= warmup as u64;
                 let limit = if ready { self.limits.0 } else { f64::INFINITY };
-                let model = self.model.as_ref()?;
-                let z = general.update(y, limit, model);
+                let z = general.update(y, limit, &self.params.general()?);
                 ready.then_some(z)
             }
             State::Lagged {
@@ -209,9 +205,9 @@ impl CalibratedCusum {
                 }
             }
             State::General(general) => self
-                .model
-                .as_ref()
-                .map_or((0.0, 0.0), |model| general.line(model)),
+                .params
+                .general()
+                .map_or((0.0, 0.0), |model| general.line(&model)),
             State::Lagged {
                 rolling, values, ..
             } => rolling.line(values, &self.shape),
@@ -221,8 +217,7 @@ impl CalibratedCusum {
     /// Forgets what was learned, but not how many observations there were.
     fn relearn(&mut self) {
         self.reference.clear();
-        self.up = Sum::default();
-        self.down = Sum::default();
+        self.sides = Sides::default();
     }
 }
 
@@ -242,17 +237,11 @@ impl Detector for CalibratedCusum {
             z = of_size(z);
             self.last_score = Some(z);
         }
-        let k = self.params.k;
-        let bounded = bounded(z, self.limits);
-        let direction = self.params.direction;
-        let count = self.count as f64;
-        if direction != Direction::Down {
-            self.up.add(bounded, k, y, count, line);
-        }
-        if direction != Direction::Up {
-            self.down.add(-bounded, k, y, count, line);
-        }
-        report(&self.params, &mut step, (&self.up, &self.down), z);
+        let bounded = seldom_bounded(z, self.limits);
+        // By way of a signed number, which has an instruction of its own.
+        let count = self.count as i64 as f64;
+        self.sides.add(bounded, self.k, y, count, line);
+        report(&self.params, &mut step, &self.sides, z);
         let s = step.statistic.unwrap_or(0.0);
         step.p_horizon = Some(self.calibration.p(s));
         step.alarm = s >= self.threshold;
@@ -260,8 +249,7 @@ impl Detector for CalibratedCusum {
             match self.params.after_alarm {
                 AfterAlarm::Hold => {}
                 AfterAlarm::Restart => {
-                    self.up = Sum::default();
-                    self.down = Sum::default();
+                    self.sides = Sides::default();
                 }
                 AfterAlarm::Relearn => self.relearn(),
             }
@@ -275,8 +263,8 @@ impl Detector for CalibratedCusum {
         match &mut self.reference {
             State::SelfStarting(s) => shaped!(self.params, s.skip()),
             State::General(general) => {
-                if let Some(model) = &self.model {
-                    general.skip(model);
+                if let Some(model) = self.params.general() {
+                    general.skip(&model);
                 }
             }
             State::Lagged { gap, .. } => *gap = true,

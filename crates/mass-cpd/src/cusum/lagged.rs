@@ -124,12 +124,25 @@ struct Sums {
 }
 
 struct Fit {
-    z: f64,
+    /// `t^2 / dof`
+    ratio: f64,
     /// Residual sum of squares.
     rest: f64,
     error: f64,
-    /// Square of the prediction's standard error.
-    variance: f64,
+    /// `dof` times the square of the prediction's standard error.
+    spread: f64,
+}
+
+/// Values of a full window that its sums are moved on by, as they were seen.
+#[derive(Clone, Copy)]
+struct Ends {
+    oldest: f64,
+    second: f64,
+    newest: f64,
+    /// The one after it, where there is a gap.
+    next: Option<f64>,
+    /// The last one seen.
+    previous: f64,
 }
 
 impl Lagged {
@@ -153,34 +166,43 @@ impl Lagged {
     #[inline]
     pub(crate) fn update(&mut self, values: &mut [f64], y: f64, shape: &Shape) -> Option<f64> {
         if self.seen < values.len() as u64 {
-            self.learn(values, y, shape);
+            self.write(values, y, shape, false);
             return None;
         }
-        let fit = self.judge(values, y, shape);
-        // A jump is not learned at its full size: as the predecessor of the next value, or in the window, it would have the autoregression
-        // explain all that follows. The window's spread grows with each such value, so that a lasting one is followed in time.
-        let most = MOST_LEARNED * MOST_LEARNED * fit.variance;
-        let learned = if fit.error * fit.error <= most {
-            y
-        } else {
-            y - fit.error + most.sqrt().copysign(fit.error)
+        let ends = Ends {
+            oldest: self.at(values, 0),
+            second: self.at(values, 1),
+            newest: self.at(values, shape.window - 1),
+            next: (shape.gap > 0).then(|| self.at(values, shape.window)),
+            previous: self.at(values, values.len() - 1),
         };
-        self.learn(values, learned, shape);
-        Some(fit.z)
-    }
-
-    fn judge(&mut self, values: &[f64], y: f64, shape: &Shape) -> Fit {
-        let fit = self.fit(values, y, shape);
+        let mut fit = self.fit(&ends, y, shape);
         // Where nearly all of the sum of squares is explained, its digits are spent: take them anew.
         if fit.rest < 1e-8 * self.sums.square {
             self.refresh(values, shape);
-            return self.fit(values, y, shape);
+            fit = self.fit(&ends, y, shape);
         }
-        fit
+        let z = Judged {
+            ratio: fit.ratio,
+            dof: shape.dof,
+            shrink: shape.shrink,
+            error: fit.error,
+            ..Judged::NONE
+        }
+        .score();
+        // A jump is not learned at its full size: as the predecessor of the next value, or in the window, it would have the autoregression
+        // explain all that follows. The window's spread grows with each such value, so that a lasting one is followed in time.
+        let learned = if fit.ratio * shape.dof <= MOST_LEARNED * MOST_LEARNED {
+            y
+        } else {
+            y - fit.error + (MOST_LEARNED * (fit.spread / shape.dof).sqrt()).copysign(fit.error)
+        };
+        self.learn(values, &ends, learned, shape);
+        Some(z)
     }
 
     #[inline]
-    fn fit(&self, values: &[f64], y: f64, shape: &Shape) -> Fit {
+    fn fit(&self, ends: &Ends, y: f64, shape: &Shape) -> Fit {
         let Sums {
             origin,
             first,
@@ -189,15 +211,8 @@ impl Lagged {
             ramp,
         } = self.sums;
         let size = shape.window as f64;
-        let oldest = self.at(values, 0) - origin;
-        let newest = self.at(values, shape.window - 1) - origin;
-        let previous = values[if self.next == 0 {
-            values.len()
-        } else {
-            self.next
-        } - 1]
-            - origin;
-        let y = y - origin;
+        let [oldest, newest, previous, y] =
+            [ends.oldest, ends.newest, ends.previous, y].map(|v| v - origin);
 
         let Shape {
             per_n,
@@ -257,62 +272,54 @@ impl Lagged {
         // No spread at all is taken for that of rounding: what is beyond it is evidence.
         let raw_square = square + origin * (2.0 * first + size * origin) + shape.unit * size;
         let spread = rest.max(1e-13 * square).max(ROUNDING * raw_square);
+        let spread = spread * leverage;
         let ratio = if error == 0.0 {
             0.0
         } else {
-            (error * error / (spread * leverage)).min(f64::MAX)
+            (error * error / spread).min(f64::MAX)
         };
-        let z = Judged {
-            ratio,
-            dof: shape.dof,
-            shrink: shape.shrink,
-            error,
-            ..Judged::NONE
-        }
-        .score();
         Fit {
-            z,
+            ratio,
             rest,
             error,
-            variance: spread * leverage / shape.dof,
+            spread,
         }
     }
 
     #[inline]
-    fn learn(&mut self, values: &mut [f64], y: f64, shape: &Shape) {
-        let full = self.seen >= values.len() as u64;
-        if full {
-            let origin = self.sums.origin;
-            let at = |i: usize| self.at(values, i) - origin;
-            let (leaving, second, newest) = (at(0), at(1), at(shape.window - 1));
-            // With no gap, y itself is the next value of the window.
-            let entering = if shape.gap > 0 {
-                at(shape.window)
-            } else {
-                y - origin
-            };
-            let sums = &mut self.sums;
-            let stay = sums.first - leaving;
-            sums.ramp += (shape.window - 1) as f64 * entering - stay;
-            sums.first = stay + entering;
-            sums.square += entering * entering - leaving * leaving;
-            sums.product += newest * entering - leaving * second;
-            self.peak = self.peak.max(sums.square);
-        }
+    fn learn(&mut self, values: &mut [f64], ends: &Ends, y: f64, shape: &Shape) {
+        // With no gap, y itself is the next value of the window.
+        let next = ends.next.unwrap_or(y);
+        let sums = &mut self.sums;
+        let [leaving, second, newest, entering] =
+            [ends.oldest, ends.second, ends.newest, next].map(|v| v - sums.origin);
+        let stay = sums.first - leaving;
+        sums.ramp += (shape.window - 1) as f64 * entering - stay;
+        sums.first = stay + entering;
+        sums.square += entering * entering - leaving * leaving;
+        sums.product += newest * entering - leaving * second;
+        self.peak = self.peak.max(sums.square);
+        // Rounding errors pile up, and weigh most when a large value leaves a window of small ones.
+        let stale = self.sums.square < 1e-6 * self.peak;
+        self.write(values, y, shape, stale);
+    }
+
+    #[inline]
+    fn write(&mut self, values: &mut [f64], y: f64, shape: &Shape, stale: bool) {
         values[self.next] = y;
         self.seen += 1;
         self.next += 1;
         if self.next == values.len() {
             self.next = 0;
         }
-        // Rounding errors pile up, and weigh most when a large value leaves a window of small ones.
-        let stale = full && self.sums.square < 1e-6 * self.peak;
-        if stale || (self.next == 0 && self.seen >= values.len() as u64) {
+        if stale || self.next == 0 {
             self.refresh(values, shape);
         }
     }
 
     /// Makes the sums from the values, around their mean.
+    #[cold]
+    #[inline(never)]
     fn refresh(&mut self, values: &[f64], shape: &Shape) {
         let window = shape.window;
         let anchor = self.at(values, 0);

@@ -303,6 +303,17 @@ impl CalibratedCusumParams {
         }
     }
 
+    /// Of each side; one that is not watched stays at zero.
+    pub(crate) fn allowances(&self) -> [f64; 2] {
+        [Direction::Down, Direction::Up].map(|other| {
+            if self.direction == other {
+                f64::INFINITY
+            } else {
+                self.k
+            }
+        })
+    }
+
     pub(crate) fn threshold(&self, calibration: &Calibration) -> f64 {
         match self.alarm_at {
             AlarmAt::Alpha => calibration.threshold(self.alpha),

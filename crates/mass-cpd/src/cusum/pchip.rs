@@ -72,19 +72,13 @@ impl Pchip {
 /// Adding 2^52 leaves the nearest whole number in the low bits: half of what a saturating conversion costs.
 #[inline(always)]
 pub(crate) fn split(place: f64) -> Option<(usize, f64)> {
-    const SHIFT: f64 = 4_503_599_627_370_496.0;
+    // And half of that again, so that the last bit of a place of 0 is a whole.
+    const SHIFT: f64 = 1.5 * 4_503_599_627_370_496.0;
     if place >= 1e6 {
         return None;
     }
-    // Half up, so that the nearest whole number is the cell's upper end.
-    let shifted = (place + 0.5) + SHIFT;
-    let upper = (shifted.to_bits() & 0xf_ffff) as usize;
-    // A place of 0 is a tie, and goes to the even 0.
-    let cell = upper.saturating_sub(1);
-    let u = if upper == 0 {
-        place
-    } else {
-        place - ((shifted - SHIFT) - 1.0)
-    };
-    Some((cell, u))
+    // Half down, so that the nearest whole number is the cell's lower end; a place of 0 is a tie, and goes to the even 0.
+    let shifted = (place - 0.5) + SHIFT;
+    let cell = (shifted.to_bits() & 0xf_ffff) as usize;
+    Some((cell, place - (shifted - SHIFT)))
 }

@@ -47,79 +47,72 @@ pub(crate) struct SelfStarting {
     pub(crate) lt: f64,
 }
 
-/// A judged observation, and what learning it needs.
-#[derive(Clone, Copy)]
-pub(crate) struct Prediction {
-    pub(crate) judged: Judged,
-    dy: f64,
-    dl: f64,
-    dt: f64,
-    /// `1 / (n + 1)`
-    share: f64,
-}
-
-impl Prediction {
-    pub(crate) const NONE: Self = Self {
-        judged: Judged::NONE,
-        dy: 0.0,
-        dl: 0.0,
-        dt: 0.0,
-        share: 0.0,
-    };
-}
-
 impl SelfStarting {
-    /// Judges `y` against everything before it, then learns it: its score, limited in what is learned.
+    /// Judges `y` against everything before it, then learns it: its score, limited in what is learned once that is after
+    /// `warmup` observations.
     #[inline(always)]
-    pub(crate) fn update<const AR: bool, const DRIFT: bool>(&mut self, y: f64, limit: f64) -> f64 {
-        let p = self.judge::<AR, DRIFT>(y, self.previous);
-        if self.odd == 0.0 {
-            let z = p.judged.score();
-            if z.abs() <= limit {
-                self.learn::<AR, DRIFT>(y, &p);
-                return z;
-            }
-        }
-        self.update_odd::<AR, DRIFT>(y, limit, &p)
-    }
-
-    /// The same where the observation is over the limit, or its predecessor was or is missing.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn update_odd<const AR: bool, const DRIFT: bool>(
+    pub(crate) fn update<const AR: bool, const DRIFT: bool>(
         &mut self,
         y: f64,
         limit: f64,
-        p: &Prediction,
+        warmup: f64,
     ) -> f64 {
+        let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
+        if self.is_usual::<AR>() {
+            let z = judged.score();
+            if z.abs() <= limit || self.seen < warmup {
+                self.learn::<AR, DRIFT>(y, share);
+                return z;
+            }
+        }
+        self.update_odd::<AR, DRIFT>(y, limit, warmup)
+    }
+
+    /// Whether the predecessor is as it was observed, and needs no care: before the first target (only with AR) it is none.
+    #[inline(always)]
+    pub(crate) fn is_usual<const AR: bool>(&self) -> bool {
+        (self.odd == 0.0) & (!AR || self.seen >= 1.0)
+    }
+
+    /// The same where the observation is over the limit, or its predecessor was, is missing, or is none.
+    #[cold]
+    #[inline(never)]
+    fn update_odd<const AR: bool, const DRIFT: bool>(
+        &mut self,
+        y: f64,
+        limit: f64,
+        warmup: f64,
+    ) -> f64 {
+        if AR && self.seen == 0.0 {
+            self.previous = y;
+            self.seen = 1.0;
+            self.time += if DRIFT { 1.0 } else { 0.0 };
+            return 0.0;
+        }
+        let limit = if self.seen >= warmup {
+            limit
+        } else {
+            f64::INFINITY
+        };
+        let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
         if AR && self.unsure > 0.0 {
-            let judged = p
-                .judged
-                .with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+            let judged = judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
             // Without its predecessor it is no target of the regression.
             let (z, clean, _) = judged.clean(y, limit);
             self.pass_over(y, clean);
             return z;
         }
-        let (z, clean, extra) = p.judged.clean(y, limit);
+        let (z, clean, extra) = judged.clean(y, limit);
         if AR && self.odd > 0.0 {
             // The predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
-            let echo = self.judge::<AR, DRIFT>(y, self.raw).judged;
+            let (echo, _) = self.judge::<AR, DRIFT>(y, self.raw);
             if echo.is_within_reach(self.seen) && echo.score().abs() < z.abs() {
                 self.pass_over(y, clean);
                 return echo.score();
             }
         }
-        if clean == y {
-            self.learn::<AR, DRIFT>(y, p);
-        } else {
-            let cleaned = Prediction {
-                dy: clean - self.mean_y,
-                ..*p
-            };
-            self.learn::<AR, DRIFT>(clean, &cleaned);
-            self.yy += extra;
-        }
+        self.learn::<AR, DRIFT>(clean, share);
+        self.yy += extra;
         self.follow(y, clean);
         z
     }
@@ -183,13 +176,14 @@ impl SelfStarting {
         }
     }
 
-    /// Judges `y` against everything before it, if its predecessor was `previous`.
+    /// Judges `y` against everything before it, if its predecessor was `previous`; and the share that `y` has in the means
+    /// once it is learned.
     #[inline(always)]
     pub(crate) fn judge<const AR: bool, const DRIFT: bool>(
         &self,
         y: f64,
         previous: f64,
-    ) -> Prediction {
+    ) -> (Judged, f64) {
         let lag = if AR { 1.0 } else { 0.0 };
         let n = self.seen - lag;
         let (dy, dl) = (y - self.mean_y, previous - self.mean_l);
@@ -247,32 +241,25 @@ impl SelfStarting {
         // Without spread an error within rounding is none.
         let known =
             (dof > 0.0) & (spread > SMALLEST_SPREAD) & ((rest > least) | (ratio * dof > 1.0));
-        Prediction {
-            judged: Judged {
-                ratio: if known { ratio } else { 0.0 },
-                dof: if known { dof } else { 1.0 },
-                shrink: if known { 2.0 * targets * both } else { 0.0 },
-                error,
-                unit: ll,
-                rest,
-                leverage,
-                per: n * ll,
-            },
-            dy,
-            dl,
-            dt,
-            share,
-        }
+        let judged = Judged {
+            ratio: if known { ratio } else { 0.0 },
+            dof: if known { dof } else { 1.0 },
+            shrink: if known { 2.0 * targets * both } else { 0.0 },
+            error,
+            unit: ll,
+            rest,
+            leverage,
+            per: n * ll,
+        };
+        (judged, share)
     }
 
-    /// Welford's update.
+    /// Welford's update; not before there is a predecessor (only with AR).
     #[inline(always)]
-    pub(crate) fn learn<const AR: bool, const DRIFT: bool>(&mut self, y: f64, p: &Prediction) {
-        // Before the first target (only with AR) everything is still zero and must stay so.
-        let is_target = !AR || self.seen >= 1.0;
-        let share = if is_target { p.share } else { 0.0 };
-        let keep = if is_target { 1.0 - share } else { 0.0 };
-        let Prediction { dy, dl, dt, .. } = *p;
+    pub(crate) fn learn<const AR: bool, const DRIFT: bool>(&mut self, y: f64, share: f64) {
+        let keep = 1.0 - share;
+        let (dy, dl) = (y - self.mean_y, self.previous - self.mean_l);
+        let dt = self.time - self.mean_t;
         self.yy += dy * dy * keep;
         self.mean_y += dy * share;
         if AR {

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CalibratedCusum, CalibratedCusumParams, Reference, detector::State, sum::Sum};
+use super::{
+    CalibratedCusum, CalibratedCusumParams, Reference,
+    detector::State,
+    sum::{Sides, Sum},
+};
 use crate::{CpdError, error::MOST};
 
 /// All but what follows from the parameters.
@@ -22,8 +26,8 @@ impl From<CalibratedCusum> for Stored {
         Self {
             params: d.params,
             reference: d.reference,
-            up: d.up,
-            down: d.down,
+            up: d.sides.get(0),
+            down: d.sides.get(1),
             count: d.count,
             last_score: d.last_score,
         }
@@ -80,8 +84,7 @@ impl TryFrom<Stored> for CalibratedCusum {
         }
         Ok(Self {
             reference: stored.reference,
-            up: stored.up,
-            down: stored.down,
+            sides: Sides::new([stored.up, stored.down]),
             count: stored.count,
             last_score: stored.last_score,
             ..Self::new(params)

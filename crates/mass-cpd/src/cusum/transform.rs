@@ -9,18 +9,25 @@ const LARGEST: f64 = 1e40;
 /// What is monitored of the observation after the first `count`.
 #[inline]
 pub(crate) fn transform(x: f64, transform: Transform, count: u64) -> Result<f64, CpdError> {
+    match transform {
+        Transform::Identity if x.abs() <= LARGEST => Ok(x),
+        Transform::Log if (f64::MIN_POSITIVE..=f64::MAX).contains(&x) => Ok(ln(x)),
+        _ => unusual(x, transform, count),
+    }
+}
+
+#[cold]
+fn unusual(x: f64, transform: Transform, count: u64) -> Result<f64, CpdError> {
     require_finite(x, count)?;
-    let refused = (count + 1, x);
-    match (transform, refused) {
-        (Transform::Identity, _) if x.abs() <= LARGEST => Ok(x),
-        (Transform::Identity, (count, value)) => Err(CpdError::TooLarge {
+    let (count, value) = (count + 1, x);
+    match transform {
+        Transform::Identity => Err(CpdError::TooLarge {
             count,
             value,
             limit: LARGEST,
         }),
-        (Transform::Log, _) if x >= f64::MIN_POSITIVE => Ok(ln(x)),
-        (Transform::Log, _) if x > 0.0 => Ok(x.ln()),
-        (Transform::Log, (count, value)) => Err(CpdError::NonPositive { count, value }),
+        Transform::Log if x > 0.0 => Ok(x.ln()),
+        Transform::Log => Err(CpdError::NonPositive { count, value }),
     }
 }
 
@@ -54,4 +61,19 @@ pub(crate) fn bounded(z: f64, (limit, certain): (f64, f64)) -> f64 {
     let limit = if z.abs() > CERTAIN { certain } else { limit };
     let z = if z > limit { limit } else { z };
     if z < -limit { -limit } else { z }
+}
+
+/// The same for one score, which is seldom over the limit.
+#[inline(always)]
+pub(crate) fn seldom_bounded(z: f64, limits: (f64, f64)) -> f64 {
+    #[cold]
+    #[inline(never)]
+    fn over(z: f64, limits: (f64, f64)) -> f64 {
+        bounded(z, limits)
+    }
+    if z.abs() <= limits.0 {
+        z
+    } else {
+        over(z, limits)
+    }
 }

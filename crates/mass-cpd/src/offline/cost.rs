@@ -166,16 +166,121 @@ fn spread<N: Number>(m: f64, squares: N, floor: f64) -> N {
 /// Least cost up to each end, `None` where no segmentation ends, and the start of the last segment.
 type Table<N> = (Vec<Option<N>>, Vec<usize>);
 
-/// A start that may still be best, beside what its cost needs.
-#[derive(Clone, Copy)]
-struct Start<N> {
-    at: usize,
+/// Starts that may still be best, beside what their costs need. As arrays, for loops that take many at once.
+struct Starts<N> {
+    at: Vec<f64>,
     /// Least cost of all before it, penalties included.
-    best: N,
-    sum: N,
-    square: N,
+    best: Vec<N>,
+    sum: Vec<N>,
+    square: Vec<N>,
     /// The end from which on it is given up.
-    until: usize,
+    until: Vec<f64>,
+    /// So many are looked through for those given up.
+    full: usize,
+}
+
+/// Values compared side by side.
+const LANES: usize = 8;
+
+impl<N: Number> Starts<N> {
+    fn new() -> Self {
+        Self {
+            at: Vec::new(),
+            best: Vec::new(),
+            sum: Vec::new(),
+            square: Vec::new(),
+            until: Vec::new(),
+            full: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, at: usize, best: N, prefix: &Prefix<N>) {
+        self.at.push(at as f64);
+        self.best.push(best);
+        self.sum.push(prefix.sum[at]);
+        self.square.push(prefix.square[at]);
+        self.until.push(f64::INFINITY);
+    }
+
+    /// What all up to `end` costs with the last segment from each start, infinite for those given up.
+    #[inline(always)]
+    fn values(
+        &self,
+        end: usize,
+        prefix: &Prefix<N>,
+        cost: &impl Fn(f64, N) -> N,
+        values: &mut Vec<N>,
+    ) {
+        let n = self.at.len();
+        values.resize(n, N::of(f64::INFINITY));
+        let (values, at, until) = (&mut values[..n], &self.at[..n], &self.until[..n]);
+        let (best, sums, squares) = (&self.best[..n], &self.sum[..n], &self.square[..n]);
+        let (sum, square, end) = (prefix.sum[end], prefix.square[end], end as f64);
+        for i in 0..n {
+            let m = end - at[i];
+            let value = best[i] + cost(m, around_mean(m, sum - sums[i], square - squares[i]));
+            values[i] = if until[i] > end {
+                value
+            } else {
+                N::of(f64::INFINITY)
+            };
+        }
+    }
+
+    /// Those whose value is no less than the limit are given up from the end `due` on.
+    #[inline(always)]
+    fn give_up(&mut self, values: &[N], limit: N, due: f64) {
+        for (until, &value) in self.until.iter_mut().zip(values) {
+            *until = if (value >= limit) & (*until > due) {
+                due
+            } else {
+                *until
+            };
+        }
+    }
+
+    /// Makes room, now and then, of those given up before `end`.
+    fn clean(&mut self, end: f64) {
+        if self.at.len() < self.full {
+            return;
+        }
+        let mut kept = 0;
+        for i in 0..self.at.len() {
+            if self.until[i] > end {
+                self.at[kept] = self.at[i];
+                self.best[kept] = self.best[i];
+                self.sum[kept] = self.sum[i];
+                self.square[kept] = self.square[i];
+                self.until[kept] = self.until[i];
+                kept += 1;
+            }
+        }
+        self.at.truncate(kept);
+        self.best.truncate(kept);
+        self.sum.truncate(kept);
+        self.square.truncate(kept);
+        self.until.truncate(kept);
+        self.full = kept + kept / 8 + 2 * LANES;
+    }
+}
+
+/// The least value, and the first place where it is.
+#[inline(always)]
+fn first_least<N: Number>(values: &[N]) -> (N, usize) {
+    let mut least = [N::of(f64::INFINITY); LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (least, &v) in least.iter_mut().zip(chunk) {
+            *least = if v < *least { v } else { *least };
+        }
+    }
+    let least = least
+        .iter()
+        .chain(rest)
+        .fold(least[0], |least, &v| if v < least { v } else { least });
+    let at = values.iter().position(|&v| v == least);
+    (least, at.unwrap_or(0))
 }
 
 /// Optimal partitioning, or with the least costs `before` of one segment fewer, one layer of the segment
@@ -190,60 +295,64 @@ fn search<N: Number>(
     min_segment: usize,
     cost: impl Fn(f64, N) -> N,
 ) -> Table<N> {
-    let n = prefix.sum.len() - 1;
-    let penalty = N::of(penalty);
-    let mut best: Vec<Option<N>> = vec![None; n + 1];
-    let mut from = vec![0; n + 1];
-    if before.is_none() {
-        best[0] = Some(N::of(0.0) - penalty);
+    // With the widest vectors that the processor has; the results are the same bits with any.
+    pulp::Arch::new().dispatch(Search {
+        prefix,
+        before,
+        penalty,
+        min_segment,
+        cost,
+    })
+}
+
+struct Search<'a, N, C> {
+    prefix: &'a Prefix<N>,
+    before: Option<&'a [Option<N>]>,
+    penalty: f64,
+    min_segment: usize,
+    cost: C,
+}
+
+impl<N: Number, C: Fn(f64, N) -> N> pulp::NullaryFnOnce for Search<'_, N, C> {
+    type Output = Table<N>;
+
+    #[inline(always)]
+    fn call(self) -> Table<N> {
+        let Self {
+            prefix,
+            before,
+            min_segment,
+            ..
+        } = self;
+        let n = prefix.sum.len() - 1;
+        let penalty = N::of(self.penalty);
+        let mut best: Vec<Option<N>> = vec![None; n + 1];
+        let mut from = vec![0; n + 1];
+        if before.is_none() {
+            best[0] = Some(N::of(0.0) - penalty);
+        }
+        let mut starts = Starts::new();
+        let mut values: Vec<N> = Vec::new();
+        for end in min_segment..=n {
+            let new = end - min_segment;
+            if let Some(best) = before.map_or(best[new], |b| b[new]) {
+                starts.push(new, best, prefix);
+            }
+            if starts.at.is_empty() {
+                continue;
+            }
+            starts.values(end, prefix, &self.cost, &mut values);
+            let (least, which) = first_least(&values);
+            let total = least + penalty;
+            best[end] = Some(total);
+            from[end] = starts.at[which] as usize;
+            if let Some(limit) = before.map_or(Some(total), |b| b[end]) {
+                starts.give_up(&values, limit, (end + min_segment) as f64);
+            }
+            starts.clean((end + 1) as f64);
+        }
+        (best, from)
     }
-    let mut starts: Vec<Start<N>> = Vec::new();
-    let mut values: Vec<N> = Vec::new();
-    for end in min_segment..=n {
-        let new = end - min_segment;
-        if let Some(best) = before.map_or(best[new], |b| b[new]) {
-            starts.push(Start {
-                at: new,
-                best,
-                sum: prefix.sum[new],
-                square: prefix.square[new],
-                until: usize::MAX,
-            });
-        }
-        if starts.is_empty() {
-            continue;
-        }
-        let (sum, square) = (prefix.sum[end], prefix.square[end]);
-        values.clear();
-        values.extend(starts.iter().map(|s| {
-            let m = (end - s.at) as f64;
-            s.best + cost(m, around_mean(m, sum - s.sum, square - s.square))
-        }));
-        let (mut least, mut which) = (values[0], 0);
-        for (i, &v) in values.iter().enumerate() {
-            if v < least {
-                (least, which) = (v, i);
-            }
-        }
-        let total = least + penalty;
-        best[end] = Some(total);
-        from[end] = starts[which].at;
-        let limit = before.map_or(Some(total), |b| b[end]);
-        let mut kept = 0;
-        for i in 0..starts.len() {
-            let mut start = starts[i];
-            if limit.is_some_and(|limit| values[i] >= limit) {
-                start.until = start.until.min(end + min_segment);
-            }
-            // The next end is `end + 1`.
-            if start.until > end + 1 {
-                starts[kept] = start;
-                kept += 1;
-            }
-        }
-        starts.truncate(kept);
-    }
-    (best, from)
 }
 
 /// Layer upon layer of the segment neighbourhood: the change points for each number of them.

@@ -30,6 +30,7 @@
 mod binary;
 mod cost;
 mod double;
+mod ladder;
 mod neighbourhood;
 mod noise;
 mod path;

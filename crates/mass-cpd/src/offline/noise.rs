@@ -4,6 +4,7 @@ use std::f64::consts::{PI, SQRT_2};
 
 use super::{
     cost::{Cost, Costs},
+    ladder::Ladder,
     series::{edges, mean_and_square},
 };
 
@@ -53,10 +54,16 @@ pub(super) fn consistent(costs: &Costs<'_>, limit: f64, min_segment: usize) -> (
         }
     };
     let mut penalty = least.min(most);
+    let mut ladder = Ladder::new(costs, min_segment, most);
+    let mut seen: Option<(Vec<usize>, Residuals)> = None;
     let mut taken: Option<(f64, f64, Vec<usize>)> = None;
     loop {
-        let indices = costs.best(penalty, min_segment);
-        let residuals = Residuals::new(costs, &indices, floor);
+        let indices = ladder.best(penalty).to_vec();
+        let residuals = match seen {
+            Some((before, residuals)) if before == indices => residuals,
+            _ => Residuals::new(costs, &indices, floor),
+        };
+        seen = Some((indices.clone(), residuals));
         let needed = unit * residuals.scale;
         let last = penalty >= most;
         // Rounding must not make a penalty differ from itself.
@@ -95,6 +102,7 @@ fn differences_variance((sizes, equal): &(Vec<f64>, f64), n: f64) -> f64 {
 }
 
 /// What a segmentation leaves over, seen as noise.
+#[derive(Clone, Copy)]
 struct Residuals {
     /// Variance, one degree of freedom taken for each segment.
     variance: f64,
