@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, NoneTape, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
-use crate::ops::{self, Rows};
+use crate::ops::Activations;
 use crate::param::{Param, Parameters, join};
 use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
@@ -177,11 +177,11 @@ impl Mlp {
     /// Rows `keep` of what follows this sublayer, if they have not been picked before it.
     pub(crate) fn keep_late<T: Tape<f32, Cpu>>(
         &self,
-        output: Rows<T>,
+        output: Activations<T>,
         keep: Option<&[usize]>,
-    ) -> Result<Rows<T>, ModelError> {
+    ) -> Result<Activations<T>, ModelError> {
         match keep.filter(|_| self.mixture().is_some()) {
-            Some(keep) => ops::pick_rows(output, keep),
+            Some(keep) => output.pick_rows(keep),
             None => Ok(output),
         }
     }
@@ -189,13 +189,13 @@ impl Mlp {
     /// The forward pass; a mixture appends its trace, and is the mixture layer of that index.
     pub(crate) fn forward<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
+        x: Activations<T>,
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Rows<T>, ModelError> {
+    ) -> Result<Activations<T>, ModelError> {
         match self {
-            Self::Dense(network) => network.try_forward(x),
-            Self::Mixture(layer) => layer.forward_traced(x, masked, traces),
+            Self::Dense(network) => network.run(x),
+            Self::Mixture(layer) => layer.run_traced(x, masked, traces),
         }
     }
 }
@@ -212,15 +212,15 @@ pub(crate) enum Wanted {
 /// A sublayer's output and the residual that it is to be added to, of which rows `keep` are picked, if given. The output has
 /// no other rows already.
 pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
-    output: Rows<T>,
-    residual: Rows<NoneTape>,
+    output: Activations<T>,
+    residual: Activations,
     keep: Option<&[usize]>,
-) -> Result<(Rows<T>, Rows<NoneTape>), ModelError> {
+) -> Result<(Activations<T>, Activations), ModelError> {
     let Some(keep) = keep else {
         return Ok((output, residual));
     };
     let (output, tape) = output.split_tape();
-    let (residual, tape) = ops::pick_rows(residual.put_tape(tape), keep)?.split_tape();
+    let (residual, tape) = residual.put_tape(tape).pick_rows(keep)?.split_tape();
     Ok((output.put_tape(tape), residual))
 }
 

@@ -11,8 +11,8 @@ use std::sync::{Arc, OnceLock};
 
 use dfdx::optim::UnusedTensors;
 use dfdx::prelude::{
-    Backward, Cpu, Gradients, Merge, OwnedTape, PutTape, SplitTape, Tensor, TensorFromVec, Trace,
-    UniqueId,
+    Backward, Cpu, Gradients, HasShape, Merge, OwnedTape, PutTape, Shape, SplitTape, Tensor,
+    TensorFromVec, Trace, UniqueId,
 };
 use dfdx::tensor::{CpuError, Storage};
 
@@ -64,6 +64,18 @@ impl Identity {
         })))
     }
 
+    /// The identity of a tensor: its buffer always has the length of the gradient.
+    pub(crate) fn of<S: Shape>(tensor: &Tensor<S, f32, Cpu>) -> Self {
+        let mut ids = UnusedTensors::default();
+        ids.add(tensor);
+        let ghost = tensor.ghost();
+        Self(Arc::new(Place {
+            slot: link(move |g| g.get_or_alloc_mut(&ghost)),
+            id: ids.ids[0],
+            len: tensor.shape().num_elements(),
+        }))
+    }
+
     /// Number of values of the gradient.
     pub(crate) fn len(&self) -> usize {
         self.0.len
@@ -86,6 +98,12 @@ impl Identity {
     /// Takes the gradient out, if there is one.
     pub(crate) fn take(&self, g: &mut CpuGradients) -> Result<Option<Vec<f32>>, CpuError> {
         Ok(self.find(g)?.map(std::mem::take))
+    }
+
+    /// Writes the gradient, which `backward` may drop at its end.
+    pub(crate) fn leave(&self, g: &mut CpuGradients, gradient: Vec<f32>) -> Result<(), CpuError> {
+        *self.buffer(g)? = gradient;
+        Ok(())
     }
 
     /// Writes the gradient, which `backward` keeps from now on.

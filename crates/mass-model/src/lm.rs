@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::mixtures::{check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
-use crate::ops::{self, Rows, Sequences};
+use crate::ops::{self, Activations, Rows, Sequences};
 use crate::param::Param;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::{mixtures, parameters};
@@ -102,6 +102,19 @@ impl LanguageModel {
         masked: Option<Masked>,
         tape: T,
     ) -> Result<Forwarded<T>, ModelError> {
+        let (logits, layers) = self.run(tokens, seq, masked, tape)?;
+        let logits = logits.into_rows()?;
+        Ok(Forwarded { logits, layers })
+    }
+
+    /// [`forward`](Self::forward)
+    fn run<T: Tape<f32, Cpu>>(
+        &self,
+        tokens: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+        tape: T,
+    ) -> Result<(Activations<T>, Vec<LayerTrace>), ModelError> {
         let longest = self.positions.shape()[0];
         if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
             let what = "tokens and sequence (which divides them, and is at most as long as here)";
@@ -115,13 +128,12 @@ impl LanguageModel {
         let sequences = Sequences::uniform(tokens.len() / seq, seq)?;
         let positions: Vec<u32> = (0..seq as u32).cycle().take(tokens.len()).collect();
         let tables = [(&self.tokens, tokens), (&self.positions, &positions)];
-        let mut x = ops::embedding(&tables, tape)?;
+        let mut x = ops::embed(&tables, tape)?;
         let mut layers = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            x = block.forward(x, &sequences, masked, &mut layers)?;
+            x = block.run(x, &sequences, masked, &mut layers)?;
         }
-        let logits = self.head.try_forward(self.norm.try_forward(x)?)?;
-        Ok(Forwarded { logits, layers })
+        Ok((self.head.run(self.norm.run(x)?)?, layers))
     }
 
     /// Loss of next-token prediction and its gradients. `tokens` and `targets` are sequences of `seq` laid end to end.
@@ -134,8 +146,8 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass, ModelError> {
-        let Forwarded { logits, layers } = self.forward(tokens, seq, None, OwnedTape::default())?;
-        let (loss, token_losses) = ops::cross_entropy(logits, targets)?;
+        let (logits, layers) = self.run(tokens, seq, None, OwnedTape::default())?;
+        let (loss, token_losses) = logits.cross_entropy(targets)?;
         TrainPass::new(loss, token_losses, layers)
     }
 
@@ -150,8 +162,8 @@ impl LanguageModel {
         seq: usize,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let Forwarded { logits, layers } = self.forward(tokens, seq, masked, NoneTape)?;
-        Ok((ops::token_losses(logits, targets)?, layers))
+        let (logits, layers) = self.run(tokens, seq, masked, NoneTape)?;
+        Ok((logits.token_losses(targets)?, layers))
     }
 }
 

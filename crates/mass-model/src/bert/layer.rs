@@ -1,11 +1,11 @@
-use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, Tape};
 
 use super::BertConfig;
 use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
-use crate::ops::{self, Rows, Sequences};
+use crate::ops::{Activations, Sequences};
 use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
 use crate::{mixtures, parameters};
@@ -49,16 +49,16 @@ impl BertLayer {
     /// With `keep`, those rows of the output alone.
     pub(super) fn forward<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
+        x: Activations<T>,
         sequences: &Sequences,
         keep: Option<&[usize]>,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Rows<T>, ModelError> {
+    ) -> Result<Activations<T>, ModelError> {
         let early = self.mlp.keep_early(keep);
         let (x, tape) = x.split_tape();
-        let h = self.attention.forward_rows(
+        let h = self.attention.run(
             x.clone().put_tape(tape),
             sequences,
             early,
@@ -66,15 +66,13 @@ impl BertLayer {
         )?;
         let (h, residual) = with_residual(h, x, early)?;
         let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
-        let h = self
-            .attention_norm
-            .try_forward(ops::add(h, &residual, dropout)?)?;
+        let h = self.attention_norm.run(h.add(&residual, dropout)?)?;
         let (residual, tape) = h.split_tape();
         let h = residual.clone().put_tape(tape);
         let h = self.mlp.forward(h, masked, traces)?;
         let dropout = keys.and_then(|k| k.next(self.dropout));
-        let h = self.mlp.keep_late(ops::add(h, &residual, dropout)?, keep)?;
-        self.ffn_norm.try_forward(h)
+        let h = self.mlp.keep_late(h.add(&residual, dropout)?, keep)?;
+        self.ffn_norm.run(h)
     }
 }
 

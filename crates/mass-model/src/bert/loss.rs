@@ -1,23 +1,23 @@
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, Tape};
 
 use super::Targets;
 use crate::error::ModelError;
-use crate::gradients::leaves_are_named;
-use crate::ops::{self, MeanAndRows, Rows, read, take_gradient};
+use crate::kernels::gemm::Store;
+use crate::ops::{self, Activations, MeanAndRows};
 
 /// Mean over sequences of their loss, and the loss of each.
 pub(super) fn loss<T: Tape<f32, Cpu>>(
-    logits: Rows<T>,
+    logits: Activations<T>,
     targets: Targets<'_>,
 ) -> Result<MeanAndRows<T>, ModelError> {
     match targets {
-        Targets::Classes(classes) => ops::cross_entropy(logits, classes),
+        Targets::Classes(classes) => logits.cross_entropy(classes),
         Targets::Values(values) => mean_squared_error(logits, values),
     }
 }
 
 fn mean_squared_error<T: Tape<f32, Cpu>>(
-    outputs: Rows<T>,
+    outputs: Activations<T>,
     targets: &[f32],
 ) -> Result<MeanAndRows<T>, ModelError> {
     let &(n, width) = outputs.shape();
@@ -31,27 +31,20 @@ fn mean_squared_error<T: Tape<f32, Cpu>>(
     if let Some(i) = targets.iter().position(|t| !t.is_finite()) {
         return Err(ModelError::NonFinite(format!("target {i}")));
     }
-    let (outputs, mut tape) = outputs.try_contiguous()?.split_tape();
-    let residuals: Vec<f32> = read(&outputs)
-        .iter()
-        .zip(targets)
-        .map(|(x, t)| x - t)
-        .collect();
+    let (outputs, tape) = outputs.split_tape();
+    let pairs = outputs.iter().zip(targets);
+    let residuals: Vec<f32> = pairs.map(|(x, t)| x - t).collect();
     let squares: Vec<f32> = residuals.iter().map(|r| r * r).collect();
-    let mean = squares.iter().map(|&x| f64::from(x)).sum::<f64>() / n as f64;
-    let loss = outputs
-        .device()
-        .try_tensor_from_vec(vec![mean as f32], ())?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (outputs.ghost(), loss.ghost());
-        tape.add_backward_op(move |g| {
-            leaves_are_named(g)?;
-            let upstream = take_gradient!(g, y_ghost)[0];
-            for (dx, r) in g.get_or_alloc_mut(&x_ghost)?.iter_mut().zip(&residuals) {
-                *dx += upstream * 2.0 * r / n as f32;
+    ops::mean(tape, squares, move |g, upstream| {
+        outputs.add_gradient(g, |dx, store| {
+            for (dx, r) in dx.iter_mut().zip(&residuals) {
+                let share = upstream * 2.0 * r / n as f32;
+                *dx = if store == Store::Add {
+                    *dx + share
+                } else {
+                    share
+                };
             }
-            Ok(())
-        });
-    }
-    Ok((loss.put_tape(tape), squares))
+        })
+    })
 }

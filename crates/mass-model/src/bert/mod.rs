@@ -45,7 +45,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
@@ -57,7 +57,7 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
 use crate::nn::{LayerNorm, Linear};
-use crate::ops::{self, Rows, read};
+use crate::ops::{self, Activations};
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
@@ -78,7 +78,7 @@ pub struct BertClassifier {
 
 /// The hidden states of a batch, and what was done on the way to them.
 struct Encoded<T: Tape<f32, Cpu>> {
-    states: Rows<T>,
+    states: Activations<T>,
     traces: Vec<LayerTrace>,
 }
 
@@ -206,7 +206,7 @@ impl BertClassifier {
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         tape: T,
-        observe: &mut dyn FnMut(&Rows<NoneTape>),
+        observe: &mut dyn FnMut(&Activations),
     ) -> Result<Encoded<T>, ModelError> {
         check_masked(masked, self.mixtures())?;
         let longest = self.config.encoder.max_position_embeddings;
@@ -217,9 +217,9 @@ impl BertClassifier {
             (&self.types, &batch.types),
             (&self.positions, &positions),
         ];
-        let mut x = self.norm.try_forward(ops::embedding(&tables, tape)?)?;
+        let mut x = self.norm.run(ops::embed(&tables, tape)?)?;
         let rate = self.config.encoder.hidden_dropout_prob;
-        x = ops::dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
+        x = x.dropout(keys.as_deref_mut().and_then(|k| k.next(rate)))?;
         let mut traces = Vec::new();
         let first = &sequences.offsets()[..sequences.len()];
         for (i, layer) in self.layers.iter().enumerate() {
@@ -246,19 +246,19 @@ impl BertClassifier {
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         tape: T,
-    ) -> Result<(Rows<T>, Vec<LayerTrace>), ModelError> {
+    ) -> Result<(Activations<T>, Vec<LayerTrace>), ModelError> {
         let first = Wanted::First;
         let Encoded { states, traces } =
             self.encode(batch, first, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
         let pooled = self.pool(states)?;
         let rate = self.config.encoder.head_dropout();
-        let pooled = ops::dropout(pooled, keys.and_then(|k| k.next(rate)))?;
-        Ok((self.head.try_forward(pooled)?, traces))
+        let pooled = pooled.dropout(keys.and_then(|k| k.next(rate)))?;
+        Ok((self.head.run(pooled)?, traces))
     }
 
     /// What the head reads, of the states of first tokens.
-    fn pool<T: Tape<f32, Cpu>>(&self, first: Rows<T>) -> Result<Rows<T>, ModelError> {
-        Ok(self.pooler.try_forward(first)?.try_tanh()?)
+    fn pool<T: Tape<f32, Cpu>>(&self, first: Activations<T>) -> Result<Activations<T>, ModelError> {
+        self.pooler.run(first)?.tanh()
     }
 
     /// The embeddings' output and each layer's, `[rows, d]` each, without dropout.
@@ -267,7 +267,7 @@ impl BertClassifier {
     /// As [`logits`](Self::logits).
     pub fn hidden_states(&self, batch: &TextBatch) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
-        let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
+        let mut observe = |x: &Activations| states.push(x.to_vec());
         let every = Wanted::Every;
         self.encode(batch, every, None, None, NoneTape, &mut observe)?;
         Ok(states)
@@ -280,7 +280,7 @@ impl BertClassifier {
     pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
         let first = Wanted::First;
         let encoded = self.encode(batch, first, None, None, NoneTape, &mut |_| {})?;
-        Ok(read(&self.pool(encoded.states)?).to_vec())
+        Ok(self.pool(encoded.states)?.to_vec())
     }
 
     /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's
@@ -318,7 +318,7 @@ impl BertClassifier {
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let (logits, layers) = self.forward(batch, masked, None, NoneTape)?;
-        Ok((read(&logits).to_vec(), layers))
+        Ok((logits.to_vec(), layers))
     }
 
     /// The loss of each sequence, without dropout.

@@ -167,12 +167,12 @@ fn softmax_rows(p: &mut [f32], seq: usize, keys: Option<&[bool]>, causal: bool) 
     }
 }
 
-/// Adds to `dqkv` the gradient for an upstream gradient `dy`, given what [`forward`] wrote to `probs`.
+/// Writes to `dqkv`, or adds to it, the gradient for an upstream gradient `dy`, given what [`forward`] wrote to `probs`.
 pub fn backward(
     qkv: &[f32],
     probs: &[f32],
     dy: &[f32],
-    dqkv: &mut [f32],
+    (dqkv, store): (&mut [f32], Store),
     shape: AttentionShape<'_>,
 ) {
     if shape.offsets.len() < 2 {
@@ -182,7 +182,7 @@ pub fn backward(
         offsets: shape.offsets,
         first_probability: 0,
     };
-    backward_span(all, qkv, probs, dy, dqkv, shape);
+    backward_span(all, qkv, probs, dy, (dqkv, store), shape);
 }
 
 fn backward_span(
@@ -190,7 +190,7 @@ fn backward_span(
     qkv: &[f32],
     probs: &[f32],
     dy: &[f32],
-    dqkv: &mut [f32],
+    (dqkv, store): (&mut [f32], Store),
     shape: AttentionShape<'_>,
 ) {
     let AttentionShape { heads, dim, .. } = shape;
@@ -201,8 +201,8 @@ fn backward_span(
         let (dy_a, dy_b) = dy.split_at(rows * dim);
         let (dqkv_a, dqkv_b) = dqkv.split_at_mut(rows * 3 * dim);
         rayon::join(
-            || backward_span(a, qkv_a, p_a, dy_a, dqkv_a, shape),
-            || backward_span(b, qkv_b, p_b, dy_b, dqkv_b, shape),
+            || backward_span(a, qkv_a, p_a, dy_a, (dqkv_a, store), shape),
+            || backward_span(b, qkv_b, p_b, dy_b, (dqkv_b, store), shape),
         );
         return;
     }
@@ -237,7 +237,7 @@ fn backward_span(
                 a,
                 b,
                 scale,
-                Store::Add,
+                store,
             );
         };
         grad(dqkv, 2 * dim, Mat::new(used, seq, seq).t(), dy, 1.0);

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::gemm::Store;
 use super::{ROW_BLOCK, vector, vectorised};
 
 /// Replaces each row of `logits` (`classes` wide) by its softmax and writes `-ln p[target]` to `nll`.
@@ -25,8 +26,14 @@ pub fn forward(logits: &mut [f32], targets: &[u32], nll: &mut [f32], classes: us
         });
 }
 
-/// `dlogits += scale (softmax - onehot(target))`.
-pub fn backward(probs: &[f32], targets: &[u32], scale: f32, dlogits: &mut [f32], classes: usize) {
+/// `dlogits = scale (softmax - onehot(target))`, or the same added to it.
+pub fn backward(
+    probs: &[f32],
+    targets: &[u32],
+    scale: f32,
+    (dlogits, store): (&mut [f32], Store),
+    classes: usize,
+) {
     dlogits
         .par_chunks_mut(ROW_BLOCK * classes)
         .zip(probs.par_chunks(ROW_BLOCK * classes))
@@ -39,6 +46,9 @@ pub fn backward(probs: &[f32], targets: &[u32], scale: f32, dlogits: &mut [f32],
                         .chunks_exact_mut(classes)
                         .zip(probs.chunks_exact(classes));
                     for ((d, p), &target) in rows.zip(targets) {
+                        if store == Store::Replace {
+                            d.fill(0.0);
+                        }
                         vector::axpy(scale, p, d);
                         d[target as usize] -= scale;
                     }

@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::gemm::Store;
 use super::vectorised;
 
 /// Elements handled by one task.
@@ -93,22 +94,48 @@ impl Dropout {
 
 /// `y += x ⊙ mask`, with all of `x` without a mask.
 pub fn add_masked(dropout: Option<Dropout>, x: &[f32], y: &mut [f32]) {
+    masked(dropout, x, y, Store::Add);
+}
+
+/// `y = x ⊙ mask`, or the same added to it.
+pub fn masked(dropout: Option<Dropout>, x: &[f32], y: &mut [f32], store: Store) {
     y.par_chunks_mut(BLOCK)
         .zip(x.par_chunks(BLOCK))
         .enumerate()
-        .for_each(|(block, (y, x))| {
-            vectorised(
-                #[inline(always)]
-                || match dropout {
-                    None => super::vector::add_assign(y, x),
-                    Some(dropout) => {
-                        for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
-                            *y += x * dropout.factor((block * BLOCK + i) as u32);
-                        }
-                    }
-                },
-            );
+        .for_each(|(block, (y, x))| masked_block(dropout, block, x, y, store));
+}
+
+/// `y = a + x ⊙ mask`.
+pub fn sum(a: &[f32], dropout: Option<Dropout>, x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(BLOCK)
+        .zip(a.par_chunks(BLOCK))
+        .zip(x.par_chunks(BLOCK))
+        .enumerate()
+        .for_each(|(block, ((y, a), x))| {
+            y.copy_from_slice(a);
+            masked_block(dropout, block, x, y, Store::Add);
         });
+}
+
+fn masked_block(dropout: Option<Dropout>, block: usize, x: &[f32], y: &mut [f32], store: Store) {
+    let first = block * BLOCK;
+    vectorised(
+        #[inline(always)]
+        || match (dropout, store) {
+            (None, Store::Replace) => y.copy_from_slice(x),
+            (None, Store::Add) => super::vector::add_assign(y, x),
+            (Some(dropout), Store::Replace) => {
+                for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                    *y = x * dropout.factor((first + i) as u32);
+                }
+            }
+            (Some(dropout), Store::Add) => {
+                for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                    *y += x * dropout.factor((first + i) as u32);
+                }
+            }
+        },
+    );
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::gemm::Store;
 use super::scratch::Scratch;
 use super::{ROW_BLOCK, vector, vectorised};
 
@@ -35,13 +36,13 @@ pub fn forward(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, y: &mut [f32], 
         });
 }
 
-/// Adds to `dx`, `dgamma` and `dbeta` the gradients for an upstream gradient `dy`.
+/// Adds to `dgamma` and `dbeta` the gradients for an upstream gradient `dy`, and writes `dx` or adds to it.
 pub fn backward(
     x: &[f32],
     gamma: &[f32],
     stats: &[f32],
     dy: &[f32],
-    dx: &mut [f32],
+    (dx, store): (&mut [f32], Store),
     dgamma: &mut [f32],
     dbeta: &mut [f32],
 ) {
@@ -67,6 +68,9 @@ pub fn backward(
                         .zip(dy.chunks_exact(d));
                     for (((dx, x), dy), s) in rows.zip(stats.chunks_exact(2)) {
                         let (mean, rstd) = (s[0], s[1]);
+                        if store == Store::Replace {
+                            dx.fill(0.0);
+                        }
                         for i in 0..d {
                             normed[i] = (x[i] - mean) * rstd;
                             scaled[i] = dy[i] * gamma[i];

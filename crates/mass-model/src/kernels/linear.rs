@@ -8,9 +8,11 @@ use super::product::{Extras, product};
 /// Rows handled by one task: enough to repay the packing of the weights.
 const ROWS: usize = 512;
 
-/// Output rows of a weight gradient handled by one task: few tasks, because each packs all of the inputs.
+/// Output rows of a weight gradient handled by one task: few tasks, because each packs all of the inputs. The bits do not
+/// depend on the cut.
 fn out_block(out: usize) -> usize {
-    out.div_ceil((out / 192).clamp(2, 16)).next_multiple_of(16)
+    let tasks = (2 * rayon::current_num_threads()).min(out / 96).max(1);
+    out.div_ceil(tasks).next_multiple_of(16)
 }
 
 /// `y[n, out] = x[n, inp] wᵀ + b`, with `w[out, inp]`.
@@ -28,8 +30,13 @@ pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>, y: &mut [f32], inp: usiz
         });
 }
 
-/// `dx[n, inp] += dy[n, out] w`.
-pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inp: usize, out: usize) {
+/// `dx[n, inp] = dy[n, out] w`, or the same added to it.
+pub fn backward_input(
+    dy: &[f32],
+    w: &[f32],
+    (dx, store): (&mut [f32], Store),
+    (inp, out): (usize, usize),
+) {
     dx.par_chunks_mut(ROWS * inp)
         .zip(dy.par_chunks(ROWS * out))
         .for_each(|(dx, dy)| {
@@ -39,7 +46,7 @@ pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inp: usize, out: us
                 Mat::new(dy, rows, out),
                 Mat::new(w, out, inp),
                 1.0,
-                Store::Add,
+                store,
             );
         });
 }

@@ -311,7 +311,7 @@ pub fn forward(
         });
 }
 
-/// Adds to `dx`, adds to or replaces `gradients`, and writes `d_weights` (per assignment), for an upstream gradient `dy`.
+/// Adds to or replaces `dx` and `gradients`, and writes `d_weights` (per assignment), for an upstream gradient `dy`.
 ///
 /// `kept` is what [`forward`] wrote; its slopes are used up.
 #[allow(clippy::too_many_arguments)]
@@ -322,7 +322,7 @@ pub fn backward(
     shape: FfnShape,
     kept: &mut Hidden,
     dy: &[f32],
-    dx: &mut [f32],
+    (dx, store): (&mut [f32], Store),
     gradients: &mut [ExpertGradients<'_>],
     d_weights: &mut [f32],
 ) {
@@ -361,6 +361,9 @@ pub fn backward(
                 #[inline(always)]
                 || {
                     for (i, row) in dx.chunks_exact_mut(dim).enumerate() {
+                        if store == Store::Replace {
+                            row.fill(0.0);
+                        }
                         for &a in plan.assignments_of(block * ROW_BLOCK + i) {
                             vector::add_assign(row, &dxs[a as usize * apart..][..dim]);
                         }

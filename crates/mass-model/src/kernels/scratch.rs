@@ -36,6 +36,9 @@ fn pop(class: usize) -> Vec<f32> {
 }
 
 fn push(data: Vec<f32>) {
+    if data.is_empty() {
+        return;
+    }
     let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     let kept = pool
         .get_or_insert_with(HashMap::new)
@@ -76,6 +79,13 @@ impl Scratch {
         let mut scratch = Self::take(len);
         scratch.fill(0.0);
         scratch
+    }
+
+    /// Its contents, which do not go back to the pool.
+    pub(crate) fn into_vec(mut self) -> Vec<f32> {
+        let mut data = std::mem::take(&mut self.data);
+        data.truncate(self.len);
+        data
     }
 
     /// A copy of a slice.

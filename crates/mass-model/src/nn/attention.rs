@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
-use crate::ops::{self, Attention, Rows, Sequences};
+use crate::ops::{Activations, Attention, Rows, Sequences, on_tensors};
 use crate::parameters;
 
 /// Multi-head self-attention with an output projection.
@@ -55,33 +55,33 @@ impl SelfAttention {
         sequences: &Sequences,
         keys: Option<&mut DropoutKeys>,
     ) -> Result<Rows<T>, ModelError> {
-        self.forward_rows(x, sequences, None, keys)
+        on_tensors(x, |x| self.run(x, sequences, None, keys))
     }
 
     /// As [`forward`](Self::forward), of which only rows `keep` come out, if given: the others are not projected.
-    pub(crate) fn forward_rows<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
+        x: Activations<T>,
         sequences: &Sequences,
         keep: Option<&[usize]>,
         keys: Option<&mut DropoutKeys>,
-    ) -> Result<Rows<T>, ModelError> {
+    ) -> Result<Activations<T>, ModelError> {
         if !(0.0..1.0).contains(&self.dropout) {
             let what = format!("attention dropout {} is not in [0, 1)", self.dropout);
             return Err(ModelError::Config(what));
         }
-        let qkv = self.qkv.try_forward(x)?;
+        let qkv = self.qkv.run(x)?;
         let how = Attention {
             heads: self.heads,
             causal: self.causal,
             dropout: keys.and_then(|k| k.next(self.dropout)),
         };
-        let attended = ops::self_attention(qkv, sequences, how)?;
+        let attended = qkv.self_attention(sequences, how)?;
         let attended = match keep {
-            Some(keep) => ops::pick_rows(attended, keep)?,
+            Some(keep) => attended.pick_rows(keep)?,
             None => attended,
         };
-        self.out.try_forward(attended)
+        self.out.run(attended)
     }
 }
 

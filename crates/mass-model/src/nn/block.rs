@@ -1,10 +1,10 @@
-use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::{LayerNorm, MoeConfig, MoeLayer, SelfAttention};
 use crate::error::ModelError;
-use crate::ops::{self, Rows, Sequences};
+use crate::ops::{Activations, Rows, Sequences, on_tensors};
 use crate::parameters;
 use crate::pass::{LayerTrace, Masked};
 
@@ -59,13 +59,22 @@ impl Block {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
+        on_tensors(x, |x| self.run(x, sequences, masked, traces))
+    }
+
+    pub(crate) fn run<T: Tape<f32, Cpu>>(
+        &self,
+        x: Activations<T>,
+        sequences: &Sequences,
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Activations<T>, ModelError> {
         let (residual, tape) = x.split_tape();
-        let h = self.norm1.try_forward(residual.clone().put_tape(tape))?;
-        let h = ops::add(self.attention.forward(h, sequences, None)?, &residual, None)?;
-        let (residual, tape) = h.split_tape();
-        let h = self.norm2.try_forward(residual.clone().put_tape(tape))?;
-        let h = self.moe.forward_traced(h, masked, traces)?;
-        ops::add(h, &residual, None)
+        let h = self.norm1.run(residual.clone().put_tape(tape))?;
+        let h = self.attention.run(h, sequences, None, None)?;
+        let (residual, tape) = h.add(&residual, None)?.split_tape();
+        let h = self.norm2.run(residual.clone().put_tape(tape))?;
+        self.moe.run_traced(h, masked, traces)?.add(&residual, None)
     }
 }
 

@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, Network, Rows};
+use crate::ops::{Activations, Network};
 use crate::param::{Param, Parameters};
 
 /// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or gated, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
@@ -109,10 +109,10 @@ impl Parameters for FeedForward {
 }
 
 impl FeedForward {
-    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
-    ) -> Result<Rows<T>, ModelError> {
-        ops::feed_forward(x, &self.0, self.1)
+        x: Activations<T>,
+    ) -> Result<Activations<T>, ModelError> {
+        x.feed_forward(&self.0, self.1)
     }
 }

@@ -1,7 +1,7 @@
 use dfdx::prelude::{Cpu, Tape};
 
 use crate::error::ModelError;
-use crate::ops::{self, Rows};
+use crate::ops::Activations;
 use crate::param::Param;
 use crate::parameters;
 
@@ -36,11 +36,11 @@ impl LayerNorm {
 }
 
 impl LayerNorm {
-    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
-    ) -> Result<Rows<T>, ModelError> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+        x: Activations<T>,
+    ) -> Result<Activations<T>, ModelError> {
+        x.layer_norm(&self.weight, &self.bias, self.eps)
     }
 }
 

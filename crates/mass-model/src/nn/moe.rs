@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, Shape, SplitTape, Tape, Tensor};
+use dfdx::prelude::{Cpu, HasShape, ReshapeTo, Shape, Tape, Tensor};
 use mass_expand::ExpertId;
 use mass_routing::{AnyRouter, Router, RouterConfig, RoutingError, RoutingPlan};
 use ndarray::ArrayView2;
@@ -12,7 +12,7 @@ use super::FeedForward;
 use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, Gate, MoeExpert, RoutingLoss, Rows};
+use crate::ops::{self, Activations, Gate, MoeExpert, RoutingLoss, Rows, on_tensors};
 use crate::param::{Param, Parameters, join};
 use crate::pass::{LayerTrace, Masked};
 
@@ -604,38 +604,9 @@ impl MoeLayer {
         x: Rows<T>,
         mask: Option<&[bool]>,
     ) -> Result<Routed<T>, ModelError> {
-        let activation = self.config.activation;
-        let gate = (&self.gate, &self.config.losses[..]);
-        let (x, tape) = x.split_tape();
-        let routed = x.clone().put_tape(tape);
-        let (output, plan) = if T::OWNS_TAPE {
-            // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
-            let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
-                let router = &mut *self.router();
-                ops::set_thresholds(router, &self.experts)?;
-                router.route(logits, mask, plan)?;
-                Ok(router.clone())
-            };
-            ops::moe_ffn_with(routed, &self.experts, gate, activation, route)?
-        } else {
-            let mut router = self.router().clone();
-            router.set_training(false);
-            ops::moe_ffn(routed, &self.experts, gate, mask, &mut router, activation)?
-        };
-        let Some(shared) = &self.shared else {
-            return Ok(Routed { output, plan });
-        };
-        let (output, tape) = output.split_tape();
-        let both = shared.try_forward(x.put_tape(tape))?;
-        let output = ops::add(both, &output, None)?;
+        let (output, plan) = self.route(Activations::from_rows(x)?, mask)?;
+        let output = output.into_rows()?;
         Ok(Routed { output, plan })
-    }
-
-    pub(super) fn forward_rows<T: Tape<f32, Cpu>>(
-        &self,
-        x: Rows<T>,
-    ) -> Result<Rows<T>, ModelError> {
-        Ok(self.forward_routed(x, None)?.output)
     }
 
     /// The forward pass over the last axis of a tensor, as part of a model: `traces` are those of the mixture layers below, which
@@ -649,26 +620,70 @@ impl MoeLayer {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Tensor<S, f32, Cpu, T>, ModelError> {
+        let shape = *x.shape();
+        let y = on_tensors(rows(x)?, |x| self.run_traced(x, masked, traces))?;
+        Ok(y.try_reshape_like(&shape)?)
+    }
+
+    /// [`forward_traced`](Self::forward_traced)
+    pub(crate) fn run_traced<T: Tape<f32, Cpu>>(
+        &self,
+        x: Activations<T>,
+        masked: Option<Masked>,
+        traces: &mut Vec<LayerTrace>,
+    ) -> Result<Activations<T>, ModelError> {
         let mask = match masked {
             Some(m) if m.layer == traces.len() => {
                 self.index_of(m.expert)?;
-                Some(
-                    self.ids
-                        .iter()
-                        .map(|&id| id != m.expert)
-                        .collect::<Vec<_>>(),
-                )
+                let used = self.ids.iter().map(|&id| id != m.expert);
+                Some(used.collect::<Vec<_>>())
             }
             _ => None,
         };
-        let shape = *x.shape();
-        let (gate_input, tape) = rows(x)?.split_tape();
-        let routed = self.forward_routed(gate_input.clone().put_tape(tape), mask.as_deref())?;
-        traces.push(LayerTrace {
-            plan: routed.plan,
-            gate_input,
-        });
-        Ok(routed.output.try_reshape_like(&shape)?)
+        let (x, tape) = x.split_tape();
+        let (y, plan) = self.route(x.clone().put_tape(tape), mask.as_deref())?;
+        let gate_input = x.to_rows()?;
+        traces.push(LayerTrace { plan, gate_input });
+        Ok(y)
+    }
+
+    pub(crate) fn run<T: Tape<f32, Cpu>>(
+        &self,
+        x: Activations<T>,
+    ) -> Result<Activations<T>, ModelError> {
+        Ok(self.route(x, None)?.0)
+    }
+
+    /// [`forward_routed`](Self::forward_routed)
+    fn route<T: Tape<f32, Cpu>>(
+        &self,
+        x: Activations<T>,
+        mask: Option<&[bool]>,
+    ) -> Result<(Activations<T>, Arc<RoutingPlan>), ModelError> {
+        let activation = self.config.activation;
+        let gate = (&self.gate, &self.config.losses[..]);
+        let (x, tape) = x.split_tape();
+        let routed = x.clone().put_tape(tape);
+        let (output, plan) = if T::OWNS_TAPE {
+            // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
+            let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+                let router = &mut *self.router();
+                ops::set_thresholds(router, &self.experts)?;
+                router.route(logits, mask, plan)?;
+                Ok(router.clone())
+            };
+            routed.moe_ffn_with(&self.experts, gate, activation, route)?
+        } else {
+            let mut router = self.router().clone();
+            router.set_training(false);
+            routed.moe_ffn(&self.experts, gate, mask, &mut router, activation)?
+        };
+        let Some(shared) = &self.shared else {
+            return Ok((output, plan));
+        };
+        let (output, tape) = output.split_tape();
+        let both = shared.run(x.put_tape(tape))?;
+        Ok((both.add(&output, None)?, plan))
     }
 }
 

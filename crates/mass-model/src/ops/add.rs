@@ -1,8 +1,10 @@
-use dfdx::prelude::{Cpu, HasShape, NoneTape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, NoneTape, Tape};
 
-use super::{Rows, read, take_gradient};
+use super::{Activations, Rows, on_tensors};
 use crate::error::ModelError;
-use crate::kernels::dropout::{Dropout, add_masked};
+use crate::kernels::dropout::{self as kernel, Dropout};
+use crate::kernels::gemm::Store;
+use crate::kernels::scratch::{Scratch, take_vec};
 
 /// `residual + dropout(x)`, element by element: the residual connection. Without dropout it is a plain sum.
 ///
@@ -13,30 +15,8 @@ pub fn add<T: Tape<f32, Cpu>>(
     residual: &Rows<NoneTape>,
     dropout: Option<Dropout>,
 ) -> Result<Rows<T>, ModelError> {
-    let (&(rows, cols), &(other_rows, other_cols)) = (x.shape(), residual.shape());
-    if (rows, cols) != (other_rows, other_cols) {
-        return Err(ModelError::shape(
-            "residual",
-            &[rows, cols],
-            &[other_rows, other_cols],
-        ));
-    }
-    let (x, mut tape) = x.try_contiguous()?.split_tape();
-    let residual = residual.clone().try_contiguous()?;
-    let mut sum = vec![0.0; rows * cols];
-    residual.copy_into(&mut sum);
-    add_masked(dropout, &read(&x), &mut sum);
-    let y = x.device().try_tensor_from_vec(sum, (rows, cols))?;
-    if T::OWNS_TAPE {
-        let (x_ghost, r_ghost, y_ghost) = (x.ghost(), residual.ghost(), y.ghost());
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            add_masked(dropout, &dy, g.get_or_alloc_mut(&x_ghost)?);
-            super::add_gradient(dy, g.get_or_alloc_mut(&r_ghost)?);
-            Ok(())
-        });
-    }
-    Ok(y.put_tape(tape))
+    let residual = Activations::from_residual::<T>(residual)?;
+    on_tensors(x, |x| x.add(&residual, dropout))
 }
 
 /// Each element dropped with the probability of the mask, the others divided by the probability of staying.
@@ -47,21 +27,64 @@ pub fn dropout<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     dropout: Option<Dropout>,
 ) -> Result<Rows<T>, ModelError> {
-    if dropout.is_none() {
-        return Ok(x);
+    match dropout {
+        None => Ok(x),
+        Some(_) => on_tensors(x, |x| x.dropout(dropout)),
     }
-    let shape = *x.shape();
-    let (x, mut tape) = x.try_contiguous()?.split_tape();
-    let mut y = vec![0.0; shape.0 * shape.1];
-    add_masked(dropout, &read(&x), &mut y);
-    let y = x.device().try_tensor_from_vec(y, shape)?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            add_masked(dropout, &dy, g.get_or_alloc_mut(&x_ghost)?);
-            Ok(())
-        });
+}
+
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`add`]
+    pub(crate) fn add(
+        self,
+        residual: &Activations,
+        dropout: Option<Dropout>,
+    ) -> Result<Self, ModelError> {
+        let (&(rows, cols), &(other_rows, other_cols)) = (self.shape(), residual.shape());
+        if (rows, cols) != (other_rows, other_cols) {
+            return Err(ModelError::shape(
+                "residual",
+                &[rows, cols],
+                &[other_rows, other_cols],
+            ));
+        }
+        let (x, tape) = self.split_tape();
+        let mut sum = Scratch::take(x.len());
+        kernel::sum(residual, dropout, &x, &mut sum);
+        let residual = residual.clone();
+        Self::output(tape, sum, (rows, cols), move |g, dy| {
+            x.add_gradient(g, |dx, store| kernel::masked(dropout, dy, dx, store))?;
+            residual.give_gradient(g, std::mem::take(dy))
+        })
     }
-    Ok(y.put_tape(tape))
+
+    /// [`dropout`]
+    pub(crate) fn dropout(self, dropout: Option<Dropout>) -> Result<Self, ModelError> {
+        if dropout.is_none() {
+            return Ok(self);
+        }
+        let (x, tape) = self.split_tape();
+        let shape = *x.shape();
+        let mut y = Scratch::take(x.len());
+        kernel::masked(dropout, &x, &mut y, Store::Replace);
+        Self::output(tape, y, shape, move |g, dy| {
+            x.add_gradient(g, |dx, store| kernel::masked(dropout, dy, dx, store))
+        })
+    }
+
+    /// The hyperbolic tangent of each element.
+    pub(crate) fn tanh(self) -> Result<Self, ModelError> {
+        let (x, tape) = self.split_tape();
+        let shape = *x.shape();
+        let mut y = Scratch::take(x.len());
+        y.iter_mut().zip(&*x).for_each(|(y, x)| *y = x.tanh());
+        let slope: Vec<f32> = y.iter().map(|y| 1.0 - y * y).collect();
+        Self::output(tape, y, shape, move |g, dy| {
+            let mut share = take_vec(dy.len());
+            for ((share, dy), slope) in share.iter_mut().zip(&*dy).zip(&slope) {
+                *share = dy * slope;
+            }
+            x.give_gradient(g, share)
+        })
+    }
 }

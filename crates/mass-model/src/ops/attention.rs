@@ -1,6 +1,6 @@
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, Tape};
 
-use super::{Rows, Sequences, read, take_gradient};
+use super::{Activations, Rows, Sequences, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::attention::{self, AttentionShape};
 use crate::kernels::dropout::Dropout;
@@ -29,43 +29,48 @@ pub fn self_attention<T: Tape<f32, Cpu>>(
     sequences: &Sequences,
     how: Attention,
 ) -> Result<Rows<T>, ModelError> {
-    let &(n, cols) = qkv.shape();
-    let (rows, dim) = (sequences.rows(), cols / 3);
-    if n != rows || cols == 0 || !cols.is_multiple_of(3) {
-        let what = "packed queries, keys and values";
-        return Err(ModelError::shape(what, &[rows, 3 * dim.max(1)], &[n, cols]));
-    }
-    if how.heads == 0 || !dim.is_multiple_of(how.heads) {
-        return Err(ModelError::Config(format!(
-            "{} attention heads do not divide width {dim}",
-            how.heads
-        )));
-    }
-    let sequences = sequences.clone();
-    fn shape<'a>(sequences: &'a Sequences, how: Attention, dim: usize) -> AttentionShape<'a> {
-        AttentionShape {
-            offsets: sequences.offsets(),
-            keys: sequences.keys(),
-            heads: how.heads,
-            dim,
-            causal: how.causal,
-            dropout: how.dropout,
+    on_tensors(qkv, |qkv| qkv.self_attention(sequences, how))
+}
+
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`self_attention`]
+    pub(crate) fn self_attention(
+        self,
+        sequences: &Sequences,
+        how: Attention,
+    ) -> Result<Self, ModelError> {
+        let &(n, cols) = self.shape();
+        let (rows, dim) = (sequences.rows(), cols / 3);
+        if n != rows || cols == 0 || !cols.is_multiple_of(3) {
+            let what = "packed queries, keys and values";
+            return Err(ModelError::shape(what, &[rows, 3 * dim.max(1)], &[n, cols]));
         }
+        if how.heads == 0 || !dim.is_multiple_of(how.heads) {
+            return Err(ModelError::Config(format!(
+                "{} attention heads do not divide width {dim}",
+                how.heads
+            )));
+        }
+        fn shape<'a>(sequences: &'a Sequences, how: Attention, dim: usize) -> AttentionShape<'a> {
+            AttentionShape {
+                offsets: sequences.offsets(),
+                keys: sequences.keys(),
+                heads: how.heads,
+                dim,
+                causal: how.causal,
+                dropout: how.dropout,
+            }
+        }
+        let sequences = sequences.clone();
+        let (qkv, tape) = self.split_tape();
+        let mut probs = Scratch::take(shape(&sequences, how, dim).probabilities());
+        let mut y = Scratch::take(n * dim);
+        attention::forward(&qkv, &mut probs, &mut y, shape(&sequences, how, dim));
+        Self::output(tape, y, (n, dim), move |g, dy| {
+            qkv.add_gradient(g, |dqkv, store| {
+                let shape = shape(&sequences, how, dim);
+                attention::backward(&qkv, &probs, dy, (dqkv, store), shape);
+            })
+        })
     }
-    let (qkv, mut tape) = qkv.try_contiguous()?.split_tape();
-    let input = read(&qkv);
-    let mut probs = Scratch::take(shape(&sequences, how, dim).probabilities());
-    let mut y = vec![0.0; n * dim];
-    attention::forward(&input, &mut probs, &mut y, shape(&sequences, how, dim));
-    let y = qkv.device().try_tensor_from_vec(y, (n, dim))?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (qkv.ghost(), y.ghost());
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            let dqkv = g.get_or_alloc_mut(&x_ghost)?;
-            attention::backward(&input, &probs, &dy, dqkv, shape(&sequences, how, dim));
-            Ok(())
-        });
-    }
-    Ok(y.put_tape(tape))
 }

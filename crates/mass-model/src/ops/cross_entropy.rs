@@ -1,17 +1,13 @@
-use dfdx::prelude::{
-    Cpu, HasShape, PutTape, Rank0, ReshapeTo, SplitTape, Tape, Tensor, TensorFromVec,
-};
+use dfdx::prelude::{Cpu, PutTape, Rank0, Tape, Tensor, TensorFromVec};
+use dfdx::tensor::CpuError;
 
-use super::{Rows, read, take_gradient};
+use super::{Activations, Rows, take_gradient};
 use crate::error::ModelError;
-use crate::gradients::leaves_are_named;
+use crate::gradients::{CpuGradients, leaves_are_named};
 use crate::kernels::cross_entropy as kernel;
+use crate::kernels::scratch::Scratch;
 
-fn check<T: Tape<f32, Cpu>>(
-    logits: &Rows<T>,
-    targets: &[u32],
-) -> Result<(usize, usize), ModelError> {
-    let &(n, classes) = logits.shape();
+fn check(&(n, classes): &(usize, usize), targets: &[u32]) -> Result<(usize, usize), ModelError> {
     if n == 0 || targets.len() != n {
         return Err(ModelError::shape("targets", &[n.max(1)], &[targets.len()]));
     }
@@ -37,27 +33,7 @@ pub fn cross_entropy<T: Tape<f32, Cpu>>(
     logits: Rows<T>,
     targets: &[u32],
 ) -> Result<MeanAndRows<T>, ModelError> {
-    let (n, classes) = check(&logits, targets)?;
-    let (logits, mut tape) = logits.try_contiguous()?.split_tape();
-    let mut probs = read(&logits);
-    let mut nll = vec![0.0; n];
-    kernel::forward(&mut probs, targets, &mut nll, classes);
-    let mean = nll.iter().map(|&x| f64::from(x)).sum::<f64>() / n as f64;
-    let loss: Tensor<Rank0, f32, Cpu> =
-        logits.device().try_tensor_from_vec(vec![mean as f32], ())?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (logits.ghost(), loss.ghost());
-        let targets = targets.to_vec();
-        tape.add_backward_op(move |g| {
-            // There is no gradient yet but the loss's: the answer costs nothing now.
-            leaves_are_named(g)?;
-            let upstream = take_gradient!(g, y_ghost)[0];
-            let dlogits = g.get_or_alloc_mut(&x_ghost)?;
-            kernel::backward(&probs, &targets, upstream / n as f32, dlogits, classes);
-            Ok(())
-        });
-    }
-    Ok((loss.put_tape(tape), nll))
+    Activations::from_rows(logits)?.cross_entropy(targets)
 }
 
 /// `-ln softmax(logits)[target]` of each row, in nats.
@@ -68,10 +44,53 @@ pub fn token_losses<T: Tape<f32, Cpu>>(
     logits: Rows<T>,
     targets: &[u32],
 ) -> Result<Vec<f32>, ModelError> {
-    let (n, classes) = check(&logits, targets)?;
-    let logits = logits.try_contiguous()?;
-    let mut probs = read(&logits);
-    let mut nll = vec![0.0; n];
-    kernel::forward(&mut probs, targets, &mut nll, classes);
-    Ok(nll)
+    Activations::from_rows(logits)?.token_losses(targets)
+}
+
+/// The mean of losses as a scalar on a tape, on which `backward` is put with the gradient of that mean.
+pub(crate) fn mean<T: Tape<f32, Cpu>>(
+    mut tape: T,
+    losses: Vec<f32>,
+    backward: impl FnOnce(&mut CpuGradients, f32) -> Result<(), CpuError> + 'static,
+) -> Result<MeanAndRows<T>, ModelError> {
+    let mean = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
+    let loss: Tensor<Rank0, f32, Cpu> =
+        Cpu::default().try_tensor_from_vec(vec![mean as f32], ())?;
+    if T::OWNS_TAPE {
+        let ghost = loss.ghost();
+        tape.add_backward_op(move |g| {
+            // There is no gradient yet but the loss's: the answer costs nothing now.
+            leaves_are_named(g)?;
+            let upstream = take_gradient!(g, ghost)[0];
+            backward(g, upstream)
+        });
+    }
+    Ok((loss.put_tape(tape), losses))
+}
+
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`cross_entropy`]
+    pub(crate) fn cross_entropy(self, targets: &[u32]) -> Result<MeanAndRows<T>, ModelError> {
+        let (n, classes) = check(self.shape(), targets)?;
+        let (logits, tape) = self.split_tape();
+        let mut probs = Scratch::copy_of(&logits);
+        let mut nll = vec![0.0; n];
+        kernel::forward(&mut probs, targets, &mut nll, classes);
+        let targets = targets.to_vec();
+        mean(tape, nll, move |g, upstream| {
+            logits.add_gradient(g, |dlogits, store| {
+                let scale = upstream / n as f32;
+                kernel::backward(&probs, &targets, scale, (dlogits, store), classes);
+            })
+        })
+    }
+
+    /// [`token_losses`]
+    pub(crate) fn token_losses(self, targets: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let (n, classes) = check(self.shape(), targets)?;
+        let mut probs = Scratch::copy_of(&self);
+        let mut nll = vec![0.0; n];
+        kernel::forward(&mut probs, targets, &mut nll, classes);
+        Ok(nll)
+    }
 }

@@ -1,9 +1,9 @@
-use dfdx::prelude::{Cpu, PutTape, Tape, TensorFromVec};
-
+use dfdx::prelude::{Cpu, Tape};
 use rayon::prelude::*;
 
-use super::{Rows, take_gradient};
+use super::{Activations, Rows};
 use crate::error::ModelError;
+use crate::kernels::scratch::Scratch;
 use crate::kernels::vector;
 use crate::param::Param;
 
@@ -16,8 +16,16 @@ use crate::param::Param;
 /// [`ModelError::Index`] for an index past the end of its table.
 pub fn embedding<T: Tape<f32, Cpu>>(
     tables: &[(&Param, &[u32])],
-    mut tape: T,
+    tape: T,
 ) -> Result<Rows<T>, ModelError> {
+    embed(tables, tape)?.into_rows()
+}
+
+/// [`embedding`]
+pub(crate) fn embed<T: Tape<f32, Cpu>>(
+    tables: &[(&Param, &[u32])],
+    tape: T,
+) -> Result<Activations<T>, ModelError> {
     let Some(&(first, ids)) = tables.first() else {
         return Err(ModelError::Config("an embedding needs a table".into()));
     };
@@ -44,7 +52,7 @@ pub fn embedding<T: Tape<f32, Cpu>>(
             });
         }
     }
-    let mut y = vec![0.0; n * d];
+    let mut y = Scratch::take(n * d);
     y.par_chunks_mut(d).enumerate().for_each(|(i, row)| {
         let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));
         row.copy_from_slice(parts.next().unwrap_or_default());
@@ -52,26 +60,20 @@ pub fn embedding<T: Tape<f32, Cpu>>(
             vector::add_assign(row, part);
         }
     });
-    let y = Cpu::default().try_tensor_from_vec(y, (n, d))?;
-    if T::OWNS_TAPE {
-        let y_ghost = y.ghost();
-        let tables: Vec<_> = tables
-            .iter()
-            .map(|(t, ids)| (t.handle(), ids.to_vec()))
-            .collect();
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            for (handle, ids) in &tables {
-                let mut gradient = handle.take(g)?;
-                for (row, &id) in dy.chunks_exact(d).zip(ids) {
-                    vector::add_assign(&mut gradient[id as usize * d..][..d], row);
-                }
-                handle.put(g, gradient)?;
+    let tables: Vec<_> = tables
+        .iter()
+        .map(|(t, ids)| (t.handle(), ids.to_vec()))
+        .collect();
+    Activations::output(tape, y, (n, d), move |g, dy| {
+        for (handle, ids) in &tables {
+            let mut gradient = handle.take(g)?;
+            for (row, &id) in dy.chunks_exact(d).zip(ids) {
+                vector::add_assign(&mut gradient[id as usize * d..][..d], row);
             }
-            Ok(())
-        });
-    }
-    Ok(y.put_tape(tape))
+            handle.put(g, gradient)?;
+        }
+        Ok(())
+    })
 }
 
 fn entry(table: &[f32], id: u32, d: usize) -> &[f32] {

@@ -1,8 +1,6 @@
-use std::sync::Arc;
+use dfdx::prelude::{Cpu, Tape};
 
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
-
-use super::{Rows, expect_width, read, take_gradient};
+use super::{Activations, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::moe_ffn::{self as kernel, FfnShape, Grouped, Hidden};
@@ -50,55 +48,54 @@ pub fn feed_forward<T: Tape<f32, Cpu>>(
     network: &Network,
     activation: Activation,
 ) -> Result<Rows<T>, ModelError> {
-    let (hidden, dim) = network.check("feed-forward network", None)?;
-    expect_width("input of a feed-forward network", &x, dim)?;
-    let (x, mut tape) = x.try_contiguous()?.split_tape();
-    let n = x.shape().0;
-    if u32::try_from(n).is_err() {
-        return Err(ModelError::Config(format!("{n} rows are too many")));
-    }
-    let input = read(&x);
-    let shape = FfnShape {
-        dim,
-        hidden,
-        activation,
-        gated: network.up.is_some(),
-    };
-    let plan = Arc::new(Everyone::new(n));
-    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
-    let mut y = vec![0.0; n * dim];
-    let weights = [network.weights()];
-    kernel::forward(
-        &input,
-        &weights,
-        plan.grouped(),
-        shape,
-        hidden.as_mut(),
-        &mut y,
-    );
-    let y = x.device().try_tensor_from_vec(y, (n, dim))?;
-    if let Some(mut hidden) = hidden {
-        let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
+    on_tensors(x, |x| x.feed_forward(network, activation))
+}
+
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`feed_forward`]
+    pub(crate) fn feed_forward(
+        self,
+        network: &Network,
+        activation: Activation,
+    ) -> Result<Self, ModelError> {
+        let (hidden, dim) = network.check("feed-forward network", None)?;
+        expect_width("input of a feed-forward network", self.shape(), dim)?;
+        let (x, tape) = self.split_tape();
+        let n = x.shape().0;
+        if u32::try_from(n).is_err() {
+            return Err(ModelError::Config(format!("{n} rows are too many")));
+        }
+        let shape = FfnShape {
+            dim,
+            hidden,
+            activation,
+            gated: network.up.is_some(),
+        };
+        let plan = Everyone::new(n);
+        let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
+        let mut y = Scratch::take(n * dim);
+        let (weights, kept) = ([network.weights()], hidden.as_mut());
+        kernel::forward(&x, &weights, plan.grouped(), shape, kept, &mut y);
         let held = Held::of(network);
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            let mut dx = take_gradient!(g, x_ghost);
+        Self::output(tape, y, (n, dim), move |g, dy| {
+            let Some(mut hidden) = hidden else {
+                return Ok(());
+            };
+            let mut dx = x.take_gradient(g)?;
             let mut taken = held.take(g)?;
             kernel::backward(
-                &input,
+                &x,
                 &[held.weights()],
                 plan.grouped(),
                 shape,
                 &mut hidden,
-                &dy,
-                &mut dx,
+                dy,
+                (&mut dx.values, dx.store),
                 &mut [taken.gradients()],
                 &mut Scratch::take(n),
             );
             held.put(g, taken)?;
-            **g.get_or_alloc_mut(&x_ghost)? = dx;
-            Ok(())
-        });
+            x.put_gradient(g, dx.values)
+        })
     }
-    Ok(y.put_tape(tape))
 }

@@ -304,7 +304,7 @@ impl Gated {
         let mut d_rows = Scratch::zeros(self.rows.len());
         match &self.kind {
             Kind::Linear => {
-                linear::backward_input(&d_logits, &self.rows, dx, dim, experts);
+                linear::backward_input(&d_logits, &self.rows, (dx, Store::Add), (dim, experts));
                 let sizes = (dim, experts);
                 linear::backward_weight(x, &d_logits, &mut d_rows, None, sizes, Store::Add);
             }

@@ -1,6 +1,6 @@
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, Tape};
 
-use super::{Rows, expect_width, read, take_gradient};
+use super::{Activations, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::layer_norm as kernel;
 use crate::kernels::scratch::Scratch;
@@ -16,36 +16,36 @@ pub fn layer_norm<T: Tape<f32, Cpu>>(
     beta: &Param,
     eps: f32,
 ) -> Result<Rows<T>, ModelError> {
-    let d = gamma.len();
-    expect_width("input of layer norm", &x, d)?;
-    if beta.len() != d {
-        return Err(ModelError::shape("layer norm bias", &[d], beta.shape()));
-    }
-    let (x, mut tape) = x.try_contiguous()?.split_tape();
-    let n = x.shape().0;
-    let input = read(&x);
-    let mut stats = Scratch::take(2 * n);
-    let mut y = vec![0.0; n * d];
-    kernel::forward(
-        &input,
-        gamma.values(),
-        beta.values(),
-        eps,
-        &mut y,
-        &mut stats,
-    );
-    let y = x.device().try_tensor_from_vec(y, (n, d))?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
+    on_tensors(x, |x| x.layer_norm(gamma, beta, eps))
+}
+
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`layer_norm`]
+    pub(crate) fn layer_norm(
+        self,
+        gamma: &Param,
+        beta: &Param,
+        eps: f32,
+    ) -> Result<Self, ModelError> {
+        let d = gamma.len();
+        expect_width("input of layer norm", self.shape(), d)?;
+        if beta.len() != d {
+            return Err(ModelError::shape("layer norm bias", &[d], beta.shape()));
+        }
+        let (x, tape) = self.split_tape();
+        let shape = *x.shape();
+        let mut stats = Scratch::take(2 * shape.0);
+        let mut y = Scratch::take(x.len());
+        kernel::forward(&x, gamma.values(), beta.values(), eps, &mut y, &mut stats);
         let (scale, gamma, beta) = (gamma.shared(), gamma.handle(), beta.handle());
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
+        Self::output(tape, y, shape, move |g, dy| {
             let (mut dgamma, mut dbeta) = (gamma.take(g)?, beta.take(g)?);
-            let dx = g.get_or_alloc_mut(&x_ghost)?;
-            kernel::backward(&input, &scale, &stats, &dy, dx, &mut dgamma, &mut dbeta);
+            let mut dx = x.take_gradient(g)?;
+            let given = (&mut dx.values[..], dx.store);
+            kernel::backward(&x, &scale, &stats, dy, given, &mut dgamma, &mut dbeta);
+            x.put_gradient(g, dx.values)?;
             gamma.put(g, dgamma)?;
             beta.put(g, dbeta)
-        });
+        })
     }
-    Ok(y.put_tape(tape))
 }

@@ -1,13 +1,13 @@
 use std::sync::Arc;
 
-use dfdx::prelude::{Cpu, HasShape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, Tape};
 use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
 use super::gate::set_thresholds;
 use super::routing_loss::LossGradients;
-use super::{Gate, Network, RoutingLoss, Rows, expect_width, read, take_gradient};
+use super::{Activations, Gate, Network, RoutingLoss, Rows, expect_width};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -169,91 +169,96 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     router: &mut AnyRouter,
     activation: Activation,
 ) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
-    let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
-        set_thresholds(router, experts)?;
-        router.route(logits, mask, plan)?;
-        Ok(router.clone())
-    };
-    moe_ffn_with(x, experts, (gate, losses), activation, route)
+    let x = Activations::from_rows(x)?;
+    let (y, plan) = x.moe_ffn(experts, (gate, losses), mask, router, activation)?;
+    Ok((y.into_rows()?, plan))
 }
 
-/// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
-pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
-    x: Rows<T>,
-    experts: &[MoeExpert],
-    (gate, losses): (&Gate, &[RoutingLoss]),
-    activation: Activation,
-    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
-) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
-    let Some(first) = experts.first() else {
-        return Err(ModelError::Config(
-            "a mixture layer needs at least one expert".into(),
-        ));
-    };
-    let (hidden, dim) = first.network.check("expert 0", None)?;
-    let factor = first.network.up.is_some();
-    let width = gate.width(dim);
-    for (e, expert) in experts.iter().enumerate() {
-        expert
-            .network
-            .check(&format!("expert {e}"), Some((hidden, dim)))?;
-        if expert.network.up.is_some() != factor {
-            let what = format!("expert {e} is gated or not, unlike expert 0");
-            return Err(ModelError::Config(what));
-        }
-        if expert.gate.shape() != [width] {
-            return Err(ModelError::shape(
-                format!("gate row of expert {e}"),
-                &[width],
-                expert.gate.shape(),
-            ));
-        }
+impl<T: Tape<f32, Cpu>> Activations<T> {
+    /// [`moe_ffn`]
+    pub(crate) fn moe_ffn(
+        self,
+        experts: &[MoeExpert],
+        (gate, losses): (&Gate, &[RoutingLoss]),
+        mask: Option<&[bool]>,
+        router: &mut AnyRouter,
+        activation: Activation,
+    ) -> Result<(Self, Arc<RoutingPlan>), ModelError> {
+        let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+            set_thresholds(router, experts)?;
+            router.route(logits, mask, plan)?;
+            Ok(router.clone())
+        };
+        self.moe_ffn_with(experts, (gate, losses), activation, route)
     }
-    expect_width("input of a mixture layer", &x, dim)?;
 
-    let (x, mut tape) = x.try_contiguous()?.split_tape();
-    let n = x.shape().0;
-    let input = read(&x);
-    let gated = gate.logits(&input, experts, (n, dim))?;
-    let mut plan = RoutingPlan::default();
-    let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
-        .expect("the buffer has this size");
-    let router = route(view, &mut plan)?;
-    // What the backward pass cannot do is said now, in the router's or the loss's own words.
-    let losses = if T::OWNS_TAPE {
-        router.check_backward(&plan)?;
-        LossGradients::of(losses, &router, &plan, &gated)?
-    } else {
-        LossGradients::default()
-    };
-    let plan = Arc::new(plan);
+    /// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
+    pub(crate) fn moe_ffn_with(
+        self,
+        experts: &[MoeExpert],
+        (gate, losses): (&Gate, &[RoutingLoss]),
+        activation: Activation,
+        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+    ) -> Result<(Self, Arc<RoutingPlan>), ModelError> {
+        let Some(first) = experts.first() else {
+            return Err(ModelError::Config(
+                "a mixture layer needs at least one expert".into(),
+            ));
+        };
+        let (hidden, dim) = first.network.check("expert 0", None)?;
+        let factor = first.network.up.is_some();
+        let width = gate.width(dim);
+        for (e, expert) in experts.iter().enumerate() {
+            expert
+                .network
+                .check(&format!("expert {e}"), Some((hidden, dim)))?;
+            if expert.network.up.is_some() != factor {
+                let what = format!("expert {e} is gated or not, unlike expert 0");
+                return Err(ModelError::Config(what));
+            }
+            if expert.gate.shape() != [width] {
+                return Err(ModelError::shape(
+                    format!("gate row of expert {e}"),
+                    &[width],
+                    expert.gate.shape(),
+                ));
+            }
+        }
+        expect_width("input of a mixture layer", self.shape(), dim)?;
 
-    let shape = FfnShape {
-        dim,
-        hidden,
-        activation,
-        gated: factor,
-    };
-    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
-    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
-    let mut y = vec![0.0; n * dim];
-    kernel::forward(
-        &input,
-        &weights,
-        grouped(&plan),
-        shape,
-        hidden.as_mut(),
-        &mut y,
-    );
-    let y = x.device().try_tensor_from_vec(y, (n, dim))?;
+        let (x, tape) = self.split_tape();
+        let n = x.shape().0;
+        let gated = gate.logits(&x, experts, (n, dim))?;
+        let mut plan = RoutingPlan::default();
+        let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
+            .expect("the buffer has this size");
+        let router = route(view, &mut plan)?;
+        // What the backward pass cannot do is said now, in the router's or the loss's own words.
+        let losses = if T::OWNS_TAPE {
+            router.check_backward(&plan)?;
+            LossGradients::of(losses, &router, &plan, &gated)?
+        } else {
+            LossGradients::default()
+        };
+        let plan = Arc::new(plan);
 
-    if let Some(mut hidden) = hidden {
-        let (x_ghost, y_ghost) = (x.ghost(), y.ghost());
+        let shape = FfnShape {
+            dim,
+            hidden,
+            activation,
+            gated: factor,
+        };
+        let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
+        let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
+        let mut y = Scratch::take(n * dim);
+        kernel::forward(&x, &weights, grouped(&plan), shape, hidden.as_mut(), &mut y);
+
         let held: Vec<Held> = experts.iter().map(|e| Held::of(&e.network)).collect();
-        let plan = Arc::clone(&plan);
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            let mut dx = take_gradient!(g, x_ghost);
+        let kept = Arc::clone(&plan);
+        let y = Self::output(tape, y, (n, dim), move |g, dy| {
+            let (Some(mut hidden), plan) = (hidden, kept) else {
+                return Ok(());
+            };
             // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
             let mut taken = held
                 .iter()
@@ -266,15 +271,15 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
             let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
             let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
             let mut d_weights = Scratch::take(plan.num_assignments());
-            let groups = grouped(&plan);
+            let mut dx = x.take_gradient(g)?;
             kernel::backward(
-                &input,
+                &x,
                 &weights,
-                groups,
+                grouped(&plan),
                 shape,
                 &mut hidden,
-                &dy,
-                &mut dx,
+                dy,
+                (&mut dx.values, dx.store),
                 &mut gradients,
                 &mut d_weights,
             );
@@ -284,13 +289,12 @@ pub(crate) fn moe_ffn_with<T: Tape<f32, Cpu>>(
                     expert.put(g, taken)?;
                 }
             }
-            let given = (&*input, &*d_weights);
+            let given = (&*x, &*d_weights);
             gated
-                .backward(&router, &plan, &losses, given, &mut dx, g)
+                .backward(&router, &plan, &losses, given, &mut dx.values, g)
                 .map_err(into_dfdx)?;
-            **g.get_or_alloc_mut(&x_ghost)? = dx;
-            Ok(())
-        });
+            x.put_gradient(g, dx.values)
+        })?;
+        Ok((y, plan))
     }
-    Ok((y.put_tape(tape), plan))
 }

@@ -1,11 +1,11 @@
-use dfdx::prelude::{Cpu, PutTape, SplitTape, Tape};
+use dfdx::prelude::{Cpu, Tape};
 
 use super::VitConfig;
 use crate::encoder::{Mlp, with_residual};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
-use crate::ops::{self, Rows, Sequences};
+use crate::ops::{Activations, Sequences};
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::{Kind, Source};
@@ -57,34 +57,37 @@ impl VitBlock {
     /// With `keep`, those rows of the output alone.
     pub(super) fn forward<T: Tape<f32, Cpu>>(
         &self,
-        x: Rows<T>,
+        x: Activations<T>,
         sequences: &Sequences,
         keep: Option<&[usize]>,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Rows<T>, ModelError> {
+    ) -> Result<Activations<T>, ModelError> {
         let early = self.mlp.keep_early(keep);
         let (x, tape) = x.split_tape();
-        let h = self.norm1.try_forward(x.clone().put_tape(tape))?;
+        let h = self.norm1.run(x.clone().put_tape(tape))?;
         let h = self
             .attention
-            .forward_rows(h, sequences, early, keys.as_deref_mut())?;
+            .run(h, sequences, early, keys.as_deref_mut())?;
         let h = scaled(h, self.scale1.as_ref())?;
         let (h, residual) = with_residual(h, x, early)?;
         let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
-        let (residual, tape) = ops::add(h, &residual, dropout)?.split_tape();
-        let h = self.norm2.try_forward(residual.clone().put_tape(tape))?;
+        let (residual, tape) = h.add(&residual, dropout)?.split_tape();
+        let h = self.norm2.run(residual.clone().put_tape(tape))?;
         let h = self.mlp.forward(h, masked, traces)?;
         let h = scaled(h, self.scale2.as_ref())?;
         let dropout = keys.and_then(|k| k.next(self.dropout));
-        self.mlp.keep_late(ops::add(h, &residual, dropout)?, keep)
+        self.mlp.keep_late(h.add(&residual, dropout)?, keep)
     }
 }
 
-fn scaled<T: Tape<f32, Cpu>>(x: Rows<T>, factor: Option<&Param>) -> Result<Rows<T>, ModelError> {
+fn scaled<T: Tape<f32, Cpu>>(
+    x: Activations<T>,
+    factor: Option<&Param>,
+) -> Result<Activations<T>, ModelError> {
     match factor {
-        Some(factor) => ops::scale_rows(x, factor),
+        Some(factor) => x.scale_rows(factor),
         None => Ok(x),
     }
 }

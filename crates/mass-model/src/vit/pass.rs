@@ -1,26 +1,27 @@
 //! Forward and training passes.
 
-use dfdx::prelude::{Cpu, HasShape, NoneTape, OwnedTape, PutTape, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
 
 use super::patches::{Interpolation, assemble, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
 use crate::encoder::Wanted;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
+use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, check_masked};
-use crate::ops::{self, Rows, Sequences, read};
+use crate::ops::{Activations, Sequences};
 use crate::pass::{LayerTrace, Masked, TrainPass};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
 struct Entered<T: Tape<f32, Cpu>> {
-    rows: Rows<T>,
+    rows: Activations<T>,
     tokens: usize,
     block: usize,
 }
 
 /// Hidden states, with the number of tokens of an image.
 struct Encoded<T: Tape<f32, Cpu>> {
-    states: Rows<T>,
+    states: Activations<T>,
     tokens: usize,
     traces: Vec<LayerTrace>,
 }
@@ -33,16 +34,16 @@ impl VitClassifier {
         size: (usize, usize),
         keys: Option<&mut DropoutKeys>,
         tape: T,
-    ) -> Result<(Rows<T>, usize), ModelError> {
+    ) -> Result<(Activations<T>, usize), ModelError> {
         let side = self.config.encoder.patch_size;
         let rows = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
         let grid = (size.0 / side, size.1 / side);
-        let embedded = self.patch.try_forward(rows.put_tape(tape))?;
+        let embedded = self.patch.run(rows.put_tape(tape))?;
         let config = &self.config.encoder;
         let interpolation = Interpolation::new(config.grid(), grid, config.position_resampling);
         let x = assemble(embedded, &self.class, &self.positions, interpolation)?;
         let rate = config.hidden_dropout_prob;
-        let x = ops::dropout(x, keys.and_then(|k| k.next(rate)))?;
+        let x = x.dropout(keys.and_then(|k| k.next(rate)))?;
         Ok((x, 1 + grid.0 * grid.1))
     }
 
@@ -81,7 +82,7 @@ impl VitClassifier {
         if let Some(i) = rows.iter().position(|x| !x.is_finite()) {
             return Err(ModelError::NonFinite(format!("feature value {i}")));
         }
-        let x = Cpu::default().try_tensor_from_vec(rows.to_vec(), (rows.len() / d, d))?;
+        let x = Activations::constant(Scratch::copy_of(rows), (rows.len() / d, d));
         Ok(Entered {
             rows: x.put_tape(tape),
             tokens,
@@ -113,7 +114,7 @@ impl VitClassifier {
         wanted: Wanted,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
-        observe: &mut dyn FnMut(&Rows<NoneTape>),
+        observe: &mut dyn FnMut(&Activations),
     ) -> Result<Encoded<T>, ModelError> {
         check_masked(masked, self.mixtures())?;
         let Entered {
@@ -137,7 +138,7 @@ impl VitClassifier {
             x = block.forward(x, &sequences, keep, masked, keys, &mut traces)?;
         }
         if let Some(starts) = starts.filter(|_| blocks.is_empty()) {
-            x = ops::pick_rows(x, starts)?;
+            x = x.pick_rows(starts)?;
         }
         let (state, tape) = x.split_tape();
         observe(&state);
@@ -159,9 +160,9 @@ impl VitClassifier {
         let entered = self.enter(batch, keys.as_deref_mut(), tape)?;
         let (all, first) = (self.blocks.len(), Wanted::First);
         let encoded = self.encode(entered, all, first, masked, keys, &mut |_| {})?;
-        let class = self.norm.try_forward(encoded.states)?;
+        let class = self.norm.run(encoded.states)?;
         Ok(Encoded {
-            states: self.head.try_forward(class)?,
+            states: self.head.run(class)?,
             ..encoded
         })
     }
@@ -171,8 +172,8 @@ impl VitClassifier {
         &self,
         batch: ImageBatch<'_>,
         until: usize,
-        observe: &mut dyn FnMut(&Rows<NoneTape>),
-    ) -> Result<Rows<NoneTape>, ModelError> {
+        observe: &mut dyn FnMut(&Activations),
+    ) -> Result<Activations, ModelError> {
         let entered = self.enter(batch, None, NoneTape)?;
         let encoded = self.encode(entered, until, Wanted::Every, None, None, observe)?;
         Ok(encoded.states)
@@ -184,7 +185,7 @@ impl VitClassifier {
     /// As [`logits`](Self::logits).
     pub fn hidden_states(&self, batch: ImageBatch<'_>) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
-        let mut observe = |x: &Rows<NoneTape>| states.push(read(x).to_vec());
+        let mut observe = |x: &Activations| states.push(x.to_vec());
         self.states(batch, self.blocks.len(), &mut observe)?;
         Ok(states)
     }
@@ -195,7 +196,7 @@ impl VitClassifier {
     /// As [`logits`](Self::logits).
     pub fn encoded(&self, batch: ImageBatch<'_>) -> Result<Vec<f32>, ModelError> {
         let states = self.states(batch, self.blocks.len(), &mut |_| {})?;
-        Ok(read(&self.norm.try_forward(states)?).to_vec())
+        Ok(self.norm.run(states)?.to_vec())
     }
 
     /// What leaves the first `blocks` blocks, `[batch * tokens, d]`, without dropout and without a tape: the features of a
@@ -212,7 +213,7 @@ impl VitClassifier {
         self.check_frozen(blocks)?;
         let batch = ImageBatch::Pixels { pixels, size };
         let states = self.states(batch, blocks, &mut |_| {})?;
-        Ok(read(&states).to_vec())
+        Ok(states.to_vec())
     }
 
     /// Number of tokens of an image of this height and width, with the class token.
@@ -244,7 +245,7 @@ impl VitClassifier {
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
         let logits = self.forward(batch, None, dropout, OwnedTape::default())?;
-        let (loss, losses) = ops::cross_entropy(logits.states, classes)?;
+        let (loss, losses) = logits.states.cross_entropy(classes)?;
         let rows = losses
             .into_iter()
             .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
@@ -264,7 +265,7 @@ impl VitClassifier {
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let logits = self.forward(batch, masked, None, NoneTape)?;
-        Ok((read(&logits.states).to_vec(), logits.traces))
+        Ok((logits.states.to_vec(), logits.traces))
     }
 
     /// Cross-entropy of each image, nats, without dropout.
@@ -279,6 +280,6 @@ impl VitClassifier {
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
         let logits = self.forward(batch, masked, None, NoneTape)?;
-        ops::token_losses(logits.states, classes)
+        logits.states.token_losses(classes)
     }
 }

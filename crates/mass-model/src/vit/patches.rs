@@ -1,11 +1,13 @@
 //! From pixels to tokens: patches, class token and position embeddings.
 
-use dfdx::prelude::{Cpu, HasShape, NoneTape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
+use dfdx::prelude::{Cpu, Tape};
 
 use super::Resampling;
 use crate::error::ModelError;
+use crate::kernels::gemm::Store;
+use crate::kernels::scratch::Scratch;
 use crate::kernels::vector;
-use crate::ops::{Rows, expect_width, read, take_gradient};
+use crate::ops::{Activations, expect_width};
 use crate::param::Param;
 
 /// Rows and columns of the patches of an image.
@@ -29,7 +31,7 @@ pub(super) fn patch_rows(
     channels: usize,
     (height, width): (usize, usize),
     side: usize,
-) -> Result<Rows<NoneTape>, ModelError> {
+) -> Result<Activations, ModelError> {
     patch_grid((height, width), side)?;
     let image = channels
         .checked_mul(height)
@@ -50,13 +52,17 @@ pub(super) fn patch_rows(
     if let Some(i) = pixels.iter().position(|x| !x.is_finite()) {
         return Err(ModelError::NonFinite(format!("pixel value {i}")));
     }
-    let mut rows = Vec::with_capacity(pixels.len());
+    let mut rows = Scratch::take(pixels.len());
+    let mut pieces = rows.chunks_exact_mut(side);
     for image in pixels.chunks_exact(image) {
         for top in (0..height).step_by(side) {
             for left in (0..width).step_by(side) {
                 for channel in image.chunks_exact(height * width) {
                     for y in top..top + side {
-                        rows.extend_from_slice(&channel[y * width + left..][..side]);
+                        let piece = pieces
+                            .next()
+                            .expect("patches have as many values as the images");
+                        piece.copy_from_slice(&channel[y * width + left..][..side]);
                     }
                 }
             }
@@ -64,7 +70,7 @@ pub(super) fn patch_rows(
     }
     let cols = channels * side * side;
     let shape = (rows.len() / cols, cols);
-    Ok(Cpu::default().try_tensor_from_vec(rows, shape)?)
+    Ok(Activations::constant(rows, shape))
 }
 
 /// Interpolation of a square grid of vectors to another grid, as weights of the old ones; see [`Resampling`].
@@ -146,16 +152,15 @@ fn antialiased_axis(old: usize, new: usize) -> Vec<Vec<(usize, f32)>> {
 ///
 /// `class: [d]`, `positions: [1 + old patches, d]`, of which the first is the class token's and the others a grid.
 pub(super) fn assemble<T: Tape<f32, Cpu>>(
-    embedded: Rows<T>,
+    embedded: Activations<T>,
     class: &Param,
     positions: &Param,
     grid: Interpolation,
-) -> Result<Rows<T>, ModelError> {
+) -> Result<Activations<T>, ModelError> {
     let (d, patches) = (class.len(), grid.taps.len());
-    expect_width("embedded patches", &embedded, d)?;
-    let (embedded, mut tape) = embedded.try_contiguous()?.split_tape();
+    expect_width("embedded patches", embedded.shape(), d)?;
+    let (embedded, tape) = embedded.split_tape();
     let batch = embedded.shape().0 / patches;
-    let input = read(&embedded);
 
     // The tokens of an image without its patches, which are the same for all images.
     let table = positions.values();
@@ -169,42 +174,42 @@ pub(super) fn assemble<T: Tape<f32, Cpu>>(
             row.iter_mut().zip(old).for_each(|(y, x)| *y += weight * x);
         }
     }
-    let mut y = Vec::with_capacity(batch * common.len());
-    for image in input.chunks_exact(patches * d) {
-        let start = y.len();
-        y.extend_from_slice(&common);
-        vector::add_assign(&mut y[start + d..], image);
+    let mut y = Scratch::take(batch * common.len());
+    let images = embedded.chunks_exact(patches * d);
+    for (y, image) in y.chunks_exact_mut(common.len()).zip(images) {
+        y.copy_from_slice(&common);
+        vector::add_assign(&mut y[d..], image);
     }
     let shape = (batch * (1 + patches), d);
-    let y = embedded.device().try_tensor_from_vec(y, shape)?;
-    if T::OWNS_TAPE {
-        let (x_ghost, y_ghost) = (embedded.ghost(), y.ghost());
-        let (class, positions) = (class.handle(), positions.handle());
-        tape.add_backward_op(move |g| {
-            let dy = take_gradient!(g, y_ghost);
-            let mut common = vec![0.0; (1 + patches) * d];
-            let dx = g.get_or_alloc_mut(&x_ghost)?;
+    let (class, positions) = (class.handle(), positions.handle());
+    Activations::output(tape, y, shape, move |g, dy| {
+        let mut common = vec![0.0; (1 + patches) * d];
+        for dy in dy.chunks_exact((1 + patches) * d) {
+            vector::add_assign(&mut common, dy);
+        }
+        embedded.add_gradient(g, |dx, store| {
             let images = dy.chunks_exact((1 + patches) * d);
             for (dy, dx) in images.zip(dx.chunks_exact_mut(patches * d)) {
-                vector::add_assign(&mut common, dy);
-                vector::add_assign(dx, &dy[d..]);
-            }
-            let (first, others) = common.split_at(d);
-            let mut dclass = class.take(g)?;
-            vector::add_assign(&mut dclass, first);
-            class.put(g, dclass)?;
-            let mut dpositions = positions.take(g)?;
-            vector::add_assign(&mut dpositions[..d], first);
-            for (row, taps) in others.chunks_exact(d).zip(&grid.taps) {
-                for &(place, weight) in taps {
-                    let old = &mut dpositions[(1 + place) * d..][..d];
-                    old.iter_mut().zip(row).for_each(|(x, y)| *x += weight * y);
+                match store {
+                    Store::Replace => dx.copy_from_slice(&dy[d..]),
+                    Store::Add => vector::add_assign(dx, &dy[d..]),
                 }
             }
-            positions.put(g, dpositions)
-        });
-    }
-    Ok(y.put_tape(tape))
+        })?;
+        let (first, others) = common.split_at(d);
+        let mut dclass = class.take(g)?;
+        vector::add_assign(&mut dclass, first);
+        class.put(g, dclass)?;
+        let mut dpositions = positions.take(g)?;
+        vector::add_assign(&mut dpositions[..d], first);
+        for (row, taps) in others.chunks_exact(d).zip(&grid.taps) {
+            for &(place, weight) in taps {
+                let old = &mut dpositions[(1 + place) * d..][..d];
+                old.iter_mut().zip(row).for_each(|(x, y)| *x += weight * y);
+            }
+        }
+        positions.put(g, dpositions)
+    })
 }
 
 #[cfg(test)]
@@ -219,7 +224,7 @@ mod tests {
         assert_eq!(*rows.shape(), (2, 8));
         let first = [0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 12.0, 13.0];
         let second = [2.0, 3.0, 6.0, 7.0, 10.0, 11.0, 14.0, 15.0];
-        assert_eq!(read(&rows).to_vec(), [first, second].concat());
+        assert_eq!(rows.to_vec(), [first, second].concat());
     }
 
     #[test]

@@ -41,7 +41,7 @@ fn run_kernels() {
         "linear",
         steady(|| {
             linear::forward(&x, &w, Some(&b), &mut y, d, hidden);
-            linear::backward_input(&y, &w, &mut dx, d, hidden);
+            linear::backward_input(&y, &w, (&mut dx, Store::Add), (d, hidden));
             linear::backward_weight(&x, &y, &mut dw, Some(&mut db), (d, hidden), Store::Replace);
         }),
     ));
@@ -52,7 +52,8 @@ fn run_kernels() {
         "layer norm",
         steady(|| {
             layer_norm::forward(&x, &gamma, &gamma, 1e-5, &mut out, &mut stats);
-            layer_norm::backward(&x, &gamma, &stats, &x, &mut dx, &mut dgamma, &mut dbeta);
+            let given = (&mut dx[..], Store::Add);
+            layer_norm::backward(&x, &gamma, &stats, &x, given, &mut dgamma, &mut dbeta);
         }),
     ));
 
@@ -71,7 +72,7 @@ fn run_kernels() {
         "attention",
         steady(|| {
             attention::forward(&qkv, &mut probs, &mut out, shape);
-            attention::backward(&qkv, &probs, &x, &mut dqkv, shape);
+            attention::backward(&qkv, &probs, &x, (&mut dqkv, Store::Add), shape);
         }),
     ));
 
@@ -146,7 +147,7 @@ fn run_kernels() {
                 ffn,
                 &mut hidden,
                 &x,
-                &mut dx,
+                (&mut dx, Store::Add),
                 &mut gradients,
                 &mut d_weights,
             );
@@ -159,7 +160,7 @@ fn run_kernels() {
         "cross-entropy",
         steady(|| {
             cross_entropy::forward(&mut logits, &targets, &mut nll, d);
-            cross_entropy::backward(&logits, &targets, 1.0, &mut dx, d);
+            cross_entropy::backward(&logits, &targets, 1.0, (&mut dx, Store::Add), d);
         }),
     ));
     let mask = DropoutKeys::new(0, 1).next(0.1);
