@@ -175,9 +175,9 @@ impl Tile {
         let (mut sum, mut count, mut equal) = (zero, zero, zero);
         for &v in padded[..k * parts].iter().skip(part).step_by(parts) {
             let taken = s.less_than_or_equal_f32s(value, v);
-            sum = s.add_f32s(sum, s.select_f32s(taken, v, zero));
-            count = s.add_f32s(count, s.select_f32s(taken, one, zero));
-            equal = s.add_f32s(equal, s.select_f32s(s.equal_f32s(value, v), one, zero));
+            sum = s.select_f32s(taken, s.add_f32s(sum, v), sum);
+            count = s.select_f32s(taken, s.add_f32s(count, one), count);
+            equal = s.select_f32s(s.equal_f32s(value, v), s.add_f32s(equal, one), equal);
         }
         // All but the last fall short of the target for sure, and all reach it for sure.
         let sure = s.and_m32s(
@@ -408,7 +408,7 @@ impl<M: Machine> Column<'_, M> {
             below = s.select_f32s(less, below, mass);
         }
         let [a, b, c, d] = fold::<4, _, _>(self.all, self.part, self.parts, zero, |value, v| {
-            s.max_f32s(value, s.select_f32s(s.less_than_f32s(v, high), v, zero))
+            s.select_f32s(s.less_than_f32s(v, high), s.max_f32s(value, v), value)
         });
         let mut value = s.max_f32s(s.max_f32s(a, b), s.max_f32s(c, d));
         loop {
@@ -420,8 +420,8 @@ impl<M: Machine> Column<'_, M> {
                 |(mass, next), v| {
                     let below = s.less_than_f32s(v, value);
                     (
-                        s.add_f32s(mass, s.select_f32s(below, zero, v)),
-                        s.max_f32s(next, s.select_f32s(below, v, zero)),
+                        s.select_f32s(below, mass, s.add_f32s(mass, v)),
+                        s.select_f32s(below, s.max_f32s(next, v), next),
                     )
                 },
             );
@@ -445,10 +445,8 @@ impl<M: Machine> Column<'_, M> {
         let s = machine.simd();
         let zero = s.splat_f32s(0.0);
         let [a, b, c, d] = fold::<4, _, _>(self.all, self.part, self.parts, zero, |mass, v| {
-            s.add_f32s(
-                mass,
-                s.select_f32s(s.less_than_or_equal_f32s(bound, v), v, zero),
-            )
+            let inside = s.less_than_or_equal_f32s(bound, v);
+            s.select_f32s(inside, s.add_f32s(mass, v), mass)
         });
         s.add_f32s(s.add_f32s(a, b), s.add_f32s(c, d))
     }

@@ -156,7 +156,7 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// The logits, the mass to reach and what becomes of the weights, if tokens are to be routed in tiles.
+    /// The logits, the mass to reach and what becomes of the weights, where tokens are routed in tiles.
     fn tiled(self, kernel: &impl RowKernel) -> Option<(&'a [f32], f32, Combine)> {
         let (p, combine) = kernel.tiled()?;
         let fits = self.logits.ncols() <= tile::WIDEST && self.mask.is_none();

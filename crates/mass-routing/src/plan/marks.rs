@@ -14,7 +14,7 @@ const CUT: usize = 1 << 17;
 /// Tokens of a cut at most.
 const MOST: usize = 1024;
 
-/// What the tokens of a block choose, cut by cut: so far as caches reach, whole tiles.
+/// What the tokens of a block choose. A cut is a run of whole tiles that caches hold.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
     experts: usize,
@@ -148,6 +148,7 @@ pub(super) fn group(plan: &mut RoutingPlan) {
         weights: &mut plan.weights,
     };
     if parallel {
+        // Few pieces: every one of them reads all masks.
         let most = k.div_ceil(2 * threads::count());
         threads::join(|| by_token.run(true), || by_expert.run(most));
     } else {
@@ -157,7 +158,7 @@ pub(super) fn group(plan: &mut RoutingPlan) {
     plan.scratch.blocks = blocks;
 }
 
-/// Where the sixteen values from `first` on stand.
+/// `first` and the fifteen numbers after it.
 #[inline(always)]
 fn numbers(first: u32) -> [u32; LANES] {
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15].map(|i| first + i)
