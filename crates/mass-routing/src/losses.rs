@@ -18,7 +18,7 @@ pub use balance::{BalanceCount, gshard_balance, importance, load};
 pub use gate_weights::{Reduction, diverse_and_simple, redundancy};
 pub use shape::{dirichlet_prior, router_z, routing_entropy, softmax_backward};
 
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use crate::gate::same;
 use crate::{RoutingError, RoutingPlan};
@@ -46,8 +46,14 @@ fn probabilities<'a>(
 }
 
 /// Adds `weight` times the softmax's vector-Jacobian product of one row: `r_e (g_e - sum_j r_j g_j)`.
-fn add_softmax_row(r: &[f64], g: &[f64], weight: f64, mut d: ndarray::ArrayViewMut1<'_, f32>) {
-    let mean: f64 = r.iter().zip(g).map(|(r, g)| r * g).sum();
+fn add_softmax_row(
+    r: ArrayView1<'_, f32>,
+    g: impl Iterator<Item = f64> + Clone,
+    weight: f64,
+    mut d: ArrayViewMut1<'_, f32>,
+) {
+    let r = r.iter().map(|&r| f64::from(r));
+    let mean: f64 = r.clone().zip(g.clone()).map(|(r, g)| r * g).sum();
     for ((d, r), g) in d.iter_mut().zip(r).zip(g) {
         *d += (weight * r * (g - mean)) as f32;
     }

@@ -4,6 +4,7 @@ mod assignments;
 mod backward;
 mod build;
 mod group;
+mod marks;
 
 use ndarray::ArrayView2;
 #[cfg(feature = "serde")]

@@ -461,15 +461,6 @@ impl Picks {
         }
     }
 
-    /// As [`take`](Self::take) of keys that are the weights, where no key but one equals `value`, the threshold.
-    #[inline(always)]
-    pub(crate) fn take_unique<M: Machine>(&mut self, machine: M, keys: &[Lanes], value: f32) {
-        self.reserve(keys.len());
-        for (c, key) in keys.iter().enumerate() {
-            self.append(machine, machine.at_least(key, value), c, key);
-        }
-    }
-
     #[inline(always)]
     fn append<M: Machine>(&mut self, machine: M, mask: u16, chunk: usize, value: &Lanes) {
         let weights = self.weights[self.len..].first_chunk_mut();

@@ -19,8 +19,14 @@ pub(crate) trait Machine: Copy {
     /// Its vector operations.
     fn simd(self) -> Self::Simd;
 
+    /// Bit `i` is set iff `v[i] >= bounds[i]`.
+    fn at_least_each(self, v: &Lanes, bounds: &Lanes) -> u16;
+
     /// Bit `i` is set iff `v[i] >= bound`.
-    fn at_least(self, v: &Lanes, bound: f32) -> u16;
+    #[inline(always)]
+    fn at_least(self, v: &Lanes, bound: f32) -> u16 {
+        self.at_least_each(v, &[bound; LANES])
+    }
 
     /// Writes the lanes of `v` whose bit is set to the front of `values`, and `base +` their numbers to `indices`; returns how many.
     fn compress(
@@ -31,6 +37,39 @@ pub(crate) trait Machine: Copy {
         values: &mut [f32; LANES],
         indices: &mut [u32; LANES],
     ) -> usize;
+
+    /// The entries of `v` whose bit is set, at the front.
+    #[inline(always)]
+    fn pack(self, mut mask: u16, v: &[u32; LANES]) -> [u32; LANES] {
+        let mut packed = [0; LANES];
+        for to in &mut packed[..mask.count_ones() as usize] {
+            *to = v[mask.trailing_zeros() as usize % LANES];
+            mask &= mask - 1;
+        }
+        packed
+    }
+
+    /// Adds one to the entries whose bit is set.
+    #[inline(always)]
+    fn advance(self, mask: u16, cursors: &mut [u32; LANES]) {
+        for (i, cursor) in cursors.iter_mut().enumerate() {
+            *cursor += u32::from(mask >> i) & 1;
+        }
+    }
+
+    /// The transpose of a square of bits: bit `i` of entry `j` becomes bit `j` of entry `i`.
+    #[inline(always)]
+    fn transpose_bits(self, mut masks: [u16; LANES]) -> [u16; LANES] {
+        // Quarters change places, then those of the quarters.
+        for (half, low) in [(8, 0x00ff), (4, 0x0f0f), (2, 0x3333), (1, 0x5555)] {
+            for i in (0..LANES).filter(|i| i & half == 0) {
+                let swap = ((masks[i] >> half) ^ masks[i + half]) & low;
+                masks[i] ^= swap << half;
+                masks[i + half] ^= swap;
+            }
+        }
+        masks
+    }
 
     /// The transpose of a square block.
     #[inline(always)]
@@ -52,8 +91,8 @@ impl<S: Simd> Machine for Portable<S> {
     }
 
     #[inline(always)]
-    fn at_least(self, v: &Lanes, bound: f32) -> u16 {
-        (0..LANES).fold(0, |mask, i| mask | (u16::from(v[i] >= bound) << i))
+    fn at_least_each(self, v: &Lanes, bounds: &Lanes) -> u16 {
+        (0..LANES).fold(0, |mask, i| mask | (u16::from(v[i] >= bounds[i]) << i))
     }
 
     #[inline(always)]
@@ -105,9 +144,8 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn at_least(self, v: &Lanes, bound: f32) -> u16 {
-            self.avx512f
-                ._mm512_cmple_ps_mask(cast([bound; LANES]), cast(*v))
+        fn at_least_each(self, v: &Lanes, bounds: &Lanes) -> u16 {
+            self.avx512f._mm512_cmple_ps_mask(cast(*bounds), cast(*v))
         }
 
         #[inline(always)]
@@ -126,6 +164,31 @@ mod x86 {
                     ._mm512_maskz_compress_epi32(mask, cast(numbers)),
             );
             mask.count_ones() as usize
+        }
+
+        #[inline(always)]
+        fn pack(self, mask: u16, v: &[u32; LANES]) -> [u32; LANES] {
+            cast(self.avx512f._mm512_maskz_compress_epi32(mask, cast(*v)))
+        }
+
+        #[inline(always)]
+        fn advance(self, mask: u16, cursors: &mut [u32; LANES]) {
+            let v = cast(*cursors);
+            *cursors = cast(
+                self.avx512f
+                    ._mm512_mask_add_epi32(v, mask, v, cast([1_u32; LANES])),
+            );
+        }
+
+        #[inline(always)]
+        fn transpose_bits(self, masks: [u16; LANES]) -> [u16; LANES] {
+            let v = self.avx512f._mm512_cvtepu16_epi32(cast(masks));
+            let mut rows = masks;
+            for (i, row) in rows.iter_mut().enumerate() {
+                let bit = cast([1_u32 << i; LANES]);
+                *row = self.avx512f._mm512_test_epi32_mask(v, bit);
+            }
+            rows
         }
 
         #[inline(always)]
@@ -183,16 +246,18 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn at_least(self, v: &Lanes, bound: f32) -> u16 {
+        fn at_least_each(self, v: &Lanes, bounds: &Lanes) -> u16 {
             /// "Less or equal, false if one is NaN, no signal."
             const LE: i32 = 18;
             let halves: [[f32; 8]; 2] = cast(*v);
-            let bound = cast([bound; 8]);
-            let [low, high] = halves.map(|half| {
-                let mask = self.avx._mm256_cmp_ps::<LE>(bound, cast(half));
+            let bounds: [[f32; 8]; 2] = cast(*bounds);
+            let half = |i: usize| {
+                let mask = self
+                    .avx
+                    ._mm256_cmp_ps::<LE>(cast(bounds[i]), cast(halves[i]));
                 self.avx._mm256_movemask_ps(mask) as u16
-            });
-            low | (high << 8)
+            };
+            half(0) | (half(1) << 8)
         }
 
         #[inline(always)]
@@ -623,7 +688,22 @@ mod tests {
                 let n = machine.compress(mask, &v, 32, &mut a.0, &mut a.1);
                 let m = portable.compress(expected, &v, 32, &mut b.0, &mut b.1);
                 let block: [Lanes; LANES] = std::array::from_fn(|i| v.map(|x| x + 10.0 * i as f32));
+                let numbers: [u32; LANES] = v.map(|x| 3 + x as u32);
+                let (mut c, mut d) = (numbers, numbers);
+                machine.advance(mask, &mut c);
+                portable.advance(mask, &mut d);
+                let bits = numbers.map(|x| x.wrapping_mul(seed.wrapping_mul(40_503)) as u16);
+                let turned = machine.transpose_bits(bits);
+                let bit = |of: &[u16; LANES], i: usize, j: usize| of[i] >> j & 1;
+                let all = || (0..LANES).flat_map(|i| (0..LANES).map(move |j| (i, j)));
                 if machine.transpose(&block) != portable.transpose(&block)
+                    || machine.pack(mask, &numbers)[..n] != portable.pack(mask, &numbers)[..n]
+                    || (0..n)
+                        .any(|i| f64::from(a.0[i]) + 3.0 != portable.pack(mask, &numbers)[i].into())
+                    || c != d
+                    || (0..LANES).any(|i| c[i] != numbers[i] + u32::from(mask >> i & 1))
+                    || turned != portable.transpose_bits(bits)
+                    || all().any(|(i, j)| bit(&turned, i, j) != bit(&bits, j, i))
                     || mask != expected
                     || n != m
                     || a.0[..n] != b.0[..n]

@@ -3,6 +3,14 @@
 #[cfg(feature = "rayon")]
 pub(crate) use rayon::join;
 
+/// How many there are.
+pub(crate) fn count() -> usize {
+    #[cfg(feature = "rayon")]
+    return rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    1
+}
+
 /// Runs both, one after the other.
 #[cfg(not(feature = "rayon"))]
 pub(crate) fn join<A, B>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {

@@ -71,9 +71,9 @@ pub fn gshard_balance(
     let g: Vec<f64> = counts.iter().map(|c| c * scale).collect();
     let mut loss = 0.0;
     for (row, d) in r.outer_iter().zip(d_logits.outer_iter_mut()) {
-        let row: Vec<f64> = row.iter().map(|&r| r.into()).collect();
-        loss += row.iter().zip(&g).map(|(r, g)| r * g).sum::<f64>();
-        add_softmax_row(&row, &g, weight, d);
+        let parts = row.iter().zip(&g).map(|(&r, g)| f64::from(r) * g);
+        loss += parts.sum::<f64>();
+        add_softmax_row(row, g.iter().copied(), weight, d);
     }
     Ok(loss)
 }
@@ -202,7 +202,7 @@ pub fn load(
     let mut threshold = Vec::with_capacity(n);
     let mut loads = vec![0.0_f64; used.len()];
     for (row, noisy) in scores.outer_iter().zip(noisy_scores.outer_iter()) {
-        order.sort_by(|&a, &b| noisy[b].total_cmp(&noisy[a]).then(a.cmp(&b)));
+        order.sort_unstable_by(|&a, &b| noisy[b].total_cmp(&noisy[a]).then(a.cmp(&b)));
         let at = order[k - 1];
         for (sum, &e) in loads.iter_mut().zip(&used) {
             *sum += normal_cdf(f64::from(row[e] - noisy[at]) / std);

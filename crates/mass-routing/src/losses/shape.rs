@@ -33,9 +33,7 @@ pub fn softmax_backward(
         .zip(d_probabilities.outer_iter())
         .zip(d_logits.outer_iter_mut())
     {
-        let wide =
-            |row: ndarray::ArrayView1<'_, f32>| row.iter().map(|&v| v.into()).collect::<Vec<f64>>();
-        add_softmax_row(&wide(r), &wide(g), 1.0, d);
+        add_softmax_row(r, g.iter().map(|&g| g.into()), 1.0, d);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::{RoutingPlan, WeightRule};
 use crate::error::same;
+use crate::simd::{Machine, Task, dispatch};
 use crate::{RoutingError, threads};
 
 /// Logits of a piece of the batch that one thread takes.
@@ -106,36 +107,66 @@ impl RoutingPlan {
             );
             return;
         }
+        dispatch(Rows {
+            plan: self,
+            first,
+            d_weights,
+            rows,
+        });
+    }
+}
+
+/// A piece of the batch. Nothing is reduced across lanes and nothing fused, so that wider vectors change no bit.
+struct Rows<'a> {
+    plan: &'a RoutingPlan,
+    first: usize,
+    d_weights: &'a [f32],
+    rows: ArrayViewMut2<'a, f32>,
+}
+
+impl Task for Rows<'_> {
+    #[inline(always)]
+    fn run<M: Machine>(self, _: M) {
+        let Self {
+            plan,
+            first,
+            d_weights,
+            rows,
+        } = self;
         for (t, mut row) in (first..).zip(rows.into_outer_iter_mut()) {
-            let own = self.token_offsets[t] as usize..self.token_offsets[t + 1] as usize;
+            let own = plan.token_offsets[t] as usize..plan.token_offsets[t + 1] as usize;
             let (assignments, experts) = (
-                &self.token_assignments[own.clone()],
-                &self.token_experts[own],
+                &plan.token_assignments[own.clone()],
+                &plan.token_experts[own],
             );
             let dot: f32 = assignments
                 .iter()
-                .map(|&a| self.weights[a as usize] * d_weights[a as usize])
+                .map(|&a| plan.weights[a as usize] * d_weights[a as usize])
                 .sum();
-            match self.rule {
+            match plan.rule {
                 WeightRule::Softmax => {
-                    if let Some(r) = self.score_row(t) {
-                        row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot);
+                    match (plan.score_row(t), row.as_slice_mut()) {
+                        (Some(r), Some(row)) => {
+                            row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot);
+                        }
+                        (Some(r), None) => row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot),
+                        (None, _) => {}
                     }
                     for (&a, &e) in assignments.iter().zip(experts) {
-                        row[e as usize] += self.weights[a as usize] * d_weights[a as usize];
+                        row[e as usize] += plan.weights[a as usize] * d_weights[a as usize];
                     }
                 }
                 WeightRule::StraightThrough => {
-                    let Some(s) = self.score_row(t) else { continue };
+                    let Some(s) = plan.score_row(t) else { continue };
                     for (&a, &e) in assignments.iter().zip(experts) {
                         let s = s[e as usize];
                         row[e as usize] +=
-                            self.weights[a as usize] * d_weights[a as usize] * s * (1.0 - s);
+                            plan.weights[a as usize] * d_weights[a as usize] * s * (1.0 - s);
                     }
                 }
                 WeightRule::Renormalised => {
                     for (&a, &e) in assignments.iter().zip(experts) {
-                        row[e as usize] += self.weights[a as usize] * (d_weights[a as usize] - dot);
+                        row[e as usize] += plan.weights[a as usize] * (d_weights[a as usize] - dot);
                     }
                 }
                 // Refused before, but for plans without assignments.

@@ -1,15 +1,12 @@
 //! Filling a plan: rows to selections, a block of tokens at a time, then the grouping by expert.
 
-use ndarray::ArrayView2;
-#[cfg(feature = "rayon")]
-use rayon::prelude::*;
-
-use super::{Combine, RoutingPlan, WeightRule, group};
+use super::{Combine, RoutingPlan, WeightRule, group, marks};
 use crate::select::{Picks, Threshold};
 use crate::simd::{AlignedRow, LANES, Machine, Task, dispatch};
 use crate::softmax::Row;
 use crate::tile::{self, Tile};
-use crate::{NonFinite, RoutingError};
+use crate::{NonFinite, RoutingError, threads};
+use ndarray::ArrayView2;
 
 /// What a router does with one token.
 pub(crate) trait RowKernel: Sync {
@@ -55,10 +52,9 @@ pub(crate) struct Block {
     pub(super) first_token: usize,
     pub(super) picks: Picks,
     pub(super) local: group::Local,
+    pub(super) marks: marks::Marks,
     row: Row,
     tile: Tile,
-    /// The token after the last one of the tile.
-    tiled_until: usize,
     gathered: Vec<f32>,
     work: Work,
     skipped: usize,
@@ -68,7 +64,7 @@ pub(crate) struct Block {
 /// Below this many logits, starting threads costs more than it saves.
 const SERIAL: usize = 1 << 14;
 
-impl Batch<'_> {
+impl<'a> Batch<'a> {
     /// Routes and groups; on error the plan is left empty.
     pub(crate) fn route(
         self,
@@ -77,6 +73,7 @@ impl Batch<'_> {
     ) -> Result<(), RoutingError> {
         let result = self.rows(kernel, plan);
         match result {
+            Ok(()) if self.tiled(kernel).is_some() => marks::group(plan),
             Ok(()) => group::group(plan),
             Err(_) => plan.clear(),
         }
@@ -104,14 +101,7 @@ impl Batch<'_> {
         plan.scores
             .resize(if self.keep_scores { n * k } else { 0 }, 0.0);
 
-        #[cfg(feature = "rayon")]
-        let threads = if n * k < SERIAL {
-            1
-        } else {
-            rayon::current_num_threads()
-        };
-        #[cfg(not(feature = "rayon"))]
-        let threads = 1;
+        let threads = if n * k < SERIAL { 1 } else { threads::count() };
         // Some more blocks than threads, so that a thread that was held up does not hold up all.
         let count = if threads == 1 {
             1
@@ -128,20 +118,13 @@ impl Batch<'_> {
             block.first_token = b * size;
         }
         let offsets = &mut plan.token_offsets[1..];
-        if count == 1 {
-            blocks[0].fill(self, kernel, offsets, &mut plan.scores);
-        }
-        #[cfg(feature = "rayon")]
-        if count > 1 && self.keep_scores {
-            let parts = blocks
-                .par_iter_mut()
-                .zip(offsets.par_chunks_mut(size))
-                .zip(plan.scores.par_chunks_mut(size * k));
-            parts.for_each(|((block, offsets), scores)| block.fill(self, kernel, offsets, scores));
-        } else if count > 1 {
-            let parts = blocks.par_iter_mut().zip(offsets.par_chunks_mut(size));
-            parts.for_each(|(block, offsets)| block.fill(self, kernel, offsets, &mut []));
-        }
+        let parts = Parts {
+            blocks,
+            offsets,
+            scores: &mut plan.scores,
+            size,
+        };
+        parts.fill(self, kernel, threads > 1);
         // The first failure in token order, whichever thread was first in time.
         if let Some(error) = blocks.iter_mut().find_map(|block| block.failed.take()) {
             return Err(error);
@@ -173,6 +156,13 @@ impl Batch<'_> {
         Ok(())
     }
 
+    /// The logits, the mass to reach and what becomes of the weights, where tokens are routed in tiles.
+    fn tiled(self, kernel: &impl RowKernel) -> Option<(&'a [f32], f32, Combine)> {
+        let (p, combine) = kernel.tiled()?;
+        let fits = self.logits.ncols() <= tile::WIDEST && self.mask.is_none();
+        Some((self.logits.to_slice().filter(|_| fits)?, p, combine))
+    }
+
     fn check(&self, n: usize, k: usize) -> Result<(), RoutingError> {
         if k == 0 {
             return Err(RoutingError::NoExperts);
@@ -199,6 +189,49 @@ impl Batch<'_> {
     }
 }
 
+/// Blocks of `size` tokens, with what they fill.
+struct Parts<'a> {
+    blocks: &'a mut [Block],
+    offsets: &'a mut [u32],
+    scores: &'a mut [f32],
+    size: usize,
+}
+
+impl Parts<'_> {
+    fn fill(self, batch: Batch<'_>, kernel: &impl RowKernel, parallel: bool) {
+        let Self {
+            blocks,
+            offsets,
+            scores,
+            size,
+        } = self;
+        if let [block] = blocks {
+            return block.fill(batch, kernel, offsets, scores);
+        }
+        let middle = blocks.len() / 2;
+        let kept = (middle * size * batch.logits.ncols()).min(scores.len());
+        let (b1, b2) = blocks.split_at_mut(middle);
+        let (o1, o2) = offsets.split_at_mut(middle * size);
+        let (s1, s2) = scores.split_at_mut(kept);
+        let part = |blocks, offsets, scores| Parts {
+            blocks,
+            offsets,
+            scores,
+            size,
+        };
+        let (a, b) = (part(b1, o1, s1), part(b2, o2, s2));
+        if parallel {
+            threads::join(
+                || a.fill(batch, kernel, true),
+                || b.fill(batch, kernel, true),
+            );
+        } else {
+            a.fill(batch, kernel, false);
+            b.fill(batch, kernel, false);
+        }
+    }
+}
+
 impl Block {
     fn fill(
         &mut self,
@@ -210,19 +243,67 @@ impl Block {
         self.failed = None;
         self.skipped = 0;
         self.picks.clear();
-        self.tiled_until = 0;
-        self.row.prepare(batch.logits.ncols(), batch.mask);
+        let k = batch.logits.ncols();
+        self.row.prepare(k, batch.mask);
+        let tiled = batch.tiled(kernel);
+        if tiled.is_some() {
+            self.tile.prepare(k);
+            self.marks.clear(k);
+        }
         dispatch(Fill {
             block: self,
             batch,
             kernel,
+            tiled,
             offsets,
             scores,
         });
-        if self.failed.is_none() {
-            self.local
-                .sort(batch.logits.ncols(), self.first_token, offsets, &self.picks);
+        if self.failed.is_none() && tiled.is_none() {
+            self.local.sort(k, self.first_token, offsets, &self.picks);
         }
+    }
+
+    /// Routes one token by its row; false if it must not be.
+    #[inline(always)]
+    fn token<M: Machine>(
+        &mut self,
+        machine: M,
+        batch: &Batch<'_>,
+        kernel: &impl RowKernel,
+        token: usize,
+        kept: Option<&mut [f32]>,
+    ) -> bool {
+        let k = batch.logits.ncols();
+        let logits = match batch.logits.as_slice() {
+            Some(all) => &all[token * k..(token + 1) * k],
+            None => {
+                self.gathered.clear();
+                self.gathered.extend(batch.logits.row(token));
+                &self.gathered[..]
+            }
+        };
+        let finite = self.row.load(machine, logits);
+        if finite {
+            kernel.route(machine, &mut self.row, &mut self.work, &mut self.picks);
+        } else if batch.non_finite == NonFinite::Skip {
+            self.skipped += 1;
+        } else {
+            self.failed = Some(non_finite(logits, batch.mask, token));
+            return false;
+        }
+        let Some(kept) = kept else { return true };
+        if finite {
+            let (whole, rest) = kept.as_chunks_mut::<LANES>();
+            let from = self.row.probabilities.get();
+            whole
+                .iter_mut()
+                .zip(from)
+                .for_each(|(to, from)| *to = *from);
+            rest.copy_from_slice(&from.as_flattened()[whole.len() * LANES..k]);
+        } else {
+            kept.fill(0.0);
+        }
+        true
     }
 }
 
@@ -230,6 +311,7 @@ struct Fill<'a, 'b, K> {
     block: &'a mut Block,
     batch: Batch<'b>,
     kernel: &'a K,
+    tiled: Option<(&'b [f32], f32, Combine)>,
     offsets: &'a mut [u32],
     scores: &'a mut [f32],
 }
@@ -241,75 +323,61 @@ impl<K: RowKernel> Task for Fill<'_, '_, K> {
             block,
             batch,
             kernel,
+            tiled,
             offsets,
             scores,
         } = self;
         let k = batch.logits.ncols();
-        let contiguous = batch.logits.as_slice();
-        let tiled = kernel
-            .tiled()
-            .filter(|_| k <= tile::WIDEST && batch.mask.is_none());
-        if tiled.is_some() {
-            block.tile.prepare(k);
-        }
-        let mut scores = scores.chunks_exact_mut(k);
-        for (i, offset) in offsets.iter_mut().enumerate() {
-            let token = block.first_token + i;
-            let mut kept = scores.next();
-            if let (Some(all), Some((p, combine))) = (contiguous, tiled) {
-                let lane = i % LANES;
-                if lane == 0
-                    && let Some(rows) = all.get(token * k..(token + LANES) * k)
-                {
-                    block.tile.route(machine, rows, p);
-                    block.tiled_until = token + LANES;
+        let Some((logits, p, combine)) = tiled else {
+            let mut scores = scores.chunks_exact_mut(k);
+            for (token, offset) in (block.first_token..).zip(offsets) {
+                if !block.token(machine, &batch, kernel, token, scores.next()) {
+                    return;
                 }
-                if token < block.tiled_until
-                    && let Some(value) = block.tile.threshold(lane)
-                {
-                    let row = block.tile.row(lane);
-                    let from = block.picks.len();
-                    block.picks.take_unique(machine, row, value);
-                    combine.apply(block.picks.weights_from(from));
-                    if let Some(kept) = &mut kept {
-                        kept.copy_from_slice(&row.as_flattened()[..k]);
+                *offset = block.picks.len() as u32;
+            }
+            return;
+        };
+        let mut chosen = 0;
+        let mut scores = scores.chunks_mut(LANES * k);
+        for (first, offsets) in (block.first_token..)
+            .step_by(LANES)
+            .zip(offsets.chunks_mut(LANES))
+        {
+            let mut kept = scores.next().unwrap_or_default();
+            let rows = |first: usize| logits.get(first * k..(first + LANES) * k);
+            match rows(first) {
+                Some(own) => {
+                    let next = rows(first + LANES).filter(|_| offsets.len() == LANES);
+                    block.tile.route(machine, own, next, p, combine);
+                    if !kept.is_empty() {
+                        block.tile.keep(machine, kept);
                     }
-                    *offset = block.picks.len() as u32;
-                    continue;
                 }
+                // The last tokens of the batch are not enough for a tile.
+                None => block.tile.leave(),
             }
-            let logits = match contiguous {
-                Some(all) => &all[token * k..(token + 1) * k],
-                None => {
-                    block.gathered.clear();
-                    block.gathered.extend(batch.logits.row(token));
-                    &block.gathered[..]
-                }
-            };
-            let finite = block.row.load(machine, logits);
-            if finite {
-                kernel.route(machine, &mut block.row, &mut block.work, &mut block.picks);
-            } else if batch.non_finite == NonFinite::Skip {
-                block.skipped += 1;
-            } else {
-                block.failed = Some(non_finite(logits, batch.mask, token));
-                return;
+            for (i, offset) in offsets.iter_mut().enumerate() {
+                let row;
+                (row, kept) = kept.split_at_mut(k.min(kept.len()));
+                chosen += match block.tile.count(i) {
+                    Some(count) => count,
+                    None => {
+                        block.picks.clear();
+                        let kept = (!row.is_empty()).then_some(row);
+                        if !block.token(machine, &batch, kernel, first + i, kept) {
+                            return;
+                        }
+                        let (experts, weights) = (block.picks.experts(), block.picks.weights());
+                        block.tile.take(i, experts, weights);
+                        experts.len() as u32
+                    }
+                };
+                *offset = chosen;
             }
-            if let Some(kept) = kept {
-                if finite {
-                    let (whole, rest) = kept.as_chunks_mut::<LANES>();
-                    let from = block.row.probabilities.get();
-                    whole
-                        .iter_mut()
-                        .zip(from)
-                        .for_each(|(to, from)| *to = *from);
-                    rest.copy_from_slice(&from.as_flattened()[whole.len() * LANES..k]);
-                } else {
-                    kept.fill(0.0);
-                }
-            }
-            *offset = block.picks.len() as u32;
+            block.marks.push(machine, &block.tile);
         }
+        block.marks.finish();
     }
 }
 

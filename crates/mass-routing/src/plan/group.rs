@@ -67,7 +67,7 @@ impl Local {
 }
 
 /// Below this many assignments, one thread copies faster than several can be woken.
-const SERIAL: usize = 1 << 15;
+pub(super) const SERIAL: usize = 1 << 15;
 
 /// Fills the plan's arrays over assignments from its blocks.
 pub(super) fn group(plan: &mut RoutingPlan) {
