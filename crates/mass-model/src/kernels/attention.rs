@@ -1,6 +1,8 @@
 //! Multi-head self-attention over packed queries, keys and values.
 
 use super::dropout::Dropout;
+use rayon::prelude::*;
+
 use super::gemm::{Mat, MatMut, Store, gemm};
 use super::scratch::Scratch;
 use super::{vector, vectorised};
@@ -26,6 +28,34 @@ impl AttentionShape<'_> {
     /// Elements of the attention probabilities: `heads Σ_i length_i²`.
     pub fn probabilities(&self) -> usize {
         self.lengths().map(|n| self.heads * n * n).sum()
+    }
+
+    /// Whether there are sequences enough to keep every thread busy, so that heads need not be shared out.
+    fn one_by_one(&self) -> bool {
+        self.offsets.len() > rayon::current_num_threads()
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / ((self.dim / self.heads) as f32).sqrt()
+    }
+
+    /// Queries, keys and values of a head, `[seq, dim / heads]` each.
+    fn parts<'b>(&self, qkv: &'b [f32], seq: usize, h: usize) -> [Mat<'b>; 3] {
+        let head = self.dim / self.heads;
+        let at =
+            |part: usize| Mat::strided(&qkv[part * self.dim + h * head..], seq, head, 3 * self.dim);
+        [at(0), at(1), at(2)]
+    }
+
+    /// The probabilities that dropout leaves, if there is any.
+    fn dropped(&self, p: &[f32], first: usize) -> Option<Scratch> {
+        let dropout = self.dropout?;
+        let mut dropped = Scratch::copy_of(p);
+        vectorised(
+            #[inline(always)]
+            || dropout.scale(&mut dropped, first),
+        );
+        Some(dropped)
     }
 
     fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
@@ -108,39 +138,53 @@ fn forward_span(
     if seq == 0 {
         return;
     }
-    let (head, packed) = (shape.dim / shape.heads, 3 * shape.dim);
-    let scale = 1.0 / (head as f32).sqrt();
-    let keys = shape.keys.map(|k| &k[span.offsets[0]..][..seq]);
-    let mut dropped = shape.dropout.map(|_| Scratch::take(seq * seq));
-    for (h, p) in probs.chunks_exact_mut(seq * seq).enumerate() {
-        let q = Mat::strided(&qkv[h * head..], seq, head, packed);
-        let k = Mat::strided(&qkv[shape.dim + h * head..], seq, head, packed);
-        let v = Mat::strided(&qkv[2 * shape.dim + h * head..], seq, head, packed);
-        gemm(MatMut::new(p, seq, seq), q, k.t(), scale, Store::Replace);
-        vectorised(
-            #[inline(always)]
-            || softmax_rows(p, seq, keys, shape.causal),
-        );
-        let p: &[f32] = match (&mut dropped, shape.dropout) {
-            (Some(dropped), Some(dropout)) => {
-                dropped.copy_from_slice(p);
-                let first = span.first_probability + h * seq * seq;
-                vectorised(
-                    #[inline(always)]
-                    || dropout.scale(dropped, first),
-                );
-                dropped
-            }
-            _ => p,
-        };
-        gemm(
-            MatMut::strided(&mut y[h * head..], seq, head, shape.dim),
-            Mat::new(p, seq, seq),
-            v,
-            1.0,
-            Store::Replace,
-        );
+    let (head, dim) = (shape.dim / shape.heads, shape.dim);
+    let probs = probs.chunks_exact_mut(seq * seq).enumerate();
+    if shape.one_by_one() {
+        for (h, p) in probs {
+            let y = MatMut::strided(&mut y[h * head..], seq, head, dim);
+            forward_head(span, h, qkv, p, y, shape);
+        }
+        return;
     }
+    let mut parts = Scratch::take(seq * dim);
+    let with_parts: Vec<_> = probs.zip(parts.chunks_exact_mut(seq * head)).collect();
+    with_parts.into_par_iter().for_each(|((h, p), part)| {
+        forward_head(span, h, qkv, p, MatMut::new(part, seq, head), shape);
+    });
+    for (h, part) in parts.chunks_exact(seq * head).enumerate() {
+        for (y, part) in y.chunks_exact_mut(dim).zip(part.chunks_exact(head)) {
+            y[h * head..][..head].copy_from_slice(part);
+        }
+    }
+}
+
+/// Probabilities `p` and output `y` of one head of a sequence.
+fn forward_head(
+    span: Span<'_>,
+    h: usize,
+    qkv: &[f32],
+    p: &mut [f32],
+    y: MatMut<'_>,
+    shape: AttentionShape<'_>,
+) {
+    let seq = span.rows();
+    let [q, k, v] = shape.parts(qkv, seq, h);
+    let keys = shape.keys.map(|k| &k[span.offsets[0]..][..seq]);
+    gemm(
+        MatMut::new(p, seq, seq),
+        q,
+        k.t(),
+        shape.scale(),
+        Store::Replace,
+    );
+    vectorised(
+        #[inline(always)]
+        || softmax_rows(p, seq, keys, shape.causal),
+    );
+    let dropped = shape.dropped(p, span.first_probability + h * seq * seq);
+    let p = Mat::new(dropped.as_deref().unwrap_or(p), seq, seq);
+    gemm(y, p, v, 1.0, Store::Replace);
 }
 
 #[inline(always)]
@@ -210,60 +254,85 @@ fn backward_span(
     if seq == 0 {
         return;
     }
-    let (head, packed) = (dim / heads, 3 * dim);
-    let scale = 1.0 / (head as f32).sqrt();
-    let mut ds = Scratch::take(seq * seq);
-    let mut dropped = shape.dropout.map(|_| Scratch::take(seq * seq));
-    for (h, p) in probs.chunks_exact(seq * seq).enumerate() {
-        let q = Mat::strided(&qkv[h * head..], seq, head, packed);
-        let k = Mat::strided(&qkv[dim + h * head..], seq, head, packed);
-        let v = Mat::strided(&qkv[2 * dim + h * head..], seq, head, packed);
-        let dy = Mat::strided(&dy[h * head..], seq, head, dim);
-        let first = span.first_probability + h * seq * seq;
-        let used: &[f32] = match (&mut dropped, shape.dropout) {
-            (Some(dropped), Some(dropout)) => {
-                dropped.copy_from_slice(p);
-                vectorised(
-                    #[inline(always)]
-                    || dropout.scale(dropped, first),
-                );
-                dropped
-            }
-            _ => p,
-        };
-        let grad = |dqkv: &mut [f32], at: usize, a: Mat<'_>, b: Mat<'_>, scale: f32| {
-            gemm(
-                MatMut::strided(&mut dqkv[at + h * head..], seq, head, packed),
-                a,
-                b,
-                scale,
-                store,
-            );
-        };
-        grad(dqkv, 2 * dim, Mat::new(used, seq, seq).t(), dy, 1.0);
-        gemm(
-            MatMut::new(&mut ds, seq, seq),
-            dy,
-            v.t(),
-            1.0,
-            Store::Replace,
-        );
-        vectorised(
-            #[inline(always)]
-            || {
-                if let Some(dropout) = shape.dropout {
-                    dropout.scale(&mut ds, first);
-                }
-                for (ds, p) in ds.chunks_exact_mut(seq).zip(p.chunks_exact(seq)) {
-                    let inner = vector::dot(ds, p);
-                    for (ds, p) in ds.iter_mut().zip(p) {
-                        *ds = p * (*ds - inner);
-                    }
-                }
-            },
-        );
-        let ds = Mat::new(&ds, seq, seq);
-        grad(dqkv, 0, ds, k, scale);
-        grad(dqkv, dim, ds.t(), q, scale);
+    let head = dim / heads;
+    let probs = probs.chunks_exact(seq * seq).enumerate();
+    if shape.one_by_one() {
+        for (h, p) in probs {
+            let starts = [0, dim, 2 * dim].map(|part| part + h * head);
+            let to = (&mut *dqkv, starts, 3 * dim);
+            backward_head(span, h, qkv, p, dy, (to, store), shape);
+        }
+        return;
     }
+    let mut parts = Scratch::take(seq * 3 * dim);
+    let with_parts: Vec<_> = probs.zip(parts.chunks_exact_mut(seq * 3 * head)).collect();
+    with_parts.into_par_iter().for_each(|((h, p), part)| {
+        let to = (part, [0, head, 2 * head], 3 * head);
+        backward_head(span, h, qkv, p, dy, (to, Store::Replace), shape);
+    });
+    for (h, part) in parts.chunks_exact(seq * 3 * head).enumerate() {
+        for (d, part) in dqkv
+            .chunks_exact_mut(3 * dim)
+            .zip(part.chunks_exact(3 * head))
+        {
+            for (d, part) in d.chunks_exact_mut(dim).zip(part.chunks_exact(head)) {
+                let d = &mut d[h * head..][..head];
+                match store {
+                    Store::Replace => d.copy_from_slice(part),
+                    Store::Add => vector::add_assign(d, part),
+                }
+            }
+        }
+    }
+}
+
+/// The gradients of queries, keys and values of one head of a sequence: each begins at its start, with rows a stride apart.
+fn backward_head(
+    span: Span<'_>,
+    h: usize,
+    qkv: &[f32],
+    p: &[f32],
+    dy: &[f32],
+    ((to, [to_q, to_k, to_v], stride), store): ((&mut [f32], [usize; 3], usize), Store),
+    shape: AttentionShape<'_>,
+) {
+    let seq = span.rows();
+    let (head, first) = (
+        shape.dim / shape.heads,
+        span.first_probability + h * seq * seq,
+    );
+    let [q, k, v] = shape.parts(qkv, seq, h);
+    let dy = Mat::strided(&dy[h * head..], seq, head, shape.dim);
+    let mut give = |start: usize, a: Mat<'_>, b: Mat<'_>, scale: f32| {
+        let to = MatMut::strided(&mut to[start..], seq, head, stride);
+        gemm(to, a, b, scale, store);
+    };
+    let dropped = shape.dropped(p, first);
+    let used = Mat::new(dropped.as_deref().unwrap_or(p), seq, seq);
+    give(to_v, used.t(), dy, 1.0);
+    let mut ds = dropped.unwrap_or_else(|| Scratch::take(seq * seq));
+    gemm(
+        MatMut::new(&mut ds, seq, seq),
+        dy,
+        v.t(),
+        1.0,
+        Store::Replace,
+    );
+    vectorised(
+        #[inline(always)]
+        || {
+            if let Some(dropout) = shape.dropout {
+                dropout.scale(&mut ds, first);
+            }
+            for (ds, p) in ds.chunks_exact_mut(seq).zip(p.chunks_exact(seq)) {
+                let inner = vector::dot(ds, p);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = p * (*ds - inner);
+                }
+            }
+        },
+    );
+    let ds = Mat::new(&ds, seq, seq);
+    give(to_q, ds, k, shape.scale());
+    give(to_k, ds.t(), q, shape.scale());
 }

@@ -3,22 +3,20 @@
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Store, gemm};
-use super::product::{Extras, product};
+use super::product::{self, Extras, product};
+use super::task_rows;
 
-/// Rows handled by one task: enough to repay the packing of the weights.
-const ROWS: usize = 512;
-
-/// Output rows of a weight gradient handled by one task: few tasks, because each packs all of the inputs. The bits do not
-/// depend on the cut.
+/// Output rows of a weight gradient handled by one task: few tasks, because each packs all of the inputs.
 fn out_block(out: usize) -> usize {
-    let tasks = (2 * rayon::current_num_threads()).min(out / 96).max(1);
+    let tasks = (2 * product::threads()).min(out / 96).max(1);
     out.div_ceil(tasks).next_multiple_of(16)
 }
 
 /// `y[n, out] = x[n, inp] wᵀ + b`, with `w[out, inp]`.
 pub fn forward(x: &[f32], w: &[f32], b: Option<&[f32]>, y: &mut [f32], inp: usize, out: usize) {
-    y.par_chunks_mut(ROWS * out)
-        .zip(x.par_chunks(ROWS * inp))
+    let rows = task_rows(x.len() / inp);
+    y.par_chunks_mut(rows * out)
+        .zip(x.par_chunks(rows * inp))
         .for_each(|(y, x)| {
             let rows = y.len() / out;
             let extras = Extras {
@@ -37,8 +35,9 @@ pub fn backward_input(
     (dx, store): (&mut [f32], Store),
     (inp, out): (usize, usize),
 ) {
-    dx.par_chunks_mut(ROWS * inp)
-        .zip(dy.par_chunks(ROWS * out))
+    let rows = task_rows(dy.len() / out);
+    dx.par_chunks_mut(rows * inp)
+        .zip(dy.par_chunks(rows * out))
         .for_each(|(dx, dy)| {
             let rows = dy.len() / out;
             gemm(

@@ -21,10 +21,7 @@ use super::activation::Activation;
 use super::gemm::{Mat, MatMut, Store};
 use super::product::{Extras, each_part, prefetch, product, row_stride};
 use super::scratch::Scratch;
-use super::{ROW_BLOCK, vector, vectorised};
-
-/// Most rows of a block: enough to repay the packing of the weights.
-const BLOCK_ROWS: usize = 512;
+use super::{ROW_BLOCK, task_rows, vector, vectorised};
 
 /// Tasks that one of the weight gradients of all experts is cut into, roughly: each packs its inputs anew.
 const GRADIENT_TASKS: usize = 8;
@@ -153,13 +150,10 @@ fn cut_some<'a>(rest: &mut Option<&'a mut [f32]>, n: usize) -> Option<&'a mut [f
 
 /// Nearly equal blocks of every segment: expert, and positions in the grouped order.
 fn blocks(plan: Grouped<'_>, experts: usize) -> Vec<(usize, std::ops::Range<usize>)> {
-    let mut blocks = Vec::with_capacity(experts + plan.tokens.len() / BLOCK_ROWS);
+    let mut blocks = Vec::with_capacity(2 * experts);
     for e in 0..experts {
         let segment = plan.segment(e);
-        let rows = segment
-            .len()
-            .div_ceil(segment.len().div_ceil(BLOCK_ROWS).max(1))
-            .max(1);
+        let rows = task_rows(segment.len());
         for first in segment.clone().step_by(rows) {
             blocks.push((e, first..segment.end.min(first + rows)));
         }

@@ -197,6 +197,15 @@ static LEVEL: LazyLock<Option<Level>> = LazyLock::new(|| {
     None
 });
 
+/// How many threads a product's rows and columns may be cut for: the bits of the `gemm` crate are not known to be free of the
+/// cut, which then does not depend on the number of threads.
+pub(crate) fn threads() -> usize {
+    match *LEVEL {
+        Some(_) => rayon::current_num_threads(),
+        None => 4,
+    }
+}
+
 /// What is done besides the product.
 pub(crate) struct Extras<'a> {
     /// Multiplies the product.
