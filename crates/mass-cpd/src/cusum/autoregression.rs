@@ -9,6 +9,12 @@
 //!
 //! A missing observation is replaced by its prediction, whose variance the filter carries (Kalman 1960); a row with a
 //! missing predecessor is judged, not learned.
+//!
+//! # Stand-ins
+//! Predictions come back as predecessors: over a gap, and in observations that are cleaned.
+//! After a jump the cleaned values climb faster and faster, and the fit to them can be explosive.
+//! Left to itself it would run away from the observations, and never be put right by them.
+//! So a stand-in lies where observations have been: see [`Autoregression::possible`].
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +25,10 @@ pub(super) const MOST_ORDER: usize = 8;
 
 /// Columns of the largest row: level, line, predecessors, and the observation.
 const WIDTH: usize = MOST_ORDER + 3;
+
+/// Most variances of the error by which a missing predecessor can be off.
+/// A regression that explains more has no digits left ([`SPENT`]).
+const MOST_UNSURE: f64 = 1.0 / (SPENT * SPENT);
 
 type Row = [f64; WIDTH];
 type Lags = [f64; MOST_ORDER];
@@ -49,6 +59,9 @@ pub(super) struct Autoregression {
     n: u64,
     /// The first observation: taken off all, so that a large level costs no digits.
     origin: f64,
+    /// Least and largest observation so far.
+    least: f64,
+    most: f64,
     /// Predecessors, latest first, as they enter the regression.
     lags: Lags,
     /// The same as they were observed.
@@ -76,6 +89,8 @@ impl Default for Autoregression {
             time: 0,
             n: 0,
             origin: 0.0,
+            least: 0.0,
+            most: 0.0,
             lags: [0.0; MOST_ORDER],
             raw: [0.0; MOST_ORDER],
             known: 0,
@@ -99,6 +114,8 @@ impl Autoregression {
         }
         let p = model.order;
         let y = y - self.origin;
+        self.least = self.least.min(y);
+        self.most = self.most.max(y);
         let mut verdict = self.judge(y, &self.lags, model);
         let missing = self.gap > 0;
         if missing {
@@ -106,6 +123,7 @@ impl Autoregression {
                 .judged
                 .with_more_variance(self.variance(&verdict.phi, p));
         }
+        verdict.judged = self.as_possible(y, limit, &verdict, model);
         let (mut z, clean, extra) = verdict.judged.clean(y, limit);
         let follows = self.known >= p;
         let known = self.n as usize > model.base() + p;
@@ -113,7 +131,8 @@ impl Autoregression {
         let mut learned = !missing && follows;
         if !missing && self.lags[..p] != self.raw[..p] {
             // A predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
-            let echo = self.judge(y, &self.raw, model).judged;
+            let echo = self.judge(y, &self.raw, model);
+            let echo = self.as_possible(y, limit, &echo, model);
             if echo.is_within_reach(self.n as f64) && echo.score().abs() < z.abs() {
                 (z, chosen, learned) = (echo.score(), echo, false);
             }
@@ -122,7 +141,7 @@ impl Autoregression {
             self.learn(clean, extra, model);
         }
         if missing {
-            self.observe_after_gap(&verdict, p);
+            self.observe_after_gap(&verdict, model);
         }
         self.shift(clean, y);
         self.gap = self.gap.saturating_sub(1);
@@ -143,17 +162,20 @@ impl Autoregression {
             return;
         }
         let verdict = self.judge(0.0, &self.lags, model);
-        let prediction = -verdict.judged.error;
         let phi = &verdict.phi;
+        let prediction = self.possible(-verdict.judged.error, phi, model);
         let variance = 1.0 + self.variance(phi, p);
         let with = self.with_observation(phi, p);
         self.move_unsure(p);
         if p > 0 {
-            self.unsure[0][0] = variance;
+            // Without a bound an explosive fit would have it overflow in a long gap.
+            let part = (MOST_UNSURE / variance).min(1.0);
+            self.unsure[0][0] = variance * part;
             for i in 1..p {
-                self.unsure[0][i] = with[i - 1];
-                self.unsure[i][0] = with[i - 1];
+                self.unsure[0][i] = with[i - 1] * part.sqrt();
+                self.unsure[i][0] = self.unsure[0][i];
             }
+            self.keep_covariance(p);
         }
         self.shift(prediction, prediction);
         self.gap = p;
@@ -173,6 +195,43 @@ impl Autoregression {
         };
         let start = (r[0][q] - r[0][1] * if model.drift { slope } else { 0.0 }) / r[0][0];
         (self.origin + start + slope * self.time as f64, slope)
+    }
+
+    /// The verdict on `y`.
+    /// Where it is over the limit by a prediction that is not possible, the nearest that is counts.
+    fn as_possible(&self, y: f64, limit: f64, verdict: &Verdict, model: &Model) -> Judged {
+        let judged = verdict.judged;
+        if judged.score().abs() <= limit {
+            return judged;
+        }
+        let prediction = y - judged.error;
+        let possible = self.possible(prediction, &verdict.phi, model);
+        if possible == prediction {
+            judged
+        } else {
+            judged.predicted_as(y, possible)
+        }
+    }
+
+    /// `value`, or the nearest to it that may stand for an observation.
+    ///
+    /// A stationary fit may leave the range of the observations by once its width.
+    /// What leaves it by a fit that is not stationary is the explosion, and no part of the stream.
+    /// A line that is taken off leads out of the range by itself: as far as that is possible.
+    fn possible(&self, value: f64, phi: &Lags, model: &Model) -> f64 {
+        let (mut low, mut high) = (self.least, self.most);
+        if (low..=high).contains(&value) {
+            return value;
+        }
+        if is_stationary(phi) {
+            let width = high - low;
+            (low, high) = (low - width, high + width);
+        }
+        if model.drift {
+            let level = self.line(model).0 - self.origin;
+            (low, high) = (low.min(level), high.max(level));
+        }
+        value.max(low).min(high)
     }
 
     fn row(&self, y: f64, lags: &Lags, model: &Model) -> Row {
@@ -245,7 +304,11 @@ impl Autoregression {
                 phi[i] = rest / row[base + i];
             }
         }
-        let correction = correction(&phi[..order], n, model.drift);
+        let correction = if n > 0.0 {
+            correction(&phi[..order], n, model.drift)
+        } else {
+            [0.0; MOST_ORDER]
+        };
         for i in 0..order {
             // The predecessor freed from level and line.
             let free = (0..base).fold(x[base + i], |free, k| free - r[k][base + i] * v[k]);
@@ -318,8 +381,8 @@ impl Autoregression {
     }
 
     /// What an observation says of the missing ones before it.
-    fn observe_after_gap(&mut self, verdict: &Verdict, p: usize) {
-        let phi = &verdict.phi;
+    fn observe_after_gap(&mut self, verdict: &Verdict, model: &Model) {
+        let (phi, p) = (&verdict.phi, model.order);
         let variance = 1.0 + self.variance(phi, p);
         // An outlier says nothing of its neighbours.
         let error = if verdict.judged.score().abs() <= 4.0 {
@@ -331,14 +394,29 @@ impl Autoregression {
         for i in 0..p {
             let step = with[i] / variance * error;
             if with[i] != 0.0 {
-                self.lags[i] += step;
-                self.raw[i] += step;
+                self.lags[i] = self.possible(self.lags[i] + step, phi, model);
+                self.raw[i] = self.possible(self.raw[i] + step, phi, model);
             }
             for j in 0..p {
                 self.unsure[i][j] -= with[i] * with[j] / variance;
             }
         }
+        self.keep_covariance(p);
         self.move_unsure(p);
+    }
+
+    /// Makes a covariance again of what rounding has left of one.
+    /// Next to the huge variance of an explosive fit, what is none would grow without end.
+    fn keep_covariance(&mut self, p: usize) {
+        for i in 0..p {
+            self.unsure[i][i] = self.unsure[i][i].max(0.0);
+        }
+        for i in 0..p {
+            for j in (0..p).filter(|&j| j != i) {
+                let most = (self.unsure[i][i] * self.unsure[j][j]).sqrt();
+                self.unsure[i][j] = self.unsure[i][j].max(-most).min(most);
+            }
+        }
     }
 
     /// Makes room for a latest predecessor without error.
@@ -363,12 +441,33 @@ impl Autoregression {
             && self.known <= MOST_ORDER
             && self.gap <= MOST_ORDER
             && self.origin.is_finite()
+            && finite(&[self.least, self.most])
+            && self.least <= 0.0
+            && self.most >= 0.0
             && finite(&self.lags)
             && finite(&self.raw)
             && self.unsure.iter().all(|row| finite(row))
             && self.factor.iter().all(|row| finite(row))
             && (0..WIDTH).all(|i| self.factor[i][i] >= 0.0)
     }
+}
+
+/// Whether an autoregression with these coefficients stays bounded.
+/// It does if its partial autocorrelations, by Levinson's recursion from the highest order down,
+/// are all under one.
+fn is_stationary(phi: &Lags) -> bool {
+    let mut phi = *phi;
+    for last in (0..MOST_ORDER).rev() {
+        let partial = phi[last];
+        if partial.is_nan() || partial.abs() >= 1.0 {
+            return false;
+        }
+        let longer = phi;
+        for i in 0..last {
+            phi[i] = (longer[i] + partial * longer[last - 1 - i]) / (1.0 - partial * partial);
+        }
+    }
+    true
 }
 
 /// What is to be added to least-squares coefficients for their bias.
@@ -409,7 +508,28 @@ fn correction(phi: &[f64], n: f64, drift: bool) -> Lags {
 
 #[cfg(test)]
 mod tests {
-    use super::correction;
+    use super::{MOST_ORDER, correction, is_stationary};
+
+    #[test]
+    fn an_autoregression_is_stationary_while_its_roots_are_in_the_unit_circle() {
+        // Products of (1 - r x), by the largest r.
+        let of_roots = |roots: &[f64]| {
+            let mut a = [0.0; MOST_ORDER + 1];
+            a[0] = 1.0;
+            for r in roots {
+                for i in (1..=MOST_ORDER).rev() {
+                    a[i] -= r * a[i - 1];
+                }
+            }
+            std::array::from_fn(|i| -a[i + 1])
+        };
+        for rest in [&[][..], &[0.5], &[-0.9, 0.9, 0.3], &[0.7; 7]] {
+            for (root, stationary) in [(0.98, true), (-0.98, true), (1.02, false), (-1.02, false)] {
+                let roots = [&[root], rest].concat();
+                assert_eq!(is_stationary(&of_roots(&roots)), stationary, "{roots:?}");
+            }
+        }
+    }
 
     #[test]
     fn the_bias_is_that_of_the_literature() {

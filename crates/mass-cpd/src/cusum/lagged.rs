@@ -129,6 +129,8 @@ struct Fit {
     /// Residual sum of squares.
     rest: f64,
     error: f64,
+    /// Coefficient of the predecessor.
+    phi: f64,
     /// `dof` times the square of the prediction's standard error.
     spread: f64,
 }
@@ -182,20 +184,27 @@ impl Lagged {
             self.refresh(values, shape);
             fit = self.fit(&ends, y, shape);
         }
-        let z = Judged {
+        let far = |ratio: f64| ratio * shape.dof > MOST_LEARNED * MOST_LEARNED;
+        let mut judged = Judged {
             ratio: fit.ratio,
             dof: shape.dof,
             shrink: shape.shrink,
             error: fit.error,
             ..Judged::NONE
+        };
+        // As in the self-starting reference: by a coefficient over one what is learned would run away
+        // from what is observed.
+        if far(judged.ratio) && fit.phi.abs() > 1.0 {
+            judged = judged.within(y, ends.previous, self.line(values, shape));
         }
-        .score();
+        let z = judged.score();
         // A jump is not learned at its full size: as the predecessor of the next value, or in the window, it would have the autoregression
         // explain all that follows. The window's spread grows with each such value, so that a lasting one is followed in time.
-        let learned = if fit.ratio * shape.dof <= MOST_LEARNED * MOST_LEARNED {
-            y
+        let learned = if far(judged.ratio) {
+            let most = MOST_LEARNED * (fit.spread / shape.dof).sqrt();
+            y - judged.error + most.copysign(judged.error)
         } else {
-            y - fit.error + (MOST_LEARNED * (fit.spread / shape.dof).sqrt()).copysign(fit.error)
+            y
         };
         self.learn(values, &ends, learned, shape);
         Some(z)
@@ -230,6 +239,7 @@ impl Lagged {
         let mut rest = sum_yy - sum_y * mean_y;
         let mut error = y - mean_y;
         let mut leverage = shape.leverage;
+        let mut coefficient = 0.0;
         let yt = ramp - mean_t * sum_y;
         if shape.drift {
             error -= yt * per_tt * dt;
@@ -266,7 +276,8 @@ impl Lagged {
                     bias = (most * per_ll / shape.dof).sqrt().copysign(bias);
                 }
                 let corrected = phi + bias;
-                error -= corrected.clamp(phi.min(-0.99), phi.max(0.99)) * dl;
+                coefficient = corrected.clamp(phi.min(-0.99), phi.max(0.99));
+                error -= coefficient * dl;
             }
         }
         // No spread at all is taken for that of rounding: what is beyond it is evidence.
@@ -282,6 +293,7 @@ impl Lagged {
             ratio,
             rest,
             error,
+            phi: coefficient,
             spread,
         }
     }

@@ -80,7 +80,8 @@ impl Ranks {
         let (a, b) = (self.weights[at], self.weights[at + 1]);
         // A mean of two stays between them, whatever the rounding.
         let (low, high) = (self.values[at], self.values[at + 1]);
-        self.values[at] = (low + (high - low) * (b / (a + b))).clamp(low, high);
+        let mean = low + (high - low) * (b / (a + b));
+        self.values[at] = mean.max(low).min(high);
         self.weights[at] = a + b;
         self.values.remove(at + 1);
         self.weights.remove(at + 1);

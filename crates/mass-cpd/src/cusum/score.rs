@@ -99,6 +99,33 @@ impl Judged {
         }
     }
 
+    /// The same of the observation `y`, by this prediction instead.
+    pub(crate) fn predicted_as(&self, y: f64, prediction: f64) -> Self {
+        let error = (y - prediction) * self.unit;
+        let part = error / self.error;
+        Self {
+            ratio: self.ratio * (part * part),
+            error,
+            ..*self
+        }
+    }
+
+    /// The same, if the prediction goes no further than the observation `y`, the level, and its
+    /// predecessor `previous`.
+    pub(crate) fn within(&self, y: f64, previous: f64, (level, slope): (f64, f64)) -> Self {
+        let prediction = y - self.error / self.unit;
+        // Where the line has led the predecessor since.
+        let previous = previous + slope;
+        let nearest = prediction
+            .max(y.min(level).min(previous))
+            .min(y.max(level).max(previous));
+        if nearest == prediction {
+            *self
+        } else {
+            self.predicted_as(y, nearest)
+        }
+    }
+
     /// The standard normal score.
     ///
     /// # Formula

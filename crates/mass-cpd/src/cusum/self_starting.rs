@@ -94,9 +94,14 @@ impl SelfStarting {
         } else {
             f64::INFINITY
         };
-        let (judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
+        let (mut judged, share) = self.judge::<AR, DRIFT>(y, self.previous);
         if AR && self.unsure > 0.0 {
-            let judged = judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+            judged = judged.with_more_variance(self.phi::<DRIFT>().powi(2) * self.unsure);
+        }
+        if AR && judged.score().abs() > limit {
+            judged = self.as_possible::<DRIFT>(judged, y, self.previous);
+        }
+        if AR && self.unsure > 0.0 {
             // Without its predecessor it is no target of the regression.
             let (z, clean, _) = judged.clean(y, limit);
             self.pass_over(y, clean);
@@ -105,7 +110,10 @@ impl SelfStarting {
         let (z, clean, extra) = judged.clean(y, limit);
         if AR && self.odd > 0.0 {
             // The predecessor was far off: either an outlier of the measurement, or one of the process, whose echo this is.
-            let (echo, _) = self.judge::<AR, DRIFT>(y, self.raw);
+            let (mut echo, _) = self.judge::<AR, DRIFT>(y, self.raw);
+            if echo.score().abs() > limit {
+                echo = self.as_possible::<DRIFT>(echo, y, self.raw);
+            }
             if echo.is_within_reach(self.seen) && echo.score().abs() < z.abs() {
                 self.pass_over(y, clean);
                 return echo.score();
@@ -115,6 +123,19 @@ impl SelfStarting {
         self.yy += extra;
         self.follow(y, clean);
         z
+    }
+
+    /// What was judged by `previous`, by the nearest prediction that is possible if its own is not.
+    ///
+    /// Predictions come back as predecessors: over a gap, and in observations that are cleaned.
+    /// After a jump the cleaned values climb faster and faster, by a coefficient over one.
+    /// Left to itself it would lead away from the observations, and never be put right by them.
+    /// So it leads no further than the level, the predecessor and the observation lie.
+    fn as_possible<const DRIFT: bool>(&self, judged: Judged, y: f64, previous: f64) -> Judged {
+        if self.phi::<DRIFT>().abs() <= 1.0 {
+            return judged;
+        }
+        judged.within(y, previous, self.line::<DRIFT>())
     }
 
     /// A missing observation.
@@ -128,7 +149,8 @@ impl SelfStarting {
             return;
         }
         if AR {
-            let phi = self.phi::<DRIFT>();
+            // By more than one a long gap would lead to no number at all.
+            let phi = self.phi::<DRIFT>().clamp(-1.0, 1.0);
             let (level, slope) = self.line::<DRIFT>();
             self.previous = level + phi * (self.previous - (level - slope));
             self.raw = self.previous;

@@ -3,6 +3,7 @@
 mod bank;
 mod changes;
 mod detectors;
+mod explosion;
 mod golden_run_length;
 mod golden_windowed_z;
 mod interface;
