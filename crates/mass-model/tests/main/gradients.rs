@@ -4,7 +4,7 @@ use dfdx::prelude::*;
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::nn::{BlockConfig, MoeConfig, MoeLayer};
 use mass_model::ops::{Attention, Sequences};
-use mass_model::{Activation, CpuGradients, Param, Parameters, ops, seeded_rng};
+use mass_model::{Activation, CpuGradients, DropoutKeys, Param, Parameters, ops, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 fn values(n: usize, seed: f32) -> Vec<f32> {
@@ -377,6 +377,40 @@ fn threads_do_not_change_a_bit_of_linear() {
     let one = run(1);
     assert_eq!(one, run(2));
     assert_eq!(one, run(5));
+}
+
+/// Few sequences have their heads shared out among threads, many do not.
+#[test]
+fn threads_do_not_change_a_bit_of_attention() {
+    let (dim, heads) = (24, 3);
+    for offsets in [
+        vec![0, 37],
+        vec![0, 5, 6, 40],
+        vec![0, 9, 11, 12, 20, 33, 40],
+    ] {
+        let sequences = Sequences::packed(offsets).unwrap();
+        let n = sequences.rows();
+        let qkv = Cpu::default().tensor_from_vec(values(n * 3 * dim, 1.0), (n, 3 * dim));
+        for (causal, rate) in [(false, 0.0), (true, 0.3)] {
+            let how = Attention {
+                heads,
+                causal,
+                dropout: DropoutKeys::new(1, 2).next(rate),
+            };
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                pool.build().unwrap().install(|| {
+                    let y = ops::self_attention(qkv.leaky_trace(), &sequences, how).unwrap();
+                    let mut all = y.as_vec();
+                    all.extend(probe(y).get(&qkv).as_vec());
+                    all.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                })
+            };
+            let one = run(1);
+            assert_eq!(one, run(2));
+            assert_eq!(one, run(5));
+        }
+    }
 }
 
 #[test]
