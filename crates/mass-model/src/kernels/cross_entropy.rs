@@ -19,7 +19,8 @@ pub fn forward(logits: &mut [f32], targets: &[u32], nll: &mut [f32], classes: us
                         logits.chunks_exact_mut(classes).zip(targets).zip(nll)
                     {
                         let picked = row[target as usize];
-                        *nll = vector::softmax_in_place(row) - picked;
+                        let (max, total) = vector::softmax_in_place(row);
+                        *nll = max + total.ln() - picked;
                     }
                 },
             );

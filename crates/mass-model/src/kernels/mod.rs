@@ -4,7 +4,8 @@
 //! is taken in one fixed order: it is cut into pieces whose size does not depend on the number of threads. Only what is no
 //! sum, such as the rows of a product, is cut by it. So a result has the same bits on one thread as on many.
 //!
-//! This is the only place in the crate that may contain `unsafe` code (the call into the `gemm` crate).
+//! This is the only place in the crate that may contain `unsafe` code: the call into the `gemm` crate and the instruction
+//! sets of `product`.
 
 pub mod activation;
 pub mod adamw;

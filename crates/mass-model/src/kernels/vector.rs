@@ -113,9 +113,9 @@ pub fn mul_assign(y: &mut [f32], x: &[f32]) {
     }
 }
 
-/// Replaces a row of logits by its softmax and returns the log of the sum of exponentials (including the maximum).
+/// Replaces a row of logits by its softmax and returns the maximum and the sum of the exponentials of what is above it.
 #[inline(always)]
-pub fn softmax_in_place(row: &mut [f32]) -> f32 {
+pub fn softmax_in_place(row: &mut [f32]) -> (f32, f32) {
     let mut max = f32::NEG_INFINITY;
     for &x in row.iter() {
         max = if x > max { x } else { max };
@@ -128,7 +128,7 @@ pub fn softmax_in_place(row: &mut [f32]) -> f32 {
     for x in row.iter_mut() {
         *x *= inverse;
     }
-    max + total.ln()
+    (max, total)
 }
 
 #[inline(always)]

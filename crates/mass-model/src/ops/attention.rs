@@ -51,7 +51,16 @@ impl<T: Tape<f32, Cpu>> Activations<T> {
                 how.heads
             )));
         }
-        fn shape<'a>(sequences: &'a Sequences, how: Attention, dim: usize) -> AttentionShape<'a> {
+        // Without a tape nothing is kept.
+        let longest_kept = if T::OWNS_TAPE {
+            attention::LONGEST_KEPT
+        } else {
+            0
+        };
+        fn shape(
+            sequences: &Sequences,
+            (how, dim, longest_kept): (Attention, usize, usize),
+        ) -> AttentionShape<'_> {
             AttentionShape {
                 offsets: sequences.offsets(),
                 keys: sequences.keys(),
@@ -59,17 +68,19 @@ impl<T: Tape<f32, Cpu>> Activations<T> {
                 dim,
                 causal: how.causal,
                 dropout: how.dropout,
+                longest_kept,
             }
         }
+        let how = (how, dim, longest_kept);
         let sequences = sequences.clone();
         let (qkv, tape) = self.split_tape();
-        let mut probs = Scratch::take(shape(&sequences, how, dim).probabilities());
+        let mut kept = Scratch::take(shape(&sequences, how).kept());
         let mut y = Scratch::take(n * dim);
-        attention::forward(&qkv, &mut probs, &mut y, shape(&sequences, how, dim));
+        attention::forward(&qkv, &mut kept, &mut y, shape(&sequences, how));
         Self::output(tape, y, (n, dim), move |g, dy| {
             qkv.add_gradient(g, |dqkv, store| {
-                let shape = shape(&sequences, how, dim);
-                attention::backward(&qkv, &probs, dy, (dqkv, store), shape);
+                let shape = shape(&sequences, how);
+                attention::backward(&qkv, &kept, dy, (dqkv, store), shape);
             })
         })
     }

@@ -65,9 +65,10 @@ fn run_kernels() {
         dim: d,
         causal: true,
         dropout: DropoutKeys::new(0, 0).next(0.1),
+        longest_kept: attention::LONGEST_KEPT,
     };
     let (qkv, mut dqkv) = (vec![0.1; n * 3 * d], vec![0.0; n * 3 * d]);
-    let mut probs = vec![0.0; shape.probabilities()];
+    let mut probs = vec![0.0; shape.kept()];
     reports.push((
         "attention",
         steady(|| {

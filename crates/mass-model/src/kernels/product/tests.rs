@@ -147,6 +147,28 @@ fn every_layout_agrees_with_sums_in_double_precision() {
 }
 
 #[test]
+fn sizes_of_zero_are_empty_sums_and_empty_products() {
+    for (m, n, k) in [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)] {
+        for (store, before) in [(Store::Replace, 0.0), (Store::Add, 0.75)] {
+            let a = Stored::new((m, k), false, 0, 1);
+            let b = Stored::new((k, n), true, 0, 2);
+            let bias = values(n, 3);
+            let mut c = vec![0.75; m * n];
+            let extras = Extras {
+                store,
+                bias: Some(&bias),
+                ..Extras::default()
+            };
+            let to = MatMut::new(&mut c, m, n);
+            product(to, a.view(), b.view(), extras, |_| {});
+            for (i, c) in c.iter().enumerate() {
+                assert_eq!(*c, before + bias[i % n], "{m} {n} {k}");
+            }
+        }
+    }
+}
+
+#[test]
 fn both_instruction_sets_and_every_cut_give_the_same_bits() {
     let sets: Vec<Level> = levels().into_iter().flatten().collect();
     let (m, n, k) = (133, 217, 1500);
