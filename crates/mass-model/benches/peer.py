@@ -298,7 +298,7 @@ def main():
                 built[rest[0]], active = build(rest[0], task, sizes)
                 print("ready", active, flush=True)
             except Exception as error:
-                print("missing", type(error).__name__, " ".join(str(error).split())[:300], flush=True)
+                print("missing", type(error).__name__, " ".join(str(error).split())[:160], flush=True)
         elif name == "memory":
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
         else:
