@@ -1,4 +1,4 @@
-//! `cargo xtask bench [NAME] [--peers]`: each crate's benches, with `--peers` beside its Python rivals.
+//! `cargo xtask bench [NAME | all] [--peers]`: each crate's benches, with `--peers` beside its Python rivals.
 
 use std::{
     ffi::OsString,
@@ -121,78 +121,137 @@ const BENCHES: [Bench; 10] = [
 /// Timings that mass-bench makes.
 const OF_MASS_BENCH: [&str; 3] = ["ginc-sampling", "bayes-filter", "bayes-filter-long"];
 
-/// Runs the named benches, or all of them; other names are those of mass-bench itself.
+/// What the arguments ask for.
+enum Request {
+    Help,
+    /// One bench, by name.
+    One(&'static Bench),
+    All,
+    /// A timing of mass-bench itself.
+    OfMassBench,
+}
+
+impl Request {
+    /// From what follows `bench`, without `--peers`.
+    fn parse(arguments: &[&OsString]) -> Result<Self, String> {
+        if arguments.iter().any(|a| *a == "--help" || *a == "-h") {
+            return Ok(Self::Help);
+        }
+        let name = match arguments {
+            [] => return Ok(Self::All),
+            [name] => name.to_string_lossy(),
+            [_, second, ..] => {
+                let second = second.to_string_lossy();
+                return Err(format!("bench takes one name, `{second}` is another"));
+            }
+        };
+        if name == "all" {
+            return Ok(Self::All);
+        }
+        if OF_MASS_BENCH.contains(&name.as_ref()) {
+            return Ok(Self::OfMassBench);
+        }
+        let bench = BENCHES.iter().find(|b| b.name == name);
+        bench.map(Self::One).ok_or_else(|| {
+            let names = BENCHES.iter().map(|b| b.name).chain(OF_MASS_BENCH);
+            let names: Vec<&str> = std::iter::once("all").chain(names).collect();
+            format!("unknown bench `{name}`; there are: {}", names.join(", "))
+        })
+    }
+}
+
+/// Runs the named bench, or all of them; other names are those of mass-bench itself.
 pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     let rest = &arguments[1..];
     let peers = rest.iter().any(|a| a == "--peers");
-    let mut names = rest.iter().filter(|a| *a != "--peers");
-    let (name, more) = (names.next(), names.next());
-    let chosen: Vec<&Bench> = match name.and_then(|n| n.to_str()) {
-        None if name.is_none() => BENCHES.iter().collect(),
-        Some(name) if more.is_none() => BENCHES.iter().filter(|b| b.name == name).collect(),
-        _ => Vec::new(),
-    };
-    if rest.iter().any(|a| a == "--help" || a == "-h") {
-        println!("Usage: cargo xtask bench [NAME] [--peers]\n");
-        for bench in &BENCHES {
-            println!("  {:8} {}", bench.name, bench.about);
+    let others: Vec<&OsString> = rest.iter().filter(|a| *a != "--peers").collect();
+    match Request::parse(&others) {
+        Ok(Request::Help) => {
+            println!("Usage: cargo xtask bench [NAME | all] [--peers]\n");
+            for bench in &BENCHES {
+                println!("  {:8} {}", bench.name, bench.about);
+            }
+            println!(
+                "\nTimings of mass-bench itself: {}",
+                OF_MASS_BENCH.join(", ")
+            );
+            ExitCode::SUCCESS
         }
-        println!(
-            "\nTimings of mass-bench itself: {}",
-            OF_MASS_BENCH.join(", ")
-        );
-        return ExitCode::SUCCESS;
-    }
-    if let Some(second) = more {
-        let second = second.to_string_lossy();
-        eprintln!("error: bench takes one name, `{second}` is another");
-        return ExitCode::from(2);
-    }
-    if chosen.is_empty() {
-        if let Some(unknown) = name.filter(|n| !OF_MASS_BENCH.iter().any(|own| *n == own)) {
-            let names: Vec<&str> = BENCHES
-                .iter()
-                .map(|b| b.name)
-                .chain(OF_MASS_BENCH)
-                .collect();
-            let (unknown, names) = (unknown.to_string_lossy(), names.join(", "));
-            eprintln!("error: unknown bench `{unknown}`; there are: {names}");
-            return ExitCode::from(2);
-        }
-        return forward::run(arguments);
-    }
-    for bench in chosen {
-        let code = one(bench, peers);
-        if code != ExitCode::SUCCESS {
-            return code;
+        Ok(Request::One(bench)) => match one(bench, peers) {
+            Outcome::Done => ExitCode::SUCCESS,
+            Outcome::Failed(code) => code,
+            Outcome::NoRival => {
+                eprintln!(
+                    "error: {}: without --peers it runs without its rivals",
+                    bench.name
+                );
+                ExitCode::FAILURE
+            }
+        },
+        Ok(Request::All) => all(peers),
+        Ok(Request::OfMassBench) => forward::run(arguments),
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::from(2)
         }
     }
-    ExitCode::SUCCESS
 }
 
-fn one(bench: &Bench, peers: bool) -> ExitCode {
+/// How a bench ended.
+enum Outcome {
+    Done,
+    /// The rivals cannot be set up; nothing was run.
+    NoRival,
+    Failed(ExitCode),
+}
+
+/// Every bench, whatever becomes of the others; at the end, what was not run.
+fn all(peers: bool) -> ExitCode {
+    let mut code = ExitCode::SUCCESS;
+    let mut missing = Vec::new();
+    for bench in &BENCHES {
+        println!("\n## {}: {}\n", bench.name, bench.about);
+        let mut outcome = one(bench, peers);
+        if let Outcome::NoRival = outcome {
+            missing.push(format!("the rivals of {}", bench.name));
+            outcome = one(bench, false);
+        }
+        if let Outcome::Failed(failure) = outcome {
+            missing.push(format!("{}, or not to its end", bench.name));
+            code = failure;
+        }
+    }
+    if !missing.is_empty() {
+        eprintln!("\nnot run: {}", missing.join("; "));
+    }
+    code
+}
+
+fn one(bench: &Bench, peers: bool) -> Outcome {
     let mut python = None;
     let mut script = None;
     if peers {
-        let Some((packages, peer)) = bench.peers else {
+        if let Some((packages, peer)) = bench.peers {
+            let Ok(path) = environment(packages) else {
+                return Outcome::NoRival;
+            };
+            python = Some(path);
+            script = peer;
+        } else {
             eprintln!("{}: no rival is measured yet", bench.name);
-            return own(bench, None);
-        };
-        match environment(packages) {
-            Ok(path) => python = Some(path),
-            Err(code) => return code,
         }
-        script = peer;
     }
-    let code = own(bench, python.as_deref());
-    match (code == ExitCode::SUCCESS, python, script) {
-        (true, Some(python), Some(script)) => {
-            println!("\n{} (Python)", bench.name);
-            let mut command = Command::new(python);
-            command.arg(root().join(script));
-            exit_code(command)
-        }
-        _ => code,
+    let mut code = own(bench, python.as_deref());
+    if let (true, Some(python), Some(script)) = (code == ExitCode::SUCCESS, python, script) {
+        println!("\n{} (Python)", bench.name);
+        let mut command = Command::new(python);
+        command.arg(root().join(script));
+        code = exit_code(command);
+    }
+    if code == ExitCode::SUCCESS {
+        Outcome::Done
+    } else {
+        Outcome::Failed(code)
     }
 }
 
@@ -214,8 +273,8 @@ fn own(bench: &Bench, python: Option<&Path>) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A virtual environment with these packages under `target/peers`, made when it is first asked for.
-fn environment(packages: &[&str]) -> Result<PathBuf, ExitCode> {
+/// A virtual environment with these packages under `target/peers`, made when it is first asked for; what fails is said.
+fn environment(packages: &[&str]) -> Result<PathBuf, ()> {
     let folder = root().join("target/peers").join(packages[0]);
     let python = folder.join("bin/python");
     let run = |command: &mut Command| match command.status() {
@@ -225,11 +284,11 @@ fn environment(packages: &[&str]) -> Result<PathBuf, ExitCode> {
                 "error: setting up the rivals in {} failed",
                 folder.display()
             );
-            Err(ExitCode::FAILURE)
+            Err(())
         }
         Err(error) => {
             eprintln!("error: python3, which the rivals need, does not run: {error}");
-            Err(ExitCode::FAILURE)
+            Err(())
         }
     };
     run(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
@@ -237,4 +296,44 @@ fn environment(packages: &[&str]) -> Result<PathBuf, ExitCode> {
         .args(["-m", "pip", "install", "--quiet"])
         .args(packages))?;
     Ok(python)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BENCHES, OF_MASS_BENCH, Request};
+    use std::ffi::OsString;
+
+    fn parse(arguments: &[&str]) -> Result<Request, String> {
+        let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+        Request::parse(&arguments.iter().collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn all_is_what_no_name_is() {
+        assert!(matches!(parse(&["all"]), Ok(Request::All)));
+        assert!(matches!(parse(&[]), Ok(Request::All)));
+    }
+
+    #[test]
+    fn every_name_is_found() {
+        for bench in &BENCHES {
+            assert!(matches!(parse(&[bench.name]), Ok(Request::One(b)) if b.name == bench.name));
+        }
+        for name in OF_MASS_BENCH {
+            assert!(matches!(parse(&[name]), Ok(Request::OfMassBench)));
+        }
+        assert!(matches!(parse(&["moe", "--help"]), Ok(Request::Help)));
+    }
+
+    #[test]
+    fn unknown_and_second_names_are_refused() {
+        let Err(message) = parse(&["meo"]) else {
+            panic!("a name that does not exist was taken");
+        };
+        assert!(message.contains("`meo`") && message.contains("all, cpd"));
+        let Err(message) = parse(&["all", "moe"]) else {
+            panic!("two names were taken");
+        };
+        assert!(message.contains("`moe`"));
+    }
 }

@@ -16,7 +16,7 @@ Usage: cargo xtask <command> [arguments]
 
   reproduce [STUDY]   run a study and print its table beside the paper's figures
   train --text FILE   train a byte-level language model with MASS layers on your text
-  bench [NAME]        time something (cpd, routing, expand, moe, step, ...), with --peers beside its rivals
+  bench [NAME]        time something (cpd, routing, expand, moe, step, ..., all), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
   data fetch MODEL    download a model from the Hugging Face Hub
   ci                  run what CI runs

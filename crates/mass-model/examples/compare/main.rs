@@ -7,11 +7,14 @@
 //! Tasks: `moe [NUMBER]` (all three shapes, or one of them), `step` (a one-layer transformer), `bert` (six layers), `vit` (the
 //! last four blocks of a ViT-S), `trunk` (its first eight, forward only), `memory` (peak resident size of both steps, each in a
 //! process of its own), `overhead` (what watching the experts costs a step).
-//! Without `MASS_PEER_PYTHON` only this crate is measured. Times are medians with quartiles in brackets; a ratio is taken turn
-//! by turn.
+//! Without `MASS_PEER_PYTHON` only this crate is measured. PyTorch runs in several variants (`benches/peer.py`), and in each
+//! round this crate and every variant make one step. Times are medians with quartiles in brackets; a ratio is the best variant's
+//! time by this crate's, round by round. A variant that does not run is named on standard error.
 
 use std::error::Error;
 
+mod ceiling;
+mod machine;
 mod memory;
 mod moe;
 mod overhead;
@@ -25,10 +28,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let threads = rayon::current_num_threads();
     let peer = || -> Result<_, Box<dyn Error>> {
         let peer = peer::Peer::start(threads)?;
-        match &peer {
-            Some(peer) => println!("{threads} threads; PyTorch {}\n", peer.version),
-            None => println!("{threads} threads\n"),
-        }
+        let version = peer.as_ref().map(|p| p.version.as_str());
+        println!("{}\n", machine::line(threads, version));
         Ok(peer)
     };
     match task.as_str() {
@@ -48,9 +49,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             peer()?,
             train::trunk()?,
         ),
-        "memory" => memory::run(threads),
+        "memory" => {
+            // This one only tells its version: each measurement has a fresh process.
+            drop(peer()?);
+            memory::run(threads)
+        }
         "own-memory" => memory::own(&arguments.next().unwrap_or_default()),
-        "overhead" => overhead::run(),
+        "overhead" => {
+            println!("{}\n", machine::line(threads, None));
+            overhead::run()
+        }
         other => Err(format!(
             "unknown task {other:?}; there are: moe, step, bert, vit, trunk, memory, overhead"
         )

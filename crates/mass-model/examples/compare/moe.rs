@@ -2,18 +2,16 @@
 
 use std::error::Error;
 use std::hint::black_box;
-use std::time::Instant;
 
 use dfdx::prelude::*;
-use mass_model::kernels::gemm::{Mat, MatMut, Store, gemm};
 use mass_model::nn::{MoeConfig, MoeLayer};
 use mass_model::ops::Rows;
 use mass_model::{Activation, CpuGradients, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
-use rayon::prelude::*;
 
+use crate::ceiling::Ceilings;
 use crate::peer::Peer;
-use crate::timing::{Quartiles, take_turns};
+use crate::timing::take_turns;
 
 /// One layer: tokens, width, hidden width, experts, router.
 pub(crate) struct Shape {
@@ -47,51 +45,6 @@ pub(crate) fn shapes() -> [Shape; 3] {
         shape(4096, 384, 1536, 8, top_k.clone()),
         shape(2048, 1024, 4096, 8, top_k),
     ]
-}
-
-/// Throughput of plain products of one expert's size, GFLOP/s: the best of the three layouts, each the median of its runs.
-pub(crate) fn ceiling(rows: usize, dim: usize, hidden: usize, experts: usize) -> f64 {
-    let (a, b, c) = (
-        vec![0.5f32; rows * dim],
-        vec![0.5f32; hidden * dim],
-        vec![0.5f32; rows * hidden],
-    );
-    let flops = (2 * rows * dim * hidden * experts) as f64;
-    type Product<'a> = &'a (dyn Fn(&mut [f32]) + Sync);
-    let rate = |len: usize, product: Product<'_>| {
-        let mut out = vec![vec![0.0f32; len]; experts];
-        let times = (0..9).map(|_| {
-            let start = Instant::now();
-            out.par_iter_mut()
-                .with_max_len(1)
-                .for_each(|out| product(out));
-            start.elapsed().as_secs_f64()
-        });
-        flops / Quartiles::of(times.collect()).median() / 1e9
-    };
-    let (x, w, y) = (
-        Mat::new(&a, rows, dim),
-        Mat::new(&b, hidden, dim),
-        Mat::new(&c, rows, hidden),
-    );
-    let products: [(usize, Product<'_>); 3] = [
-        (rows * hidden, &|out| {
-            let out = MatMut::new(out, rows, hidden);
-            gemm(out, x, w.t(), 1.0, Store::Replace);
-        }),
-        (rows * dim, &|out| {
-            let out = MatMut::new(out, rows, dim);
-            gemm(out, y, w, 1.0, Store::Replace);
-        }),
-        (hidden * dim, &|out| {
-            let out = MatMut::new(out, hidden, dim);
-            gemm(out, y.t(), x, 1.0, Store::Replace);
-        }),
-    ];
-    products
-        .into_iter()
-        .map(|(len, product)| rate(len, product))
-        .fold(0.0, f64::max)
 }
 
 /// Normal values, made by dfdx's generator.
@@ -132,9 +85,9 @@ pub(crate) fn run(mut peer: Option<Peer>, only: Option<usize>) -> Result<(), Box
         "Sparse mixture layer, forward and backward; useful GFLOP/s = 12 x assignments x d x hidden / time.\n"
     );
     println!(
-        "| tokens, d x hidden, experts | activation | active | ceiling GFLOP/s | ms | GFLOP/s | of the ceiling | PyTorch ms | PyTorch / this crate |"
+        "| tokens, d x hidden, experts | activation | active | FMA ceiling GFLOP/s | matrix ceiling GFLOP/s | ms | GFLOP/s | of the FMA ceiling | of the matrix ceiling | PyTorch ms | best PyTorch / this crate |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for (number, shape) in (1..).zip(shapes()) {
         if only.is_some_and(|only| only != number) {
             continue;
@@ -180,23 +133,24 @@ pub(crate) fn run(mut peer: Option<Peer>, only: Option<usize>) -> Result<(), Box
                 _ => 3,
             };
             let rows = tokens * per_token / experts;
-            let before = ceiling(rows, dim, hidden, experts);
+            let before = Ceilings::measure(rows, dim, hidden, experts);
             let turns = take_turns(peer.as_mut(), ROUNDS, || active = step(&layer, &x, tokens))?;
-            let after = ceiling(rows, dim, hidden, experts);
-            let top = before.max(after);
+            let top = before.max(Ceilings::measure(rows, dim, hidden, experts));
             let flops = 12.0 * tokens as f64 * active * (dim * hidden) as f64;
             let ours = turns.ours();
             let rate = flops / ours.median() / 1e9;
+            let theirs = peer
+                .as_ref()
+                .map_or(String::new(), |p| format!(" (PyTorch {:.2})", p.active));
             println!(
-                "| {tokens}, {dim} x {hidden}, {experts} | {name} | {active:.2} | {top:.0} | {} | {rate:.0} | {:.0} % | {} | {} |",
+                "| {tokens}, {dim} x {hidden}, {experts} | {name} | {active:.2}{theirs} | {:.0} | {:.0} | {} | {rate:.0} | {:.0} % | {:.0} % | {} | {} |",
+                top.multiply_adds,
+                top.products,
                 ours.show(1e3, 1),
-                100.0 * rate / top,
-                turns.theirs().map_or("-".into(), |q| format!(
-                    "{} ({:.2} active)",
-                    q.show(1e3, 1),
-                    turns.active
-                )),
-                turns.ratio().map_or("-".into(), |q| q.show(1.0, 2)),
+                100.0 * rate / top.multiply_adds,
+                100.0 * rate / top.products,
+                turns.show_theirs(),
+                turns.show_ratio(),
             );
         }
     }

@@ -11,6 +11,10 @@ pub(crate) struct Peer {
     output: BufReader<ChildStdout>,
     /// Of PyTorch.
     pub(crate) version: String,
+    /// Built, and ready to take turns.
+    pub(crate) variants: Vec<String>,
+    /// Mean number of experts a token.
+    pub(crate) active: f64,
 }
 
 impl Peer {
@@ -33,26 +37,59 @@ impl Peer {
             input,
             output,
             version: String::new(),
+            variants: Vec::new(),
+            active: 0.0,
         };
         peer.version = peer.line()?;
         Ok(Some(peer))
     }
 
-    /// Builds a task.
+    /// Builds every variant of a task; says on standard error which does not run here, and why.
     pub(crate) fn build(&mut self, task: &str) -> Result<(), Box<dyn Error>> {
+        for variant in self.begin(task)? {
+            if let Err(reason) = self.build_variant(&variant)? {
+                eprintln!("not run: {variant}: {reason}");
+            }
+        }
+        if self.variants.is_empty() {
+            return Err("nothing of the peer runs".into());
+        }
+        Ok(())
+    }
+
+    /// Builds a task's eager variant alone.
+    pub(crate) fn build_eager(&mut self, task: &str) -> Result<(), Box<dyn Error>> {
+        self.begin(task)?;
+        Ok(self.build_variant("eager")??)
+    }
+
+    /// Forgets what is built; gives the variants that the task has.
+    fn begin(&mut self, task: &str) -> Result<Vec<String>, Box<dyn Error>> {
+        self.variants.clear();
         writeln!(self.input, "{task}")?;
-        match self.line()?.as_str() {
-            "ready" => Ok(()),
-            other => Err(format!("the peer answered {other:?}").into()),
+        let names = self.line()?;
+        Ok(names.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// The inner error is the reason why the variant does not run.
+    fn build_variant(&mut self, variant: &str) -> Result<Result<(), String>, Box<dyn Error>> {
+        writeln!(self.input, "build {variant}")?;
+        let line = self.line()?;
+        match line.split_once(' ') {
+            Some(("ready", active)) => {
+                self.active = active.parse()?;
+                self.variants.push(variant.to_owned());
+                Ok(Ok(()))
+            }
+            Some(("missing", reason)) => Ok(Err(reason.to_owned())),
+            _ => Err(format!("the peer answered {line:?}").into()),
         }
     }
 
-    /// One step: its seconds, and the mean number of experts a token.
-    pub(crate) fn go(&mut self) -> Result<(f64, f64), Box<dyn Error>> {
-        writeln!(self.input, "go")?;
-        let line = self.line()?;
-        let (seconds, active) = line.split_once(' ').ok_or("the peer's answer is short")?;
-        Ok((seconds.parse()?, active.parse()?))
+    /// Seconds of one step of a variant.
+    pub(crate) fn go(&mut self, variant: &str) -> Result<f64, Box<dyn Error>> {
+        writeln!(self.input, "go {variant}")?;
+        Ok(self.line()?.parse()?)
     }
 
     /// Peak resident size so far, MiB.

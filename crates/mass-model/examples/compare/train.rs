@@ -186,12 +186,12 @@ pub(crate) fn run(
         peer.build(&task)?;
     }
     let turns = take_turns(peer.as_mut(), ROUNDS, step)?;
-    println!("| training step | ms | PyTorch ms | PyTorch / this crate |\n|---|---|---|---|");
+    println!("| training step | ms | PyTorch ms | best PyTorch / this crate |\n|---|---|---|---|");
     println!(
         "| {name} | {} | {} | {} |",
         turns.ours().show(1e3, 1),
-        turns.theirs().map_or("-".into(), |q| q.show(1e3, 1)),
-        turns.ratio().map_or("-".into(), |q| q.show(1.0, 2)),
+        turns.show_theirs(),
+        turns.show_ratio(),
     );
     Ok(())
 }
