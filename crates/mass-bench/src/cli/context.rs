@@ -15,8 +15,11 @@ use crate::{
     report::{Header, ResultStore},
 };
 
-fn header(args: &ReproduceArgs) -> Header {
-    Header::new(&args.study, &args.preset.to_string(), args.threads)
+fn header(args: &ReproduceArgs, planned: usize) -> Header {
+    Header {
+        part: args.shard.part(planned),
+        ..Header::new(&args.study, &args.preset.to_string(), args.threads)
+    }
 }
 
 /// What a running command has besides its arguments: progress display and the interrupt flag.
@@ -80,7 +83,7 @@ impl RunContext {
 
     /// The output directory of a study, ready to be written to; see [`ResultStore::open`].
     ///
-    /// `settings` is everything that changes a run's figures, without what only adds runs.
+    /// `settings` is everything that changes a run's figures, without what only adds runs; `planned` is how many runs there are.
     ///
     /// # Errors
     /// [`BenchError::Report`].
@@ -88,8 +91,9 @@ impl RunContext {
         &self,
         args: &ReproduceArgs,
         settings: &impl Serialize,
+        planned: usize,
     ) -> Result<ResultStore, BenchError> {
-        let header = header(args);
+        let header = header(args, planned);
         Ok(ResultStore::open(
             &args.out,
             header,
@@ -107,7 +111,7 @@ impl RunContext {
         args: &ReproduceArgs,
         settings: &impl Serialize,
     ) -> Result<(), BenchError> {
-        let header = header(args);
+        let header = header(args, 0);
         Ok(ResultStore::check(
             &args.out,
             header,

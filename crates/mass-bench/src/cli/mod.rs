@@ -7,7 +7,7 @@ mod reproduce;
 mod train;
 
 pub use context::RunContext;
-pub use parse::{BenchCommand, Cli, Command, DataCommand, main};
+pub use parse::{BenchCommand, Cli, Command, DataCommand, ReportCommand, main};
 pub use progress::Progress;
 pub(crate) use reproduce::directory;
 pub use reproduce::{ReproduceArgs, ReproduceCommand, Shard};
@@ -44,6 +44,11 @@ pub enum Variant {
     Reference,
     /// This project's own rules.
     Ours,
+}
+
+impl Variant {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Paper, Self::Reference, Self::Ours];
 }
 
 /// What computes.

@@ -5,10 +5,9 @@ use mass_routing::RouterConfig;
 
 use super::{Device, Preset, Variant, threads, usable, within};
 use crate::{
-    BenchError,
-    report::Existing,
+    BenchError, method,
+    report::{Existing, Part},
     study::{self, Inputs, Study},
-    variants,
 };
 
 /// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
@@ -134,6 +133,15 @@ impl Shard {
         }
     }
 
+    /// What results of its runs, of which there are so many, say of themselves; `None` for all runs.
+    pub(super) fn part(self, planned: usize) -> Option<Part> {
+        (self != Self::ALL).then_some(Part {
+            shards: vec![self.index],
+            of: self.count,
+            planned,
+        })
+    }
+
     /// Whether the run numbered `run` (from 0, in the study's own order) is this process's.
     ///
     /// ```
@@ -236,12 +244,8 @@ impl ReproduceCommand {
         }
         if let Some(methods) = &self.methods {
             for (index, method) in methods.iter().enumerate() {
-                if !study.methods.contains(&method.as_str()) {
-                    return Err(BenchError::Usage(format!(
-                        "unknown method `{method}`; {} has: {}",
-                        study.name,
-                        study.methods.join(", ")
-                    )));
+                if !method::is_known(method) {
+                    return Err(method::unknown(method));
                 }
                 if methods[..index].contains(method) {
                     return Err(BenchError::Usage(format!(
@@ -269,7 +273,7 @@ impl ReproduceCommand {
             methods: self.methods.clone(),
             task: self.task.clone(),
             variant: self.variant,
-            router: variants::parse_router(self.router.as_deref())?,
+            router: method::parse_router(self.router.as_deref())?,
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
             models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
             out: self.out_dir(study.name, shard, all)?,

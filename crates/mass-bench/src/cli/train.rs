@@ -7,7 +7,18 @@ use serde::{Deserialize, Serialize};
 use super::reproduce::{existing, not_a_file};
 use super::{Variant, threads, within};
 use crate::report::Existing;
-use crate::{BenchError, variants};
+use crate::{BenchError, method};
+
+/// The method unless another is named.
+const MASS: &str = "mass";
+
+fn mass() -> String {
+    MASS.into()
+}
+
+fn is_mass(method: &str) -> bool {
+    method == MASS
+}
 
 /// `train` as typed; [`TrainCommand::check`] makes it usable.
 #[derive(Debug, Clone, Args)]
@@ -15,6 +26,9 @@ pub struct TrainCommand {
     /// The text: any file of text without NUL bytes (UTF-8, Latin-1 and so on, but not UTF-16)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
+    /// What takes the place of the feed-forward networks: mass, static, dense, dynmoe, gmoe, or an ablation of MASS by name
+    #[arg(long, value_name = "METHOD", default_value = MASS)]
+    pub method: String,
     /// Training steps
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub steps: usize,
@@ -85,6 +99,9 @@ pub struct TrainArgs {
     /// The text; results know it by a digest of its bytes, not by where it lies.
     #[serde(skip)]
     pub text: PathBuf,
+    /// What takes the place of the feed-forward networks.
+    #[serde(default = "mass", skip_serializing_if = "is_mass")]
+    pub method: String,
     /// Training steps.
     pub steps: usize,
     /// Routing mass p, in (0, 1].
@@ -194,9 +211,10 @@ impl TrainCommand {
         not_a_file("--out", &self.out)?;
         Ok(TrainArgs {
             text: self.text.clone(),
+            method: self.method.clone(),
             steps: self.steps,
             p: self.p,
-            router: variants::parse_router(self.router.as_deref())?,
+            router: method::parse_router(self.router.as_deref())?,
             experts: self.experts,
             experts_max: self.experts_max,
             dim: self.dim,

@@ -67,8 +67,8 @@ fn bad_arguments_exit_2_with_one_line() {
             &["unknown task `SNLI`", "WNLI"],
         ),
         (
-            &["reproduce", "glue", "--methods", "gmoe"],
-            &["unknown method `gmoe`", "dynmoe"],
+            &["reproduce", "glue", "--methods", "gmo"],
+            &["unknown method `gmo`", "dynmoe"],
         ),
         (
             &["reproduce", "glue", "--models", "."],
