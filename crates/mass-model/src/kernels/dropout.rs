@@ -92,12 +92,7 @@ impl Dropout {
     }
 }
 
-/// `y += x ⊙ mask`, with all of `x` without a mask.
-pub fn add_masked(dropout: Option<Dropout>, x: &[f32], y: &mut [f32]) {
-    masked(dropout, x, y, Store::Add);
-}
-
-/// `y = x ⊙ mask`, or the same added to it.
+/// `y = x ⊙ mask`, or the same added to it; without a mask, all of `x`.
 pub fn masked(dropout: Option<Dropout>, x: &[f32], y: &mut [f32], store: Store) {
     y.par_chunks_mut(BLOCK)
         .zip(x.par_chunks(BLOCK))

@@ -7,6 +7,7 @@ use dfdx::tensor::CpuError;
 use super::{Rows, take_gradient};
 use crate::error::ModelError;
 use crate::gradients::{CpuGradients, Identity};
+use crate::kernels::dropout::masked;
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::{Scratch, give_back, take_vec};
 use crate::param::Taken;
@@ -120,17 +121,24 @@ impl Activations {
         g: &mut CpuGradients,
         share: Vec<f32>,
     ) -> Result<(), CpuError> {
-        let Some(place) = &self.gradient else {
-            give_back(share);
-            return Ok(());
-        };
-        match place.take(g)? {
-            None => place.leave(g, share),
-            Some(mut sum) => {
-                crate::kernels::dropout::add_masked(None, &share, &mut sum);
+        match &self.gradient {
+            Some(place) => give(place, g, share),
+            None => {
                 give_back(share);
-                place.leave(g, sum)
+                Ok(())
             }
+        }
+    }
+}
+
+/// Adds `share` to the gradient of a place.
+fn give(place: &Identity, g: &mut CpuGradients, share: Vec<f32>) -> Result<(), CpuError> {
+    match place.take(g)? {
+        None => place.leave(g, share),
+        Some(mut sum) => {
+            masked(None, &share, &mut sum, Store::Add);
+            give_back(share);
+            place.leave(g, sum)
         }
     }
 }
@@ -205,11 +213,7 @@ impl<T: Tape<f32, Cpu>> Activations<T> {
             let ghost = x.ghost();
             tape.add_backward_op(move |g| {
                 let dx = take_gradient!(g, ghost);
-                Activations {
-                    gradient: Some(place),
-                    ..Activations::constant(Scratch::take(0), (0, 0))
-                }
-                .give_gradient(g, dx)
+                give(&place, g, dx)
             });
         }
         Ok(x.put_tape(tape))

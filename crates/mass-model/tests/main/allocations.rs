@@ -165,7 +165,10 @@ fn run_kernels() {
         }),
     ));
     let mask = DropoutKeys::new(0, 1).next(0.1);
-    reports.push(("dropout", steady(|| dropout::add_masked(mask, &x, &mut dx))));
+    reports.push((
+        "dropout",
+        steady(|| dropout::masked(mask, &x, &mut dx, Store::Add)),
+    ));
     let step = adamw::AdamWStep {
         lr: 1e-3,
         beta1: 0.9,

@@ -7,9 +7,14 @@ use std::arch::x86_64::*;
 
 use super::{Isa, PACKED_STEPS, Tile, cut};
 
-/// Rows of the tile: with two registers of columns each, 28 of the 32 registers hold sums.
-const ROWS: usize = 14;
-const COLS: usize = 32;
+/// Rows of the tile. 24 of the 32 registers hold sums. Of the tiles that fit, one that is wide and low runs nearest to the
+/// ceiling of the multiply-adds, whether its rows are packed or not.
+const ROWS: usize = 6;
+/// Columns: four registers.
+const COLS: usize = 4 * LANES;
+const LANES: usize = 16;
+/// How many steps ahead the columns are asked for: from the second-level cache.
+const AHEAD: usize = 12;
 
 /// Proof that the processor has AVX-512F.
 #[derive(Clone, Copy, Debug)]
@@ -29,32 +34,22 @@ impl Isa for Avx512 {
     fn tile(self, t: &Tile<'_>, c: &mut [f32]) {
         t.check(c, ROWS, COLS);
         macro_rules! table {
-            ($packed:literal) => {
-                [
-                    tile::<1, $packed>,
-                    tile::<2, $packed>,
-                    tile::<3, $packed>,
-                    tile::<4, $packed>,
-                    tile::<5, $packed>,
-                    tile::<6, $packed>,
-                    tile::<7, $packed>,
-                    tile::<8, $packed>,
-                    tile::<9, $packed>,
-                    tile::<10, $packed>,
-                    tile::<11, $packed>,
-                    tile::<12, $packed>,
-                    tile::<13, $packed>,
-                    tile::<14, $packed>,
-                ]
+            ($packed:literal: $($rows:literal)*) => {
+                [$([
+                    tile::<$rows, 1, $packed>,
+                    tile::<$rows, 2, $packed>,
+                    tile::<$rows, 3, $packed>,
+                    tile::<$rows, 4, $packed>,
+                ]),*]
             };
         }
         type Kernel = unsafe fn(&Tile<'_>, &mut [f32]);
-        static AS_IT_LIES: [Kernel; ROWS] = table!(false);
-        static PACKED: [Kernel; ROWS] = table!(true);
+        static AS_IT_LIES: [[Kernel; COLS / LANES]; ROWS] = table!(false: 1 2 3 4 5 6);
+        static PACKED: [[Kernel; COLS / LANES]; ROWS] = table!(true: 1 2 3 4 5 6);
         let kernels = if t.packed { &PACKED } else { &AS_IT_LIES };
         // SAFETY: `self` is proof of the instructions, and `check` has seen that every element of the operands lies in its
         // slice.
-        unsafe { kernels[t.rows - 1](t, c) }
+        unsafe { kernels[t.rows - 1][t.cols.div_ceil(LANES) - 1](t, c) }
     }
 
     fn pack_rows(self, b: &[f32], ld: usize, (k, n): (usize, usize), out: &mut [f32]) {
@@ -86,13 +81,14 @@ impl Isa for Avx512 {
 }
 
 /// # Safety
-/// The processor must have AVX-512F, and `t.check(c, ROWS, COLS)` must have passed, with `t.rows == R`, `t.packed == PACKED`.
+/// The processor must have AVX-512F, and `t.check(c, ROWS, COLS)` must have passed, with `t.rows == R`,
+/// `t.cols.div_ceil(LANES) == V` and `t.packed == PACKED`.
 #[target_feature(enable = "avx512f")]
-unsafe fn tile<const R: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) {
+unsafe fn tile<const R: usize, const V: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) {
     let (ldc, c) = (t.ldc, c.as_mut_ptr());
-    let mask = u32::MAX >> (COLS - t.cols);
-    let (m0, m1) = (mask as u16, (mask >> 16) as u16);
-    let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+    let last = u16::MAX >> (V * LANES - t.cols);
+    let mask = |v: usize| if v + 1 == V { last } else { u16::MAX };
+    let mut acc = [[_mm512_setzero_ps(); COLS / LANES]; ROWS];
     let lda = if PACKED { 1 } else { t.lda };
     let step = if PACKED { ROWS } else { 1 };
     let a = t.a.as_ptr();
@@ -102,44 +98,51 @@ unsafe fn tile<const R: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) 
     // and pointers that may leave a slice are made by wrapping arithmetic.
     unsafe {
         for i in 0..R {
-            let c = c.wrapping_add(i.wrapping_mul(ldc));
-            _mm_prefetch::<_MM_HINT_T0>(c.cast());
-            _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(16).cast());
-        }
-        // One base for three rows: [base], [base + lda * 4], [base + lda * 8]. The empty asm keeps LLVM from making 14
-        // pointers of them, which would spill.
-        let (mut p0, mut p1, mut p2, mut p3, mut p4) = (a, a, a, a, a);
-        if !PACKED {
-            macro_rules! base {
-                ($p:ident, $g:literal) => {
-                    $p = a.wrapping_add(lda.wrapping_mul(3 * $g));
-                    #[cfg(not(miri))]
-                    std::arch::asm!("/* {0} */", inout(reg) $p, options(pure, nomem, nostack, preserves_flags));
-                };
+            for v in 0..V {
+                let at = i.wrapping_mul(ldc).wrapping_add(v * LANES);
+                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(at).cast());
             }
-            base!(p1, 1);
-            base!(p2, 2);
-            base!(p3, 3);
-            base!(p4, 4);
+        }
+        // One base for three rows: [base], [base + lda * 4], [base + lda * 8]. The empty asm keeps LLVM from making six
+        // pointers of them.
+        let (mut p0, mut p1) = (a, a);
+        if !PACKED {
+            p1 = a.wrapping_add(lda.wrapping_mul(3));
+            #[cfg(not(miri))]
+            std::arch::asm!("/* {0} */", inout(reg) p1, options(pure, nomem, nostack, preserves_flags));
         }
         macro_rules! advance {
             ($n:expr) => {
                 p0 = p0.wrapping_add($n);
                 if !PACKED {
                     p1 = p1.wrapping_add($n);
-                    p2 = p2.wrapping_add($n);
-                    p3 = p3.wrapping_add($n);
-                    p4 = p4.wrapping_add($n);
                 }
             };
         }
         macro_rules! one {
             ($p:expr) => {{
-                let b0 = _mm512_loadu_ps(b.add($p * COLS));
-                let b1 = _mm512_loadu_ps(b.add($p * COLS + 16));
-                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(($p + 12) * COLS).cast());
-                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(($p + 12) * COLS + 16).cast());
+                let mut columns = [_mm512_setzero_ps(); COLS / LANES];
+                macro_rules! column {
+                    ($v:literal) => {
+                        if $v < V {
+                            columns[$v] = _mm512_loadu_ps(b.add($p * COLS + $v * LANES));
+                            let ahead = b.wrapping_add(($p + AHEAD) * COLS + $v * LANES);
+                            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                        }
+                    };
+                }
+                column!(0);
+                column!(1);
+                column!(2);
+                column!(3);
                 // Unrolled by hand: in a loop LLVM leaves the sums in memory.
+                macro_rules! product {
+                    ($i:literal $v:literal $x:ident) => {
+                        if $v < V {
+                            acc[$i][$v] = _mm512_fmadd_ps($x, columns[$v], acc[$i][$v]);
+                        }
+                    };
+                }
                 macro_rules! row {
                     ($i:literal $base:ident $r:literal) => {
                         if $i < R {
@@ -149,8 +152,10 @@ unsafe fn tile<const R: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) 
                                 $base.wrapping_add(lda.wrapping_mul($r).wrapping_add($p))
                             };
                             let x = _mm512_set1_ps(*from);
-                            acc[$i][0] = _mm512_fmadd_ps(x, b0, acc[$i][0]);
-                            acc[$i][1] = _mm512_fmadd_ps(x, b1, acc[$i][1]);
+                            product!($i 0 x);
+                            product!($i 1 x);
+                            product!($i 2 x);
+                            product!($i 3 x);
                         }
                     };
                 }
@@ -160,14 +165,6 @@ unsafe fn tile<const R: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) 
                 row!(3 p1 0);
                 row!(4 p1 1);
                 row!(5 p1 2);
-                row!(6 p2 0);
-                row!(7 p2 1);
-                row!(8 p2 2);
-                row!(9 p3 0);
-                row!(10 p3 1);
-                row!(11 p3 2);
-                row!(12 p4 0);
-                row!(13 p4 1);
             }};
         }
         for _ in 0..t.k / 4 {
@@ -186,25 +183,27 @@ unsafe fn tile<const R: usize, const PACKED: bool>(t: &Tile<'_>, c: &mut [f32]) 
         if t.scale != 1.0 {
             let scale = _mm512_set1_ps(t.scale);
             for sums in acc.iter_mut().take(R) {
-                *sums = [_mm512_mul_ps(sums[0], scale), _mm512_mul_ps(sums[1], scale)];
+                for sum in sums.iter_mut().take(V) {
+                    *sum = _mm512_mul_ps(*sum, scale);
+                }
             }
         }
         if let Some(bias) = t.bias {
-            let bias = bias.as_ptr();
-            let v0 = _mm512_maskz_loadu_ps(m0, bias);
-            let v1 = _mm512_maskz_loadu_ps(m1, bias.wrapping_add(16));
-            for sums in acc.iter_mut().take(R) {
-                *sums = [_mm512_add_ps(sums[0], v0), _mm512_add_ps(sums[1], v1)];
+            for v in 0..V {
+                let bias = _mm512_maskz_loadu_ps(mask(v), bias.as_ptr().add(v * LANES));
+                for sums in acc.iter_mut().take(R) {
+                    sums[v] = _mm512_add_ps(sums[v], bias);
+                }
             }
         }
         for (i, sums) in acc.iter_mut().enumerate().take(R) {
-            let (c0, c1) = (c.add(i * ldc), c.wrapping_add(i * ldc + 16));
-            if t.add {
-                sums[0] = _mm512_add_ps(sums[0], _mm512_maskz_loadu_ps(m0, c0));
-                sums[1] = _mm512_add_ps(sums[1], _mm512_maskz_loadu_ps(m1, c1));
+            for (v, sum) in sums.iter_mut().enumerate().take(V) {
+                let to = c.add(i * ldc + v * LANES);
+                if t.add {
+                    *sum = _mm512_add_ps(*sum, _mm512_maskz_loadu_ps(mask(v), to));
+                }
+                _mm512_mask_storeu_ps(to, mask(v), *sum);
             }
-            _mm512_mask_storeu_ps(c0, m0, sums[0]);
-            _mm512_mask_storeu_ps(c1, m1, sums[1]);
         }
     }
 }
@@ -274,14 +273,6 @@ unsafe fn pack_columns(b: &[f32], ld: usize, k: usize, n: usize, out: &mut [f32]
             }
         }
     }
-    if !n.is_multiple_of(COLS) && n % COLS <= 16 {
-        for p in 0..k {
-            // SAFETY: the second half of the last panel, which no column has reached.
-            unsafe {
-                _mm512_storeu_ps(out.add((n / COLS * k + p) * COLS + 16), _mm512_setzero_ps())
-            };
-        }
-    }
 }
 
 /// # Safety
@@ -290,20 +281,17 @@ unsafe fn pack_columns(b: &[f32], ld: usize, k: usize, n: usize, out: &mut [f32]
 unsafe fn pack_rows(b: &[f32], ld: usize, k: usize, n: usize, out: &mut [f32]) {
     let (b, out) = (b.as_ptr(), out.as_mut_ptr());
     for p0 in (0..k).step_by(PACKED_STEPS) {
-        for j in 0..n.div_ceil(COLS) {
-            let mask = u32::MAX >> (COLS - (n - j * COLS).min(COLS));
-            let (m0, m1) = (mask as u16, (mask >> 16) as u16);
+        for j in (0..n).step_by(LANES) {
+            let mask = u16::MAX >> (LANES - LANES.min(n - j));
             for p in p0..k.min(p0 + PACKED_STEPS) {
-                // SAFETY: row p of `b` up to column n, by the mask; step p of panel j. Prefetches may be of any address.
+                // SAFETY: row p of `b` up to column n, by the mask; step p of the panel of column j. Prefetches may be of any
+                // address.
                 unsafe {
-                    let from = b.add(p * ld + j * COLS);
-                    let to = out.add((j * k + p) * COLS);
+                    let from = b.add(p * ld + j);
+                    let to = out.add((j / COLS * k + p) * COLS + j % COLS);
                     let ahead = from.wrapping_add(ld.wrapping_mul(PACKED_STEPS));
                     _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(16).cast());
-                    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(m0, from));
-                    let second = _mm512_maskz_loadu_ps(m1, from.wrapping_add(16));
-                    _mm512_storeu_ps(to.add(16), second);
+                    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, from));
                 }
             }
         }

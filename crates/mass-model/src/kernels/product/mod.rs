@@ -1,7 +1,7 @@
 //! Blocked matrix products for x86: what [`gemm`](super::gemm::gemm) and the mixture's products are made of.
 //!
 //! `B` is packed in blocks that stay in the second-level cache; rows of `A` are read where they lie (a transposed `A` is
-//! packed) by register tiles of 14 x 32 (AVX-512) or 6 x 16 (AVX2).
+//! packed) by register tiles of 6 x 64 (AVX-512) or 6 x 16 (AVX2).
 //!
 //! # Bits
 //! Each element is a chain of fused multiply-adds over a fixed run of steps, and the runs are added in order. Where they are
@@ -39,15 +39,12 @@ const PACKED_ROWS: usize = 4096;
 /// Steps packed at a time: writes are then runs of this many lines.
 const PACKED_STEPS: usize = 16;
 
-/// Rows of `A` a multiple of this many values apart fall on few sets of the first-level cache.
-const ALIASING: usize = 512;
-
 /// One cache line.
 const LINE: usize = 16;
 
 /// How far apart to keep rows of this width, so that they do not fall on few sets of the first-level cache.
 pub(crate) fn row_stride(width: usize) -> usize {
-    match width % (ALIASING / 2) {
+    match width % 256 {
         0 => width + LINE,
         _ => width,
     }
@@ -70,7 +67,8 @@ trait Isa: Copy {
     const COLS: usize;
     /// `c (+)= scale * a b (+ bias)`, for one tile.
     fn tile(self, t: &Tile<'_>, c: &mut [f32]);
-    /// Packs `b[k, n]`, rows `ld` apart, into panels `[n / COLS][k][COLS]`, filled up with zeros.
+    /// Packs `b[k, n]`, rows `ld` apart, into panels `[n / COLS][k][COLS]`, filled up with zeros to a
+    /// multiple of 16 columns.
     fn pack_rows(self, b: &[f32], ld: usize, size: (usize, usize), out: &mut [f32]);
     /// The same for a `b[k, n]` that is stored as `[n][k]`.
     fn pack_columns(self, b: &[f32], ld: usize, size: (usize, usize), out: &mut [f32]);
@@ -439,17 +437,7 @@ fn blocked<I: Isa>(
                         let size = kl * I::ROWS;
                         (&buffers.left.get(panels * size)[i * size..][..size], 0)
                     } else {
-                        let panel = &left[(m0 + first) * lda + k0..];
-                        if lda % ALIASING == 0 && rows > 4 {
-                            let stride = kl + LINE;
-                            let copy = buffers.left.get(rows * stride);
-                            for (to, from) in copy.chunks_mut(stride).zip(panel.chunks(lda)) {
-                                to[..kl].copy_from_slice(&from[..kl]);
-                            }
-                            (&*copy, stride)
-                        } else {
-                            (panel, lda)
-                        }
+                        (&left[(m0 + first) * lda + k0..], lda)
                     };
                     let out = match &mut c {
                         Some(c) => &mut c[part.rows.start * ldc + j0..],
