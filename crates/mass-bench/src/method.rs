@@ -115,7 +115,7 @@ pub const ABLATIONS: &[(&str, &str)] = &[
         "plain_cloning",
         r#"{"controller.operator": {"clone": {"decomposition": null, "preserve_mass": false}}}"#,
     ),
-    ("bisect", r#"{"controller.operator": "bisect"}"#),
+    ("bisect", r#"{"controller.operator": {"bisect": {}}}"#),
     ("no_redundancy_loss", r#"{"redundancy_weight": 0.0}"#),
     ("no_stop", r#"{"controller.stop": "never"}"#),
     ("inherit_moments", r#"{"controller.moments": "inherit"}"#),
@@ -563,7 +563,7 @@ fn check_router(
         let what = "one expert a token with renormalised weights teaches the gate nothing; add combine=raw, or take more experts";
         return refuse(what.into());
     }
-    let bisects = |g: &GrowerConfig| g.controller.operator == SplitOperator::Bisect;
+    let bisects = |g: &GrowerConfig| matches!(g.controller.operator, SplitOperator::Bisect(_));
     if config.gate != GateConfig::Linear && growth.is_some_and(bisects) {
         let what = "its gate is not linear, so MASS's variant `ours` cannot bisect its experts; choose --variant paper or reference";
         return refuse(what.into());

@@ -70,12 +70,27 @@ pub fn absorb_mass(kept_offset: &mut f32, removed_offset: f32) -> Result<(), Exp
     Ok(())
 }
 
+/// Along which direction a source's tokens are divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum BisectDirection {
+    /// The first principal component of the tokens.
+    Principal,
+    /// Any: uniform on the sphere, drawn anew for every gate row (ablation).
+    Random,
+    /// The source's own gate row (ablation).
+    GateRow,
+}
+
 /// Settings of [`bisect`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BisectParams {
     /// `a s`: how many nats a token one standard deviation off the boundary moves each half's logit.
     pub strength: f64,
+    /// `u`.
+    pub direction: BisectDirection,
     /// Lower both offsets by the tokens' mean of `ln(e^t + e^-t)`, so that the pair's log mass is unchanged on average.
     /// Off, the pair gains mass.
     pub preserve_mass: bool,
@@ -87,6 +102,7 @@ impl Default for BisectParams {
     fn default() -> Self {
         Self {
             strength: 3.0,
+            direction: BisectDirection::Principal,
             preserve_mass: false,
             max_iterations: 100,
         }
@@ -96,7 +112,7 @@ impl Default for BisectParams {
 /// The two halves of a gate row, and how they came about.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bisection {
-    /// First principal component of the tokens, of unit length; its largest entry is positive.
+    /// Along which the tokens are divided, of unit length; the largest entry of a principal component is positive.
     pub direction: Vec<f32>,
     /// Mean of `u . x`: where the boundary lies.
     pub mean: f64,
@@ -114,7 +130,7 @@ pub struct Bisection {
     pub newcomer_offset: f32,
 }
 
-/// Divides a source's tokens along the first principal component of their gate inputs.
+/// Divides a source's tokens along the first principal component of their gate inputs, or another [`BisectDirection`].
 ///
 /// `inputs` are the gate inputs of the tokens that were routed to the source, tokens x dimension; `gate_row` and
 /// `offset` are the source's.
@@ -146,7 +162,17 @@ pub fn bisect(
     let (tokens, dim) = inputs.dim();
     check(&params, gate_row, offset, tokens, dim)?;
     let centred = Centred::new(inputs)?;
-    let direction = centred.principal_component(params.max_iterations);
+    let direction = match params.direction {
+        BisectDirection::Principal => centred.principal_component(params.max_iterations),
+        BisectDirection::Random => random_direction(gate_row),
+        BisectDirection::GateRow => {
+            let mut row: Vec<f64> = gate_row.iter().copied().map(f64::from).collect();
+            if !normalise(&mut row) {
+                return Err(ExpandError::NoSpread { tokens });
+            }
+            row
+        }
+    };
     let projections: Vec<f64> = centred
         .rows()
         .map(|row| sweep::dot(row, &direction))
@@ -334,6 +360,20 @@ impl Centred {
         }
         direction
     }
+}
+
+/// Uniform on the sphere, from a generator that the bits of the gate row seed.
+fn random_direction(gate_row: &[f32]) -> Vec<f64> {
+    let seed = gate_row.iter().fold(0u64, |seed, w| {
+        (seed ^ u64::from(w.to_bits())).wrapping_mul(0x0100_0000_01b3)
+    });
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    // In (0, 1], since a logarithm is taken of it.
+    let mut uniform = || (f64::from(generator.next_u32()) + 1.0) / 4_294_967_296.0;
+    let normal = |_| (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+    let mut direction: Vec<f64> = gate_row.iter().map(normal).collect();
+    normalise(&mut direction);
+    direction
 }
 
 /// Scales to unit length; false if the vector is zero or too small to scale.

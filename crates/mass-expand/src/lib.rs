@@ -20,5 +20,7 @@ pub use controller::{
 pub use decomposition::{Decomposition, decompose, divide_gradient, project_onto_weights};
 pub use error::ExpandError;
 pub use expert::ExpertId;
-pub use gate_split::{BisectParams, Bisection, absorb_mass, bisect, preserve_mass};
+pub use gate_split::{
+    BisectDirection, BisectParams, Bisection, absorb_mass, bisect, preserve_mass,
+};
 pub use redundancy::{Reduction, redundancy_gradient, redundancy_loss};

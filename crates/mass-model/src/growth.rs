@@ -173,7 +173,9 @@ impl Grower {
         let params = self.controller.params();
         for l in 0..layers {
             let moe = model.mixture(l);
-            if params.operator == SplitOperator::Bisect && moe.config().gate != GateConfig::Linear {
+            if matches!(params.operator, SplitOperator::Bisect(_))
+                && moe.config().gate != GateConfig::Linear
+            {
                 return Err(ModelError::Config(BISECT_NEEDS.into()));
             }
             // A check is made with one expert masked, and may remove it.

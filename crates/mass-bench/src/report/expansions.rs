@@ -31,7 +31,7 @@ pub fn expansions(events: &[Event]) -> Vec<Expansion> {
 
 #[cfg(test)]
 mod tests {
-    use mass_expand::{ExpertId, SplitOperator, Watched};
+    use mass_expand::{BisectParams, ExpertId, SplitOperator, Watched};
 
     use super::*;
 
@@ -43,7 +43,7 @@ mod tests {
             kind: EventKind::Split {
                 source: ExpertId(2),
                 new: ExpertId(9),
-                operator: SplitOperator::Bisect,
+                operator: SplitOperator::Bisect(BisectParams::default()),
                 watched,
                 flagged: flagged.map(ExpertId),
                 p_value,

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Controller;
 use super::watch::Watch;
-use crate::{AlignmentThreshold, Decomposition, ExpandError};
+use crate::{AlignmentThreshold, BisectParams, Decomposition, ExpandError};
 
 /// When an expert may be split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -48,7 +48,7 @@ pub enum Choice {
 }
 
 /// How an expert is split.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum SplitOperator {
@@ -62,7 +62,7 @@ pub enum SplitOperator {
     },
     /// The newcomer copies the source's weights and the gate divides its tokens; see [`bisect`](crate::bisect()). With
     /// fewer than two distinct tokens that fails, and the loop should clone with `preserve_mass` instead.
-    Bisect,
+    Bisect(BisectParams),
 }
 
 /// What a newcomer's optimizer moments start from. Its step count starts from zero (`Zero`) or the source's (`Inherit`).
@@ -161,7 +161,7 @@ pub struct Phase {
 pub struct Pruning {
     /// Never fewer than this many experts in a layer, at least 1.
     pub min_experts: usize,
-    /// An expert younger than this many steps is left alone, at least 1.
+    /// An expert younger than this many steps is left alone, at least 1. Those that the run began with are as old as the run.
     pub min_age: u64,
     /// Remove experts that stay almost without tokens.
     pub unused: Option<PruneUnused>,

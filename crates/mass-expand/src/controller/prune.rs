@@ -55,9 +55,7 @@ impl Controller {
         let step = pending.step;
         let check = pending.layers[layer].check;
         let old_enough = |at: &usize| {
-            state.experts[*at]
-                .born
-                .is_none_or(|born| step.saturating_sub(born) >= pruning.min_age)
+            step.saturating_sub(state.experts[*at].born.unwrap_or(0)) >= pruning.min_age
                 && check != Some(state.ids[*at])
         };
         // In turn: the first after the one probed last, else from the beginning.
@@ -113,9 +111,7 @@ impl Controller {
                 .filter(|(id, expert)| {
                     expert.unused_for >= rule.steps
                         && split != Some(**id)
-                        && expert
-                            .born
-                            .is_none_or(|born| step.saturating_sub(born) >= pruning.min_age)
+                        && step.saturating_sub(expert.born.unwrap_or(0)) >= pruning.min_age
                 })
                 .map(|(&id, _)| id)
                 .collect();

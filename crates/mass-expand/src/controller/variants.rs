@@ -6,7 +6,7 @@ use super::params::{
     AfterSplit, Choice, ControllerParams, Moments, Phase, SplitOperator, StopRule, Trigger, Unused,
 };
 use super::watch::{Level, Watch};
-use crate::{AlignmentThreshold, Decomposition};
+use crate::{AlignmentThreshold, BisectParams, Decomposition};
 
 impl ControllerParams {
     /// What the paper writes, with its settings for language: expansion in the first tenth of `steps`,
@@ -89,7 +89,7 @@ impl ControllerParams {
             unused: Unused::Skip,
             trigger: Trigger::DetectorOnly,
             choice: Choice::LossShare,
-            operator: SplitOperator::Bisect,
+            operator: SplitOperator::Bisect(BisectParams::default()),
             after_split: AfterSplit::Rewarm,
             stop: StopRule::HeldOut {
                 margin: 0.0,

@@ -113,7 +113,7 @@ fn our_settings_are_the_documented_ones() {
         unused: Unused::Skip,
         trigger: Trigger::DetectorOnly,
         choice: Choice::LossShare,
-        operator: SplitOperator::Bisect,
+        operator: SplitOperator::Bisect(BisectParams::default()),
         after_split: AfterSplit::Rewarm,
         stop: StopRule::HeldOut {
             margin: 0.0,

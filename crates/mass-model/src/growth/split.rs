@@ -1,9 +1,7 @@
 //! Experts split and taken out: weights, gate rows, gradients.
 
 use dfdx::prelude::NoneTape;
-use mass_expand::{
-    BisectParams, ExpandError, ExpertId, SplitOperator, bisect, divide_gradient, preserve_mass,
-};
+use mass_expand::{ExpandError, ExpertId, SplitOperator, bisect, divide_gradient, preserve_mass};
 use ndarray::Array2;
 
 use super::BISECT_NEEDS;
@@ -62,22 +60,17 @@ pub fn split_expert(
                 newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
             }
         }
-        SplitOperator::Bisect if !linear_gate => {
+        SplitOperator::Bisect(_) if !linear_gate => {
             return Err(ModelError::Config(BISECT_NEEDS.into()));
         }
-        SplitOperator::Bisect if index >= trace.plan.num_experts() => {
+        SplitOperator::Bisect(_) if index >= trace.plan.num_experts() => {
             let traced = trace.plan.num_experts();
             return Err(ModelError::shape("experts traced", &[index + 1], &[traced]));
         }
-        SplitOperator::Bisect => {
+        SplitOperator::Bisect(params) => {
             copy_gradients(old, &newcomer, gradients, true)?;
             let inputs = tokens_of(index, trace);
-            match bisect(
-                inputs.view(),
-                old.gate.values(),
-                old.logit_offset,
-                BisectParams::default(),
-            ) {
+            match bisect(inputs.view(), old.gate.values(), old.logit_offset, params) {
                 Ok(halves) => {
                     old.gate.move_to(&halves.source_row)?;
                     newcomer.gate.move_to(&halves.newcomer_row)?;

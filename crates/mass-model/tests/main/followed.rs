@@ -1,7 +1,7 @@
 //! Averaged weights follow splits.
 
 use dfdx::prelude::NoneTape;
-use mass_expand::{ExpertId, SplitOperator};
+use mass_expand::{BisectParams, ExpertId, SplitOperator};
 use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{GateShift, Mixtures, remove_expert, split_expert};
 use mass_model::lm::LanguageModel;
@@ -54,7 +54,7 @@ fn operators() -> [SplitOperator; 2] {
         decomposition: None,
         preserve_mass: true,
     };
-    [SplitOperator::Bisect, clone]
+    [SplitOperator::Bisect(BisectParams::default()), clone]
 }
 
 /// Splits an expert of the model by the tokens that the model itself routes; twins split alike.
@@ -118,7 +118,11 @@ fn the_average_after_a_split_is_the_split_of_the_average() {
 fn an_average_that_is_adopted_by_name_is_moved_too() {
     let (mut model, _, mut ema) = trained(raw(1.0));
     let mut twin = averaged(&mut model, &mut ema);
-    split(&mut [&mut model, &mut twin], 1, SplitOperator::Bisect);
+    split(
+        &mut [&mut model, &mut twin],
+        1,
+        SplitOperator::Bisect(BisectParams::default()),
+    );
     ema.adopt("blocks.0.moe.experts.1", "blocks.0.moe.experts.3");
     close(
         &ema.evaluate(&mut model, logits).unwrap(),
@@ -131,7 +135,11 @@ fn an_average_that_is_adopted_by_name_is_moved_too() {
 fn averages_go_on_from_the_split() {
     let (mut model, _, mut ema) = trained(raw(1.0));
     let mut twin = averaged(&mut model, &mut ema);
-    split(&mut [&mut model, &mut twin], 1, SplitOperator::Bisect);
+    split(
+        &mut [&mut model, &mut twin],
+        1,
+        SplitOperator::Bisect(BisectParams::default()),
+    );
     let row = |m: &LanguageModel, e: usize| m.mixture(0).experts()[e].gate.values().to_vec();
     ema.update(&model).unwrap();
     for (e, name) in [
@@ -151,7 +159,12 @@ fn a_split_that_is_undone_is_undone_in_the_average() {
     for update_between in [false, true] {
         let mut model = model.clone();
         let mut ema = ema.clone();
-        let shift = split(&mut [&mut model], 1, SplitOperator::Bisect).remove(0);
+        let shift = split(
+            &mut [&mut model],
+            1,
+            SplitOperator::Bisect(BisectParams::default()),
+        )
+        .remove(0);
         if update_between {
             ema.follow(&model).unwrap();
         }
@@ -167,7 +180,11 @@ fn a_split_that_is_undone_is_undone_in_the_average() {
 #[test]
 fn a_checkpoint_between_a_split_and_the_next_update_loses_nothing() {
     let (mut model, optimizer, mut ema) = trained(raw(1.0));
-    split(&mut [&mut model], 1, SplitOperator::Bisect);
+    split(
+        &mut [&mut model],
+        1,
+        SplitOperator::Bisect(BisectParams::default()),
+    );
     let dir = tempfile::tempdir().unwrap();
     let snapshot = Snapshot {
         step: 6,
@@ -183,7 +200,11 @@ fn a_checkpoint_between_a_split_and_the_next_update_loses_nothing() {
     assert_eq!(average, ema);
     // A split right after the restart is followed as well, and both go on alike.
     for (model, ema) in [(&mut model, &mut ema), (&mut restored, &mut average)] {
-        split(&mut [model], 0, SplitOperator::Bisect);
+        split(
+            &mut [model],
+            0,
+            SplitOperator::Bisect(BisectParams::default()),
+        );
         ema.update(model).unwrap();
     }
     assert_eq!(average, ema);

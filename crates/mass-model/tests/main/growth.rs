@@ -2,7 +2,8 @@
 
 use dfdx::prelude::*;
 use mass_expand::{
-    Answer, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator, Trigger,
+    Answer, BisectParams, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator,
+    Trigger,
 };
 use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
@@ -120,7 +121,7 @@ fn bisecting_divides_the_tokens_of_the_source() {
     split_expert(
         model.mixture_mut(0),
         id,
-        SplitOperator::Bisect,
+        SplitOperator::Bisect(BisectParams::default()),
         &pass.layers[0],
         &mut pass.gradients,
     )
@@ -148,11 +149,27 @@ fn what_was_traced_before_the_pool_changed_is_refused() {
     let moe = model.mixture_mut(0);
     let all = GradientNorm::AllParameters;
     observe(moe, trace, &pass.token_losses, gradients, all).unwrap();
-    let split = split_expert(moe, ExpertId(0), SplitOperator::Bisect, trace, gradients).unwrap();
+    let split = split_expert(
+        moe,
+        ExpertId(0),
+        SplitOperator::Bisect(BisectParams::default()),
+        trace,
+        gradients,
+    )
+    .unwrap();
     let shape = |r: Result<(), ModelError>| assert!(matches!(r, Err(ModelError::Shape { .. })));
     shape(observe(moe, trace, &pass.token_losses, gradients, all).map(drop));
     // The newcomer has no tokens in it.
-    shape(split_expert(moe, split.newcomer, SplitOperator::Bisect, trace, gradients).map(drop));
+    shape(
+        split_expert(
+            moe,
+            split.newcomer,
+            SplitOperator::Bisect(BisectParams::default()),
+            trace,
+            gradients,
+        )
+        .map(drop),
+    );
     assert_eq!(moe.experts().len(), 4);
     // Nor is there a third layer to mask an expert of.
     let masked = Masked {
@@ -166,7 +183,7 @@ fn what_was_traced_before_the_pool_changed_is_refused() {
 #[test]
 fn removing_a_newcomer_undoes_what_its_split_did_to_the_gate() {
     for operator in [
-        SplitOperator::Bisect,
+        SplitOperator::Bisect(BisectParams::default()),
         clone_operator(None, true),
         clone_operator(None, false),
     ] {
@@ -229,7 +246,7 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
     let mut params = ControllerParams::paper(2, 3, 6, 40);
     params.trigger = Trigger::Schedule { first: 1, every: 9 };
     params.choice = mass_expand::Choice::MostLoaded;
-    params.operator = SplitOperator::Bisect;
+    params.operator = SplitOperator::Bisect(BisectParams::default());
     params.stop = mass_expand::StopRule::HeldOut {
         margin: 0.0,
         z: 0.0,
@@ -584,5 +601,9 @@ fn rules_that_a_model_cannot_follow_are_refused_before_anything_is_done() {
         temperature: None,
     };
     let cosine = LanguageModel::new(&config, &mut mass_model::seeded_rng(1)).unwrap();
-    refused(cosine, probing(SplitOperator::Bisect), "linear gate");
+    refused(
+        cosine,
+        probing(SplitOperator::Bisect(BisectParams::default())),
+        "linear gate",
+    );
 }

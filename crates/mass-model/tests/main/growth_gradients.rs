@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 
 use mass_expand::{
-    AlignmentThreshold, ControllerParams, Decomposition, EventKind, ExpertId, Reduction,
-    SplitOperator, StopReason, StopRule, alignment, divide_gradient, redundancy_gradient,
+    AlignmentThreshold, BisectParams, ControllerParams, Decomposition, EventKind, ExpertId,
+    Reduction, SplitOperator, StopReason, StopRule, alignment, divide_gradient,
+    redundancy_gradient,
 };
 use mass_model::growth::{
     GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, split_expert,
@@ -73,12 +74,12 @@ fn a_split_hands_on_every_gradient_and_cuts_two_of_the_sources() {
         clone(None, false),
         clone(Some(Decomposition::Whole), false),
         clone(Some(Decomposition::Rowwise), true),
-        SplitOperator::Bisect,
+        SplitOperator::Bisect(BisectParams::default()),
     ];
     for (config, parameters) in kinds() {
         for operator in operators {
             let linear = config.block.moe.gate == GateConfig::Linear;
-            if operator == SplitOperator::Bisect && !linear {
+            if matches!(operator, SplitOperator::Bisect(_)) && !linear {
                 continue;
             }
             let what = format!("{operator:?}, {:?}", config.block.moe);

@@ -7,7 +7,7 @@ use dfdx::nn::modules::{
 };
 use dfdx::optim::{Adam, AdamConfig};
 use dfdx::prelude::*;
-use mass_expand::SplitOperator;
+use mass_expand::{BisectParams, SplitOperator};
 use mass_model::growth::split_expert;
 use mass_model::nn::{self, FeedForward, MoeConfig, MoeLayer};
 use mass_model::optim::{AdamW, AdamWConfig, GradientAccumulator};
@@ -226,7 +226,7 @@ fn an_expert_that_joins_keeps_its_gradient() {
     split_expert(
         &mut layer,
         source,
-        SplitOperator::Bisect,
+        SplitOperator::Bisect(BisectParams::default()),
         &traces[0],
         &mut gradients,
     )

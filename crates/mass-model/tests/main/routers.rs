@@ -1,7 +1,7 @@
 //! Routers that learn as they go, gates of other kinds and losses on the routing, all from a layer's settings.
 
 use dfdx::prelude::*;
-use mass_expand::{ExpertId, SplitOperator};
+use mass_expand::{BisectParams, ExpertId, SplitOperator};
 use mass_model::growth::{Mixtures, split_expert};
 use mass_model::nn::{GateConfig, MoeConfig, MoeLayer};
 use mass_model::ops::RoutingLoss;
@@ -55,7 +55,7 @@ fn a_newcomer_has_the_balancing_bias_of_its_source() {
         decomposition: None,
         preserve_mass: true,
     };
-    for operator in [SplitOperator::Bisect, clone] {
+    for operator in [SplitOperator::Bisect(BisectParams::default()), clone] {
         let mut model = model("bias_balanced:k=1,rate=0.05,combine=raw".parse().unwrap());
         let (tokens, targets) = batch(0);
         let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
