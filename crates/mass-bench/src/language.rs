@@ -37,48 +37,34 @@ pub struct Language<'a> {
     pub judge: Judge<'a>,
 }
 
-/// Sizes of a language model but for its mixtures.
-#[derive(Debug, Clone, Copy)]
-pub struct Sizes {
-    /// Number of token ids.
-    pub vocab: usize,
-    /// Longest sequence.
-    pub length: usize,
-    /// Blocks.
-    pub layers: usize,
-    /// Width.
-    pub dim: usize,
-    /// Width of an expert.
-    pub hidden: usize,
-    /// Attention heads.
-    pub heads: usize,
-    /// Standard deviation of the embeddings at the start.
-    pub embedding_std: f32,
+/// A pre-norm decoder of one block whose dense network is a pool of one expert, which every token takes as it is.
+pub(crate) fn dense(vocab: usize, length: usize, dim: usize, hidden: usize) -> LanguageModelConfig {
+    let combine = Combine::Raw;
+    let router = RouterConfig::TopK { k: 1, combine };
+    LanguageModelConfig {
+        vocab,
+        max_seq: length,
+        layers: 1,
+        embedding_std: 0.1,
+        block: BlockConfig {
+            heads: 4,
+            layer_norm_eps: 1e-5,
+            moe: MoeConfig::new(dim, hidden, 1, Activation::GeluErf, router),
+        },
+    }
 }
 
-impl Sizes {
-    /// The model of a method. The dense one has a pool of one expert, which every token takes as it is.
-    #[must_use]
-    pub fn model(&self, method: &Method, seed: u64) -> LanguageModelConfig {
-        let activation = Activation::GeluErf;
-        let alone = || {
-            let combine = Combine::Raw;
-            let router = RouterConfig::TopK { k: 1, combine };
-            MoeConfig::new(self.dim, self.hidden, 1, activation, router)
-        };
-        let moe = method.mixture(self.dim, self.hidden, activation, seed);
-        LanguageModelConfig {
-            vocab: self.vocab,
-            max_seq: self.length,
-            layers: self.layers,
-            embedding_std: self.embedding_std,
-            block: BlockConfig {
-                heads: self.heads,
-                layer_norm_eps: 1e-5,
-                moe: moe.unwrap_or_else(alone),
-            },
-        }
+/// The same model with a method's mixtures.
+pub(crate) fn with(
+    mut model: LanguageModelConfig,
+    method: &Method,
+    seed: u64,
+) -> LanguageModelConfig {
+    let moe = &mut model.block.moe;
+    if let Some(mixture) = method.mixture(moe.dim, moe.hidden, moe.activation, seed) {
+        *moe = mixture;
     }
+    model
 }
 
 impl Task for Language<'_> {

@@ -8,7 +8,7 @@ use mass_model::growth::{GradientNorm, GrowerConfig};
 use mass_model::nn::{GateConfig, MoeConfig, MoeLayer};
 use mass_model::ops::RoutingLoss;
 use mass_model::{Activation, seeded_rng};
-use mass_routing::{Combine, GateGradient, Router, RouterConfig};
+use mass_routing::{Combine, GateGradient, Router, RouterConfig, RoutingError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -527,15 +527,10 @@ fn gate(router: &RouterConfig) -> GateConfig {
 }
 
 /// Reads `--router`.
-///
-/// # Errors
-/// [`BenchError::Usage`]: what is wrong with it.
-pub fn parse_router(text: Option<&str>) -> Result<Option<RouterConfig>, BenchError> {
-    let usage = |e: mass_routing::RoutingError| BenchError::Usage(format!("--router: {e}"));
-    let Some(text) = text else { return Ok(None) };
-    let router: RouterConfig = text.parse().map_err(usage)?;
-    router.build().map_err(usage)?;
-    Ok(Some(router))
+pub(crate) fn parse_router(text: &str) -> Result<RouterConfig, RoutingError> {
+    let router: RouterConfig = text.parse()?;
+    router.build()?;
+    Ok(router)
 }
 
 fn check_router(

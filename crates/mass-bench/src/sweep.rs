@@ -155,36 +155,10 @@ fn write(ctx: &RunContext, store: &mut ResultStore, outcome: Outcome) -> Result<
 
 /// The line that stays when a run is done.
 fn describe(run: &Run) -> String {
-    let mut parts = Vec::new();
-    if let Some(loss) = run.test_loss {
-        parts.push(format!("loss {loss:.4}"));
-    }
-    if let Some(name) = &run.metric_name {
-        let metric = run.metric.map(|m| format!("{m:.4}"));
-        parts.push(format!(
-            "{name} {}",
-            metric.as_deref().unwrap_or("undefined")
-        ));
-    }
-    if let Some(epoch) = run.best_epoch {
-        parts.push(format!("of epoch {epoch}"));
-    }
-    for (name, value) in &run.metrics {
-        let step = name.ends_with("_step");
-        if step || name.starts_with("last_") || name == "source_validation" {
-            let digits = if step { 0 } else { 4 };
-            parts.push(format!("{} {value:.digits$}", name.replace('_', " ")));
-        }
-    }
-    if let Some(experts) = run.experts {
-        parts.push(format!("{experts} experts"));
-    }
-    parts.push(format!("{:.1} s", run.wall_s.unwrap_or(0.0)));
-    if let Some(waited) = run.metrics.get("waiting_for_data") {
-        parts.push(format!(
-            "{:.1} % of training waited for data",
-            100.0 * waited
-        ));
-    }
-    format!("{}: {}", run.key(), parts.join(", "))
+    let metric = run.metric_name.as_deref().unwrap_or("metric");
+    let figures = [("loss", run.test_loss), (metric, run.metric)].into_iter();
+    let figures = figures.filter_map(|(name, x)| Some(format!("{name} {:.4}, ", x?)));
+    let experts = run.experts.map(|k| format!("{k} experts, "));
+    let parts: String = figures.chain(experts).collect();
+    format!("{}: {parts}{:.1} s", run.key(), run.wall_s.unwrap_or(0.0))
 }

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use mass_model::growth::Grower;
+use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
+use serde_json::json;
 
 use crate::BenchError;
 use crate::batch::TokenBatch;
 use crate::cli::{RunContext, TrainArgs};
-use crate::language::{Language, Sizes, judge};
+use crate::language::{Language, dense, judge, with};
 use crate::method::{Mass, Method, Pool, named};
-use crate::report::{ResultStore, Results, Run};
+use crate::report::{Header, ResultStore, Results, Run};
 use crate::task::Recipe;
 use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
-use crate::trainer::{Trainer, growth};
+use crate::trainer::Trainer;
 
 /// Part of the run in which experts may be split, in percent. The paper's own timing leaves detection live for 1 % of the run, which
 /// hardly ever grows.
@@ -36,14 +37,15 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     let data = format!("{:016x}", text.digest());
     let (probe, test) = held_out(&text, args)?;
     let task = task(args, &method, &text, &probe, &test);
-    check(&task, &method, args.seed)?;
-    let mut store = ctx.open_train_store(args, &serde_json::json!({ "text": data }))?;
+    let rules = check(&task, &method, args.seed)?;
+    let header = Header::new("train", "text", args.threads);
+    let settings = json!({ "arguments": args, "settings": { "text": data } });
+    let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
     let folder = RunContext::checkpoint_dir(store.dir(), &run.key());
     let mut trainer = Trainer::open(&task, &run, &method, &folder, args.resume)?;
-    let rules = growth(&task, trainer.model(), &method, args.seed)?;
     if let Some(diagnosis) = rules.and_then(|g| g.controller.unreachable()) {
         ctx.progress.note(&format!("as set, {diagnosis}"));
     }
@@ -109,16 +111,21 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
     Ok((method, run))
 }
 
-/// Refuses what no run can have before results of an earlier one are replaced.
-fn check(task: &Language<'_>, method: &Method, seed: u64) -> Result<(), BenchError> {
+/// Refuses what no run can have before results of an earlier one are replaced; the rules of growth, where there are some.
+fn check(
+    task: &Language<'_>,
+    method: &Method,
+    seed: u64,
+) -> Result<Option<GrowerConfig>, BenchError> {
     let usage = |e: mass_model::ModelError| BenchError::Usage(e.to_string());
     let router = task.model.block.moe.router.build();
     router.map_err(|e| usage(e.into()))?;
     AdamW::new(task.recipe.adamw.clone()).map_err(usage)?;
     let (layers, steps) = (task.model.layers, task.recipe.schedule.steps);
     let rules = method.growth(layers, steps, seed, |_| ())?;
-    rules.map(Grower::new).transpose().map_err(usage)?;
-    Ok(())
+    let grower = rules.clone().map(Grower::new).transpose();
+    grower.map_err(usage)?;
+    Ok(rules)
 }
 
 /// Windows of the held-out tail: every eighth (of a short tail every second), at most 64 of them, for the expansion engine to
@@ -162,18 +169,11 @@ fn task<'a>(
     probe: &'a TokenBatch,
     test: &'a [TokenBatch],
 ) -> Language<'a> {
-    let sizes = Sizes {
-        vocab: VOCAB,
-        length: args.seq,
-        layers: args.layers,
-        dim: args.dim,
-        hidden: args.hidden,
-        heads: args.heads,
-        embedding_std: 0.1,
-    };
+    let mut model = dense(VOCAB, args.seq, args.dim, args.hidden);
+    (model.layers, model.block.heads) = (args.layers, args.heads);
     let steps = args.steps as u64;
     Language {
-        model: sizes.model(method, args.seed),
+        model: with(model, method, args.seed),
         recipe: Recipe {
             adamw: AdamWConfig {
                 beta1: 0.9,
@@ -231,9 +231,12 @@ mod tests {
     fn parsed(path: &std::path::Path, more: &[&str]) -> Result<TrainArgs, BenchError> {
         let path = path.to_str().unwrap();
         let line = ["mass-bench", "train", "--text", path, "--seq", "8"];
-        match Cli::parse_from(line.iter().chain(more)).command {
-            Command::Train(command) => command.check(),
-            _ => panic!("another command"),
+        match Cli::try_parse_from(line.iter().chain(more)) {
+            Ok(Cli {
+                command: Command::Train(args),
+            }) => args.check().map(|()| args),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(BenchError::Usage(error.to_string())),
         }
     }
 

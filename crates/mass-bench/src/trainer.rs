@@ -6,7 +6,7 @@ use std::time::Instant;
 use mass_expand::ExpertId;
 use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
-use mass_model::growth::{Grower, GrowerConfig, Mixtures};
+use mass_model::growth::{Grower, Mixtures};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
 use serde::{Deserialize, Serialize};
@@ -67,20 +67,6 @@ pub struct Trainer<'t, T: Task> {
     saved: Saved<T::Progress>,
 }
 
-/// MASS's rules for a run of a method on a task.
-///
-/// # Errors
-/// [`BenchError::Usage`] for overrides that no rules have.
-pub fn growth<T: Task>(
-    task: &T,
-    model: &T::Model,
-    method: &Method,
-    seed: u64,
-) -> Result<Option<GrowerConfig>, BenchError> {
-    let steps = task.recipe().schedule.steps;
-    method.growth(model.mixtures(), steps, seed, |rules| task.tune(rules))
-}
-
 impl<'t, T: Task> Trainer<'t, T> {
     /// A run at its beginning, or where its checkpoint in `dir` left it if `resume` is set and there is one. `run` says what it
     /// is called, and by which seed it is made.
@@ -100,20 +86,15 @@ impl<'t, T: Task> Trainer<'t, T> {
         let recipe = task.recipe();
         let mut settings = json!({ "run": name, "method": method, "recipe": recipe });
         settings["task"] = task.identity();
-        if resume && checkpoint::exists(dir) {
-            return Self::reopen(task, run, dir, &settings);
-        }
-        if dir.is_dir() {
-            // Nothing that goes on: what an earlier run left there must not be taken for this one's.
-            std::fs::remove_dir_all(dir)
-                .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
-        }
         let model = task.model().map_err(made)?;
-        let grower = growth(task, &model, method, run.seed)?;
-        let mut dynmoe = None;
+        let (layers, steps) = (model.mixtures(), recipe.schedule.steps);
+        let grower = method.growth(layers, steps, run.seed, |rules| task.tune(rules))?;
+        let (mut dynmoe, mut templates) = (None, Vec::new());
         if let Method::DynMoe { experts_max, .. } = method {
             let rules = task.dynmoe(*experts_max);
             dynmoe = Some(DynMoe::new(rules, model.mixtures()).map_err(made)?);
+            let first = |l| model.mixture(l).experts()[0].clone();
+            templates = (0..model.mixtures()).map(first).collect();
         }
         let saved = Saved {
             settings,
@@ -132,61 +113,41 @@ impl<'t, T: Task> Trainer<'t, T> {
         };
         let mut trainer = Self {
             optimizer: AdamW::new(recipe.adamw.clone()).map_err(made)?,
-            templates: Vec::new(),
             run: run.clone(),
             task,
             model,
+            templates,
             step: 0,
             saved,
         };
-        trainer.templates = trainer.first_experts();
+        if resume && checkpoint::exists(dir) {
+            trainer.go_on(dir)?;
+        } else if dir.is_dir() {
+            // Nothing that goes on: what an earlier run left there must not be taken for this one's.
+            std::fs::remove_dir_all(dir)
+                .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
+        }
         Ok(trainer)
     }
 
-    fn reopen(task: &'t T, run: &Run, dir: &Path, settings: &Value) -> Result<Self, BenchError> {
+    fn go_on(&mut self, dir: &Path) -> Result<(), BenchError> {
         let input = |problem: String| BenchError::Input {
             path: dir.to_owned(),
             problem,
         };
         let read = checkpoint::load::<T::Model, Saved<T::Progress>>(dir);
-        let mut read = read.map_err(|e| input(e.to_string()))?;
-        if read.state.settings != *settings {
+        let read = read.map_err(|e| input(e.to_string()))?;
+        if read.state.settings != self.saved.settings {
             return Err(input(
                 "the checkpoint is of a run with other settings or other data; give another --out, or --fresh, which deletes \
                  everything in this one"
                     .into(),
             ));
         }
-        task.load(dir, read.step, &read.model, &mut read.state.progress)?;
-        let mut trainer = Self {
-            task,
-            run: run.clone(),
-            model: read.model,
-            optimizer: read.optimizer,
-            templates: Vec::new(),
-            step: read.step,
-            saved: read.state,
-        };
-        if trainer.saved.dynmoe.is_some() {
-            // The experts have learnt since: those of the first step are drawn again.
-            let first = task.model();
-            let name = trainer.name();
-            let first = first.map_err(|e| BenchError::failed(format!("setting up {name}"), e))?;
-            let learnt = std::mem::replace(&mut trainer.model, first);
-            trainer.templates = trainer.first_experts();
-            trainer.model = learnt;
-        }
-        Ok(trainer)
-    }
-
-    fn first_experts(&self) -> Vec<MoeExpert> {
-        if self.saved.dynmoe.is_none() {
-            return Vec::new();
-        }
-        let layers = 0..self.model.mixtures();
-        layers
-            .map(|l| self.model.mixture(l).experts()[0].clone())
-            .collect()
+        (self.model, self.optimizer) = (read.model, read.optimizer);
+        (self.step, self.saved) = (read.step, read.state);
+        let progress = &mut self.saved.progress;
+        self.task.load(dir, self.step, &self.model, progress)
     }
 
     /// Trains to the end, or until `on_step` (told the number of steps made and the loss) returns false, saving checkpoints to

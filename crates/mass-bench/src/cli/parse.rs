@@ -9,10 +9,10 @@ use clap::{Parser, Subcommand, error::ErrorKind};
 
 #[cfg(feature = "hub")]
 use super::reproduce::not_a_file;
-use super::{Progress, ReproduceArgs, ReproduceCommand, RunContext, TrainCommand};
+use super::{Progress, ReproduceArgs, RunContext, TrainArgs};
 use crate::{
     BenchError, bench, data_check,
-    report::{Results, table},
+    report::{Results, join, table},
     study, train,
 };
 
@@ -29,9 +29,9 @@ pub struct Cli {
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Run a study and print its table beside the paper's figures
-    Reproduce(ReproduceCommand),
+    Reproduce(ReproduceArgs),
     /// Train a byte-level language model with MASS layers on a text of your own
-    Train(TrainCommand),
+    Train(TrainArgs),
     /// Join the shards of a study, or make the summary and report of one directory anew
     Report(ReportCommand),
     /// Time what this crate does itself
@@ -143,12 +143,12 @@ fn run(command: &Command) -> Result<(), BenchError> {
             set_threads(studies.first().map_or(1, |args| args.threads))?;
             reproduce(&studies, &mut ctx, command)
         }
-        Command::Train(command) => {
-            let args = command.check()?;
+        Command::Train(args) => {
+            args.check()?;
             let mut ctx = RunContext::new(Progress::new(args.json));
             ctx.watch_signals()?;
             set_threads(args.threads)?;
-            let results = train::run(&args, &mut ctx)?;
+            let results = train::run(args, &mut ctx)?;
             if args.json {
                 print(&json(&results))
             } else {
@@ -160,7 +160,7 @@ fn run(command: &Command) -> Result<(), BenchError> {
             }
         }
         Command::Report(command) => {
-            let (results, out) = study::report(&command.dirs, command.out.as_deref())?;
+            let (results, out) = join(&command.dirs, command.out.as_deref())?;
             if command.json {
                 print(&json(&results))
             } else {
@@ -200,7 +200,7 @@ fn fetch(model: &str, _: Option<&Path>) -> Result<(), BenchError> {
 fn reproduce(
     studies: &[ReproduceArgs],
     ctx: &mut RunContext,
-    command: &ReproduceCommand,
+    command: &ReproduceArgs,
 ) -> Result<(), BenchError> {
     let mut all = Vec::new();
     studies.iter().try_for_each(study::check)?;

@@ -21,9 +21,14 @@ struct Kept {
 const LINES: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
 
 impl Kept {
-    fn read(dir: &Path, renewed: fn(Value) -> Value) -> Result<Self, ReportError> {
-        let results: Results = read_json(&dir.join("results.json"))?;
-        let settings = renewed(old_settings(dir)?);
+    fn read(dir: &Path) -> Result<Self, ReportError> {
+        let path = dir.join("results.json");
+        if !path.is_file() {
+            let problem = "there is no results.json; give directories that a study has written";
+            return Err(refuse(dir, problem));
+        }
+        let results: Results = read_json(&path)?;
+        let settings = old_settings(dir)?;
         let mut lines = [HashMap::new(), HashMap::new()];
         for (name, by_run) in LINES.iter().zip(&mut lines) {
             for line in lines_of(&dir.join(name))? {
@@ -50,7 +55,7 @@ impl Kept {
 
 /// Makes the results of a study of those in several directories, its shards, and writes them to `out` with a report; of one
 /// directory, makes summary and report anew. Without `out` one directory is written to itself, and several to
-/// target/reproduce/STUDY/PRESET. Returns the results and where they are. `renewed` brings settings to the form that they have now.
+/// target/reproduce/STUDY/PRESET. Returns the results and where they are.
 ///
 /// Shards of one split are laid together as the whole study would have made them. A run that two directories have alike is there
 /// once. As long as shards or runs of theirs are missing the results say which part they are.
@@ -58,12 +63,8 @@ impl Kept {
 /// # Errors
 /// [`ReportError::Join`] for directories of different studies, settings or data, with different runs of one name, or if `out` has
 /// runs that none of them has; [`ReportError::Malformed`] and [`ReportError::Io`] for what is not readable.
-pub fn join(
-    dirs: &[PathBuf],
-    out: Option<&Path>,
-    renewed: fn(Value) -> Value,
-) -> Result<(Results, PathBuf), ReportError> {
-    let kept = dirs.iter().map(|dir| Kept::read(dir, renewed));
+pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), ReportError> {
+    let kept = dirs.iter().map(|dir| Kept::read(dir));
     let mut kept = kept.collect::<Result<Vec<_>, _>>()?;
     let part = |k: &Kept| k.results.part.clone();
     let of = kept.first().and_then(part).map(|part| part.of);

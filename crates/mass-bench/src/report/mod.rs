@@ -28,6 +28,7 @@ mod machine;
 mod over_tasks;
 mod paired;
 mod paper;
+mod published;
 mod results;
 mod store;
 mod summary;

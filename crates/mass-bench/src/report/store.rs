@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::durable;
 
+use super::published;
 use super::{EventLine, Header, MetricLine, Part, ReportError, Results, Run, RunKey, report_html};
 
 /// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
@@ -355,11 +356,11 @@ pub(super) fn check_owner(dir: &Path) -> Result<(), ReportError> {
     }
 }
 
-/// The settings of an earlier run.
+/// The settings of an earlier run, in the form that they have now.
 pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     let path = dir.join("settings.json");
     if path.exists() {
-        return read_json(&path);
+        return Ok(published::renewed(read_json(&path)?));
     }
     Err(ReportError::Malformed {
         path,

@@ -166,9 +166,8 @@ impl Family for Glue {
         data: &'a TaskData,
         planned: &'a Planned,
     ) -> Result<FineTune<'a>, BenchError> {
-        let tasks = self.tasks.iter();
-        let epochs = tasks.filter(|(task, _)| *task == data.task).map(|t| t.1);
-        let epochs = epochs.last().unwrap_or(1);
+        let planned_for = |(task, _): &&(Task, u64)| *task == data.task;
+        let epochs = self.tasks.iter().find(planned_for).map_or(1, |t| t.1);
         let (method, seed) = (&planned.method, planned.run.seed);
         FineTune::new(self, data, method, (seed, epochs))
     }

@@ -6,18 +6,15 @@
 pub mod dg;
 pub mod glue;
 pub mod plan;
-mod published;
 pub mod synthetic;
 mod weights;
 
 pub(crate) use weights::unusable_model;
 
-use std::path::{Path, PathBuf};
-
 use crate::{
     BenchError,
     cli::{Preset, ReproduceArgs, RunContext},
-    report::{self, ResultStore, Results},
+    report::{ResultStore, Results},
 };
 
 /// A study that can be run.
@@ -135,14 +132,6 @@ pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
 pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
     (study.run)(args, ctx)
-}
-
-/// Joins directories of results, or makes the summary and report of one anew; returns what is joined and where it is.
-///
-/// # Errors
-/// [`BenchError::Report`]: why they cannot be joined.
-pub fn report(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), BenchError> {
-    Ok(report::join(dirs, out, published::renewed)?)
 }
 
 /// The error for a study that does not exist; it lists those that do.

@@ -7,10 +7,9 @@ use mass_routing::RouterConfig;
 use serde_json::{Value, json};
 
 use crate::BenchError;
-use crate::cli::{ReproduceArgs, RunContext, Variant};
-use crate::method::{Method, Pool, named};
+use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
+use crate::method::{Mass, Method, Pool, named};
 use crate::report::{ResultStore, Results, Run};
-use crate::study::published;
 use crate::sweep::{Side, sweep};
 use crate::task::Task;
 use crate::trainer::Trainer;
@@ -129,6 +128,33 @@ pub trait Family: Sync {
     ) -> Result<Self::Task<'a>, BenchError>;
 }
 
+impl<F> Plan<F> {
+    /// MASS in every variant after its rivals; in `quick` the paper's alone unless another is asked for, and in `smoke` with
+    /// thresholds that runs too short to learn anything pass.
+    pub(super) fn fine_tuning(
+        preset: Preset,
+        family: F,
+        rivals: Vec<Method>,
+        pool: Pool,
+        seeds: usize,
+    ) -> Self {
+        let mass = Variant::ALL.map(|variant| {
+            let mut mass = Mass::of(variant, &pool);
+            if preset == Preset::Smoke {
+                mass.overrides = mass.loose();
+            }
+            Method::Mass(mass)
+        });
+        Self {
+            family,
+            methods: rivals.into_iter().chain(mass).collect(),
+            pool,
+            seeds,
+            variant: (preset == Preset::Quick).then_some(Variant::Paper),
+        }
+    }
+}
+
 impl<F: Family> Plan<F> {
     /// The methods that were asked for.
     ///
@@ -231,10 +257,11 @@ impl<F: Family> Plan<F> {
             let name = planned.run.key().over_tasks().without_seed();
             settings["methods"][name] = json!(planned.method);
         }
-        if args.resume {
-            published::renew(&args.out)?;
+        let header = args.header(runs.len());
+        if !F::KEPT {
+            // So much takes long to read: whether the results can be kept is asked before.
+            ResultStore::check(&args.out, header.clone(), &settings, args.existing())?;
         }
-        ctx.check_store(args, &settings)?;
         // Everything is read before the first run: a damaged file of the last set should not show after hours. And before anything
         // of an earlier run is replaced.
         let mut data = BTreeMap::new();
@@ -254,7 +281,7 @@ impl<F: Family> Plan<F> {
         if !args.resume {
             self.family.readable(&names[0])?;
         }
-        let mut store = ctx.open_store(args, &settings, runs.len())?;
+        let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
         runs.retain(|planned| store.finished(&planned.run.key()).is_none());
         for set in &names {
             let of_set = |planned: &&Planned| planned.assignment.set == *set;

@@ -16,7 +16,7 @@ use crate::BenchError;
 use crate::batch::TokenBatch;
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::ginc::{BayesFilter, Corpus, Ginc, GincParams, Windows, bayes_floor};
-use crate::language::{Language, Sizes, judge};
+use crate::language::{Language, dense, judge, with};
 use crate::method::{Mass, Method, Pool};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
@@ -245,17 +245,10 @@ impl Family for Synthetic {
         planned: &'a Planned,
     ) -> Result<Language<'a>, BenchError> {
         let (seed, steps) = (planned.run.seed, self.steps);
-        let sizes = Sizes {
-            vocab: data.vocab,
-            length: SEQ,
-            layers: 1,
-            dim: 64,
-            hidden: 32,
-            heads: 4,
-            embedding_std: EMBEDDING_STD,
-        };
+        let mut model = dense(data.vocab, SEQ, 64, 32);
+        model.embedding_std = EMBEDDING_STD;
         Ok(Language {
-            model: sizes.model(&planned.method, seed),
+            model: with(model, &planned.method, seed),
             recipe: Recipe {
                 adamw: AdamWConfig {
                     beta1: 0.9,

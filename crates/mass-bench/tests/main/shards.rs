@@ -203,9 +203,9 @@ fn a_part_says_so_until_all_is_there() {
     refused(&["report", &s3], "not readable as results");
 }
 
-/// Old results are read: those that the documents quote.
+/// Old results are read, reported on and gone on with: those that the documents quote.
 #[test]
-fn published_results_are_read_and_reported_on() {
+fn published_results_are_kept_and_recognised() {
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/results");
     let dir = tempfile::tempdir().unwrap();
     for name in [
@@ -214,15 +214,53 @@ fn published_results_are_read_and_reported_on() {
         "glue-full",
         "dg-full",
     ] {
-        let out = dir.path().join(name);
-        let from = docs.join(name);
+        let (from, out) = (docs.join(name), dir.path().join(name));
         let [from_text, out_text] = [&from, &out].map(|path| path.to_str().unwrap());
         done(&["report", from_text, "--out", out_text]);
         let [old, new] = [&from, &out].map(|dir| json(dir, "results.json"));
         assert_eq!(old["runs"], new["runs"], "{name}");
         assert_eq!(old["summary"], new["summary"], "{name}");
-        // Settings are of the form that they have now, and read again as they are.
-        assert!(json(&out, "settings.json")["methods"].is_object(), "{name}");
+        // Settings are of the form that they have now, with every run's method, and read again as they are.
+        let settings = json(&out, "settings.json");
+        let methods = settings["methods"].as_object().unwrap();
+        for run in old["runs"].as_array().unwrap() {
+            let text = |name: &str| run[name].as_str().map(|s| format!("/{s}"));
+            let number = |name: &str, mark| run[name].as_u64().map(|n| format!("/{mark}{n}"));
+            let parts = [
+                text("variant"),
+                text("setting"),
+                number("experts_init", 'K'),
+                number("k", 'k'),
+            ];
+            let parts: String = parts.into_iter().flatten().collect();
+            let key = format!("{}{parts}", run["method"].as_str().unwrap());
+            assert!(methods.contains_key(&key), "{name}: {key}");
+        }
         done(&["report", from_text, out_text, "--out", out_text]);
+        if !name.starts_with("synthetic") {
+            continue;
+        }
+        // Nothing is left to be made, whichever form the settings have.
+        for form in [&settings, &json(&from, "settings.json")] {
+            fs::write(out.join("settings.json"), form.to_string()).unwrap();
+            let line = ["reproduce", "--preset", "quick", "--resume", "--out"];
+            done(&[&line[..], &[out_text]].concat());
+            let again = json(&out, "results.json");
+            let times = |results: &Value| -> Vec<Value> {
+                let runs = results["runs"].as_array().unwrap().iter();
+                runs.map(|run| run["wall_s"].clone()).collect()
+            };
+            assert_eq!(times(&again), times(&old));
+            assert_eq!(json(&out, "settings.json"), settings, "{name}");
+        }
+        // Other settings are not.
+        let mut other = settings.clone();
+        other["methods"]["static/K5/k2"]["k"] = 3.into();
+        fs::write(out.join("settings.json"), other.to_string()).unwrap();
+        let line = ["reproduce", "--preset", "quick", "--resume", "--out"];
+        refused(
+            &[&line[..], &[out_text]].concat(),
+            "methods (static/K5/k2 has changed)",
+        );
     }
 }

@@ -5,10 +5,10 @@ use mass_model::vit::VitConfig;
 
 use super::{Domains, Model, SAMPLE};
 use crate::BenchError;
-use crate::cli::{Preset, ReproduceArgs, Variant};
+use crate::cli::{Preset, ReproduceArgs};
 use crate::dg::augment::Augment;
 use crate::dg::reported::SETS;
-use crate::method::{Mass, Method, Pool};
+use crate::method::{Method, Pool};
 use crate::study::plan::Plan;
 use crate::study::weights;
 
@@ -110,20 +110,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
         experts: pool.experts,
         experts_max: pool.experts_max,
     });
-    for variant in Variant::ALL {
-        let mut mass = Mass::of(variant, &pool);
-        if args.preset == Preset::Smoke {
-            mass.overrides = mass.loose();
-        }
-        methods.push(Method::Mass(mass));
-    }
-    Ok(Plan {
-        family,
-        methods,
-        pool,
-        seeds,
-        variant: (args.preset == Preset::Quick).then_some(Variant::Paper),
-    })
+    Ok(Plan::fine_tuning(args.preset, family, methods, pool, seeds))
 }
 
 /// A model that trains in seconds.

@@ -7,10 +7,10 @@ use mass_model::bert::BertConfig;
 
 use super::{Glue, Pretrained};
 use crate::BenchError;
-use crate::cli::{Preset, ReproduceArgs, Variant};
+use crate::cli::{Preset, ReproduceArgs};
 use crate::glue::sample;
 use crate::glue::task::Task;
-use crate::method::{Mass, Method, Pool};
+use crate::method::{Method, Pool};
 use crate::study::plan::Plan;
 use crate::study::weights;
 
@@ -98,20 +98,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
         experts: pool.experts,
         experts_max: pool.experts_max,
     });
-    for variant in Variant::ALL {
-        let mut mass = Mass::of(variant, &pool);
-        if args.preset == Preset::Smoke {
-            mass.overrides = mass.loose();
-        }
-        methods.push(Method::Mass(mass));
-    }
-    Ok(Plan {
-        family,
-        methods,
-        pool,
-        seeds,
-        variant: (args.preset == Preset::Quick).then_some(Variant::Paper),
-    })
+    Ok(Plan::fine_tuning(args.preset, family, methods, pool, seeds))
 }
 
 impl Glue {
