@@ -5,6 +5,7 @@ use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::{Activation, LayerTrace, Masked, ModelError, TrainPass};
 use mass_routing::{Combine, RouterConfig};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::BenchError;
@@ -13,7 +14,7 @@ use crate::dynmoe::DynMoeConfig;
 use crate::method::Method;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
-use crate::task::{Finished, Recipe, Task};
+use crate::task::{Finished, Recipe, Scored, Task};
 
 /// Draws the batch of a step.
 pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + Sync + 'a>;
@@ -35,6 +36,20 @@ pub struct Language<'a> {
     pub probe: &'a TokenBatch,
     /// What the model is scored on in the end.
     pub judge: Judge<'a>,
+    /// Sequences that are looked at every so many steps; the run counts as it was when their loss was lowest. `None`: as it is at
+    /// the end.
+    pub validation: Option<(u64, &'a TokenBatch)>,
+}
+
+/// A run as it was when it did best on held-out data.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    step: u64,
+    validation: f64,
+    test: f64,
+    active: f64,
+    experts: usize,
 }
 
 /// A pre-norm decoder of one block whose dense network is a pool of one expert, which every token takes as it is.
@@ -70,7 +85,7 @@ pub(crate) fn with(
 impl Task for Language<'_> {
     type Model = LanguageModel;
     type Batch = TokenBatch;
-    type Progress = ();
+    type Progress = Option<Best>;
 
     fn recipe(&self) -> &Recipe {
         &self.recipe
@@ -124,12 +139,61 @@ impl Task for Language<'_> {
         })
     }
 
-    fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
-        use mass_model::growth::Mixtures;
-        let layers = 0..end.model.mixtures();
-        run.experts = layers.map(|l| end.model.mixture(l).ids().len()).max();
-        (self.judge)(end.model, run)
+    fn score(
+        &self,
+        model: &LanguageModel,
+        step: u64,
+        best: &mut Option<Best>,
+    ) -> Result<Option<Scored>, BenchError> {
+        let due = self
+            .validation
+            .filter(|(every, _)| step.is_multiple_of(*every));
+        let Some((_, held_out)) = due else {
+            return Ok(None);
+        };
+        let scored = model.score(&held_out.inputs, &held_out.targets, held_out.length, None);
+        let (nll, _) = scored.map_err(|e| BenchError::failed("scoring held-out data", e))?;
+        let validation = mean(&nll);
+        let mut test = None;
+        if best.is_none_or(|b| validation < b.validation) {
+            let mut run = Run::new("", 0);
+            run.experts = experts(model);
+            (self.judge)(model, &mut run)?;
+            test = run.test_loss;
+            *best = Some(Best {
+                step,
+                validation,
+                test: run.test_loss.unwrap_or(f64::NAN),
+                active: run.active_per_token.unwrap_or(f64::NAN),
+                experts: run.experts.unwrap_or(1),
+            });
+        }
+        Ok(Some(Scored {
+            test_loss: test,
+            extra: [("validation_loss".to_owned(), json!(validation))]
+                .into_iter()
+                .collect(),
+            stop: false,
+        }))
     }
+
+    fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
+        run.experts = experts(end.model);
+        (self.judge)(end.model, run)?;
+        if let Some(best) = end.progress {
+            run.test_loss = Some(best.test);
+            run.active_per_token = Some(best.active);
+            run.experts = Some(best.experts);
+        }
+        Ok(())
+    }
+}
+
+/// The largest pool of a model.
+fn experts(model: &LanguageModel) -> Option<usize> {
+    use mass_model::growth::Mixtures;
+    let layers = 0..model.mixtures();
+    layers.map(|l| model.mixture(l).ids().len()).max()
 }
 
 /// Scores a model on some batches, telling `each` what every mixture layer did with a batch, and writes mean loss and mean experts

@@ -18,6 +18,8 @@ pub enum Purpose {
     Weights,
     /// Choices and noise of an expansion method.
     Method,
+    /// A third held-out set, which says when a run does best.
+    Validation,
 }
 
 /// The ChaCha8 stream of `seed` for a purpose: the same values on every platform.

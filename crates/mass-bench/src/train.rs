@@ -202,6 +202,7 @@ fn task<'a>(
             run.metric_name = Some("bits_per_byte".into());
             Ok(())
         }),
+        validation: None,
     }
 }
 

@@ -3,6 +3,7 @@
 //! A study is a [`Plan`](plan::Plan): methods, which are data, on the tasks of a [`Family`](plan::Family). Adding one means a file
 //! here with its plan and a line in [`STUDIES`]; the runs are made, kept and gone on with as those of any other.
 
+pub mod ablation;
 pub mod dg;
 pub mod glue;
 pub mod plan;
@@ -76,6 +77,15 @@ pub const STUDIES: &[Study] = &[
         inputs: |_| Inputs::NONE,
         check: |args| synthetic::plan(args)?.check(args),
         run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "ablation",
+        about: "GINC: every ingredient of growth apart, beside static pools, on fresh and on finite data",
+        tasks: synthetic::TASKS,
+        other_tasks: false,
+        inputs: |_| Inputs::NONE,
+        check: |args| ablation::plan(args)?.check(args),
+        run: |args, ctx| ablation::plan(args)?.run(args, ctx),
     },
     Study {
         name: "glue",

@@ -23,8 +23,14 @@ use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use crate::task::Recipe;
 
-/// What `--task` may name: the size of the vocabulary.
-pub const TASKS: &[&str] = &["vocab50", "vocab100", "vocab150"];
+/// What `--task` may name: the size of the vocabulary, or that of what there is to learn from.
+pub const TASKS: &[&str] = &["vocab50", "vocab100", "vocab150", "51k", "410k", "1.6m"];
+
+/// Sets of few tokens, all of a vocabulary of 50, and how many documents of 1024 tokens they have.
+const FINITE: [(&str, usize); 3] = [("51k", 50), ("410k", 400), ("1.6m", 1600)];
+
+/// Steps between looks at held-out data, where a run is judged at its best.
+const LOOK: u64 = 100;
 
 /// Seed of the documents and windows, the same for every run.
 const DATA_SEED: u64 = 2512;
@@ -44,9 +50,43 @@ pub struct Synthetic {
     documents: usize,
     document_length: usize,
     windows_per_concept: usize,
-    vocabs: &'static [usize],
-    /// The vocabulary that `--task` names.
-    asked: Option<usize>,
+    /// Its sets, of [`TASKS`].
+    sets: &'static [&'static str],
+    /// The set that `--task` names.
+    asked: Option<String>,
+}
+
+impl Synthetic {
+    /// The data of the presets `quick` and `full`: so many that no batch comes twice.
+    pub(super) fn fresh(args: &ReproduceArgs, sets: &'static [&'static str]) -> Self {
+        Self {
+            steps: 2000,
+            documents: 400,
+            document_length: 10_240,
+            windows_per_concept: 100,
+            sets,
+            asked: args.task.clone(),
+        }
+    }
+
+    /// The data of the preset `smoke`.
+    pub(super) fn smoke(self) -> Self {
+        Self {
+            steps: 120,
+            documents: 20,
+            document_length: 2048,
+            windows_per_concept: 8,
+            ..self
+        }
+    }
+}
+
+/// The vocabulary of a set, and how many documents of which length it has if it is a small one.
+fn size_of(set: &str) -> (usize, Option<(usize, usize)>) {
+    match FINITE.iter().find(|(name, _)| *name == set) {
+        Some((_, documents)) => (50, Some((*documents, 1024))),
+        None => (vocab_of(set).unwrap_or_default(), None),
+    }
 }
 
 /// The plan of a preset.
@@ -54,15 +94,8 @@ pub struct Synthetic {
 /// # Errors
 /// None: nothing has to be there.
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
-    let all: &[usize] = &[50, 100, 150];
-    let quick = Synthetic {
-        steps: 2000,
-        documents: 400,
-        document_length: 10_240,
-        windows_per_concept: 100,
-        vocabs: &[50],
-        asked: args.task.as_deref().and_then(vocab_of),
-    };
+    let all: &[&str] = &TASKS[..3];
+    let quick = Synthetic::fresh(args, &TASKS[..1]);
     let mass = |variant, p, live_percent| Mass {
         live_percent,
         experts_max: 20,
@@ -90,32 +123,14 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let pools: &[usize] = &[5, 10, 15, 20];
     let all_k: &[usize] = &[1, 2, 4, 8];
     let (family, seeds, pools, k, mass) = match args.preset {
-        Preset::Smoke => {
-            let family = Synthetic {
-                steps: 120,
-                documents: 20,
-                document_length: 2048,
-                windows_per_concept: 8,
-                ..quick
-            };
-            (family, 1, &[3, 6][..], &[2][..], smoke_mass())
-        }
+        Preset::Smoke => (quick.smoke(), 1, &[3, 6][..], &[2][..], smoke_mass()),
         Preset::Quick => (quick, 2, pools, &[2][..], quick_mass),
-        Preset::Full => (
-            Synthetic {
-                vocabs: all,
-                ..quick
-            },
-            5,
-            pools,
-            all_k,
-            every(),
-        ),
+        Preset::Full => (Synthetic { sets: all, ..quick }, 5, pools, all_k, every()),
         Preset::Paper => {
             let family = Synthetic {
                 steps: 10_000,
                 documents: 1000,
-                vocabs: all,
+                sets: all,
                 ..quick
             };
             (family, 5, pools, all_k, every())
@@ -182,6 +197,8 @@ pub struct Data {
     corpus: Corpus,
     windows: Windows,
     probe: TokenBatch,
+    /// Where a run is judged at its best: what says when that is.
+    validation: Option<TokenBatch>,
     bayes_loss: f64,
 }
 
@@ -201,31 +218,39 @@ impl Family for Synthetic {
     }
 
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
-        let vocabs: Vec<usize> = self.asked.map_or(self.vocabs.to_vec(), |vocab| vec![vocab]);
-        let named = vocabs.len() > 1 || self.asked.is_some();
-        let assignment = |vocab| {
-            let set = format!("vocab{vocab}");
-            Assignment {
-                task: named.then(|| set.clone()),
-                set,
-                ..Assignment::default()
-            }
+        let sets: Vec<&str> = match &self.asked {
+            Some(set) => vec![set],
+            None => self.sets.to_vec(),
         };
-        Ok(vocabs.into_iter().map(assignment).collect())
+        let named = sets.len() > 1 || self.asked.is_some();
+        let assignment = |set: &str| Assignment {
+            task: named.then(|| set.to_owned()),
+            set: set.to_owned(),
+            ..Assignment::default()
+        };
+        Ok(sets.into_iter().map(assignment).collect())
     }
 
     fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {
-        let vocab = vocab_of(set).unwrap_or_default();
+        let (vocab, finite) = size_of(set);
         let ginc = Ginc::generate(&GincParams::new(vocab).check()?);
         let rng = |purpose| stream(DATA_SEED, purpose, vocab as u64);
-        let (documents, length) = (self.documents, self.document_length);
+        let (documents, length) = finite.unwrap_or((self.documents, self.document_length));
         let corpus = ginc.sample_corpus(documents, length, &mut rng(Purpose::Training))?;
         let sample = |windows, purpose| Windows::sample(&ginc, windows, SEQ, &mut rng(purpose));
         let windows = sample(self.windows_per_concept, Purpose::Evaluation)?;
         let probe = sample((self.windows_per_concept / 5).max(4), Purpose::Probe)?;
         let bayes_loss = bayes_floor(&BayesFilter::of(&ginc), &windows)?.mean;
         let probe = probe.batch(0..probe.len());
+        let validation = match finite {
+            Some(_) => {
+                let validation = sample(self.windows_per_concept, Purpose::Validation)?;
+                Some(validation.batch(0..validation.len()))
+            }
+            None => None,
+        };
         Ok(Data {
+            validation,
             vocab,
             ginc,
             corpus,
@@ -272,6 +297,7 @@ impl Family for Synthetic {
             draw: Box::new(move |step| Ok(data.corpus.batch(seed, step, BATCH, SEQ)?)),
             probe: &data.probe,
             judge: Box::new(|model, run| evaluate(model, data, run)),
+            validation: data.validation.as_ref().map(|batch| (LOOK, batch)),
         })
     }
 }
