@@ -15,6 +15,7 @@ const HELP: &str = "\
 Usage: cargo xtask <command> [arguments]
 
   reproduce [STUDY]   run a study and print its table beside the paper's figures
+  report DIR...       join the shards of a study, or make the report of one directory anew
   train --text FILE   train a byte-level language model with MASS layers on your text
   bench [NAME]        time something (cpd, routing, expand, moe, step, ..., all), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
@@ -27,7 +28,7 @@ Usage: cargo xtask <command> [arguments]
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.first().and_then(|a| a.to_str()) {
-        Some("reproduce" | "train" | "data") => forward::run(&arguments),
+        Some("reproduce" | "report" | "train" | "data") => forward::run(&arguments),
         Some("bench") => bench::run(&arguments),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
             let what = other.map_or("no command given".to_owned(), |o| {
                 format!("unknown command `{o}`")
             });
-            eprintln!("error: {what}; there are: reproduce, train, bench, data, ci");
+            eprintln!("error: {what}; there are: reproduce, report, train, bench, data, ci");
             ExitCode::from(2)
         }
     }

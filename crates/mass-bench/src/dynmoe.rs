@@ -48,6 +48,16 @@ impl DynMoeConfig {
         }
     }
 
+    /// The paper's settings for vision: as for language, but the pool is recorded and changed at every step.
+    #[must_use]
+    pub fn vision(experts_max: usize) -> Self {
+        Self {
+            record_from: 0.0,
+            adapt_at: 0.0,
+            ..Self::language(1, experts_max)
+        }
+    }
+
     /// The first recorded step of an epoch and the step after which the pool is changed, counted within the epoch.
     fn window(&self) -> (u64, u64) {
         let at = |part: f64| (self.steps_per_epoch as f64 * part) as u64;
@@ -144,7 +154,7 @@ impl DynMoe {
 
     /// Looks at a step's routing and, where the epoch has come to that, changes the pools. Call it after the optimiser's step.
     ///
-    /// `template` is the network that every expert started from.
+    /// `templates` are the networks that the experts of each layer started from.
     ///
     /// # Errors
     /// [`ModelError::Routing`] for a plan of another pool, and those of the layer.
@@ -154,11 +164,19 @@ impl DynMoe {
         model: &mut M,
         optimizer: &mut AdamW,
         pass: &TrainPass,
-        template: &MoeExpert,
+        templates: &[MoeExpert],
     ) -> Result<Vec<DynMoeEvent>, ModelError> {
         let (record_from, adapt_at) = self.config.window();
         let within = step % self.config.steps_per_epoch;
         let mut events = Vec::new();
+        if templates.len() != pass.layers.len() {
+            let what = "networks that experts started from";
+            return Err(ModelError::Shape {
+                what: what.into(),
+                expected: vec![pass.layers.len()],
+                actual: vec![templates.len()],
+            });
+        }
         if !(record_from..=adapt_at).contains(&within) {
             return Ok(events);
         }
@@ -167,7 +185,7 @@ impl DynMoe {
             if within == adapt_at
                 && let Some(record) = self.records[layer].take()
             {
-                let changes = self.adapt(layer, model, optimizer, &record, template)?;
+                let changes = self.adapt(layer, model, optimizer, &record, &templates[layer])?;
                 events.extend(
                     changes
                         .into_iter()

@@ -10,9 +10,12 @@
 //! | [`batch`] | token batches that are a pure function of a seed and a step |
 //! | [`report`] | results.json, metrics.jsonl, events.jsonl, the terminal table and report.html |
 //! | [`study`] | the experiments by name |
+//! | [`method`] | what is compared, as data: MASS and its ablations, static pools, DynMoE, GMoE |
+//! | [`task`] | what a run is of: batches, model, loss, score |
+//! | [`trainer`] | the training loop, of every task and method, that can stop at any step and go on |
 //! | [`sweep`] | many independent runs on a few threads |
-//! | [`trainer`] | the training loop, with growth, that can stop at any step and go on |
-//! | [`variants`] | the variants of the method, as the experiments set them |
+//! | [`language`] | next-token prediction, the task of the synthetic study and of `train` |
+//! | [`prefetch`] | batches made ahead by a thread of their own |
 //! | [`train`] | a byte-level language model on one's own text |
 //! | [`mod@bench`] | short timings of what this crate does itself |
 //! | `hub` | models from the Hugging Face Hub (feature `hub`) |
@@ -35,15 +38,17 @@ pub mod ginc;
 pub mod glue;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod language;
+pub mod method;
+pub mod prefetch;
 pub mod report;
 pub mod rng;
-mod run_checkpoint;
 pub mod study;
 pub mod sweep;
+pub mod task;
 pub mod text;
 pub mod train;
 pub mod trainer;
-pub mod variants;
 
 pub use error::BenchError;
 

@@ -1,203 +1,348 @@
-//! The training loop of a language model, with or without growth, that can stop at any step and go on.
+//! The training loop, of every task and every method: it can stop at any step and go on to the same bits.
 
 use std::path::Path;
 use std::time::Instant;
 
-use mass_expand::{Diagnosis, Event};
-use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
-use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
-use mass_model::optim::{AdamW, AdamWConfig, Schedule};
+use mass_expand::ExpertId;
+use mass_model::ModelError;
+use mass_model::checkpoint::{self, Snapshot};
+use mass_model::growth::{Grower, Mixtures};
+use mass_model::ops::MoeExpert;
+use mass_model::optim::AdamW;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use crate::BenchError;
-use crate::batch::TokenBatch;
-use crate::report::{Expansion, MetricLine, expansions};
-use crate::rng::{Purpose, stream};
-use crate::run_checkpoint;
+use crate::dynmoe::DynMoe;
+use crate::method::Method;
+use crate::prefetch::{Prefetched, prefetch};
+use crate::report::{Expansion, MetricLine, Run, expansions, peak_rss_mib};
+use crate::task::{Finished, Task};
 
-/// Everything that fixes a run but for its data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrainerConfig {
-    /// Name of the run in metrics.jsonl and events.jsonl.
-    pub run: String,
-    /// Sizes of the model.
-    pub model: LanguageModelConfig,
-    /// Optimiser.
-    pub adamw: AdamWConfig,
-    /// Learning rate; its `steps` is the length of the run.
-    pub schedule: Schedule,
-    /// Rules of growth; `None` for a static pool.
-    pub growth: Option<GrowerConfig>,
-    /// Seed of the weights.
-    pub seed: u64,
-    /// Steps between lines of metrics.jsonl.
-    pub log_every: u64,
-    /// Steps between checkpoints.
-    pub checkpoint_every: u64,
-}
+/// Batches made ahead.
+const AHEAD: usize = 2;
 
-/// Where a run stands.
+/// What a finished run leaves.
 #[derive(Debug)]
-pub struct Trainer {
-    config: TrainerConfig,
-    /// The model.
-    pub model: LanguageModel,
-    optimizer: AdamW,
-    step: u64,
-    progress: Saved,
+pub struct Outcome {
+    /// Its row in results.json.
+    pub run: Run,
+    /// Its lines in metrics.jsonl.
+    pub metrics: Vec<MetricLine>,
+    /// Its lines in events.jsonl.
+    pub events: Vec<Value>,
 }
 
 /// What a checkpoint holds beside model and optimiser.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Saved {
-    config: TrainerConfig,
+#[derive(Serialize, Deserialize)]
+struct Saved<P> {
+    /// All that fixes the run.
+    settings: Value,
     grower: Option<Grower>,
+    dynmoe: Option<DynMoe>,
     metrics: Vec<MetricLine>,
-    events: Vec<Event>,
-    /// Sums since the last line of metrics: loss and mean k.
+    events: Vec<Value>,
+    expansions: Vec<Expansion>,
+    progress: P,
+    /// The run has ended before its last step.
+    stopped: bool,
+    tokens: u64,
+    /// Sums since the last line of metrics: steps, loss, mean k.
     since_log: (u64, f64, f64),
     wall_s: f64,
+    /// Time of training steps, and of waiting for their batches, seconds.
+    training_s: f64,
+    waited_s: f64,
 }
 
-/// What a training step needs from outside.
-pub struct Feed<'a> {
-    /// The batch of a step, a pure function of it.
-    pub batch: &'a dyn Fn(u64) -> Result<TokenBatch, BenchError>,
-    /// Held-out sequences for the checks of the expansion engine.
-    pub probe: &'a TokenBatch,
-    /// Told each step's number and loss; `false` asks to stop.
-    pub on_step: &'a mut dyn FnMut(u64, f64) -> bool,
+/// A run under way.
+pub struct Trainer<'t, T: Task> {
+    task: &'t T,
+    run: Run,
+    model: T::Model,
+    optimizer: AdamW,
+    /// For each layer the network that its experts started from.
+    templates: Vec<MoeExpert>,
+    step: u64,
+    saved: Saved<T::Progress>,
 }
 
-impl Trainer {
-    /// A run at its beginning, or where its checkpoint in `dir` left it if `resume` is set and there is one.
+impl<'t, T: Task> Trainer<'t, T> {
+    /// A run at its beginning, or where its checkpoint in `dir` left it if `resume` is set and there is one. `run` says what it
+    /// is called, and by which seed it is made.
     ///
     /// # Errors
-    /// [`BenchError::Input`] if the checkpoint is of another run or damaged; [`BenchError::Failed`] if the sizes are not
-    /// those of a model.
-    pub fn open(config: TrainerConfig, dir: &Path, resume: bool) -> Result<Self, BenchError> {
-        let same = |saved: &Saved| saved.config == config;
-        if let Some(read) = run_checkpoint::read(dir, resume, same)? {
-            return Ok(Self {
-                config,
-                model: read.model,
-                optimizer: read.optimizer,
-                step: read.step,
-                progress: read.state,
-            });
+    /// [`BenchError::Input`] if the checkpoint is of another run or damaged; [`BenchError::Usage`] or [`BenchError::Failed`] if
+    /// there is no such model.
+    pub fn open(
+        task: &'t T,
+        run: &Run,
+        method: &Method,
+        dir: &Path,
+        resume: bool,
+    ) -> Result<Self, BenchError> {
+        let name = run.key().to_string();
+        let made = |e: ModelError| crate::study::unusable_model(e, format!("setting up {name}"));
+        let recipe = task.recipe();
+        let mut settings = json!({ "run": name, "method": method, "recipe": recipe });
+        settings["task"] = task.identity();
+        let model = task.model().map_err(made)?;
+        let (layers, steps) = (model.mixtures(), recipe.schedule.steps);
+        let grower = method.growth(layers, steps, run.seed, |rules| task.tune(rules))?;
+        let (mut dynmoe, mut templates) = (None, Vec::new());
+        if let Method::DynMoe { experts_max, .. } = method {
+            let rules = task.dynmoe(*experts_max);
+            dynmoe = Some(DynMoe::new(rules, model.mixtures()).map_err(made)?);
+            let first = |l| model.mixture(l).experts()[0].clone();
+            templates = (0..model.mixtures()).map(first).collect();
         }
-        let made = |e| BenchError::failed(format!("setting up {}", config.run), e);
-        let model =
-            LanguageModel::new(&config.model, &mut stream(config.seed, Purpose::Weights, 0))
-                .map_err(made)?;
-        let grower = config
-            .growth
-            .clone()
-            .map(Grower::new)
-            .transpose()
-            .map_err(made)?;
-        let optimizer = AdamW::new(config.adamw.clone()).map_err(made)?;
-        let progress = Saved {
-            config: config.clone(),
-            grower,
+        let saved = Saved {
+            settings,
+            grower: grower.map(Grower::new).transpose().map_err(made)?,
+            dynmoe,
             metrics: Vec::new(),
             events: Vec::new(),
+            expansions: Vec::new(),
+            progress: T::Progress::default(),
+            stopped: false,
+            tokens: 0,
             since_log: (0, 0.0, 0.0),
             wall_s: 0.0,
+            training_s: 0.0,
+            waited_s: 0.0,
         };
-        Ok(Self {
-            config,
+        let mut trainer = Self {
+            optimizer: AdamW::new(recipe.adamw.clone()).map_err(made)?,
+            run: run.clone(),
+            task,
             model,
-            optimizer,
+            templates,
             step: 0,
-            progress,
-        })
+            saved,
+        };
+        if resume && checkpoint::exists(dir) {
+            trainer.go_on(dir)?;
+        } else if dir.is_dir() {
+            // Nothing that goes on: what an earlier run left there must not be taken for this one's.
+            std::fs::remove_dir_all(dir)
+                .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
+        }
+        Ok(trainer)
     }
 
-    /// Trains to the last step, saving checkpoints to `dir` on the way, at the end and when asked to stop.
+    fn go_on(&mut self, dir: &Path) -> Result<(), BenchError> {
+        let input = |problem: String| BenchError::Input {
+            path: dir.to_owned(),
+            problem,
+        };
+        let read = checkpoint::load::<T::Model, Saved<T::Progress>>(dir);
+        let read = read.map_err(|e| input(e.to_string()))?;
+        if read.state.settings != self.saved.settings {
+            return Err(input(
+                "the checkpoint is of a run with other settings or other data; give another --out, or --fresh, which deletes \
+                 everything in this one"
+                    .into(),
+            ));
+        }
+        (self.model, self.optimizer) = (read.model, read.optimizer);
+        (self.step, self.saved) = (read.step, read.state);
+        let progress = &mut self.saved.progress;
+        self.task.load(dir, self.step, &self.model, progress)
+    }
+
+    /// Trains to the end, or until `on_step` (told the number of steps made and the loss) returns false, saving checkpoints to
+    /// `dir` on the way and when asked to stop; at the end too if `keep` is set.
     ///
     /// Returns whether the run is complete.
     ///
     /// # Errors
     /// [`BenchError::Failed`] if training breaks down (a loss that is not a number) or a checkpoint cannot be written.
-    pub fn run(&mut self, feed: &mut Feed<'_>, dir: &Path) -> Result<bool, BenchError> {
-        let steps = self.config.schedule.steps;
-        let mut saved_at = self.step;
-        let mut started = Instant::now();
-        while self.step < steps {
-            let loss = self.advance(feed)?;
-            let last = self.step == steps;
-            let go_on = (feed.on_step)(self.step, loss);
-            if last || !go_on || self.step - saved_at >= self.config.checkpoint_every {
-                self.progress.wall_s += started.elapsed().as_secs_f64();
-                started = Instant::now();
-                run_checkpoint::write(
-                    dir,
-                    self.step,
-                    &self.model,
-                    &self.optimizer,
-                    &self.progress,
-                )?;
+    pub fn train(
+        &mut self,
+        dir: &Path,
+        keep: bool,
+        on_step: &mut dyn FnMut(u64, f64) -> bool,
+    ) -> Result<bool, BenchError> {
+        if self.saved.stopped {
+            return Ok(true);
+        }
+        let make = self.task.batches();
+        prefetch(self.step..self.steps(), AHEAD, make, |batches| {
+            self.train_on(batches, dir, keep, on_step)
+        })
+    }
+
+    fn train_on(
+        &mut self,
+        batches: &mut Prefetched<Result<T::Batch, BenchError>>,
+        dir: &Path,
+        keep: bool,
+        on_step: &mut dyn FnMut(u64, f64) -> bool,
+    ) -> Result<bool, BenchError> {
+        let (mut saved_at, mut started) = (self.step, Instant::now());
+        let mut waited = batches.waited();
+        let mut ended = self.step == self.steps();
+        while !ended {
+            let batch = batches.next().ok_or_else(|| {
+                BenchError::failed("making batches", "their thread has ended early")
+            })??;
+            let loss = self.advance(&batch)?;
+            self.saved.training_s += started.elapsed().as_secs_f64();
+            self.saved.waited_s += (batches.waited() - waited).as_secs_f64();
+            waited = batches.waited();
+            self.score()?;
+            ended = self.saved.stopped || self.step == self.steps();
+            let go_on = on_step(self.step, loss);
+            self.saved.wall_s += started.elapsed().as_secs_f64();
+            started = Instant::now();
+            let due = self.step - saved_at >= self.task.recipe().checkpoint_every;
+            if !go_on || due || (ended && keep) {
+                self.save(dir)?;
                 saved_at = self.step;
             }
             if !go_on {
                 break;
             }
         }
-        Ok(self.step == steps)
+        Ok(ended)
     }
 
-    fn advance(&mut self, feed: &mut Feed<'_>) -> Result<f64, BenchError> {
-        let step = self.step;
-        let failed = |e| BenchError::failed(format!("{} at step {step}", self.config.run), e);
-        let batch = (feed.batch)(step)?;
-        let mut pass = self
-            .model
-            .train_pass(&batch.inputs, &batch.targets, batch.length)
-            .map_err(failed)?;
-        self.model.adapt(&pass.layers).map_err(failed)?;
-        if let Some(grower) = &mut self.progress.grower {
-            let losses =
-                |model: &LanguageModel, on, masked| losses(model, (on, masked), &batch, feed.probe);
-            let events = grower
-                .step(
-                    step,
-                    &mut self.model,
-                    &mut self.optimizer,
-                    &mut pass,
-                    losses,
-                )
-                .map_err(failed)?;
-            self.progress.events.extend(events);
-        }
-        let lr = self.config.schedule.at(step);
-        self.optimizer
-            .step(&mut self.model, &mut pass.gradients, lr)
-            .map_err(failed)?;
+    fn advance(&mut self, batch: &T::Batch) -> Result<f64, BenchError> {
+        let loss = self.step_on(batch).map_err(|e| {
+            let doing = format!("{} at step {}", self.name(), self.step);
+            BenchError::failed(doing, e)
+        })?;
         self.step += 1;
-
-        let loss = f64::from(pass.loss);
-        let layers = pass.layers.len() as f64;
-        let sums = &mut self.progress.since_log;
-        sums.0 += 1;
-        sums.1 += loss;
-        sums.2 += pass.layers.iter().map(|l| l.plan.mean_k()).sum::<f64>() / layers;
-        if self.step.is_multiple_of(self.config.log_every)
-            || self.step == self.config.schedule.steps
-        {
-            let (n, loss, k) = std::mem::take(sums);
-            self.progress.metrics.push(MetricLine {
-                run: self.config.run.clone(),
-                step: self.step,
-                train_loss: Some(loss / n as f64),
-                learning_rate: Some(lr),
-                experts: Some(self.experts()),
-                active_per_token: Some(k / n as f64),
-                ..MetricLine::default()
-            });
-        }
+        self.saved.tokens += self.task.tokens(batch);
+        self.log();
         Ok(loss)
+    }
+
+    fn step_on(&mut self, batch: &T::Batch) -> Result<f64, ModelError> {
+        let (step, task) = (self.step, self.task);
+        let (model, optimizer, saved) = (&mut self.model, &mut self.optimizer, &mut self.saved);
+        let mut pass = task.pass(model, batch, step)?;
+        model.adapt(&pass.layers)?;
+        if let Some(grower) = &mut saved.grower {
+            let losses = |model: &T::Model, on, masked| task.losses(model, batch, on, masked);
+            let events = grower.step(step, model, optimizer, &mut pass, losses)?;
+            saved.expansions.extend(expansions(&events));
+            saved.events.extend(events.iter().map(|e| json!(e)));
+        }
+        if let Some(dynmoe) = &saved.dynmoe {
+            dynmoe.add_loss(model, &mut pass.gradients)?;
+        }
+        let rate = task.recipe().schedule.at(step);
+        task.update(optimizer, model, &mut pass.gradients, rate)?;
+        if let Some(dynmoe) = &mut saved.dynmoe {
+            let events = dynmoe.step(step, model, optimizer, &pass, &self.templates)?;
+            saved.events.extend(events.iter().map(|e| json!(e)));
+        }
+        let k: f64 = pass.layers.iter().map(|l| l.plan.mean_k()).sum();
+        let sums = &mut saved.since_log;
+        sums.0 += 1;
+        sums.1 += f64::from(pass.loss);
+        // A dense model has no layer to take a mean over.
+        sums.2 += k / pass.layers.len().max(1) as f64;
+        Ok(f64::from(pass.loss))
+    }
+
+    fn log(&mut self) {
+        let recipe = self.task.recipe();
+        let last = self.step == recipe.schedule.steps;
+        if !(last || self.step.is_multiple_of(recipe.log_every)) {
+            return;
+        }
+        let (n, loss, k) = std::mem::take(&mut self.saved.since_log);
+        let layers: Vec<usize> = self.experts().iter().map(|ids| ids.len()).collect();
+        let active = (!layers.is_empty()).then_some(k / n as f64);
+        let mut line = MetricLine {
+            train_loss: Some(loss / n as f64),
+            learning_rate: Some(recipe.schedule.at(self.step - 1)),
+            experts: layers.iter().copied().max(),
+            active_per_token: active,
+            ..self.line()
+        };
+        if T::LAYERS_APART && line.experts.take().is_some() {
+            line.extra.insert("experts_by_layer".into(), json!(layers));
+        }
+        self.saved.metrics.push(line);
+    }
+
+    fn score(&mut self) -> Result<(), BenchError> {
+        let progress = &mut self.saved.progress;
+        let Some(scored) = self.task.score(&self.model, self.step, progress)? else {
+            return Ok(());
+        };
+        self.saved.stopped |= scored.stop;
+        self.saved.metrics.push(MetricLine {
+            test_loss: scored.test_loss,
+            extra: scored.extra,
+            ..self.line()
+        });
+        Ok(())
+    }
+
+    /// A line of metrics that says nothing yet.
+    fn line(&self) -> MetricLine {
+        MetricLine {
+            run: self.name(),
+            step: self.step,
+            extra: Map::new(),
+            ..MetricLine::default()
+        }
+    }
+
+    fn save(&self, dir: &Path) -> Result<(), BenchError> {
+        let progress = &self.saved.progress;
+        self.task.save(dir, self.step, progress, false)?;
+        let (model, optimizer) = (&self.model, &self.optimizer);
+        let snapshot = Snapshot::new(self.step, model, optimizer, &self.saved);
+        checkpoint::save(dir, &snapshot)
+            .map_err(|e| BenchError::failed("saving a checkpoint", e))?;
+        self.task.save(dir, self.step, progress, true)
+    }
+
+    /// The row and the lines of a run that is complete.
+    ///
+    /// # Errors
+    /// [`BenchError::Failed`] for a model that cannot be scored.
+    pub fn finish(self) -> Result<Outcome, BenchError> {
+        let saved = self.saved;
+        let Saved { tokens, wall_s, .. } = saved;
+        let controller = saved.grower.as_ref().map(Grower::controller);
+        let mut run = Run {
+            steps: Some(self.step),
+            tokens: Some(tokens),
+            detection_live_steps: controller.map(|c| c.live_steps()),
+            wall_s: Some(wall_s),
+            tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
+            expansions: saved.expansions,
+            diagnoses: controller.map_or_else(Vec::new, |c| c.diagnoses()),
+            ..self.run
+        };
+        let end = Finished {
+            model: &self.model,
+            progress: &saved.progress,
+            waiting: (saved.training_s > 0.0).then(|| saved.waited_s / saved.training_s),
+        };
+        self.task.finish(&end, &mut run)?;
+        run.peak_rss_mib = peak_rss_mib();
+        Ok(Outcome {
+            run,
+            metrics: saved.metrics,
+            events: saved.events,
+        })
+    }
+
+    /// Its name in metrics.jsonl and events.jsonl.
+    fn name(&self) -> String {
+        self.run.key().to_string()
+    }
+
+    /// Steps of the whole run if it is not stopped early.
+    fn steps(&self) -> u64 {
+        self.task.recipe().schedule.steps
     }
 
     /// Steps made.
@@ -205,68 +350,64 @@ impl Trainer {
         self.step
     }
 
-    /// Experts of the layer that has most.
-    pub fn experts(&self) -> usize {
-        self.experts_by_layer().into_iter().max().unwrap_or(0)
+    /// The model as it is.
+    pub fn model(&self) -> &T::Model {
+        &self.model
     }
 
     /// Experts of each mixture layer.
-    pub fn experts_by_layer(&self) -> Vec<usize> {
-        (0..self.model.mixtures())
-            .map(|l| self.model.mixture(l).ids().len())
-            .collect()
-    }
-
-    /// Lines of metrics.jsonl so far.
-    pub fn metrics(&self) -> &[MetricLine] {
-        &self.progress.metrics
-    }
-
-    /// Events of the expansion engine so far.
-    pub fn events(&self) -> &[Event] {
-        &self.progress.events
-    }
-
-    /// Seconds spent training, over all sittings.
-    pub fn wall_s(&self) -> f64 {
-        self.progress.wall_s
-    }
-
-    /// For how many steps a split could have been triggered; `None` for a static pool.
-    pub fn live_steps(&self) -> Option<u64> {
-        self.progress
-            .grower
-            .as_ref()
-            .map(|g| g.controller().live_steps())
-    }
-
-    /// The splits, each with the alarm that set it off.
-    pub fn expansions(&self) -> Vec<Expansion> {
-        expansions(&self.progress.events)
-    }
-
-    /// Known ways to fail that the controller saw; empty for a static pool.
-    pub fn diagnoses(&self) -> Vec<Diagnosis> {
-        let grower = self.progress.grower.as_ref();
-        grower.map_or_else(Vec::new, |g| g.controller().diagnoses())
+    pub fn experts(&self) -> Vec<&[ExpertId]> {
+        let layers = 0..self.model.mixtures();
+        layers.map(|l| self.model.mixture(l).ids()).collect()
     }
 }
 
-/// Losses that the expansion engine asks for: of the batch by token, of the probe by sequence.
-fn losses(
-    model: &LanguageModel,
-    (on, masked): (LossOn, Option<Masked>),
-    batch: &TokenBatch,
-    probe: &TokenBatch,
-) -> Result<Vec<f64>, mass_model::ModelError> {
-    let score = |of: &TokenBatch| model.score(&of.inputs, &of.targets, of.length, masked);
-    Ok(match on {
-        LossOn::Batch => score(batch)?.0.into_iter().map(f64::from).collect(),
-        LossOn::Probe => score(probe)?.0.chunks(probe.length).map(mean).collect(),
-    })
-}
+#[cfg(test)]
+pub(crate) mod tests {
+    use mass_model::Parameters;
 
-/// Mean of negative log-likelihoods.
-pub fn mean(nll: &[f32]) -> f64 {
-    nll.iter().map(|&x| f64::from(x)).sum::<f64>() / nll.len() as f64
+    use super::*;
+
+    /// What a run leaves: weights, and all it would write but what a clock says.
+    fn left<T: Task>(trainer: Trainer<'_, T>) -> (Vec<f32>, String) {
+        let mut weights = Vec::new();
+        let model = trainer.model();
+        model.visit("", &mut |_, p| weights.extend(p.values()));
+        let Outcome {
+            mut run,
+            metrics,
+            events,
+        } = trainer.finish().unwrap();
+        (run.wall_s, run.tokens_per_s, run.peak_rss_mib) = (None, None, None);
+        run.metrics.remove("waiting_for_data");
+        (weights, format!("{run:?} {metrics:?} {events:?}"))
+    }
+
+    /// A run that stops at some steps and goes on ends as one that never stopped, and leaves nothing to be done again.
+    pub(crate) fn resumes_to_the_same_bits<T: Task>(task: &T, method: &Method, stops: &[u64]) {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        let run = method.run(4);
+        let open = |dir: &Path| Trainer::open(task, &run, method, dir, true).unwrap();
+        let mut whole = open(&one);
+        assert!(whole.train(&one, false, &mut |_, _| true).unwrap());
+        for &stop in stops {
+            let complete = open(&two).train(&two, false, &mut |step, _| step < stop);
+            assert!(!complete.unwrap());
+        }
+        let mut rest = open(&two);
+        assert_eq!(Some(&rest.step()), stops.last());
+        assert!(rest.train(&two, true, &mut |_, _| true).unwrap());
+        let (whole, rest) = (left(whole), left(rest));
+        assert_eq!(whole.1, rest.1, "{method:?}");
+        assert!(whole.0 == rest.0, "weights of {method:?}");
+        // Whoever is killed between the last step and the results makes no step again.
+        let mut again = open(&two);
+        assert!(
+            again
+                .train(&two, true, &mut |_, _| panic!("a step"))
+                .unwrap()
+        );
+        assert!(left(again) == whole, "{method:?}");
+    }
 }

@@ -6,18 +6,8 @@ use std::{
     },
 };
 
-use serde::Serialize;
-
-use super::{Progress, ReproduceArgs, TrainArgs};
-use crate::{
-    BenchError,
-    fnv::Fnv,
-    report::{Header, ResultStore},
-};
-
-fn header(args: &ReproduceArgs) -> Header {
-    Header::new(&args.study, &args.preset.to_string(), args.threads)
-}
+use super::Progress;
+use crate::{BenchError, fnv::Fnv};
 
 /// What a running command has besides its arguments: progress display and the interrupt flag.
 #[derive(Debug)]
@@ -76,60 +66,6 @@ impl RunContext {
         } else {
             Ok(())
         }
-    }
-
-    /// The output directory of a study, ready to be written to; see [`ResultStore::open`].
-    ///
-    /// `settings` is everything that changes a run's figures, without what only adds runs.
-    ///
-    /// # Errors
-    /// [`BenchError::Report`].
-    pub fn open_store(
-        &self,
-        args: &ReproduceArgs,
-        settings: &impl Serialize,
-    ) -> Result<ResultStore, BenchError> {
-        let header = header(args);
-        Ok(ResultStore::open(
-            &args.out,
-            header,
-            settings,
-            args.existing(),
-        )?)
-    }
-
-    /// Whether [`open_store`](Self::open_store) would do, as far as can be told before anything is written.
-    ///
-    /// # Errors
-    /// [`BenchError::Report`].
-    pub fn check_store(
-        &self,
-        args: &ReproduceArgs,
-        settings: &impl Serialize,
-    ) -> Result<(), BenchError> {
-        let header = header(args);
-        Ok(ResultStore::check(
-            &args.out,
-            header,
-            settings,
-            args.existing(),
-        )?)
-    }
-
-    /// The output directory of `train`; the study is "train" and the preset "text".
-    ///
-    /// `settings` is added to by the arguments themselves.
-    ///
-    /// # Errors
-    /// [`BenchError::Report`].
-    pub fn open_train_store(
-        &self,
-        args: &TrainArgs,
-        settings: &impl Serialize,
-    ) -> Result<ResultStore, BenchError> {
-        let header = Header::new("train", "text", args.threads);
-        let all = serde_json::json!({ "arguments": args, "settings": settings });
-        Ok(ResultStore::open(&args.out, header, &all, args.existing())?)
     }
 
     /// Where checkpoints of a run belong: a folder of its own below the output directory. Names that are not written in ASCII

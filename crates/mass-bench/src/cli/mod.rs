@@ -7,11 +7,11 @@ mod reproduce;
 mod train;
 
 pub use context::RunContext;
-pub use parse::{BenchCommand, Cli, Command, DataCommand, main};
+pub use parse::{BenchCommand, Cli, Command, DataCommand, ReportCommand, main};
 pub use progress::Progress;
 pub(crate) use reproduce::directory;
-pub use reproduce::{ReproduceArgs, ReproduceCommand, Shard};
-pub use train::{TrainArgs, TrainCommand};
+pub use reproduce::{ReproduceArgs, Shard};
+pub use train::TrainArgs;
 
 use std::{fmt, num::NonZeroUsize};
 
@@ -46,6 +46,11 @@ pub enum Variant {
     Ours,
 }
 
+impl Variant {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Paper, Self::Reference, Self::Ours];
+}
+
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -69,19 +74,19 @@ macro_rules! display_as_value {
 display_as_value!(Preset, Variant, Device);
 
 /// A device that this build can use.
-fn usable(device: Device) -> Result<Device, BenchError> {
+fn usable(device: Device) -> Result<(), BenchError> {
     match device {
-        Device::Cpu => Ok(device),
+        Device::Cpu => Ok(()),
         Device::Cuda => Err(BenchError::Usage(
             "--device cuda: this build has no CUDA support; use --device cpu".into(),
         )),
     }
 }
 
-/// `value` within `1..=most`, or an error that names the flag.
-fn within(flag: &str, value: usize, most: usize) -> Result<usize, BenchError> {
+/// An error that names the flag unless `value` is within `1..=most`.
+fn within(flag: &str, value: usize, most: usize) -> Result<(), BenchError> {
     if (1..=most).contains(&value) {
-        Ok(value)
+        Ok(())
     } else {
         Err(BenchError::Usage(format!(
             "{flag} is {value}; it must be between 1 and {most}"
@@ -89,10 +94,7 @@ fn within(flag: &str, value: usize, most: usize) -> Result<usize, BenchError> {
     }
 }
 
-/// Threads asked for, or as many as the machine has.
-fn threads(asked: Option<usize>) -> Result<usize, BenchError> {
-    match asked {
-        Some(threads) => within("--threads", threads, 1024),
-        None => Ok(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)),
-    }
+/// As many threads as the machine has.
+fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }

@@ -9,10 +9,10 @@ use clap::{Parser, Subcommand, error::ErrorKind};
 
 #[cfg(feature = "hub")]
 use super::reproduce::not_a_file;
-use super::{Progress, ReproduceArgs, ReproduceCommand, RunContext, TrainCommand};
+use super::{Progress, ReproduceArgs, RunContext, TrainArgs};
 use crate::{
     BenchError, bench, data_check,
-    report::{Results, table},
+    report::{Results, join, table},
     study, train,
 };
 
@@ -29,14 +29,30 @@ pub struct Cli {
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Run a study and print its table beside the paper's figures
-    Reproduce(ReproduceCommand),
+    Reproduce(ReproduceArgs),
     /// Train a byte-level language model with MASS layers on a text of your own
-    Train(TrainCommand),
+    Train(TrainArgs),
+    /// Join the shards of a study, or make the summary and report of one directory anew
+    Report(ReportCommand),
     /// Time what this crate does itself
     Bench(BenchCommand),
     /// Data sets and models
     #[command(subcommand)]
     Data(DataCommand),
+}
+
+/// `report` as typed.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ReportCommand {
+    /// Directories of results
+    #[arg(required = true, value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
+    /// Where the report goes [default: of one directory that one, of several target/reproduce/STUDY/PRESET]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Print results.json alone on standard output
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `bench` as typed.
@@ -99,7 +115,7 @@ fn fail(error: &BenchError) -> ExitCode {
 /// clap's message without usage and hints over several lines.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "no command given; there are: reproduce, train, bench, data check, data fetch (see --help)"
+        return "no command given; there are: reproduce, report, train, bench, data check, data fetch (see --help)"
             .into();
     }
     let text = error.render().to_string();
@@ -112,7 +128,7 @@ fn one_line(error: &clap::Error) -> String {
         .collect();
     let joined = parts.join(" ").replace(" tip: ", "; ");
     if matches!(error.kind(), ErrorKind::InvalidSubcommand) {
-        format!("{joined}; there are: reproduce, train, bench, data check, data fetch")
+        format!("{joined}; there are: reproduce, report, train, bench, data check, data fetch")
     } else {
         format!("{joined} (see --help)")
     }
@@ -127,12 +143,12 @@ fn run(command: &Command) -> Result<(), BenchError> {
             set_threads(studies.first().map_or(1, |args| args.threads))?;
             reproduce(&studies, &mut ctx, command)
         }
-        Command::Train(command) => {
-            let args = command.check()?;
+        Command::Train(args) => {
+            args.check()?;
             let mut ctx = RunContext::new(Progress::new(args.json));
             ctx.watch_signals()?;
             set_threads(args.threads)?;
-            let results = train::run(&args, &mut ctx)?;
+            let results = train::run(args, &mut ctx)?;
             if args.json {
                 print(&json(&results))
             } else {
@@ -141,6 +157,14 @@ fn run(command: &Command) -> Result<(), BenchError> {
                     "{}Results: {out}/results.json, {out}/report.html\n",
                     table(&results)
                 ))
+            }
+        }
+        Command::Report(command) => {
+            let (results, out) = join(&command.dirs, command.out.as_deref())?;
+            if command.json {
+                print(&json(&results))
+            } else {
+                print(&summary(&results, &out))
             }
         }
         Command::Bench(command) => print(&bench::run(command.name.as_deref(), command.peers)?),
@@ -176,22 +200,14 @@ fn fetch(model: &str, _: Option<&Path>) -> Result<(), BenchError> {
 fn reproduce(
     studies: &[ReproduceArgs],
     ctx: &mut RunContext,
-    command: &ReproduceCommand,
+    command: &ReproduceArgs,
 ) -> Result<(), BenchError> {
     let mut all = Vec::new();
     studies.iter().try_for_each(study::check)?;
     for args in studies {
         let results = study::run(args, ctx)?;
         if !command.json {
-            let out = args.out.display();
-            print(&format!(
-                "\n{} ({}), {} threads, {}\n\n{}Results: {out}/results.json, {out}/report.html\n",
-                results.study,
-                results.preset,
-                results.machine.threads,
-                results.machine.cpu,
-                table(&results)
-            ))?;
+            print(&summary(&results, &args.out))?;
         }
         all.push(results);
     }
@@ -201,6 +217,19 @@ fn reproduce(
         (true, [one]) if command.study != "all" => print(&json(one)),
         (true, many) => print(&json_text(many)),
     }
+}
+
+/// What is printed of a study.
+fn summary(results: &Results, out: &Path) -> String {
+    let (machine, out) = (&results.machine, out.display());
+    format!(
+        "\n{} ({}), {} threads, {}\n\n{}Results: {out}/results.json, {out}/report.html\n",
+        results.study,
+        results.preset,
+        machine.threads,
+        machine.cpu,
+        table(results)
+    )
 }
 
 fn json(results: &Results) -> String {

@@ -3,18 +3,17 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use mass_routing::RouterConfig;
 
-use super::{Device, Preset, Variant, threads, usable, within};
+use super::{Device, Preset, Variant, all_threads, usable, within};
 use crate::{
-    BenchError,
-    report::Existing,
+    BenchError, method,
+    report::{Existing, Header, Part},
     study::{self, Inputs, Study},
-    variants,
 };
 
-/// `reproduce` as typed; [`ReproduceCommand::check`] makes it usable.
-#[derive(Debug, Clone, Args)]
+/// `reproduce`, as typed until [`check`](Self::check) makes it usable.
+#[derive(Debug, Clone, PartialEq, Args)]
 #[command(after_help = study::list())]
-pub struct ReproduceCommand {
+pub struct ReproduceArgs {
     /// The study, or `all` for every one there is
     #[arg(default_value = "synthetic")]
     pub study: String,
@@ -24,7 +23,7 @@ pub struct ReproduceCommand {
     /// Seeds of each method [default: the preset's]
     #[arg(long, value_name = "N")]
     pub seeds: Option<usize>,
-    /// Only these methods, separated by commas
+    /// Only these methods, separated by commas: the preset's, or any other by its name
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub methods: Option<Vec<String>>,
     /// Only this task of the study
@@ -34,8 +33,8 @@ pub struct ReproduceCommand {
     #[arg(long, value_enum)]
     pub variant: Option<Variant>,
     /// How tokens choose experts in the methods mass and static, as for `train`; the others are what their routing is
-    #[arg(long, value_name = "ROUTER")]
-    pub router: Option<String>,
+    #[arg(long, value_name = "ROUTER", value_parser = method::parse_router)]
+    pub router: Option<RouterConfig>,
     /// Data sets [default: $MASS_DATA_DIR]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -43,11 +42,14 @@ pub struct ReproduceCommand {
     #[arg(long, value_name = "DIR")]
     pub models: Option<PathBuf>,
     /// Where results go [default: target/reproduce/STUDY/PRESET]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
+    #[arg(long = "out", value_name = "DIR")]
+    out_asked: Option<PathBuf>,
+    /// Where they go in the end.
+    #[arg(skip)]
+    pub out: PathBuf,
     /// Threads [default: all]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value_t = all_threads(), hide_default_value = true)]
+    pub threads: usize,
     /// Keep the finished runs of --out and go on from its checkpoints
     #[arg(long)]
     pub resume: bool,
@@ -58,52 +60,13 @@ pub struct ReproduceCommand {
     #[arg(long)]
     pub leave_out_damaged: bool,
     /// Only every N-th run, beginning with the I-th (counted from 1)
-    #[arg(long, value_name = "I/N")]
-    pub shard: Option<String>,
+    #[arg(long, value_name = "I/N", default_value = "1/1", hide_default_value = true, value_parser = Shard::parse)]
+    pub shard: Shard,
     /// What computes
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
     /// Print results.json alone on standard output
     #[arg(long)]
-    pub json: bool,
-}
-
-/// A checked `reproduce`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ReproduceArgs {
-    /// A study that exists.
-    pub study: String,
-    /// How much of it.
-    pub preset: Preset,
-    /// Seeds of each method, at least 1; `None`: the preset's.
-    pub seeds: Option<usize>,
-    /// Methods that the study has, none twice; `None`: all.
-    pub methods: Option<Vec<String>>,
-    /// A task that the study has.
-    pub task: Option<String>,
-    /// Whose rules; `None`: all that the preset has, of the studies that fine-tune in `quick` the paper's.
-    pub variant: Option<Variant>,
-    /// How tokens choose experts in the methods mass and static; `None`: as the method says.
-    pub router: Option<RouterConfig>,
-    /// Data sets: an existing directory, from --data or $MASS_DATA_DIR.
-    pub data: Option<PathBuf>,
-    /// Models: an existing directory, from --models or $MASS_MODELS_DIR.
-    pub models: Option<PathBuf>,
-    /// Where results go.
-    pub out: PathBuf,
-    /// Threads, at least 1.
-    pub threads: usize,
-    /// Keep finished runs.
-    pub resume: bool,
-    /// Delete them.
-    pub fresh: bool,
-    /// Leave out damaged images.
-    pub leave_out_damaged: bool,
-    /// Which runs are this process's.
-    pub shard: Shard,
-    /// What computes.
-    pub device: Device,
-    /// Print results.json alone.
     pub json: bool,
 }
 
@@ -129,9 +92,18 @@ impl Shard {
         match parts {
             Some((index, count)) if index >= 1 && index <= count => Ok(Self { index, count }),
             _ => Err(BenchError::Usage(format!(
-                "--shard is `{text}`; it must be I/N with 1 <= I <= N, such as 2/4"
+                "{text} must be I/N with 1 <= I <= N, such as 2/4"
             ))),
         }
+    }
+
+    /// What results of its runs, of which there are so many, say of themselves; `None` for all runs.
+    fn part(self, planned: usize) -> Option<Part> {
+        (self != Self::ALL).then_some(Part {
+            shards: vec![self.index],
+            of: self.count,
+            planned,
+        })
     }
 
     /// Whether the run numbered `run` (from 0, in the study's own order) is this process's.
@@ -150,6 +122,14 @@ impl Shard {
 }
 
 impl ReproduceArgs {
+    /// What the results say of themselves, of which this shard has `planned`.
+    pub(crate) fn header(&self, planned: usize) -> Header {
+        Header {
+            part: self.shard.part(planned),
+            ..Header::new(&self.study, &self.preset.to_string(), self.threads)
+        }
+    }
+
     /// What becomes of what `out` holds.
     #[must_use]
     pub fn existing(&self) -> Existing {
@@ -166,20 +146,7 @@ pub(super) fn existing(resume: bool, fresh: bool) -> Existing {
     }
 }
 
-#[cfg(test)]
 impl ReproduceArgs {
-    /// What `reproduce` makes of these arguments, for its first study.
-    pub(crate) fn parsed(arguments: &[&str]) -> Self {
-        use clap::Parser;
-        let line = ["mass-bench", "reproduce"].iter().chain(arguments);
-        match super::Cli::try_parse_from(line).unwrap().command {
-            super::Command::Reproduce(command) => command.check().unwrap().remove(0),
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-impl ReproduceCommand {
     /// Checks everything; `all` becomes one entry for each study there is.
     ///
     /// # Errors
@@ -236,12 +203,8 @@ impl ReproduceCommand {
         }
         if let Some(methods) = &self.methods {
             for (index, method) in methods.iter().enumerate() {
-                if !study.methods.contains(&method.as_str()) {
-                    return Err(BenchError::Usage(format!(
-                        "unknown method `{method}`; {} has: {}",
-                        study.name,
-                        study.methods.join(", ")
-                    )));
+                if !method::is_known(method) {
+                    return Err(method::unknown(method));
                 }
                 if methods[..index].contains(method) {
                     return Err(BenchError::Usage(format!(
@@ -261,31 +224,21 @@ impl ReproduceCommand {
                 format!("unknown task `{task}`; {} has: {tasks}", study.name)
             }));
         }
-        let shard = self.shard.as_deref().map_or(Ok(Shard::ALL), Shard::parse)?;
-        Ok(ReproduceArgs {
+        within("--threads", self.threads, 1024)?;
+        usable(self.device)?;
+        Ok(Self {
             study: study.name.to_owned(),
-            preset: self.preset,
-            seeds: self.seeds,
-            methods: self.methods.clone(),
-            task: self.task.clone(),
-            variant: self.variant,
-            router: variants::parse_router(self.router.as_deref())?,
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
             models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
-            out: self.out_dir(study.name, shard, all)?,
-            threads: threads(self.threads)?,
-            resume: self.resume,
-            fresh: self.fresh,
-            leave_out_damaged: self.leave_out_damaged,
-            shard,
-            device: usable(self.device)?,
-            json: self.json,
+            out: self.out_dir(study.name, all)?,
+            ..self.clone()
         })
     }
 
     /// Shards of one study must not write over each other, so the default names the shard too.
-    fn out_dir(&self, study: &str, shard: Shard, all: bool) -> Result<PathBuf, BenchError> {
-        let out = match &self.out {
+    fn out_dir(&self, study: &str, all: bool) -> Result<PathBuf, BenchError> {
+        let shard = self.shard;
+        let out = match &self.out_asked {
             Some(out) if all => out.join(study),
             Some(out) => out.clone(),
             None => {
@@ -333,5 +286,18 @@ pub(crate) fn directory(
             "{from} {}: no such directory; `cargo xtask data check` lists what it should hold",
             path.display()
         )))
+    }
+}
+
+#[cfg(test)]
+impl ReproduceArgs {
+    /// What `reproduce` makes of these arguments, for its first study.
+    pub(crate) fn parsed(arguments: &[&str]) -> Self {
+        use clap::Parser;
+        let line = ["mass-bench", "reproduce"].iter().chain(arguments);
+        match super::Cli::try_parse_from(line).unwrap().command {
+            super::Command::Reproduce(args) => args.check().unwrap().remove(0),
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -5,16 +5,33 @@ use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
 use super::reproduce::{existing, not_a_file};
-use super::{Variant, threads, within};
+use super::{Variant, all_threads, within};
 use crate::report::Existing;
-use crate::{BenchError, variants};
+use crate::{BenchError, method};
 
-/// `train` as typed; [`TrainCommand::check`] makes it usable.
-#[derive(Debug, Clone, Args)]
-pub struct TrainCommand {
+/// The method unless another is named.
+const MASS: &str = "mass";
+
+fn mass() -> String {
+    MASS.into()
+}
+
+fn is_mass(method: &str) -> bool {
+    method == MASS
+}
+
+/// `train`, whose ranges [`check`](Self::check) looks at. Serialises as the settings that decide its figures.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainArgs {
     /// The text: any file of text without NUL bytes (UTF-8, Latin-1 and so on, but not UTF-16)
     #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
     pub text: PathBuf,
+    /// What takes the place of the feed-forward networks: mass, static, dense, dynmoe, gmoe, or an ablation of MASS by name
+    #[arg(long, value_name = "METHOD", default_value = MASS)]
+    #[serde(default = "mass", skip_serializing_if = "is_mass")]
+    pub method: String,
     /// Training steps
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub steps: usize,
@@ -23,8 +40,9 @@ pub struct TrainCommand {
     pub p: f64,
     /// How tokens choose experts, instead of Top-p of mass --p: NAME:SETTING=VALUE,... with top_p, top_k, top_any, bias_balanced,
     /// target_k, expert_choice or noisy, such as bias_balanced:k=2,rate=0.001 or noisy:std=0.25/top_k:k=2,combine=raw
-    #[arg(long, value_name = "ROUTER", conflicts_with = "p")]
-    pub router: Option<String>,
+    #[arg(long, value_name = "ROUTER", conflicts_with = "p", value_parser = method::parse_router)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterConfig>,
     /// Experts at the start
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub experts: usize,
@@ -56,16 +74,20 @@ pub struct TrainCommand {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Threads [default: all]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value_t = all_threads(), hide_default_value = true)]
+    #[serde(skip)]
+    pub threads: usize,
     /// Where results and checkpoints go
     #[arg(long, value_name = "DIR", default_value = "target/train")]
+    #[serde(skip)]
     pub out: PathBuf,
     /// Go on from the checkpoint in --out
     #[arg(long)]
+    #[serde(skip)]
     pub resume: bool,
     /// Delete what an earlier run has left in --out and begin anew
     #[arg(long, conflicts_with = "resume")]
+    #[serde(skip)]
     pub fresh: bool,
     /// Whose expansion rules
     #[arg(long, value_enum, default_value_t = Variant::Paper)]
@@ -75,60 +97,6 @@ pub struct TrainCommand {
     pub held_out: f64,
     /// Print results.json alone on standard output
     #[arg(long)]
-    pub json: bool,
-}
-
-/// A checked `train`. Serialises as the settings that decide its figures.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrainArgs {
-    /// The text; results know it by a digest of its bytes, not by where it lies.
-    #[serde(skip)]
-    pub text: PathBuf,
-    /// Training steps.
-    pub steps: usize,
-    /// Routing mass p, in (0, 1].
-    pub p: f64,
-    /// How tokens choose experts; `None`: Top-p of mass `p`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub router: Option<RouterConfig>,
-    /// Experts at the start.
-    pub experts: usize,
-    /// Experts at most, not below `experts`.
-    pub experts_max: usize,
-    /// Width of the model, a multiple of `heads`.
-    pub dim: usize,
-    /// Transformer layers.
-    pub layers: usize,
-    /// Attention heads.
-    pub heads: usize,
-    /// Hidden width of one expert.
-    pub hidden: usize,
-    /// Bytes in a window.
-    pub seq: usize,
-    /// Windows in a batch.
-    pub batch: usize,
-    /// Peak learning rate, finite and above 0.
-    pub lr: f64,
-    /// Seed.
-    pub seed: u64,
-    /// Threads; they change no figure.
-    #[serde(skip)]
-    pub threads: usize,
-    /// Whose rules.
-    pub variant: Variant,
-    /// Share held out, strictly between 0 and 1.
-    pub held_out: f64,
-    /// Where results and checkpoints go.
-    #[serde(skip)]
-    pub out: PathBuf,
-    /// Go on from the checkpoint.
-    #[serde(skip)]
-    pub resume: bool,
-    /// Delete what is there.
-    #[serde(skip)]
-    pub fresh: bool,
-    /// Print results.json alone.
     #[serde(skip)]
     pub json: bool,
 }
@@ -139,14 +107,12 @@ impl TrainArgs {
     pub fn existing(&self) -> Existing {
         existing(self.resume, self.fresh)
     }
-}
 
-impl TrainCommand {
     /// Checks every range; the text itself is read later.
     ///
     /// # Errors
     /// [`BenchError::Usage`], saying what to give instead.
-    pub fn check(&self) -> Result<TrainArgs, BenchError> {
+    pub fn check(&self) -> Result<(), BenchError> {
         let usage = |message: String| Err(BenchError::Usage(message));
         if !(self.p > 0.0 && self.p <= 1.0) {
             return usage(format!(
@@ -173,6 +139,7 @@ impl TrainCommand {
             ("--hidden", self.hidden, 65_536),
             ("--seq", self.seq, 65_536),
             ("--batch", self.batch, 65_536),
+            ("--threads", self.threads, 1024),
         ] {
             within(flag, value, most)?;
         }
@@ -191,29 +158,6 @@ impl TrainCommand {
         if Path::new("") == self.text {
             return usage("--text is empty; give the path of a text file".into());
         }
-        not_a_file("--out", &self.out)?;
-        Ok(TrainArgs {
-            text: self.text.clone(),
-            steps: self.steps,
-            p: self.p,
-            router: variants::parse_router(self.router.as_deref())?,
-            experts: self.experts,
-            experts_max: self.experts_max,
-            dim: self.dim,
-            layers: self.layers,
-            heads: self.heads,
-            hidden: self.hidden,
-            seq: self.seq,
-            batch: self.batch,
-            lr: self.lr,
-            seed: self.seed,
-            threads: threads(self.threads)?,
-            variant: self.variant,
-            held_out: self.held_out,
-            out: self.out.clone(),
-            resume: self.resume,
-            fresh: self.fresh,
-            json: self.json,
-        })
+        not_a_file("--out", &self.out)
     }
 }

@@ -7,7 +7,6 @@
 //! | [`images`] | a whole set decoded at one size, kept on disk |
 //! | [`augment`] | DomainBed's augmentation, and the normalisation that models were pretrained with |
 //! | [`split`] | one domain left out, a part of the others held out, and the batches of a step |
-//! | [`prefetch`] | batches made ahead by a thread of their own |
 //! | [`features`] | what a frozen trunk makes of the images, kept in memory and on disk |
 //! | [`sample`] | a small generated set |
 //! | [`reported`] | what the paper reports |
@@ -21,7 +20,6 @@ mod error;
 pub mod features;
 pub mod folder;
 pub mod images;
-pub mod prefetch;
 pub mod reported;
 pub mod sample;
 pub mod split;

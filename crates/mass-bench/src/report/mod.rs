@@ -22,11 +22,13 @@
 
 mod expansions;
 mod html;
+mod join;
 mod lines;
 mod machine;
 mod over_tasks;
 mod paired;
 mod paper;
+mod published;
 mod results;
 mod store;
 mod summary;
@@ -37,12 +39,13 @@ use std::path::PathBuf;
 
 pub use expansions::expansions;
 pub use html::report_html;
+pub use join::join;
 pub use lines::{EventLine, MetricLine};
 pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
 pub use over_tasks::{OverTasks, over_tasks};
 pub use paired::{Comparison, Paired, comparisons, paired};
 pub use paper::{Reported, reported};
-pub use results::{Expansion, Header, Results, Run, RunKey};
+pub use results::{Expansion, Header, Part, Results, Run, RunKey};
 pub use store::{Existing, ResultStore};
 pub use summary::{Summary, summarise};
 pub use table::{LEFT_OUT, table};
@@ -100,6 +103,14 @@ pub enum ReportError {
     /// A run pushed twice.
     #[error("run {0} is already in the results")]
     Duplicate(String),
+    /// A directory that cannot be joined with others.
+    #[error("{}: {problem}", path.display())]
+    Join {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        problem: String,
+    },
 }
 
 impl ReportError {
@@ -111,6 +122,7 @@ impl ReportError {
             | Self::Foreign { .. }
             | Self::Malformed { .. }
             | Self::Kept { .. }
+            | Self::Join { .. }
             | Self::OtherSettings { .. } => 2,
             Self::Io { .. } | Self::Duplicate(_) => 1,
         }

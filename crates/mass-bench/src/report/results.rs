@@ -15,6 +15,35 @@ pub struct Header {
     pub preset: String,
     /// Where the runs are made.
     pub machine: Machine,
+    /// Which part of the runs is made; `None` for all.
+    pub part: Option<Part>,
+}
+
+/// Which of a study's runs results hold, where they are not all: those of some shards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// The shards, counted from 1.
+    pub shards: Vec<usize>,
+    /// Into how many the study is split.
+    pub of: usize,
+    /// Runs that these shards have when they are finished.
+    pub planned: usize,
+}
+
+impl Part {
+    /// Whether both are the same shards of as many.
+    pub(super) fn same(&self, other: &Self) -> bool {
+        (&self.shards, self.of) == (&other.shards, other.of)
+    }
+}
+
+/// "shard 2 of 3", "shards 1, 3 of 4".
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shards: Vec<String> = self.shards.iter().map(usize::to_string).collect();
+        let word = if shards.len() == 1 { "shard" } else { "shards" };
+        write!(f, "{word} {} of {}", shards.join(", "), self.of)
+    }
 }
 
 impl Header {
@@ -25,6 +54,7 @@ impl Header {
             study: study.to_owned(),
             preset: preset.to_owned(),
             machine: Machine::this(threads),
+            part: None,
         }
     }
 }
@@ -40,6 +70,9 @@ pub struct Results {
     pub version: String,
     /// Where the runs were made, but for those that name another.
     pub machine: Machine,
+    /// Which part of the study's runs these are; absent if they are all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
     /// Finished runs, in the order they were made.
     pub runs: Vec<Run>,
     /// Means over seeds, one entry a method and setting.
@@ -58,6 +91,7 @@ impl Results {
             preset: header.preset,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             machine: header.machine,
+            part: header.part,
             runs: Vec::new(),
             summary: Vec::new(),
             comparisons: Vec::new(),
@@ -67,6 +101,11 @@ impl Results {
     /// Adds a run and brings the summary up to date.
     pub(super) fn push(&mut self, run: Run) {
         self.runs.push(run);
+        self.summarise();
+    }
+
+    /// Brings the summary up to date.
+    pub(super) fn summarise(&mut self) {
         self.summary = summarise(&self.runs);
         self.comparisons = comparisons(&self.runs);
     }
@@ -202,7 +241,7 @@ impl fmt::Display for RunKey {
 
 impl RunKey {
     /// The key that runs of one method and setting have in common.
-    pub(super) fn over_tasks(self) -> Self {
+    pub(crate) fn over_tasks(self) -> Self {
         Self {
             seed: 0,
             task: None,
@@ -211,7 +250,7 @@ impl RunKey {
     }
 
     /// The key's text without its seed.
-    pub(super) fn without_seed(&self) -> String {
+    pub(crate) fn without_seed(&self) -> String {
         let text = self.to_string();
         let seed = format!("/seed{}", self.seed);
         text.strip_suffix(&seed).map_or(text.clone(), str::to_owned)

@@ -1,6 +1,6 @@
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, BufWriter, Write},
+    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use crate::durable;
 
-use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html};
+use super::published;
+use super::{EventLine, Header, MetricLine, Part, ReportError, Results, Run, RunKey, report_html};
 
 /// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,8 +47,8 @@ impl ResultStore {
     /// that changes a run's figures. What only adds runs, such as the number of seeds, does not belong there. Settings are
     /// kept beside the results in settings.json.
     ///
-    /// `settings["data"]`, if it is there, says by task what the runs were made from: tasks may be added, and the ones
-    /// that both have must agree.
+    /// `settings["data"]`, if it is there, says by task what the runs were made from, and `settings["methods"]` by name what they
+    /// compare: names may be added, and the ones that both have must agree.
     ///
     /// # Errors
     /// [`ReportError`].
@@ -69,9 +70,10 @@ impl ResultStore {
                 remove_if_there(&dir.join(stale))?;
             }
             // A later --resume must not go on from checkpoints of what is replaced now.
-            let checkpoints = dir.join("checkpoints");
-            if checkpoints.is_dir() {
-                fs::remove_dir_all(&checkpoints).map_err(|e| io_error(&checkpoints, e))?;
+            for stale in ["checkpoints", "patches"].map(|name| dir.join(name)) {
+                if stale.is_dir() {
+                    fs::remove_dir_all(&stale).map_err(|e| io_error(&stale, e))?;
+                }
             }
         }
         // Results first, by which the directory is known to be ours, and old ones never stand beside new settings.
@@ -259,14 +261,10 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn metrics(&self) -> Result<Vec<MetricLine>, ReportError> {
-        let path = self.dir.join("metrics.jsonl");
-        let file = File::open(&path).map_err(|e| io_error(&path, e))?;
-        let mut lines = Vec::new();
-        for line in BufReader::new(file).lines() {
-            let line = line.map_err(|e| io_error(&path, e))?;
-            lines.extend(serde_json::from_str(&line));
-        }
-        Ok(lines)
+        Ok(lines_of(&self.dir.join("metrics.jsonl"))?
+            .iter()
+            .flat_map(|line| serde_json::from_str(line))
+            .collect())
     }
 
     fn write_results(&self) -> Result<(), ReportError> {
@@ -314,23 +312,14 @@ fn prior(
     if old.preset != results.preset {
         return Err(differs(format!("preset ({})", old.preset)));
     }
-    let (old_settings, old_data) = without_data(old_settings(dir)?);
-    let (new_settings, new_data) = without_data(settings.clone());
-    if old_settings != new_settings {
-        return Err(differs(format!(
-            "setting ({})",
-            first_difference(&old_settings, &new_settings)
-        )));
+    // Without --shard all that is missing is made.
+    let other_part = |new: &Part| !old.part.as_ref().is_some_and(|old| old.same(new));
+    if results.part.as_ref().is_some_and(other_part) {
+        let old = old.part.as_ref();
+        let old = old.map_or_else(|| "all runs".to_owned(), Part::to_string);
+        return Err(differs(format!("shard ({old})")));
     }
-    let both = |task: &&String| old_data.get(*task).is_some_and(|d| *d != new_data[*task]);
-    if let Some(task) = new_data.keys().find(both) {
-        return Err(differs(format!("data ({task} has changed)")));
-    }
-    if !(old_data.is_empty() && new_data.is_empty()) {
-        let mut data = old_data;
-        data.extend(new_data);
-        settings["data"] = Value::Object(data);
-    }
+    settings = merged(old_settings(dir)?, settings).map_err(differs)?;
     for mut run in old.runs {
         let made_on = run.machine.take().unwrap_or_else(|| old.machine.clone());
         run.machine = (made_on != results.machine).then_some(made_on);
@@ -351,7 +340,7 @@ const OWN: [&str; 7] = [
 ];
 
 /// Refuses a directory in which something would be replaced that no study has written: `--out` may name anything.
-fn check_owner(dir: &Path) -> Result<(), ReportError> {
+pub(super) fn check_owner(dir: &Path) -> Result<(), ReportError> {
     let results = fs::read_to_string(dir.join("results.json")).ok();
     let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
     if results.is_some_and(|r| r["study"].is_string() && r["runs"].is_array()) {
@@ -367,11 +356,11 @@ fn check_owner(dir: &Path) -> Result<(), ReportError> {
     }
 }
 
-/// The settings of an earlier run.
-fn old_settings(dir: &Path) -> Result<Value, ReportError> {
+/// The settings of an earlier run, in the form that they have now.
+pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     let path = dir.join("settings.json");
     if path.exists() {
-        return read_json(&path);
+        return Ok(published::renewed(read_json(&path)?));
     }
     Err(ReportError::Malformed {
         path,
@@ -379,26 +368,59 @@ fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     })
 }
 
-/// Settings, and what they say of data.
-fn without_data(mut settings: Value) -> (Value, serde_json::Map<String, Value>) {
-    let data = settings.as_object_mut().and_then(|s| s.remove("data"));
-    let data = data.and_then(|d| d.as_object().cloned());
-    (settings, data.unwrap_or_default())
+/// Settings of both: what they say of data and of methods is by name, and names may be added; the ones that both have, and all
+/// else, must agree.
+///
+/// # Errors
+/// What differs.
+pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
+    let by_name = ["data", "methods"];
+    let take = |settings: &mut Value, what| {
+        let parts = settings.as_object_mut().and_then(|s| s.remove(what));
+        let parts = parts.and_then(|p| p.as_object().cloned());
+        parts.unwrap_or_default()
+    };
+    let parts = by_name.map(|what| (what, take(&mut old, what), take(&mut new, what)));
+    if old != new {
+        return Err(format!("setting ({})", first_difference(&old, &new)));
+    }
+    for (what, mut all, more) in parts {
+        let differs = |name: &&String| all.get(*name).is_some_and(|old| *old != more[*name]);
+        if let Some(name) = more.keys().find(differs) {
+            return Err(format!("{what} ({name} has changed)"));
+        }
+        all.extend(more);
+        if !all.is_empty() {
+            new[what] = Value::Object(all);
+        }
+    }
+    Ok(new)
 }
 
 /// Indented JSON with a newline at the end.
-fn pretty(value: &impl Serialize) -> String {
+pub(super) fn pretty(value: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("plain structs serialise");
     text.push('\n');
     text
 }
 
 /// Writes to a temporary name beside `path`, syncs, renames: never half a file.
-fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
+pub(super) fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let fill = |file: &mut File| file.write_all(text.as_bytes());
     durable::write(path, Path::new(&temporary), fill).map_err(|e| io_error(path, e))
+}
+
+/// The lines of a file; none of one that is not there.
+pub(super) fn lines_of(path: &Path) -> Result<Vec<String>, ReportError> {
+    match fs::read_to_string(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => {
+            let text = read.map_err(|e| io_error(path, e))?;
+            Ok(text.lines().map(str::to_owned).collect())
+        }
+    }
 }
 
 fn append_to(path: &Path) -> Result<BufWriter<File>, ReportError> {
@@ -427,7 +449,7 @@ fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), Report
     write_atomically(path, &kept)
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ReportError> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ReportError> {
     let text = fs::read_to_string(path).map_err(|e| io_error(path, e))?;
     serde_json::from_str(&text).map_err(|e| ReportError::Malformed {
         path: path.to_owned(),
@@ -442,7 +464,7 @@ fn remove_if_there(path: &Path) -> Result<(), ReportError> {
     }
 }
 
-fn io_error(path: &Path, source: io::Error) -> ReportError {
+pub(super) fn io_error(path: &Path, source: io::Error) -> ReportError {
     ReportError::Io {
         path: path.to_owned(),
         source,

@@ -79,6 +79,14 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
 /// What is said once below the table.
 pub(super) fn notes(results: &Results) -> Vec<String> {
     let mut notes = Vec::new();
+    if let Some(part) = &results.part {
+        notes.push(format!(
+            "Only a part of the study: {part}, {} of {} runs. All figures above and below are of these alone; \
+             `cargo xtask report DIR...` joins shards.",
+            results.runs.len(),
+            part.planned
+        ));
+    }
     let floors: Vec<f64> = results.runs.iter().filter_map(|r| r.bayes_loss).collect();
     let least = floors.iter().copied().fold(f64::INFINITY, f64::min);
     let most = floors.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -6,32 +6,37 @@
 //! nothing is chosen by the target. Where the first blocks are frozen, what they make of every image is computed once and kept.
 
 mod data;
-mod layerwise;
-mod method;
+mod leave_out;
 mod patches;
 mod plan;
 mod score;
 mod selected;
 #[cfg(test)]
 mod tests;
-mod trainer;
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use crate::BenchError;
-use crate::cli::{ReproduceArgs, RunContext};
-use crate::dg::features::Features;
-use crate::dg::images::Source;
-use crate::report::{LEFT_OUT, Results, Run, peak_rss_mib};
-use crate::sweep::checkpoint_dir;
-use data::Set;
-use plan::{Plan, Planned};
-use trainer::Trainer;
+use mass_model::ModelError;
+use mass_model::vit::{VitClassifier, VitConfig};
+use serde_json::{Value, json};
 
-/// What `--methods` may name; `dense` is another name of `erm`.
-pub const METHODS: &[&str] = &["mass", "erm", "dense", "gmoe", "dynmoe"];
+use super::plan::{Assignment, Family, Planned};
+use super::weights::{self, unusable_model};
+use crate::BenchError;
+use crate::cli::{Preset, ReproduceArgs, RunContext};
+use crate::dg::DgError;
+use crate::dg::augment::Augment;
+use crate::dg::features::{Features, check_channels};
+use crate::dg::folder::{ImageFolder, find_set};
+use crate::dg::images::{BadImages, DomainImages, PIECE, Source};
+use crate::dg::reported::SETS;
+use crate::dg::sample;
+use crate::rng::{Purpose, stream};
+use crate::sweep::Side;
+use data::Set;
+use leave_out::LeaveOut;
+pub use plan::plan;
 
 /// What `--task` may name: a set, or a set and the domain that is left out. Other folders in DomainBed's layout may be named too.
 pub const TASKS: &[&str] = &[
@@ -65,250 +70,317 @@ pub const TASKS: &[&str] = &[
 /// Features that would take more than this are computed with each batch instead of being kept.
 const MOST_FEATURES: u64 = 4 << 30;
 
-/// Whether images and model are there.
-///
-/// # Errors
-/// [`BenchError`]: which is not.
-pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
-    planned(args).map(drop)
+/// Name of the generated set.
+const SAMPLE: &str = "sample";
+
+/// Sets of images, each of whose domains is left out in turn, for one pretrained model.
+#[derive(Debug)]
+pub struct Domains {
+    args: ReproduceArgs,
+    model: Model,
+    sets: Vec<String>,
+    /// How many domains are targets, the first of them; `None` for all.
+    targets: Option<usize>,
+    /// Side of the images in pixels.
+    size: usize,
+    /// Blocks that are not trained.
+    frozen: usize,
+    augment: Option<Augment>,
+    steps: u64,
+    per_domain: usize,
+    learning_rate: f64,
+    head_learning_rate: f64,
+    weight_decay: f64,
+    held_out: f64,
+    evaluate_every: u64,
+    log_every: u64,
+    checkpoint_every: u64,
 }
 
-/// The plan and its runs, at least one.
-fn planned(args: &ReproduceArgs) -> Result<(Plan, Vec<Planned>), BenchError> {
-    let plan = Plan::of(args)?;
-    let runs = plan.runs(args)?;
-    super::some_run(!runs.is_empty())?;
-    let mut folders = BTreeMap::new();
-    for run in &runs {
-        let key = run.run.key();
-        let folder = RunContext::checkpoint_dir(Path::new(""), &key);
-        if let Some(other) = folders.insert(folder, key.to_string()) {
+/// Where the weights come from.
+#[derive(Debug, Clone, PartialEq)]
+enum Model {
+    /// A small model with drawn weights, the same in every run.
+    Drawn(VitConfig),
+    /// A directory in Hugging Face's or timm's layout.
+    Directory(PathBuf),
+}
+
+impl Model {
+    /// What is wrong with the model: of one that is read, its configuration is input too.
+    fn problem(&self, error: ModelError) -> BenchError {
+        match (error, self) {
+            (ModelError::Config(problem), Self::Directory(dir)) => BenchError::Input {
+                path: dir.clone(),
+                problem,
+            },
+            (other, _) => unusable_model(other, "reading the model"),
+        }
+    }
+}
+
+impl Domains {
+    /// Keeps the set that `--task` names; a target within it is kept by [`assignments`](Family::assignments).
+    fn only(&mut self) -> Result<(), BenchError> {
+        let Some((set, target)) = self.args.task.as_deref().map(parts) else {
+            return Ok(());
+        };
+        if !is_name(set) {
             return Err(BenchError::Usage(format!(
-                "{other} and {key} would share a folder for what they keep; give one of the domains a name that differs in more \
-                 than punctuation"
+                "--task {set}: a set is named by its folder in --data"
             )));
         }
-    }
-    Ok((plan, runs))
-}
-
-/// Makes the runs, one after another, each on all threads.
-///
-/// # Errors
-/// [`BenchError`]: images or a model that are missing or damaged, whatever the first failing run ends with, or that it was
-/// interrupted.
-pub fn run(args: &ReproduceArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    let (plan, mut runs) = planned(args)?;
-    let mut settings = serde_json::to_value(&plan)
-        .map_err(|e| BenchError::failed("describing the settings", e))?;
-    // More seeds, targets or sets of the same plan only add runs; how often a run is saved changes none.
-    for changes_no_run in ["seeds", "targets", "sets", "checkpoint_every"] {
-        settings.as_object_mut().map(|s| s.remove(changes_no_run));
-    }
-    if let Some(dir) = plan.directory() {
-        settings["model"] = super::model_settings(dir)?;
-    }
-    ctx.check_store(args, &settings)?;
-    // Everything is read before the first run: a damaged file of the last set should not show after hours. And before anything
-    // of an earlier run is replaced. The second reading is from the cache.
-    let mut sets: Vec<&str> = runs.iter().map(|r| r.set.as_str()).collect();
-    sets.dedup();
-    for name in sets {
-        let set = plan.read(args, name, ctx)?;
-        settings["data"][name] = super::data_settings(set.digest);
-        for planned in runs.iter().filter(|r| r.set == name) {
-            trainer::check(&plan.config(planned, &set), &set)?;
+        let generated = self.args.preset == Preset::Smoke;
+        if generated != (set == SAMPLE) {
+            return Err(BenchError::Usage(format!(
+                "--task {set}, preset {}: smoke has the generated set `{SAMPLE}` alone, and the other presets do not have it",
+                self.args.preset
+            )));
         }
+        // DomainBed's downloader writes some names in capitals; a set has one name here.
+        let known = SETS.iter().find(|known| set == known.to_uppercase());
+        self.sets = vec![known.map_or(set, |known| known).to_owned()];
+        if target.is_some() {
+            self.targets = None;
+        }
+        Ok(())
     }
-    let mut store = ctx.open_store(args, &settings)?;
-    runs.retain(|planned| store.finished(&planned.run.key()).is_none());
-    if !args.resume {
-        let patches = store.dir().join("patches");
-        if patches.is_dir() {
-            std::fs::remove_dir_all(&patches)
-                .map_err(|e| BenchError::failed("removing pictures of earlier runs", e))?;
+
+    /// Where what was read once is kept.
+    fn cache(&self) -> PathBuf {
+        self.args.out.join("cache")
+    }
+
+    fn interrupted(&self) -> BenchError {
+        BenchError::Interrupted {
+            out: self.args.out.clone(),
         }
     }
 
-    let mut current: Option<Set> = None;
-    for index in 0..runs.len() {
-        let planned = &runs[index];
-        // Sets come one after another, and only one is in memory.
-        if current.as_ref().is_none_or(|set| set.name != planned.set) {
-            drop(current.take());
-            current = Some(read(&plan, args, &planned.set, ctx)?);
-        }
-        let Some(set) = current.as_ref() else {
-            continue;
+    /// The directory of a set.
+    fn set_dir(&self, name: &str) -> Result<PathBuf, BenchError> {
+        let Some(data) = &self.args.data else {
+            return Err(BenchError::Usage(format!(
+                "dg, preset {}, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/{name}/<domain>/<class>/*.jpg, or \
+                 --preset smoke, which needs none",
+                self.args.preset
+            )));
         };
-        if index == 0 || runs[index - 1].set != planned.set {
-            let of_set = runs.iter().filter(|r| r.set == planned.set).count() as u64;
-            ctx.progress.start("steps", of_set * plan.steps());
-        }
-        let before = runs[..index]
-            .iter()
-            .filter(|r| r.set == planned.set)
-            .count();
-        let done = before as u64 * plan.steps();
-        super::begin_run();
-        let folder = checkpoint_dir(&store, &planned.run);
-        let mut trainer = Trainer::open(plan.config(planned, set), set, &folder, args.resume)?;
-        let key = planned.run.key().to_string();
-        let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
-        let complete = trainer.run(&folder, &mut |step, loss| {
-            progress.tick(done + step, || format!("{key}: loss {loss:.3}"));
-            !flag.load(Ordering::SeqCst)
-        })?;
-        if !complete {
-            return Err(interrupted(args));
-        }
-        let mut run = finished(planned, &trainer, set);
-        let layers = trainer.patches()?;
-        for (name, which) in [("nmi_class", 0), ("nmi_domain", 1)] {
-            let of = layers.iter().filter_map(|l| l.information()[which]);
-            let values: Vec<f64> = of.collect();
-            if !values.is_empty() {
-                let mean = values.iter().sum::<f64>() / values.len() as f64;
-                run.metrics.insert(name.into(), mean);
+        find_set(data, name).ok_or_else(|| BenchError::Input {
+            path: data.join(name),
+            problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
+                      `python -m domainbed.scripts.download` lays it out; --task names another set"
+                .into(),
+        })
+    }
+
+    /// The images of a directory.
+    fn decoded(&self, dir: &Path, ctx: &mut RunContext) -> Result<DomainImages, BenchError> {
+        let (flag, bar) = (ctx.interrupt_flag(), &mut ctx.progress);
+        let mut progress = |done, all| {
+            if done <= PIECE {
+                bar.start("files", all as u64);
             }
-        }
-        if !layers.is_empty() {
-            let name = folder.file_name().unwrap_or_default();
-            patches::write(&layers, set, &store.dir().join("patches").join(name))?;
-        }
-        ctx.progress.note(&describe(&run));
-        let lines = (trainer.metrics(), trainer.events());
-        super::keep(&mut store, run, lines, &folder)?;
-    }
-    Ok(store.into_results())
-}
-
-fn interrupted(args: &ReproduceArgs) -> BenchError {
-    BenchError::Interrupted {
-        out: args.out.clone(),
-    }
-}
-
-/// A set, and what the frozen blocks make of it.
-fn read(
-    plan: &Plan,
-    args: &ReproduceArgs,
-    name: &str,
-    ctx: &mut RunContext,
-) -> Result<Set, BenchError> {
-    let mut set = plan.read(args, name, ctx)?;
-    let images = &set.images;
-    let from = match &images.source {
-        Source::Generated => "generated".to_owned(),
-        Source::Decoded => "decoded".to_owned(),
-        Source::Cache => "from the cache".to_owned(),
-        Source::Repaired(why) => format!("decoded again: {why}"),
-    };
-    ctx.progress.note(&format!(
-        "{name}: {} images of {} classes in {} domains, {from}; {} other files passed over",
-        images.len(),
-        images.classes.len(),
-        images.domains.len(),
-        images.passed_over
-    ));
-    for file in &images.left_out {
-        let (path, problem) = (file.path.display(), &file.problem);
-        ctx.progress
-            .note(&format!("{name}: left out: {path}: {problem}"));
-    }
-    if set.frozen == 0 || set.augment.is_some() {
-        return Ok(set);
-    }
-    let bytes = Features::bytes(&set.base, images)?;
-    if bytes > MOST_FEATURES {
-        ctx.progress.note(&format!(
-            "{name}: the features of the frozen blocks would take {} MiB; they are computed with each batch",
-            bytes >> 20
-        ));
-        return Ok(set);
-    }
-    let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
-    progress.start("images", images.len() as u64);
-    let mut done = 0;
-    // Generated images are quicker through the blocks than through a disk.
-    let cache = (name != plan::SAMPLE).then(|| plan::cache(args));
-    let features = Features::compute(
-        &set.base,
-        images,
-        set.frozen,
-        cache.as_deref(),
-        &mut |more| {
-            done += more;
-            progress.tick(done, || format!("{name}: features"));
+            bar.tick(done as u64, || format!("{}: decoding", dir.display()));
             !flag.load(Ordering::SeqCst)
-        },
-    )?;
-    let Some(features) = features else {
-        return Err(interrupted(args));
-    };
-    if features.from_cache {
-        progress.note(&format!("{name}: features from the cache"));
-    }
-    set.features = Some(features);
-    Ok(set)
-}
-
-/// The row of a finished run.
-fn finished(planned: &Planned, trainer: &Trainer<'_>, set: &Set) -> Run {
-    let best = trainer.best();
-    let target = best.and_then(|b| b.target);
-    let (steps, wall_s) = (trainer.step(), trainer.wall_s());
-    let tokens = trainer.images() * set.tokens as u64;
-    let mut metrics = BTreeMap::new();
-    let mut put = |name: &str, value: Option<f64>| {
-        if let Some(value) = value {
-            metrics.insert(name.to_owned(), value);
+        };
+        let bad = match self.args.leave_out_damaged {
+            true => BadImages::LeaveOut,
+            false => BadImages::Refuse,
+        };
+        let cache = self.cache();
+        match DomainImages::read_with(dir, self.size, bad, Some(&cache), &mut progress) {
+            Err(DgError::Stopped) => Err(self.interrupted()),
+            read => Ok(read?),
         }
-    };
-    put("selected_step", best.map(|b| b.step as f64));
-    put("source_validation", best.map(|b| b.sources.accuracy));
-    put("experts_mean", best.and_then(|b| b.experts));
-    let last = trainer.last();
-    put(
-        "last_accuracy",
-        last.and_then(|l| l.target).map(|t| t.accuracy),
-    );
-    put("last_source_validation", last.map(|l| l.sources.accuracy));
-    put("waiting_for_data", trainer.waiting());
-    let left_out = set.images.left_out.len();
-    put(LEFT_OUT, (left_out > 0).then_some(left_out as f64));
-    Run {
-        // Of two layers the mean; the exact figure is among the metrics.
-        experts: best.and_then(|b| b.experts).map(|e| e.round() as usize),
-        active_per_token: target.and_then(|t| t.mean_k),
-        test_loss: target.map(|t| t.loss),
-        accuracy: target.map(|t| t.accuracy),
-        metric: target.map(|t| t.accuracy),
-        metrics,
-        steps: Some(steps),
-        tokens: Some(tokens),
-        detection_live_steps: trainer.live_steps(),
-        wall_s: Some(wall_s),
-        tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
-        peak_rss_mib: peak_rss_mib(),
-        expansions: trainer.expansions(),
-        diagnoses: trainer.diagnoses(),
-        ..planned.run.clone()
     }
 }
 
-/// The line that stays when a run is done.
-fn describe(run: &Run) -> String {
-    let figure = |name: &str| run.metrics.get(name).copied().unwrap_or(f64::NAN);
-    format!(
-        "{}: accuracy {:.4} at step {} (sources {:.4}; at the last step {:.4} and {:.4}), {:.1} s, {:.1} % of training waited for data",
-        run.key(),
-        run.accuracy.unwrap_or(f64::NAN),
-        figure("selected_step"),
-        figure("source_validation"),
-        figure("last_accuracy"),
-        figure("last_source_validation"),
-        run.wall_s.unwrap_or(0.0),
-        100.0 * figure("waiting_for_data"),
+impl Family for Domains {
+    type Data = Set;
+    type Task<'a> = LeaveOut<'a>;
+
+    const SIDE: Side = Side::Alone;
+    const KEPT: bool = false;
+    const DENSE: &'static str = "erm";
+
+    fn settings(&self) -> Result<Value, BenchError> {
+        let model = match &self.model {
+            Model::Drawn(config) => json!({ "drawn": config }),
+            Model::Directory(dir) => weights::settings(dir)?,
+        };
+        Ok(json!({
+            "model": model,
+            "size": self.size,
+            "frozen": self.frozen,
+            "augment": self.augment,
+            "steps": self.steps,
+            "per_domain": self.per_domain,
+            "learning_rate": self.learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+            "weight_decay": self.weight_decay,
+            "held_out": self.held_out,
+            "evaluate_every": self.evaluate_every,
+            "log_every": self.log_every,
+        }))
+    }
+
+    /// Sets are listed, not read.
+    fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
+        let only = self.args.task.as_deref().and_then(|task| parts(task).1);
+        let mut assignments = Vec::new();
+        for set in &self.sets {
+            let domains = match set.as_str() {
+                SAMPLE => sample::DOMAINS.map(str::to_owned).to_vec(),
+                name => ImageFolder::open(&self.set_dir(name)?)?.domains,
+            };
+            let mut targets: Vec<usize> = (0..domains.len()).collect();
+            match only {
+                Some(only) => targets.retain(|&d| domains[d] == only),
+                None => targets.truncate(self.targets.unwrap_or(usize::MAX)),
+            }
+            if targets.is_empty() {
+                return Err(BenchError::Usage(format!(
+                    "--task {set}/{}: the domains of {set} are {}",
+                    only.unwrap_or_default(),
+                    domains.join(", ")
+                )));
+            }
+            assignments.extend(targets.into_iter().map(|part| Assignment {
+                set: set.clone(),
+                part,
+                task: Some(format!("{set}/{}", domains[part])),
+                metric: Some("accuracy"),
+            }));
+        }
+        Ok(assignments)
+    }
+
+    /// Images with the model for their classes, without features yet.
+    fn read(&self, name: &str, ctx: &mut RunContext) -> Result<Set, BenchError> {
+        let images = if name == SAMPLE {
+            sample::images(self.size, 24)
+        } else {
+            self.decoded(&self.set_dir(name)?, ctx)?
+        };
+        let mut rng = stream(0, Purpose::Weights, 0);
+        let classes = images.classes.len();
+        let base = match &self.model {
+            Model::Drawn(config) => VitClassifier::new(config, classes, &mut rng),
+            Model::Directory(dir) => VitClassifier::load_with_new_head(dir, classes, &mut rng),
+        };
+        let base = base.map_err(|e| self.model.problem(e))?;
+        let (patch, size) = (base.config().patch_size, self.size);
+        check_channels(base.config()).map_err(|e| self.model.problem(e))?;
+        if !size.is_multiple_of(patch) || self.frozen > base.config().num_hidden_layers {
+            return Err(BenchError::Usage(format!(
+                "a model of {} blocks with patches of {patch} pixels does not fit this preset, which has images of {size} pixels \
+                 and freezes {} blocks",
+                base.config().num_hidden_layers,
+                self.frozen
+            )));
+        }
+        let tokens = base.tokens((size, size));
+        let tokens = tokens.map_err(|e| BenchError::failed("cutting images into patches", e))?;
+        Ok(Set {
+            name: name.to_owned(),
+            tokens,
+            digest: images.digest(),
+            images,
+            base,
+            frozen: self.frozen,
+            features: None,
+            augment: self.augment,
+            delta: delta(name),
+        })
+    }
+
+    fn digest(&self, set: &Set) -> Option<u64> {
+        Some(set.digest)
+    }
+
+    /// What the frozen blocks make of the images.
+    fn prepare(&self, mut set: Set, ctx: &mut RunContext) -> Result<Set, BenchError> {
+        let (images, name) = (&set.images, &set.name);
+        let from = match &images.source {
+            Source::Generated => "generated".to_owned(),
+            Source::Decoded => "decoded".to_owned(),
+            Source::Cache => "from the cache".to_owned(),
+            Source::Repaired(why) => format!("decoded again: {why}"),
+        };
+        ctx.progress.note(&format!(
+            "{name}: {} images of {} classes in {} domains, {from}; {} other files passed over",
+            images.len(),
+            images.classes.len(),
+            images.domains.len(),
+            images.passed_over
+        ));
+        for file in &images.left_out {
+            let (path, problem) = (file.path.display(), &file.problem);
+            ctx.progress
+                .note(&format!("{name}: left out: {path}: {problem}"));
+        }
+        if set.frozen == 0 || set.augment.is_some() {
+            return Ok(set);
+        }
+        let bytes = Features::bytes(&set.base, images)?;
+        if bytes > MOST_FEATURES {
+            ctx.progress.note(&format!(
+                "{name}: the features of the frozen blocks would take {} MiB; they are computed with each batch",
+                bytes >> 20
+            ));
+            return Ok(set);
+        }
+        let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
+        progress.start("images", images.len() as u64);
+        let mut done = 0;
+        // Generated images are quicker through the blocks than through a disk.
+        let cache = (name != SAMPLE).then(|| self.cache());
+        let features = Features::compute(
+            &set.base,
+            images,
+            set.frozen,
+            cache.as_deref(),
+            &mut |more| {
+                done += more;
+                progress.tick(done, || format!("{name}: features"));
+                !flag.load(Ordering::SeqCst)
+            },
+        )?;
+        let features = features.ok_or_else(|| self.interrupted())?;
+        if features.from_cache {
+            progress.note(&format!("{name}: features from the cache"));
+        }
+        set.features = Some(features);
+        Ok(set)
+    }
+
+    fn task<'a>(&'a self, set: &'a Set, planned: &'a Planned) -> Result<LeaveOut<'a>, BenchError> {
+        LeaveOut::new(self, set, planned)
+    }
+}
+
+/// Whether a set is the name of a folder and not a way to one.
+fn is_name(set: &str) -> bool {
+    let mut parts = Path::new(set).components();
+    matches!(
+        (parts.next(), parts.next()),
+        (Some(Component::Normal(_)), None)
     )
+}
+
+/// "pacs/sketch" as a set and a target, "pacs" as a set.
+fn parts(task: &str) -> (&str, Option<&str>) {
+    match task.split_once('/') {
+        Some((set, target)) => (set, Some(target)),
+        None => (task, None),
+    }
+}
+
+/// Threshold of the alignment test that the paper gives for a set.
+fn delta(set: &str) -> f64 {
+    match set {
+        "pacs" | "vlcs" => 0.002,
+        _ => 0.001,
+    }
 }

@@ -1,26 +1,20 @@
 //! The experiments by name.
 //!
-//! A study is a function that makes its runs, asks
-//! [`ResultStore::finished`](crate::report::ResultStore::finished) before each, pushes each when it is
-//! done and looks at [`RunContext::check_interrupt`] between steps. Adding one means a file here and a
-//! line in [`STUDIES`].
+//! A study is a [`Plan`](plan::Plan): methods, which are data, on the tasks of a [`Family`](plan::Family). Adding one means a file
+//! here with its plan and a line in [`STUDIES`]; the runs are made, kept and gone on with as those of any other.
 
 pub mod dg;
 pub mod glue;
-mod mass;
+pub mod plan;
 pub mod synthetic;
+mod weights;
 
-use std::io::Read;
-use std::path::Path;
-
-use mass_model::ModelError;
-use mass_model::pretrained::weight_files;
-use serde_json::{Value, json};
+pub(crate) use weights::unusable_model;
 
 use crate::{
     BenchError,
     cli::{Preset, ReproduceArgs, RunContext},
-    report::{MetricLine, ResultStore, Results, Run, reset_peak_rss},
+    report::{ResultStore, Results},
 };
 
 /// A study that can be run.
@@ -30,8 +24,6 @@ pub struct Study {
     pub name: &'static str,
     /// One line for the help text.
     pub about: &'static str,
-    /// What `--methods` may name.
-    pub methods: &'static [&'static str],
     /// What `--task` may name; empty when the study has no tasks.
     pub tasks: &'static [&'static str],
     /// Whether `--task` may name others too: folders of data, which the study looks for.
@@ -79,35 +71,32 @@ pub const STUDIES: &[Study] = &[
     Study {
         name: "synthetic",
         about: "GINC: MASS beside static top-k pools and the Bayes floor",
-        methods: synthetic::METHODS,
         tasks: synthetic::TASKS,
         other_tasks: false,
         inputs: |_| Inputs::NONE,
-        check: synthetic::check,
-        run: synthetic::run,
+        check: |args| synthetic::plan(args)?.check(args),
+        run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
     },
     Study {
         name: "glue",
         about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
-        methods: glue::METHODS,
         tasks: glue::TASKS,
         other_tasks: false,
         inputs: |preset| Inputs {
             images: false,
             ..Inputs::but_for_smoke(preset)
         },
-        check: glue::check,
-        run: glue::run,
+        check: |args| glue::plan(args)?.check(args),
+        run: |args, ctx| glue::plan(args)?.run(args, ctx),
     },
     Study {
         name: "dg",
         about: "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
-        methods: dg::METHODS,
         tasks: dg::TASKS,
         other_tasks: true,
         inputs: Inputs::but_for_smoke,
-        check: dg::check,
-        run: dg::run,
+        check: |args| dg::plan(args)?.check(args),
+        run: |args, ctx| dg::plan(args)?.run(args, ctx),
     },
 ];
 
@@ -153,94 +142,4 @@ pub fn unknown_study(name: &str) -> BenchError {
         "unknown study `{name}`; there are: {}",
         names.join(", ")
     ))
-}
-
-/// Whether the choices on the command line leave a run.
-fn some_run(any: bool) -> Result<(), BenchError> {
-    if any {
-        return Ok(());
-    }
-    Err(BenchError::Usage(
-        "these choices of --methods, --variant, --task and --shard leave no run".into(),
-    ))
-}
-
-/// Gives back what runs before have kept for use again, so that the memory of a run is its own.
-fn begin_run() {
-    mass_model::release_scratch();
-    reset_peak_rss();
-}
-
-/// Writes what a finished run leaves, and removes its checkpoint: nothing goes on from it, it would only fill the disk.
-fn keep(
-    store: &mut ResultStore,
-    run: Run,
-    (metrics, events): (&[MetricLine], &[Value]),
-    checkpoint: &Path,
-) -> Result<(), BenchError> {
-    store.keep(run, metrics, events)?;
-    if checkpoint.is_dir() {
-        std::fs::remove_dir_all(checkpoint)
-            .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
-    }
-    Ok(())
-}
-
-/// A model's files are input: which one, and what is wrong with it.
-fn unusable_model(error: ModelError, doing: impl Into<String>) -> BenchError {
-    match error {
-        ModelError::Io { path, source } => BenchError::Input {
-            path,
-            problem: source.to_string(),
-        },
-        ModelError::Checkpoint { path, why } => BenchError::Input {
-            path,
-            problem: why.to_string(),
-        },
-        other => BenchError::failed(doing, other),
-    }
-}
-
-/// Whether a directory has the files of a model, in one file of weights or in several.
-fn has_model(dir: &Path) -> bool {
-    let there = |name: &str| dir.join(name).is_file();
-    let weights = ["model.safetensors", "model.safetensors.index.json"];
-    there("config.json") && weights.into_iter().any(there)
-}
-
-/// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.
-fn model_settings(dir: &Path) -> Result<Value, BenchError> {
-    let mut settings =
-        json!({ "directory": dir.file_name().unwrap_or_default().to_string_lossy() });
-    let weights = weight_files(dir).map_err(|e| unusable_model(e.into(), "reading the model"))?;
-    for path in [dir.join("config.json")].iter().chain(&weights) {
-        let file = path.file_name().unwrap_or_default().to_string_lossy();
-        let summed = std::fs::File::open(path).and_then(summed);
-        let (bytes, sum) = summed.map_err(|e| BenchError::Input {
-            path: path.clone(),
-            problem: e.to_string(),
-        })?;
-        settings[&*file] = json!({ "bytes": bytes, "crc32": format!("{sum:08x}") });
-    }
-    Ok(settings)
-}
-
-/// Length and CRC-32 of what a reader gives.
-fn summed(mut reader: impl Read) -> std::io::Result<(u64, u32)> {
-    let (mut sum, mut bytes) = (crc32fast::Hasher::new(), 0);
-    let mut piece = vec![0; 1 << 20];
-    loop {
-        match reader.read(&mut piece)? {
-            0 => return Ok((bytes, sum.finalize())),
-            n => {
-                sum.update(&piece[..n]);
-                bytes += n as u64;
-            }
-        }
-    }
-}
-
-/// A digest of data as settings keep it.
-fn data_settings(digest: u64) -> Value {
-    json!(format!("{digest:016x}"))
 }

@@ -11,9 +11,9 @@ use mass_bench::dg::augment::{Augment, MEAN, STD, normalise};
 use mass_bench::dg::decode::{read_square, rgb};
 use mass_bench::dg::folder::ImageFolder;
 use mass_bench::dg::images::{BadImages, DomainImages, Source};
-use mass_bench::dg::prefetch::prefetch;
 use mass_bench::dg::sample;
 use mass_bench::dg::split::Split;
+use mass_bench::prefetch::prefetch;
 use mass_bench::rng::{Purpose, stream};
 
 /// 16 x 16 pixels of (200, 30, 60), written by Pillow 12 as a CMYK JPEG.

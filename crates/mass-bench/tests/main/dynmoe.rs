@@ -70,7 +70,13 @@ fn unused_experts_go_at_three_quarters_of_an_epoch() {
     for step in 0..16 {
         let pass = pass(&model);
         let events = dynmoe
-            .step(step, &mut model, &mut optimizer, &pass, &template)
+            .step(
+                step,
+                &mut model,
+                &mut optimizer,
+                &pass,
+                std::slice::from_ref(&template),
+            )
             .unwrap();
         found.extend(events);
         // A pool whose record is under way survives a round trip through a checkpoint.
@@ -123,7 +129,13 @@ fn tokens_routed_nowhere_get_an_expert_along_their_sum() {
         assert_eq!(pass.layers[0].plan.num_assignments(), 0);
         found.extend(
             dynmoe
-                .step(step, &mut model, &mut optimizer, &pass, &template)
+                .step(
+                    step,
+                    &mut model,
+                    &mut optimizer,
+                    &pass,
+                    std::slice::from_ref(&template),
+                )
                 .unwrap(),
         );
     }
@@ -171,7 +183,13 @@ fn a_full_pool_takes_no_newcomer_and_the_record_starts_anew_each_epoch() {
     for step in 0..16 {
         let pass = pass(&model);
         dynmoe
-            .step(step, &mut model, &mut optimizer, &pass, &template)
+            .step(
+                step,
+                &mut model,
+                &mut optimizer,
+                &pass,
+                std::slice::from_ref(&template),
+            )
             .unwrap();
     }
     assert_eq!(model.mixture(0).ids(), [ExpertId(0)]);
@@ -241,7 +259,13 @@ fn what_cannot_be_adapted_is_refused() {
     let pass = pass(&model);
     let values = model.num_values();
     let error = dynmoe
-        .step(6, &mut model, &mut optimizer, &pass, &template)
+        .step(
+            6,
+            &mut model,
+            &mut optimizer,
+            &pass,
+            std::slice::from_ref(&template),
+        )
         .unwrap_err();
     assert!(error.to_string().contains("top-any"), "{error}");
     assert_eq!(model.num_values(), values);

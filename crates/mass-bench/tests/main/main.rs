@@ -15,5 +15,6 @@ mod golden;
 mod hub;
 mod models;
 mod report;
+mod shards;
 mod synthetic;
 mod text;

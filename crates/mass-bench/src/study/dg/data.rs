@@ -9,7 +9,7 @@ use crate::dg::images::DomainImages;
 use crate::rng::{Purpose, stream};
 
 /// Images, and the trunk that is the same in every run.
-pub(super) struct Set {
+pub struct Set {
     pub(super) name: String,
     pub(super) images: DomainImages,
     /// Of the images.
@@ -27,7 +27,7 @@ pub(super) struct Set {
 }
 
 /// A batch of images, ready for a model.
-pub(super) struct Input {
+pub struct Input {
     values: Vec<f32>,
     pub(super) classes: Vec<u32>,
 }

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use mass_model::checkpoint;
+use mass_model::checkpoint::{self, Snapshot};
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_model::vit::VitClassifier;
 
-use crate::{BenchError, run_checkpoint};
+use crate::BenchError;
 
 /// Folders of a run's checkpoint that hold such models begin with this; their step follows.
 const FOLDER: &str = "selected-";
@@ -38,9 +38,13 @@ impl Selected {
             return Ok(());
         }
         // It is not trained any more: its optimiser has nothing to remember.
-        let optimizer = AdamW::new(AdamWConfig::default());
-        let optimizer = optimizer.map_err(|e| BenchError::failed("saving a checkpoint", e))?;
-        run_checkpoint::write(&dir, self.step, &self.model, &optimizer, &())
+        let saved = AdamW::new(AdamWConfig::default()).and_then(|optimizer| {
+            let snapshot = Snapshot::new(self.step, &self.model, &optimizer, &());
+            checkpoint::save(&dir, &snapshot)
+        });
+        saved
+            .map(drop)
+            .map_err(|e| BenchError::failed("saving a checkpoint", e))
     }
 
     /// Reads it back.

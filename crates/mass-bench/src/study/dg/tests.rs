@@ -2,32 +2,29 @@ use std::path::Path;
 
 use mass_cpd::AnyDetectorParams;
 use mass_expand::AlignmentThreshold;
-use mass_model::nn::{GateConfig, MoeConfig};
-use mass_model::ops::RoutingLoss;
-use mass_model::optim::AdamWConfig;
 use mass_model::vit::{VitClassifier, VitConfig};
-use mass_routing::{Combine, RouterConfig};
 
 use super::data::Set;
-use super::method::{Method, growth, mixture_blocks};
-use super::plan::{Plan, delta};
-use super::trainer::{TrainerConfig, check};
-use crate::cli::{ReproduceArgs, Variant};
+use super::leave_out::{LeaveOut, mixture_blocks, tune};
+use super::{delta, plan};
+use crate::BenchError;
+use crate::cli::{Progress, ReproduceArgs, RunContext, Variant};
 use crate::dg::images::{BadImages, DomainImages};
 use crate::dg::sample;
+use crate::method::{Mass, Method, Pool};
 use crate::rng::{Purpose, stream};
-use crate::study::mass::MassSetting;
+use crate::study::plan::{Assignment, Family, Planned};
+use crate::trainer::tests::resumes_to_the_same_bits;
 
-fn setting(variant: Variant) -> MassSetting {
-    MassSetting {
-        variant,
-        p: 0.3,
-        router: None,
-        live_percent: Some(60),
+fn mass(variant: Variant) -> Mass {
+    let pool = Pool {
         experts: 6,
         experts_max: 8,
-        loose: false,
-    }
+        k: 1,
+        p: 0.3,
+        live_percent: Some(60),
+    };
+    Mass::of(variant, &pool)
 }
 
 #[test]
@@ -39,9 +36,14 @@ fn mixtures_are_where_gmoe_has_them_and_scale_with_the_depth() {
 
 #[test]
 fn rules_are_those_of_vision_and_short_runs_shorten_them() {
+    let growth = |variant, steps| {
+        let method = Method::Mass(mass(variant));
+        let rules = method.growth(2, steps, 0, |rules| tune(rules, steps, 0.002));
+        rules.unwrap().unwrap()
+    };
     for variant in [Variant::Paper, Variant::Reference] {
         for (steps, warmup, window) in [(5000, 250, 450), (2000, 100, 200), (200, 20, 40)] {
-            let rules = growth(&setting(variant), 2, steps, 0.002, 0).controller;
+            let rules = growth(variant, steps).controller;
             let Some(AnyDetectorParams::WindowedZ(z)) = rules.watch.expert else {
                 panic!("{:?}", rules.watch.expert);
             };
@@ -53,8 +55,7 @@ fn rules_are_those_of_vision_and_short_runs_shorten_them() {
     }
     for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
         for steps in [80, 200, 5000] {
-            let rules = growth(&setting(variant), 2, steps, 0.002, 0);
-            rules.controller.check().unwrap();
+            growth(variant, steps).controller.check().unwrap();
         }
     }
 }
@@ -90,10 +91,10 @@ fn a_set_has_one_name_however_domainbed_writes_it() {
     }
     for task in ["pacs", "PACS", "PACS/there"] {
         let args = full(dir.path(), task);
-        let runs = Plan::of(&args).unwrap().runs(&args).unwrap();
+        let runs = plan(&args).unwrap().runs(&args).unwrap();
         assert!(!runs.is_empty());
         for planned in runs {
-            assert_eq!(planned.set, "pacs", "{task}");
+            assert_eq!(planned.assignment.set, "pacs", "{task}");
             assert!(planned.run.task.unwrap().starts_with("pacs/"), "{task}");
         }
     }
@@ -106,7 +107,8 @@ fn domains_that_differ_in_punctuation_alone_are_refused() {
     let dir = models();
     let checked = |domain: &str| {
         put(dir.path(), &format!("toy/{domain}/dog/a.png"));
-        super::check(&full(dir.path(), "toy"))
+        let args = full(dir.path(), "toy");
+        plan(&args)?.check(&args)
     };
     assert!(checked("real world").is_err(), "one domain");
     checked("clip art").unwrap();
@@ -128,81 +130,28 @@ fn model(blocks: usize) -> VitClassifier {
     VitClassifier::new(&config, 4, &mut stream(0, Purpose::Weights, 0)).unwrap()
 }
 
-/// A rival that is set up otherwise than by its authors flatters the method.
-#[test]
-fn rivals_have_their_authors_settings() {
-    let of = |method: Method| method.mixture(&model(3), 5);
-    assert_eq!(of(Method::Erm), None);
-    let sizes = |config: &MoeConfig| (config.dim, config.hidden, config.experts);
-    let gmoe = of(Method::Gmoe { experts: 6 }).unwrap();
-    assert_eq!(sizes(&gmoe), (8, 16, 6));
-    let cosine = GateConfig::Cosine {
-        projection: Some(256),
-        temperature: Some(0.5),
-    };
-    assert_eq!(gmoe.gate, cosine);
-    let top_1 = RouterConfig::TopK {
-        k: 1,
-        combine: Combine::Raw,
-    };
-    let noisy = RouterConfig::Noisy {
-        std: 1.0 / 6.0,
-        seed: 5,
-        inner: Box::new(top_1),
-    };
-    assert_eq!(gmoe.router, noisy);
-    let weight = 0.005;
-    let losses = [
-        RoutingLoss::Importance { weight },
-        RoutingLoss::Load { weight },
-    ];
-    assert_eq!(gmoe.losses, losses);
-
-    let experts = 6;
-    let dynmoe = Method::DynMoe {
-        experts,
-        experts_max: 8,
-    };
-    let dynmoe = of(dynmoe).unwrap();
-    assert_eq!(sizes(&dynmoe), (8, 16, 6));
-    let cosine = GateConfig::Cosine {
-        projection: None,
-        temperature: None,
-    };
-    assert_eq!(dynmoe.gate, cosine);
-    assert_eq!(dynmoe.router, RouterConfig::TopAny { experts });
-
-    for (variant, combine) in [
-        (Variant::Paper, Combine::Raw),
-        (Variant::Reference, Combine::Renormalised),
-        (Variant::Ours, Combine::Renormalised),
-    ] {
-        let mass = of(Method::Mass(setting(variant))).unwrap();
-        assert_eq!(mass.router, RouterConfig::TopP { p: 0.3, combine });
-        assert_eq!(mass.gate, GateConfig::Linear);
-        assert!(mass.losses.is_empty());
+fn planned(method: Method) -> Planned {
+    let run = method.run(4);
+    let assignment = Assignment::default();
+    Planned {
+        run,
+        method,
+        assignment,
     }
+}
+
+/// The task of a run of the smoke preset on another set.
+fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<LeaveOut<'a>, BenchError> {
+    let out = std::env::temp_dir().join("mass-bench-dg-tests");
+    let out = ["dg", "--preset", "smoke", "--out", out.to_str().unwrap()];
+    let plan = plan(&ReproduceArgs::parsed(&out)).unwrap();
+    LeaveOut::new(&plan.family, set, planned)
 }
 
 /// What cannot be run is refused before results of an earlier study are replaced.
 #[test]
 fn sets_and_models_that_are_too_small_are_refused_beforehand() {
-    let config = |method| TrainerConfig {
-        run: "a run".into(),
-        seed: 0,
-        method,
-        target: 0,
-        held_out: 0.2,
-        steps: 10,
-        per_domain: 2,
-        learning_rate: 1e-3,
-        adamw: AdamWConfig::default(),
-        evaluate_every: 5,
-        log_every: 5,
-        checkpoint_every: 5,
-        images: 0,
-        frozen: 0,
-    };
+    let check = |method: Method, set: &Set| made(&planned(method), set).map(drop);
     let set = |blocks, frozen, per_class| {
         let images = sample::images(8, per_class);
         Set {
@@ -218,20 +167,20 @@ fn sets_and_models_that_are_too_small_are_refused_beforehand() {
         }
     };
     let gmoe = || Method::Gmoe { experts: 3 };
-    let ours = || Method::Mass(setting(Variant::Ours));
-    for method in [Method::Erm, gmoe(), ours()] {
-        check(&config(method), &set(12, 8, 8)).unwrap();
+    let ours = || Method::Mass(mass(Variant::Ours));
+    for method in [Method::Dense, gmoe(), ours()] {
+        check(method, &set(12, 8, 8)).unwrap();
     }
     // Of 10 blocks the mixtures would be the seventh and the ninth.
     assert_eq!(mixture_blocks(10), [6, 8]);
-    check(&config(Method::Erm), &set(10, 8, 8)).unwrap();
+    check(Method::Dense, &set(10, 8, 8)).unwrap();
     for method in [gmoe(), ours()] {
-        let refused = check(&config(method), &set(10, 8, 8)).unwrap_err();
+        let refused = check(method, &set(10, 8, 8)).unwrap_err();
         assert_eq!(refused.exit_code(), 2);
         assert!(refused.to_string().contains("[6, 8]"), "{refused}");
     }
     // A fifth of four images is none.
-    let refused = check(&config(Method::Erm), &set(12, 8, 1)).unwrap_err();
+    let refused = check(Method::Dense, &set(12, 8, 1)).unwrap_err();
     assert_eq!(refused.exit_code(), 2);
     assert!(refused.to_string().contains("4 images"), "{refused}");
     // One source domain of seven images: a quarter of the six that are trained on is one.
@@ -245,11 +194,32 @@ fn sets_and_models_that_are_too_small_are_refused_beforehand() {
     }
     let mut two = set(12, 8, 8);
     two.images = DomainImages::read(dir.path(), 8, BadImages::Refuse, None).unwrap();
-    check(&config(gmoe()), &two).unwrap();
-    let refused = check(&config(ours()), &two).unwrap_err();
+    check(gmoe(), &two).unwrap();
+    let refused = check(ours(), &two).unwrap_err();
     assert_eq!(refused.exit_code(), 2);
     assert!(
         refused.to_string().contains("judging newcomers"),
         "{refused}"
     );
+}
+
+#[test]
+fn every_method_resumes_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().to_str().unwrap();
+    let names = "erm,gmoe,dynmoe,mass,static";
+    let args = ["dg", "--preset", "smoke", "--out", out, "--methods", names];
+    let args = ReproduceArgs::parsed(&args);
+    let mut plan = plan(&args).unwrap();
+    plan.family.steps = 70;
+    let mut ctx = RunContext::new(Progress::new(true));
+    let set = plan.family.read("sample", &mut ctx).unwrap();
+    let set = plan.family.prepare(set, &mut ctx).unwrap();
+    let runs = plan.runs(&args).unwrap();
+    assert_eq!(runs.len(), 7);
+    for planned in runs {
+        let task = LeaveOut::new(&plan.family, &set, &planned).unwrap();
+        // Before a score, at one, and after one whose model may be the selected one.
+        resumes_to_the_same_bits(&task, &planned.method, &[7, 20, 43]);
+    }
 }

@@ -92,7 +92,7 @@ impl Examples {
 
 /// The labels of a batch, owned.
 #[derive(Debug, Clone)]
-pub(super) enum Labelled {
+pub enum Labelled {
     Classes(Vec<u32>),
     Values(Vec<f32>),
 }
@@ -124,7 +124,7 @@ impl Labelled {
 
 /// A task, ready to be trained on.
 #[derive(Debug, Clone)]
-pub(super) struct TaskData {
+pub struct TaskData {
     pub(super) task: Task,
     pub(super) train: Examples,
     /// The training examples without the probe, and the probe.

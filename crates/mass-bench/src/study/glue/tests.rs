@@ -1,105 +1,79 @@
 //! A run that stops at any step and goes on ends as one that never stopped.
 
-use mass_model::Parameters;
 use mass_model::bert::BertConfig;
-use mass_model::optim::AdamWConfig;
 use serde_json::json;
+use std::sync::OnceLock;
 
 use super::data::TaskData;
-use super::finetune::{FineTuneConfig, FineTuner, train_of};
-use super::method::{Method, Pretrained, at_depth};
-use super::plan::Plan;
+use super::finetune::{FineTune, Pretrained, at_depth};
+use super::{Glue, plan};
 use crate::cli::{ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
-use crate::study::mass::MassSetting;
+use crate::method::{Mass, Method, Pool, named};
+use crate::task::Task as _;
+use crate::trainer::Trainer;
+use crate::trainer::tests::resumes_to_the_same_bits;
+
+const POOL: Pool = Pool {
+    experts: 3,
+    experts_max: 5,
+    k: 2,
+    p: 0.5,
+    live_percent: Some(90),
+};
 
 fn data(task: Task) -> TaskData {
     let tokenizer = TextTokenizer::from_vocabulary(&sample::vocabulary(), true, 16).unwrap();
     TaskData::new(&tokenizer, &sample::dataset(task)).unwrap()
 }
 
-fn pretrained() -> Pretrained {
-    Pretrained::Drawn(BertConfig {
-        vocab_size: sample::vocabulary().len(),
-        hidden_size: 16,
-        num_hidden_layers: 2,
-        num_attention_heads: 2,
-        intermediate_size: 24,
-        max_position_embeddings: 16,
-        initializer_range: 0.2,
-        ..BertConfig::default()
-    })
-}
-
-fn config(method: Method, task: Task, patience: u64) -> FineTuneConfig {
-    FineTuneConfig {
-        run: "a run".into(),
-        seed: 4,
-        method,
-        model: pretrained().settings().unwrap(),
-        data: 7,
-        authors_layer: 10,
-        outputs: task.outputs(),
-        epochs: 3,
-        patience,
+fn family(task: Task, patience: u64) -> Glue {
+    Glue {
+        args: ReproduceArgs::parsed(&["glue", "--preset", "smoke"]),
+        pretrained: Pretrained::Drawn(BertConfig {
+            vocab_size: sample::vocabulary().len(),
+            hidden_size: 16,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            intermediate_size: 24,
+            max_position_embeddings: 16,
+            initializer_range: 0.2,
+            ..BertConfig::default()
+        }),
+        model: OnceLock::new(),
+        tasks: vec![(task, 3)],
         batch: 8,
-        sorted_together: 1,
+        max_length: 16,
         learning_rate: 1e-3,
-        adamw: AdamWConfig::default().decaying_everything(),
+        patience,
         log_every: 7,
         checkpoint_every: 1000,
     }
 }
 
-/// What a run leaves: weights, and all it would write but the time.
-fn left(tuner: &FineTuner<'_>) -> (Vec<f32>, String) {
-    let mut weights = Vec::new();
-    tuner
-        .model()
-        .visit("", &mut |_, p| weights.extend(p.values()));
-    let text = format!(
-        "{:?} {:?} {:?} {} {:?} {:?}",
-        tuner.best(),
-        tuner.metrics(),
-        tuner.events(),
-        tuner.tokens(),
-        tuner.live_steps(),
-        tuner.expansions(),
-    );
-    (weights, text)
+fn mass(variant: Variant) -> Method {
+    let mut mass = Mass::of(variant, &POOL);
+    mass.overrides = mass.loose();
+    Method::Mass(mass)
+}
+
+fn of(name: &str) -> Method {
+    named(name, &POOL, None).unwrap().remove(0)
 }
 
 #[test]
 fn every_method_resumes_to_the_same_bits() {
-    let mass = |variant| {
-        Method::Mass(MassSetting {
-            variant,
-            p: 0.5,
-            router: None,
-            live_percent: Some(90),
-            experts: 3,
-            experts_max: 5,
-            loose: true,
-        })
-    };
-    let pool = Method::Static {
-        experts: 3,
-        k: 2,
-        router: None,
-    };
     let routed = |mut method: Method, router: &str| {
         method.routed_by(&router.parse().unwrap());
         method
     };
     let methods = [
         Method::Dense,
-        pool.clone(),
-        Method::DynMoe {
-            experts: 3,
-            experts_max: 5,
-        },
+        of("static"),
+        of("dynmoe"),
+        of("gmoe"),
         mass(Variant::Paper),
         mass(Variant::Reference),
         mass(Variant::Ours),
@@ -107,41 +81,29 @@ fn every_method_resumes_to_the_same_bits() {
             mass(Variant::Ours),
             "bias_balanced:k=1,rate=0.01,combine=raw",
         ),
-        routed(pool, "noisy:std=0.2/target_k:target=1.5,p=0.9,combine=raw"),
+        routed(
+            of("static"),
+            "noisy:std=0.2/target_k:target=1.5,p=0.9,combine=raw",
+        ),
     ];
-    let task = Task::Stsb;
-    let data = data(task);
+    let (family, data) = (family(Task::Stsb, 9), data(Task::Stsb));
     for method in methods {
-        let dir = tempfile::tempdir().unwrap();
-        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
-        let config = config(method, task, 9);
-        let mut whole = FineTuner::open(config.clone(), &pretrained(), &data, &one, false).unwrap();
-        assert!(whole.run(&one, &mut |_, _| true).unwrap());
+        let task = FineTune::new(&family, &data, &method, (4, 3)).unwrap();
         // In the middle of an epoch, at its end, and after the pool has grown.
-        let per_epoch = whole.steps() / config.epochs;
-        for stop in [5, per_epoch, 2 * per_epoch + 3] {
-            let mut part =
-                FineTuner::open(config.clone(), &pretrained(), &data, &two, true).unwrap();
-            assert!(!part.run(&two, &mut |step, _| step < stop).unwrap());
-        }
-        let mut rest = FineTuner::open(config.clone(), &pretrained(), &data, &two, true).unwrap();
-        assert_eq!(rest.step(), 2 * per_epoch + 3);
-        assert!(rest.run(&two, &mut |_, _| true).unwrap());
-        let (whole, rest) = (left(&whole), left(&rest));
-        assert_eq!(whole.1, rest.1, "{:?}", config.method);
-        assert!(whole.0 == rest.0, "weights of {:?}", config.method);
+        let per_epoch = task.recipe().schedule.steps / 3;
+        resumes_to_the_same_bits(&task, &method, &[5, per_epoch, 2 * per_epoch + 3]);
     }
 }
 
 #[test]
-fn a_chosen_router_routes_what_has_a_choice_and_names_the_run() {
-    let args = |more: &[&str]| {
+fn a_chosen_router_names_the_run_and_any_method_may_be_named() {
+    let runs = |more: &[&str]| {
         let line = ["glue", "--preset", "smoke", "--task", "STS-B"];
-        ReproduceArgs::parsed(&[&line[..], more].concat())
+        let args = ReproduceArgs::parsed(&[&line[..], more].concat());
+        plan(&args).unwrap().runs(&args)
     };
     let keys = |more: &[&str]| -> Vec<String> {
-        let args = args(more);
-        let runs = Plan::of(&args).unwrap().runs(&args);
+        let runs = runs(more).unwrap();
         runs.iter().map(|r| r.run.key().to_string()).collect()
     };
     let (own, chosen) = (keys(&[]), keys(&["--router", "bias_balanced:k=2"]));
@@ -152,64 +114,75 @@ fn a_chosen_router_routes_what_has_a_choice_and_names_the_run() {
         let named = chosen.contains("bias_balanced:k=2,rate=0.001,combine=renormalised");
         assert_eq!(named, has_a_choice, "{chosen}");
     }
-    let method = |router: &str| {
-        let mut method = Method::Mass(MassSetting {
-            variant: Variant::Ours,
-            p: 0.5,
-            router: None,
-            live_percent: None,
-            experts: 3,
-            experts_max: 5,
-            loose: false,
-        });
-        method.routed_by(&router.parse().unwrap());
-        method.mixture().unwrap().1.to_string()
-    };
-    assert_eq!(method("top_any"), "top_any:experts=3");
-    let refused = |more: &[&str]| Plan::of(&args(more)).unwrap_err().to_string();
+    let refused = |more: &[&str]| runs(more).unwrap_err().to_string();
     let text = refused(&["--router", "top_any"]);
     assert!(text.contains("cannot bisect"), "{text}");
-    Plan::of(&args(&["--router", "top_any", "--variant", "paper"])).unwrap();
+    runs(&["--router", "top_any", "--variant", "paper"]).unwrap();
     let text = refused(&["--router", "top_k:k=1"]);
     assert!(text.contains("add combine=raw"), "{text}");
     // Nobody is asked to route otherwise.
-    Plan::of(&args(&[
-        "--router",
-        "top_k:k=1",
-        "--methods",
-        "dense,dynmoe",
-    ]))
-    .unwrap();
+    runs(&["--router", "top_k:k=1", "--methods", "dense,dynmoe,gmoe"]).unwrap();
+    // What the preset does not list has its pools, whatever the study calls the dense model.
+    assert_eq!(
+        keys(&["--methods", "gmoe,erm,plain_cloning"]),
+        [
+            "dense/STS-B/seed0",
+            "gmoe/STS-B/K3/k1/seed0",
+            "plain_cloning/paper/p 0.5, live 90 %/STS-B/K3/seed0"
+        ]
+    );
+    assert_eq!(
+        keys(&["--methods", "schedule", "--variant", "ours"]),
+        ["schedule/ours/p 0.5, live 90 %/STS-B/K3/seed0"]
+    );
+}
+
+/// Quick has one variant of MASS and that which is asked for.
+#[test]
+fn quick_has_one_variant_and_that_which_is_asked_for() {
+    let variants = |preset: &str, more: &str| {
+        let line = format!("glue --preset {preset} --methods mass {more}");
+        let args = ReproduceArgs::parsed(&line.split_whitespace().collect::<Vec<_>>());
+        let mut plan = plan(&ReproduceArgs::parsed(&["glue", "--preset", "smoke"])).unwrap();
+        plan.variant = (preset == "quick").then_some(Variant::Paper);
+        let methods = plan.methods(&args).unwrap();
+        let variants = methods.iter().map(|m| m.run(0).variant.unwrap());
+        variants.collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(variants("quick", ""), "paper");
+    assert_eq!(variants("quick", "--variant ours"), "ours");
+    assert_eq!(variants("full", ""), "paper reference ours");
+    assert_eq!(variants("full", "--variant reference"), "reference");
 }
 
 #[test]
 fn a_run_stops_after_epochs_without_gain_and_stays_stopped() {
-    let task = Task::Cola;
-    let data = data(task);
+    let data = data(Task::Cola);
     let dir = tempfile::tempdir().unwrap();
-    let mut config = config(Method::Dense, task, 1);
+    let mut family = family(Task::Cola, 1);
     // Nothing is learnt, so that no epoch gains anything over the first.
-    config.learning_rate = 0.0;
-    config.checkpoint_every = 1;
-    let mut tuner =
-        FineTuner::open(config.clone(), &pretrained(), &data, dir.path(), false).unwrap();
-    assert!(tuner.run(dir.path(), &mut |_, _| true).unwrap());
-    assert_eq!(tuner.step(), tuner.steps() / config.epochs * 2);
-    assert_eq!(tuner.best().unwrap().epoch, 1);
+    family.learning_rate = 0.0;
+    family.checkpoint_every = 1;
+    let dense = Method::Dense;
+    let task = FineTune::new(&family, &data, &dense, (4, 3)).unwrap();
+    let run = dense.run(4);
+    let open = |task| Trainer::open(task, &run, &dense, dir.path(), true);
+    let mut tuner = open(&task).unwrap();
+    assert!(tuner.train(dir.path(), false, &mut |_, _| true).unwrap());
     let step = tuner.step();
-    let mut again =
-        FineTuner::open(config.clone(), &pretrained(), &data, dir.path(), true).unwrap();
-    assert!(again.run(dir.path(), &mut |_, _| true).unwrap());
+    assert_eq!(step, task.recipe().schedule.steps / 3 * 2);
+    assert_eq!(tuner.finish().unwrap().run.best_epoch, Some(1));
+    let mut again = open(&task).unwrap();
+    assert!(again.train(dir.path(), false, &mut |_, _| true).unwrap());
     assert_eq!(again.step(), step);
     // A checkpoint of other settings or other data is refused.
-    for change in [
-        |c: &mut FineTuneConfig| c.seed += 1,
-        |c: &mut FineTuneConfig| c.data += 1,
-    ] {
-        let mut other = config.clone();
-        change(&mut other);
-        assert!(FineTuner::open(other, &pretrained(), &data, dir.path(), true).is_err());
-    }
+    let mut other = data.clone();
+    other.digest += 1;
+    let other_data = FineTune::new(&family, &other, &dense, (4, 3)).unwrap();
+    let other_epochs = FineTune::new(&family, &data, &dense, (4, 4)).unwrap();
+    assert!(open(&other_data).is_err() && open(&other_epochs).is_err());
+    let other = dense.run(5);
+    assert!(Trainer::open(&task, &other, &dense, dir.path(), true).is_err());
 }
 
 #[test]
@@ -218,25 +191,18 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
     let (rest, probe) = &data.held_out;
     assert_eq!(rest.len() + probe.len(), data.train.len());
     assert_eq!(probe.len(), data.train.len().div_ceil(20));
-    let mass = |variant| {
-        Method::Mass(MassSetting {
-            variant,
-            p: 0.5,
-            router: None,
-            live_percent: None,
-            experts: 3,
-            experts_max: 5,
-            loose: false,
-        })
+    let family = family(Task::Rte, 9);
+    let held_out = |method: &Method| {
+        let task = FineTune::new(&family, &data, method, (0, 3)).unwrap();
+        std::ptr::eq(task.examples(), rest)
     };
-    let of = |method| train_of(&config(method, Task::Rte, 9), &data);
-    assert!(std::ptr::eq(of(mass(Variant::Ours)), rest));
+    assert!(held_out(&mass(Variant::Ours)));
     for method in [
         Method::Dense,
         mass(Variant::Paper),
         mass(Variant::Reference),
     ] {
-        assert!(std::ptr::eq(of(method), &data.train));
+        assert!(!held_out(&method));
     }
 }
 
@@ -293,7 +259,8 @@ fn a_missing_file_is_named_with_its_layout_and_its_source() {
     }
     let at = dir.path().to_str().unwrap();
     let full = ["glue", "--preset", "full", "--data", at, "--models", at];
-    let error = super::check(&ReproduceArgs::parsed(&full)).unwrap_err();
+    let args = ReproduceArgs::parsed(&full);
+    let error = plan(&args).unwrap().check(&args).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     let error = error.to_string();
     for part in [

@@ -35,7 +35,7 @@ impl<T> Prefetched<T> {
 /// asked for. Returns when `consume` does, whether it has taken all of them or not.
 ///
 /// ```
-/// use mass_bench::dg::prefetch::prefetch;
+/// use mass_bench::prefetch::prefetch;
 /// let squares = prefetch(3..6, 2, |step| step * step, |batches| batches.collect::<Vec<_>>());
 /// assert_eq!(squares, [9, 16, 25]);
 /// ```
@@ -45,7 +45,7 @@ impl<T> Prefetched<T> {
 pub fn prefetch<T: Send, R>(
     steps: Range<u64>,
     ahead: usize,
-    make: impl Fn(u64) -> T + Send,
+    mut make: impl FnMut(u64) -> T + Send,
     consume: impl FnOnce(&mut Prefetched<T>) -> R,
 ) -> R {
     thread::scope(|scope| {

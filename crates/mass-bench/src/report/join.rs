@@ -1,0 +1,232 @@
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::store::{
+    check_owner, io_error, lines_of, merged, old_settings, pretty, read_json, write_atomically,
+};
+use super::{MetricLine, Part, ReportError, Results, Run, report_html};
+
+/// What a directory of results holds.
+struct Kept {
+    dir: PathBuf,
+    results: Results,
+    settings: Value,
+    /// Lines of metrics.jsonl and of events.jsonl by the name of their run.
+    lines: [HashMap<String, Vec<String>>; 2],
+}
+
+const LINES: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
+
+impl Kept {
+    fn read(dir: &Path) -> Result<Self, ReportError> {
+        let path = dir.join("results.json");
+        if !path.is_file() {
+            let problem = "there is no results.json; give directories that a study has written";
+            return Err(refuse(dir, problem));
+        }
+        let results: Results = read_json(&path)?;
+        let settings = old_settings(dir)?;
+        let mut lines = [HashMap::new(), HashMap::new()];
+        for (name, by_run) in LINES.iter().zip(&mut lines) {
+            for line in lines_of(&dir.join(name))? {
+                // What is not readable is left out, as when a study is gone on with.
+                let value = serde_json::from_str::<Value>(&line).unwrap_or_default();
+                if let Some(run) = value["run"].as_str() {
+                    let lines: &mut Vec<String> = by_run.entry(run.to_owned()).or_default();
+                    lines.push(line);
+                }
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            results,
+            settings,
+            lines,
+        })
+    }
+
+    fn run(&self, index: usize) -> Option<(&Self, &Run)> {
+        self.results.runs.get(index).map(|run| (self, run))
+    }
+}
+
+/// Makes the results of a study of those in several directories, its shards, and writes them to `out` with a report; of one
+/// directory, makes summary and report anew. Without `out` one directory is written to itself, and several to
+/// target/reproduce/STUDY/PRESET. Returns the results and where they are.
+///
+/// Shards of one split are laid together as the whole study would have made them. A run that two directories have alike is there
+/// once. As long as shards or runs of theirs are missing the results say which part they are.
+///
+/// # Errors
+/// [`ReportError::Join`] for directories of different studies, settings or data, with different runs of one name, or if `out` has
+/// runs that none of them has; [`ReportError::Malformed`] and [`ReportError::Io`] for what is not readable.
+pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), ReportError> {
+    let kept = dirs.iter().map(|dir| Kept::read(dir));
+    let mut kept = kept.collect::<Result<Vec<_>, _>>()?;
+    let part = |k: &Kept| k.results.part.clone();
+    let of = kept.first().and_then(part).map(|part| part.of);
+    let split = of.filter(|&of| kept.iter().all(|k| part(k).is_some_and(|p| p.of == of)));
+    if split.is_some() {
+        kept.sort_by_key(|k| part(k).map(|p| p.shards));
+    }
+    let Some(first) = kept.first() else {
+        return Err(refuse(Path::new(""), "there is nothing to join"));
+    };
+    let out = match (out, dirs) {
+        (Some(out), _) => out.to_owned(),
+        (None, [one]) => one.clone(),
+        (None, _) => {
+            let of = &first.results;
+            Path::new("target/reproduce")
+                .join(&of.study)
+                .join(&of.preset)
+        }
+    };
+    let mut settings = first.settings.clone();
+    for other in &kept[1..] {
+        let (a, b) = (&first.results, &other.results);
+        if (&a.study, &a.preset) != (&b.study, &b.preset) {
+            let (study, preset) = (&b.study, &b.preset);
+            return Err(refuse(
+                &other.dir,
+                &format!(
+                    "is of {study}, preset {preset}; {} is of {}, preset {}",
+                    first.dir.display(),
+                    a.study,
+                    a.preset
+                ),
+            ));
+        }
+        let both = merged(settings, other.settings.clone());
+        settings = both.map_err(|what| {
+            let first = first.dir.display();
+            refuse(&other.dir, &format!("differs from {first} in {what}"))
+        })?;
+    }
+    let mut results = Results {
+        runs: Vec::new(),
+        part: None,
+        ..first.results.clone()
+    };
+    let mut texts = [String::new(), String::new()];
+    // Of a split study the n-th run is the shards' in turn; other results follow one another.
+    let longest = kept.iter().map(|k| k.results.runs.len()).max().unwrap_or(0);
+    let in_turn = (0..longest).flat_map(|i| kept.iter().filter_map(move |k| k.run(i)));
+    let one_by_one = kept
+        .iter()
+        .flat_map(|k| (0..longest).filter_map(|i| k.run(i)));
+    let order: Vec<_> = match split {
+        Some(_) => in_turn.collect(),
+        None => one_by_one.collect(),
+    };
+    for (from, run) in order {
+        let key = run.key();
+        let mut run = run.clone();
+        let made_on = run
+            .machine
+            .take()
+            .unwrap_or_else(|| from.results.machine.clone());
+        run.machine = (made_on != results.machine).then_some(made_on);
+        match results.runs.iter().find(|r| r.key() == key) {
+            Some(same) if *same == run => continue,
+            Some(_) => {
+                let problem = format!("has another run {key} than a directory before it");
+                return Err(refuse(&from.dir, &problem));
+            }
+            None => results.runs.push(run),
+        }
+        for (text, lines) in texts.iter_mut().zip(&from.lines) {
+            for line in lines.get(&key.to_string()).into_iter().flatten() {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+    }
+    if let Some(of) = split {
+        let parts: Vec<Part> = kept.iter().filter_map(part).collect();
+        let mut shards: Vec<usize> = parts.iter().flat_map(|p| p.shards.clone()).collect();
+        shards.dedup();
+        let planned = parts.iter().map(|p| p.planned).sum();
+        let whole = shards.len() == of && results.runs.len() >= planned;
+        results.part = (!whole).then_some(Part {
+            shards,
+            of,
+            planned,
+        });
+    }
+    results.summarise();
+    write(&kept, &out, &results, &settings, texts)?;
+    Ok((results, out))
+}
+
+fn write(
+    kept: &[Kept],
+    out: &Path,
+    results: &Results,
+    settings: &Value,
+    texts: [String; 2],
+) -> Result<(), ReportError> {
+    check_owner(out)?;
+    let there = out.join("results.json");
+    if there.exists() {
+        let old: Results = read_json(&there)?;
+        let made = |run: &Run| Run {
+            machine: None,
+            ..run.clone()
+        };
+        let joined = |run: &Run| results.runs.iter().any(|r| made(r) == made(run));
+        if let Some(lost) = old.runs.iter().find(|run| !joined(run)) {
+            let problem = format!(
+                "has a run {} that would be lost; give another --out",
+                lost.key()
+            );
+            return Err(refuse(out, &problem));
+        }
+    }
+    fs::create_dir_all(out).map_err(|source| ReportError::Out {
+        path: out.to_owned(),
+        source,
+    })?;
+    let metrics = texts[0].lines().flat_map(serde_json::from_str);
+    let metrics: Vec<MetricLine> = metrics.collect();
+    write_atomically(&there, &pretty(results))?;
+    write_atomically(&out.join("settings.json"), &pretty(settings))?;
+    // Of one directory they are what they were.
+    if kept.len() > 1 || kept[0].dir != out {
+        for (name, text) in LINES.iter().zip(&texts) {
+            write_atomically(&out.join(name), text)?;
+        }
+        for from in kept.iter().filter(|k| k.dir != out) {
+            copy(&from.dir.join("patches"), &out.join("patches"))?;
+        }
+    }
+    write_atomically(&out.join("report.html"), &report_html(results, &metrics))
+}
+
+/// Copies a directory, if it is there.
+fn copy(from: &Path, to: &Path) -> Result<(), ReportError> {
+    if !from.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(to).map_err(|e| io_error(to, e))?;
+    for entry in fs::read_dir(from).map_err(|e| io_error(from, e))? {
+        let path = entry.map_err(|e| io_error(from, e))?.path();
+        let new = to.join(path.file_name().unwrap_or_default());
+        if path.is_dir() {
+            copy(&path, &new)?;
+        } else {
+            fs::copy(&path, &new).map_err(|e| io_error(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
+fn refuse(path: &Path, problem: &str) -> ReportError {
+    ReportError::Join {
+        path: path.to_owned(),
+        problem: problem.to_owned(),
+    }
+}
