@@ -23,7 +23,7 @@ pub struct ReproduceArgs {
     /// Seeds of each method [default: the preset's]
     #[arg(long, value_name = "N")]
     pub seeds: Option<usize>,
-    /// Only these methods, separated by commas
+    /// Only these methods, separated by commas: the preset's, or any other by its name
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub methods: Option<Vec<String>>,
     /// Only this task of the study

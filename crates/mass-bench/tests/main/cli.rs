@@ -314,3 +314,35 @@ fn finished_runs_are_not_deleted_unasked() {
     refused(&all, at, &["every/dg", "2 finished runs", "--fresh"]);
     assert!(!at.join("every/synthetic").exists());
 }
+
+/// A method is known by its name in every study, whether a preset lists it or not, and its name says what it is.
+#[test]
+fn every_study_takes_any_method() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path();
+    for (study, methods, keys) in [
+        (
+            "synthetic",
+            "dense,dynmoe,gmoe,plain_cloning",
+            "dense dynmoe/3 gmoe/3 plain_cloning/3",
+        ),
+        ("glue --task RTE", "gmoe,schedule", "gmoe/3 schedule/3"),
+        ("dg", "static,random_expert", "static/3 random_expert/3"),
+    ] {
+        let line = format!(
+            "reproduce {study} --preset smoke --methods {methods} --json --fresh --out out"
+        );
+        let output = bench(&line.split(' ').collect::<Vec<_>>(), at);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}: {error}");
+        let results: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let of = |run: &serde_json::Value| {
+            let method = run["method"].as_str().expect("a method");
+            let experts = run["experts_init"].as_u64().map(|n| format!("/{n}"));
+            assert!(run["test_loss"].is_f64(), "{run}");
+            format!("{method}{}", experts.unwrap_or_default())
+        };
+        let runs = results["runs"].as_array().expect("runs").iter();
+        assert_eq!(runs.map(of).collect::<Vec<_>>().join(" "), keys);
+    }
+}
