@@ -1,0 +1,327 @@
+//! `cargo xtask cuda-kernels` and `cargo xtask cuda-emu`: what mass-cuda needs beside Rust.
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use crate::run::{cargo, exit_code, root};
+
+/// The compiler of the kernels, and of that compiler's output. Any other version gives other bytes.
+const WHEELS: [&str; 2] = [
+    "nvidia-cuda-nvrtc-cu12==12.2.140",
+    "nvidia-cuda-nvcc-cu12==12.2.140",
+];
+
+/// Architectures that the kernels are tried for: Turing, Ampere, Ada, Hopper.
+const ARCHITECTURES: [&str; 5] = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"];
+
+/// Most shared memory of a block.
+const SHARED_MEMORY: u32 = 48 << 10;
+
+fn home() -> PathBuf {
+    root().join("crates/mass-cuda")
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// What ended a command early: it has been told.
+type Outcome<T> = Result<T, String>;
+
+fn report(outcome: Outcome<ExitCode>) -> ExitCode {
+    outcome.unwrap_or_else(|message| {
+        eprintln!("error: {message}");
+        ExitCode::FAILURE
+    })
+}
+
+fn read(path: &Path) -> Outcome<String> {
+    fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))
+}
+
+fn write(path: &Path, text: &str) -> Outcome<()> {
+    fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+}
+
+fn must(command: &mut Command) -> Outcome<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{program} failed: {status}")),
+        Err(e) => Err(format!("cannot run {program}: {e}")),
+    }
+}
+
+/// The kernels' sources: what all share, then the others by name.
+fn sources(folder: &Path) -> Outcome<Vec<PathBuf>> {
+    let list = fs::read_dir(folder).map_err(|e| format!("cannot list {}: {e}", folder.display()))?;
+    let mut found: Vec<PathBuf> = list
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    found.sort_by_key(|path| {
+        let first = path.file_name().is_some_and(|n| n == "math.cu");
+        (!first, path.clone())
+    });
+    match found.is_empty() {
+        true => Err(format!("no kernels in {}", folder.display())),
+        false => Ok(found),
+    }
+}
+
+/// A folder of Python packages under the target directory, with the pinned compiler in it.
+fn tools() -> Outcome<PathBuf> {
+    let folder = target().join("cuda-tools");
+    let stamp = folder.join("wheels");
+    let wanted = WHEELS.join("\n");
+    if fs::read_to_string(&stamp).is_ok_and(|there| there == wanted) {
+        return Ok(folder);
+    }
+    let python = folder.join("bin/python");
+    if !python.exists() {
+        must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+    }
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    must(Command::new(&python).args(pip).args(WHEELS))?;
+    write(&stamp, &wanted)?;
+    Ok(folder)
+}
+
+/// A file of the packages.
+fn find(tools: &Path, tail: &str) -> Outcome<PathBuf> {
+    let lib = tools.join("lib");
+    let list = fs::read_dir(&lib).map_err(|e| format!("cannot list {}: {e}", lib.display()))?;
+    let mut found = list.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia").join(tail)));
+    found
+        .find(|path| path.exists())
+        .ok_or_else(|| format!("{tail} is not in {}", lib.display()))
+}
+
+/// Compiles the kernels of a folder.
+fn compile(tools: &Path, folder: &Path, out: &Path) -> Outcome<()> {
+    let library = find(tools, "cuda_nvrtc/lib/libnvrtc.so.12")?;
+    let mut command = Command::new(tools.join("bin/python"));
+    command.arg(home().join("nvrtc.py")).arg(library).arg(out).args(sources(folder)?);
+    must(&mut command)
+}
+
+/// Refuses kernels that spill registers or take more shared memory than there is.
+fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
+    let ptxas = find(tools, "cuda_nvcc/bin/ptxas")?;
+    for architecture in ARCHITECTURES {
+        let mut command = Command::new(&ptxas);
+        command.args(["-v", "-arch", architecture, "-o", "/dev/null"]).arg(ptx);
+        let output = command.output().map_err(|e| format!("cannot run ptxas: {e}"))?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        if !output.status.success() {
+            return Err(format!("ptxas for {architecture}:\n{text}"));
+        }
+        let (kernels, faults) = judge(&text);
+        if !faults.is_empty() {
+            return Err(format!("ptxas for {architecture}:\n{}", faults.join("\n")));
+        }
+        println!("{architecture}: {kernels} kernels, no spills, shared memory within 48 KiB");
+    }
+    Ok(())
+}
+
+/// Number of kernels that ptxas speaks of, and what is wrong with some.
+fn judge(text: &str) -> (usize, Vec<String>) {
+    let (mut name, mut kernels, mut faults) = (String::new(), 0, Vec::new());
+    let before = |line: &str, unit: &str| -> u32 {
+        let number = line.split(unit).next().and_then(|head| head.split([' ', ',']).next_back());
+        number.and_then(|n| n.parse().ok()).unwrap_or(0)
+    };
+    for line in text.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            name = rest.split('\'').next().unwrap_or_default().to_owned();
+            kernels += 1;
+        }
+        if line.contains("spill stores") && (before(line, " bytes spill stores") > 0 || before(line, " bytes spill loads") > 0) {
+            faults.push(format!("{name} spills: {}", line.trim()));
+        }
+        if line.contains(" bytes smem") && before(line, " bytes smem") > SHARED_MEMORY {
+            faults.push(format!("{name} takes too much shared memory: {}", line.trim()));
+        }
+    }
+    (kernels, faults)
+}
+
+/// Compiles the kernels to the PTX that is committed and embedded.
+pub(crate) fn kernels(arguments: &[OsString]) -> ExitCode {
+    let help = "\
+Usage: cargo xtask cuda-kernels [--check]
+
+Compiles crates/mass-cuda/src/kernels/*.cu to kernels.ptx, with the pinned NVRTC of NVIDIA's wheels (python3 -m venv under
+target/), and assembles it for every architecture: no kernel may spill or take more than 48 KiB of shared memory.
+
+  --check   write nothing; fail if what is committed is not what comes out";
+    let check = match arguments.iter().map(|a| a.to_str()).collect::<Option<Vec<_>>>().as_deref() {
+        Some([]) => false,
+        Some(["--check"]) => true,
+        Some(["--help" | "-h"]) => {
+            println!("{help}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("error: cuda-kernels takes --check or nothing");
+            return ExitCode::from(2);
+        }
+    };
+    report(compile_kernels(check))
+}
+
+fn compile_kernels(check: bool) -> Outcome<ExitCode> {
+    let tools = tools()?;
+    for (folder, name) in [(home().join("src/kernels"), "kernels"), (home().join("tests/faults"), "faults")] {
+        let (made, committed) = (target().join(format!("{name}.ptx")), folder.join(format!("{name}.ptx")));
+        compile(&tools, &folder, &made)?;
+        assemble(&tools, &made)?;
+        let text = read(&made)?;
+        if !check {
+            write(&committed, &text)?;
+        } else if read(&committed)? != text {
+            let committed = committed.display();
+            return Err(format!("{committed} is stale: run `cargo xtask cuda-kernels` and commit it"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Names of the kernels in a source.
+fn names(source: &str) -> Vec<&str> {
+    let texts = source.split("extern \"C\" __global__ void").skip(1);
+    texts
+        .filter_map(|text| {
+            let mut text = text.trim_start();
+            if let Some(rest) = text.strip_prefix("__launch_bounds__") {
+                text = rest.split_once(')')?.1.trim_start();
+            }
+            Some(text.split_once('(')?.0.trim())
+        })
+        .collect()
+}
+
+/// Builds the emulated driver of a folder's kernels, if it is not there as it would come out.
+fn build_driver(folder: &Path, out: &Path) -> Outcome<()> {
+    fs::create_dir_all(out).map_err(|e| format!("cannot make {}: {e}", out.display()))?;
+    let emu = home().join("emu");
+    let mut includes = String::new();
+    let mut list = String::new();
+    let mut all = read(&emu.join("driver.cpp"))? + &read(&emu.join("emu.h"))?;
+    for source in sources(folder)? {
+        let text = read(&source)?;
+        includes += &format!("#include \"{}\"\n", source.display());
+        for name in names(&text) {
+            list += &format!("LIST({name})\n");
+        }
+        all += &text;
+    }
+    let flags = [
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        // Nothing is fused but what the source fuses, as on the device.
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wl,-Bsymbolic",
+        "-pthread",
+        "-mtls-dialect=gnu2",
+        "-Wall",
+        "-Wno-unused-function",
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+    ];
+    let all = format!("{}\n{list}\n{all}", flags.join(" "));
+    let (library, stamp) = (out.join("libcuda.so"), out.join("stamp"));
+    if library.exists() && fs::read_to_string(&stamp).is_ok_and(|there| there == all) {
+        return Ok(());
+    }
+    write(&out.join("kernels.inc"), &includes)?;
+    write(&out.join("list.inc"), &list)?;
+    let mut command = Command::new("g++");
+    command.args(flags).arg("-I").arg(out).arg("-I").arg(&emu);
+    command.arg(emu.join("driver.cpp")).arg("-o").arg(&library).arg("-ldl");
+    must(&mut command)?;
+    write(&stamp, &all)
+}
+
+/// Builds the emulated driver and runs tests on it.
+pub(crate) fn emulate(arguments: &[OsString]) -> ExitCode {
+    let help = "\
+Usage: cargo xtask cuda-emu [--build] [-- ARGUMENTS OF CARGO TEST]
+
+Builds a libcuda.so whose device is the CPU, from the kernels' sources with g++, and runs the tests that need a device on it:
+those of mass-cuda, or what the arguments say. The tests have one thread: the device uses all.
+
+  --build   build it only, and print the folder to put into LD_LIBRARY_PATH";
+    let build = match arguments.first().and_then(|a| a.to_str()) {
+        None | Some("--") => false,
+        Some("--build") => true,
+        Some("--help" | "-h") => {
+            println!("{help}");
+            return ExitCode::SUCCESS;
+        }
+        Some(other) => {
+            eprintln!("error: cuda-emu takes --build, or -- and arguments of cargo test, not {other}");
+            return ExitCode::from(2);
+        }
+    };
+    report(run_emulated(build, arguments.get(1..).unwrap_or_default()))
+}
+
+fn run_emulated(build: bool, arguments: &[OsString]) -> Outcome<ExitCode> {
+    let folder = target().join("cuda-emu");
+    build_driver(&home().join("src/kernels"), &folder)?;
+    build_driver(&home().join("tests/faults"), &folder.join("faults"))?;
+    if build {
+        println!("{}", folder.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut command = cargo();
+    command.arg("test").current_dir(root());
+    match arguments {
+        [] => command.args(["-p", "mass-cuda", "--features", "emulated", "--test", "main"]),
+        some => command.args(some),
+    };
+    let mut path = OsString::from(&folder);
+    if let Some(there) = std::env::var_os("LD_LIBRARY_PATH") {
+        path.push(":");
+        path.push(there);
+    }
+    command.env("LD_LIBRARY_PATH", path);
+    command.env("RUST_TEST_THREADS", "1");
+    command.env("EMU_CONTROL", folder.join("control"));
+    command.env("EMU_FAULTS", folder.join("faults"));
+    Ok(exit_code(command))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{judge, names};
+
+    #[test]
+    fn kernels_are_found_by_name() {
+        let source = "extern \"C\" __global__ void __launch_bounds__(256, 2) a_1(const float *x) {}\n\
+                      __device__ void b(int) {}\nextern \"C\" __global__ void c(int n) {}";
+        assert_eq!(names(source), ["a_1", "c"]);
+    }
+
+    #[test]
+    fn spills_and_too_much_shared_memory_are_faults() {
+        let good = "ptxas info    : Compiling entry function 'f' for 'sm_75'\n\
+                    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+                    ptxas info    : Used 8 registers, 49152 bytes smem, 380 bytes cmem[0]";
+        assert_eq!(judge(good), (1, vec![]));
+        let spill = good.replace("0 bytes spill loads", "12 bytes spill loads");
+        assert_eq!(judge(&spill).1.len(), 1);
+        assert_eq!(judge(&good.replace("49152", "49156")).1.len(), 1);
+    }
+}
