@@ -58,7 +58,8 @@ fn must(command: &mut Command) -> Outcome<()> {
 
 /// The kernels' sources: what all share, then the others by name.
 fn sources(folder: &Path) -> Outcome<Vec<PathBuf>> {
-    let list = fs::read_dir(folder).map_err(|e| format!("cannot list {}: {e}", folder.display()))?;
+    let list =
+        fs::read_dir(folder).map_err(|e| format!("cannot list {}: {e}", folder.display()))?;
     let mut found: Vec<PathBuf> = list
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|e| e == "cu"))
@@ -85,7 +86,13 @@ fn tools() -> Outcome<PathBuf> {
     if !python.exists() {
         must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
     }
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    let pip = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ];
     must(Command::new(&python).args(pip).args(WHEELS))?;
     write(&stamp, &wanted)?;
     Ok(folder)
@@ -95,7 +102,8 @@ fn tools() -> Outcome<PathBuf> {
 fn find(tools: &Path, tail: &str) -> Outcome<PathBuf> {
     let lib = tools.join("lib");
     let list = fs::read_dir(&lib).map_err(|e| format!("cannot list {}: {e}", lib.display()))?;
-    let mut found = list.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia").join(tail)));
+    let mut found =
+        list.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia").join(tail)));
     found
         .find(|path| path.exists())
         .ok_or_else(|| format!("{tail} is not in {}", lib.display()))
@@ -105,7 +113,11 @@ fn find(tools: &Path, tail: &str) -> Outcome<PathBuf> {
 fn compile(tools: &Path, folder: &Path, out: &Path) -> Outcome<()> {
     let library = find(tools, "cuda_nvrtc/lib/libnvrtc.so.12")?;
     let mut command = Command::new(tools.join("bin/python"));
-    command.arg(home().join("nvrtc.py")).arg(library).arg(out).args(sources(folder)?);
+    command
+        .arg(home().join("nvrtc.py"))
+        .arg(library)
+        .arg(out)
+        .args(sources(folder)?);
     must(&mut command)
 }
 
@@ -114,8 +126,12 @@ fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
     let ptxas = find(tools, "cuda_nvcc/bin/ptxas")?;
     for architecture in ARCHITECTURES {
         let mut command = Command::new(&ptxas);
-        command.args(["-v", "-arch", architecture, "-o", "/dev/null"]).arg(ptx);
-        let output = command.output().map_err(|e| format!("cannot run ptxas: {e}"))?;
+        command
+            .args(["-v", "-arch", architecture, "-o", "/dev/null"])
+            .arg(ptx);
+        let output = command
+            .output()
+            .map_err(|e| format!("cannot run ptxas: {e}"))?;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         if !output.status.success() {
             return Err(format!("ptxas for {architecture}:\n{text}"));
@@ -133,7 +149,10 @@ fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
 fn judge(text: &str) -> (usize, Vec<String>) {
     let (mut name, mut kernels, mut faults) = (String::new(), 0, Vec::new());
     let before = |line: &str, unit: &str| -> u32 {
-        let number = line.split(unit).next().and_then(|head| head.split([' ', ',']).next_back());
+        let number = line
+            .split(unit)
+            .next()
+            .and_then(|head| head.split([' ', ',']).next_back());
         number.and_then(|n| n.parse().ok()).unwrap_or(0)
     };
     for line in text.lines() {
@@ -141,11 +160,16 @@ fn judge(text: &str) -> (usize, Vec<String>) {
             name = rest.split('\'').next().unwrap_or_default().to_owned();
             kernels += 1;
         }
-        if line.contains("spill stores") && (before(line, " bytes spill stores") > 0 || before(line, " bytes spill loads") > 0) {
+        if line.contains("spill stores")
+            && (before(line, " bytes spill stores") > 0 || before(line, " bytes spill loads") > 0)
+        {
             faults.push(format!("{name} spills: {}", line.trim()));
         }
         if line.contains(" bytes smem") && before(line, " bytes smem") > SHARED_MEMORY {
-            faults.push(format!("{name} takes too much shared memory: {}", line.trim()));
+            faults.push(format!(
+                "{name} takes too much shared memory: {}",
+                line.trim()
+            ));
         }
     }
     (kernels, faults)
@@ -160,7 +184,12 @@ Compiles crates/mass-cuda/src/kernels/*.cu to kernels.ptx, with the pinned NVRTC
 target/), and assembles it for every architecture: no kernel may spill or take more than 48 KiB of shared memory.
 
   --check   write nothing; fail if what is committed is not what comes out";
-    let check = match arguments.iter().map(|a| a.to_str()).collect::<Option<Vec<_>>>().as_deref() {
+    let check = match arguments
+        .iter()
+        .map(|a| a.to_str())
+        .collect::<Option<Vec<_>>>()
+        .as_deref()
+    {
         Some([]) => false,
         Some(["--check"]) => true,
         Some(["--help" | "-h"]) => {
@@ -177,8 +206,14 @@ target/), and assembles it for every architecture: no kernel may spill or take m
 
 fn compile_kernels(check: bool) -> Outcome<ExitCode> {
     let tools = tools()?;
-    for (folder, name) in [(home().join("src/kernels"), "kernels"), (home().join("tests/faults"), "faults")] {
-        let (made, committed) = (target().join(format!("{name}.ptx")), folder.join(format!("{name}.ptx")));
+    for (folder, name) in [
+        (home().join("src/kernels"), "kernels"),
+        (home().join("tests/faults"), "faults"),
+    ] {
+        let (made, committed) = (
+            target().join(format!("{name}.ptx")),
+            folder.join(format!("{name}.ptx")),
+        );
         compile(&tools, &folder, &made)?;
         assemble(&tools, &made)?;
         let text = read(&made)?;
@@ -186,7 +221,9 @@ fn compile_kernels(check: bool) -> Outcome<ExitCode> {
             write(&committed, &text)?;
         } else if read(&committed)? != text {
             let committed = committed.display();
-            return Err(format!("{committed} is stale: run `cargo xtask cuda-kernels` and commit it"));
+            return Err(format!(
+                "{committed} is stale: run `cargo xtask cuda-kernels` and commit it"
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -248,7 +285,11 @@ fn build_driver(folder: &Path, out: &Path) -> Outcome<()> {
     write(&out.join("list.inc"), &list)?;
     let mut command = Command::new("g++");
     command.args(flags).arg("-I").arg(out).arg("-I").arg(&emu);
-    command.arg(emu.join("driver.cpp")).arg("-o").arg(&library).arg("-ldl");
+    command
+        .arg(emu.join("driver.cpp"))
+        .arg("-o")
+        .arg(&library)
+        .arg("-ldl");
     must(&mut command)?;
     write(&stamp, &all)
 }
@@ -270,7 +311,9 @@ those of mass-cuda, or what the arguments say. The tests have one thread: the de
             return ExitCode::SUCCESS;
         }
         Some(other) => {
-            eprintln!("error: cuda-emu takes --build, or -- and arguments of cargo test, not {other}");
+            eprintln!(
+                "error: cuda-emu takes --build, or -- and arguments of cargo test, not {other}"
+            );
             return ExitCode::from(2);
         }
     };
@@ -288,7 +331,14 @@ fn run_emulated(build: bool, arguments: &[OsString]) -> Outcome<ExitCode> {
     let mut command = cargo();
     command.arg("test").current_dir(root());
     match arguments {
-        [] => command.args(["-p", "mass-cuda", "--features", "emulated", "--test", "main"]),
+        [] => command.args([
+            "-p",
+            "mass-cuda",
+            "--features",
+            "emulated",
+            "--test",
+            "main",
+        ]),
         some => command.args(some),
     };
     let mut path = OsString::from(&folder);

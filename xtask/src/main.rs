@@ -43,7 +43,9 @@ fn main() -> ExitCode {
             let what = other.map_or("no command given".to_owned(), |o| {
                 format!("unknown command `{o}`")
             });
-            eprintln!("error: {what}; there are: reproduce, train, bench, data, cuda-kernels, cuda-emu, ci");
+            eprintln!(
+                "error: {what}; there are: reproduce, train, bench, data, cuda-kernels, cuda-emu, ci"
+            );
             ExitCode::from(2)
         }
     }

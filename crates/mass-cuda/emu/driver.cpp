@@ -158,9 +158,14 @@ static void fault(const Inside &in, const char *what) {
 static bool run_block(Inside &in, int order, unsigned seed) {
     auto &fibers = in.fibers;
     auto &turn = in.turn;
+    // The order of the threads within each warp.
     for (unsigned i = 0; i < turn.size(); i++) turn[i] = i;
-    if (order == 1) std::reverse(turn.begin(), turn.end());
-    if (order == 2) std::shuffle(turn.begin(), turn.end(), std::minstd_rand(seed));
+    std::minstd_rand random(seed);
+    for (size_t w = 0; w < turn.size(); w += 32) {
+        auto first = turn.begin() + w, end = turn.begin() + std::min(w + 32, turn.size());
+        if (order == 1) std::reverse(first, end);
+        if (order == 2) std::shuffle(first, end, random);
+    }
     for (size_t i = 0; i < fibers.size(); i++) {
         Fiber &f = fibers[i];
         f.state = READY;
@@ -171,31 +176,48 @@ static bool run_block(Inside &in, int order, unsigned seed) {
         memset(top, 0, 48);
         f.sp = top;
     }
-    for (;;) {
+    const size_t warps = (fibers.size() + 31) / 32;
+    // Runs the ready threads of a warp in turn; whether any was.
+    auto run_warp = [&](size_t w) {
         bool ran = false;
-        for (unsigned i : turn) {
-            Fiber &f = fibers[i];
+        for (size_t k = 32 * w; k < std::min(32 * w + 32, fibers.size()); k++) {
+            Fiber &f = fibers[turn[k]];
             if (f.state != READY) continue;
             ran = true;
             runner.now = &f;
             emu_switch(&in.scheduler_sp, f.sp);
         }
-        if (ran) {
-            // A warp goes on when all its threads wait at one place.
-            for (size_t w = 0; w < fibers.size(); w += 32) {
-                size_t end = std::min(w + 32, fibers.size());
-                size_t waiting = 0, ready = 0;
-                bool same = true;
-                for (size_t i = w; i < end; i++) {
-                    waiting += fibers[i].state == WARP_WAIT;
-                    ready += fibers[i].state == READY;
-                    same &= fibers[i].state == WARP_WAIT && fibers[i].site == fibers[w].site;
-                }
-                if (waiting == 0 || ready > 0) continue;
-                if (waiting < 32 || !same) { fault(in, "a shuffle is not reached by all threads of the warp"); return false; }
-                for (size_t i = w; i < end; i++) fibers[i].state = READY;
+        return ran;
+    };
+    // A warp goes on when all its threads wait at one place. 1: it does, 0: it does not wait, -1: it never will.
+    auto release_warp = [&](size_t w) {
+        size_t end = std::min(32 * w + 32, fibers.size()), waiting = 0;
+        bool same = true;
+        for (size_t i = 32 * w; i < end; i++) {
+            waiting += fibers[i].state == WARP_WAIT;
+            same &= fibers[i].state == WARP_WAIT && fibers[i].site == fibers[32 * w].site;
+        }
+        if (waiting == 0) return 0;
+        if (waiting < 32 || !same) return -1;
+        for (size_t i = 32 * w; i < end; i++) fibers[i].state = READY;
+        return 1;
+    };
+    for (;;) {
+        // A warp runs as far as it can before the next begins (in the first schedule, warps go on from shuffle to shuffle side by
+        // side): what one warp leaves for another is then there too early or too late, unless they wait for each other.
+        bool going = true;
+        while (going) {
+            going = false;
+            for (size_t k = 0; k < warps; k++) {
+                const size_t w = order == 0 ? k : order == 1 ? warps - 1 - k : (k + seed) % warps;
+                int released;
+                do {
+                    going |= run_warp(w);
+                    released = release_warp(w);
+                    if (released < 0) { fault(in, "a shuffle is not reached by all threads of the warp"); return false; }
+                    going |= released > 0;
+                } while (released > 0 && order != 0);
             }
-            continue;
         }
         size_t done = 0, waiting = 0;
         bool same = true;

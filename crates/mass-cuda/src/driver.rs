@@ -136,9 +136,9 @@ fn find_driver() -> Result<(), CudaError> {
         return none(String::new());
     }
     // SAFETY: it is present, so this does not panic; the symbols' addresses are looked up and not used.
-    let lacks = SYMBOLS.iter().find(|name| unsafe {
-        sys::culib().get::<unsafe extern "C" fn()>(**name).is_err()
-    });
+    let lacks = SYMBOLS
+        .iter()
+        .find(|name| unsafe { sys::culib().get::<unsafe extern "C" fn()>(**name).is_err() });
     match lacks {
         None => Ok(()),
         Some(name) => none(format!(
@@ -199,7 +199,9 @@ impl Device {
         let attribute = |which| {
             // SAFETY: the device came from the driver.
             let value = unsafe { result::device::get_attribute(device, which) };
-            value.map(|v| u32::try_from(v).unwrap_or(0)).map_err(|e| call("asking what the device can do", e))
+            value
+                .map(|v| u32::try_from(v).unwrap_or(0))
+                .map_err(|e| call("asking what the device can do", e))
         };
         use sys::CUdevice_attribute as A;
         let capability = (
@@ -210,9 +212,11 @@ impl Device {
         if capability < (7, 5) || pools == 0 {
             return Err(CudaError::DeviceTooOld { name, capability });
         }
-        let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize;
+        let multiprocessors =
+            attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize;
         // SAFETY: the device came from the driver; the context is released when `inner` is dropped.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(|e| call("opening the device", e))?;
+        let context = unsafe { result::primary_ctx::retain(device) }
+            .map_err(|e| call("opening the device", e))?;
         let mut inner = Inner {
             device,
             context,
@@ -297,7 +301,14 @@ impl Device {
         let mut pointers = arguments.pointers();
         // SAFETY: as many arguments as the kernel has parameters, each of the parameter's bytes; see the file's head for the rest.
         let launched = unsafe {
-            result::launch_kernel(function.handle, (grid.0, grid.1, 1), (block, 1, 1), 0, inner.stream, &mut pointers)
+            result::launch_kernel(
+                function.handle,
+                (grid.0, grid.1, 1),
+                (block, 1, 1),
+                0,
+                inner.stream,
+                &mut pointers,
+            )
         };
         launched.map_err(|e| inner.broken(&format!("launching {kernel}"), e))
     }
@@ -313,7 +324,8 @@ impl Inner {
             }
         }
         // SAFETY: the context is retained as long as `self` lives.
-        unsafe { result::ctx::set_current(self.context) }.map_err(|e| self.broken("using the device", e))
+        unsafe { result::ctx::set_current(self.context) }
+            .map_err(|e| self.broken("using the device", e))
     }
 
     /// An error after which nothing on the device is to be relied on.
@@ -326,7 +338,8 @@ impl Inner {
     }
 
     fn memory(&self) -> Result<Memory, CudaError> {
-        let (free, total) = result::mem_get_info().map_err(|e| self.broken("asking for free memory", e))?;
+        let (free, total) =
+            result::mem_get_info().map_err(|e| self.broken("asking for free memory", e))?;
         Ok(Memory { free, total })
     }
 
@@ -351,13 +364,16 @@ impl Inner {
         };
         let image = CString::new(text).map_err(|_| invalid())?;
         // SAFETY: the image ends with a zero and outlives the call.
-        self.module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(|e| call(what, e))?;
+        self.module = unsafe { result::module::load_data(image.as_ptr().cast()) }
+            .map_err(|e| call(what, e))?;
         for entry in ptx::entries(text) {
             let name = CString::new(entry.name.as_str()).map_err(|_| invalid())?;
             // SAFETY: the module was just loaded.
-            let handle = unsafe { result::module::get_function(self.module, name) }.map_err(|e| call(what, e))?;
+            let handle = unsafe { result::module::get_function(self.module, name) }
+                .map_err(|e| call(what, e))?;
             let parameters = entry.parameters;
-            self.functions.insert(entry.name, Function { handle, parameters });
+            self.functions
+                .insert(entry.name, Function { handle, parameters });
         }
         Ok(())
     }
@@ -369,7 +385,11 @@ impl Inner {
             Ok(pointer) => Ok(pointer),
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                 let Memory { free, total } = self.memory()?;
-                Err(CudaError::OutOfMemory { wanted: bytes, free, total })
+                Err(CudaError::OutOfMemory {
+                    wanted: bytes,
+                    free,
+                    total,
+                })
             }
             Err(e) => Err(self.broken("allocating memory", e)),
         }
@@ -429,11 +449,14 @@ impl<T: Value> Buffer<T> {
     /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
     pub fn uninitialised(device: &Device, len: usize) -> Result<Self, CudaError> {
         let most = isize::MAX as usize;
-        let bytes = len.checked_mul(size_of::<T>()).filter(|&n| n <= most).ok_or(CudaError::TooLarge {
-            what: "values of a buffer",
-            got: len,
-            most: most / size_of::<T>(),
-        })?;
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .filter(|&n| n <= most)
+            .ok_or(CudaError::TooLarge {
+                what: "values of a buffer",
+                got: len,
+                most: most / size_of::<T>(),
+            })?;
         let pointer = match bytes {
             0 => 0,
             bytes => device.0.allocate(bytes)?,
@@ -537,7 +560,13 @@ impl<T: Value> Drop for Buffer<T> {
 
 impl<T: Value> std::fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Buffer<{}>({} on {:?})", std::any::type_name::<T>(), self.len, self.device)
+        write!(
+            f,
+            "Buffer<{}>({} on {:?})",
+            std::any::type_name::<T>(),
+            self.len,
+            self.device
+        )
     }
 }
 
@@ -586,7 +615,11 @@ impl<'a, T: Value> View<'a, T> {
     /// [`CudaError::Length`] if the range leaves the view.
     pub fn range(self, range: std::ops::Range<usize>) -> Result<Self, CudaError> {
         let (pointer, len) = part::<T>(self.pointer, self.len, &range)?;
-        Ok(Self { pointer, len, ..self })
+        Ok(Self {
+            pointer,
+            len,
+            ..self
+        })
     }
 
     /// The values, once all work before is done.
@@ -665,7 +698,11 @@ impl<'a, T: Value> ViewMut<'a, T> {
     /// [`CudaError::Length`] if the range leaves the view.
     pub fn range(self, range: std::ops::Range<usize>) -> Result<Self, CudaError> {
         let (pointer, len) = part::<T>(self.pointer, self.len, &range)?;
-        Ok(Self { pointer, len, ..self })
+        Ok(Self {
+            pointer,
+            len,
+            ..self
+        })
     }
 
     /// The values before and from `middle` on.
@@ -710,7 +747,9 @@ impl<'a, T: Value> ViewMut<'a, T> {
         inner.enter()?;
         if self.len > 0 {
             // SAFETY: the view's own bytes; zero bytes are a value of every plain type.
-            let cleared = unsafe { result::memset_d8_async(self.pointer, 0, self.len * size_of::<T>(), inner.stream) };
+            let cleared = unsafe {
+                result::memset_d8_async(self.pointer, 0, self.len * size_of::<T>(), inner.stream)
+            };
             cleared.map_err(|e| inner.broken("clearing memory", e))?;
         }
         Ok(())
@@ -739,14 +778,18 @@ impl<'a, T: Value> ViewMut<'a, T> {
     pub fn copy_from(self, from: View<'_, T>) -> Result<(), CudaError> {
         CudaError::check("copy", self.len, from.len)?;
         if self.device != from.device {
-            return Err(CudaError::OtherDevice { what: "source of a copy" });
+            return Err(CudaError::OtherDevice {
+                what: "source of a copy",
+            });
         }
         let inner = &self.device.0;
         inner.enter()?;
         if self.len > 0 {
             let bytes = self.len * size_of::<T>();
             // SAFETY: as many bytes on both sides, which borrowing keeps apart.
-            let copied = unsafe { result::memcpy_dtod_async(self.pointer, from.pointer, bytes, inner.stream) };
+            let copied = unsafe {
+                result::memcpy_dtod_async(self.pointer, from.pointer, bytes, inner.stream)
+            };
             copied.map_err(|e| inner.broken("copying on the device", e))?;
         }
         Ok(())
@@ -864,7 +907,8 @@ impl Arguments {
 
     /// Where each argument is, for the driver, which only reads there.
     fn pointers(&self) -> Vec<*mut c_void> {
-        let pointer = |&(first, _): &(usize, usize)| (&raw const self.words[first]).cast_mut().cast();
+        let pointer =
+            |&(first, _): &(usize, usize)| (&raw const self.words[first]).cast_mut().cast();
         self.places.iter().map(pointer).collect()
     }
 }

@@ -26,9 +26,17 @@ pub(crate) fn entries(ptx: &str) -> Vec<Entry> {
 
 /// Bytes of a declaration such as ` .align 8 .b8 gemm_param_0[120]` or ` .u64 fill_param_1`.
 fn bytes(declaration: &str) -> usize {
-    let words: Vec<&str> = declaration.trim().trim_end_matches(',').split_whitespace().collect();
+    let words: Vec<&str> = declaration
+        .trim()
+        .trim_end_matches(',')
+        .split_whitespace()
+        .collect();
     let kind = words.iter().rev().nth(1).and_then(|w| w.strip_prefix('.'));
-    let bits = kind.and_then(|k| k.trim_start_matches(|c: char| c.is_alphabetic()).parse::<usize>().ok());
+    let bits = kind.and_then(|k| {
+        k.trim_start_matches(|c: char| c.is_alphabetic())
+            .parse::<usize>()
+            .ok()
+    });
     let array = words.last().and_then(|name| name.split_once('['));
     let count = match array {
         Some((_, count)) => count.trim_end_matches(']').parse().unwrap_or(0),
@@ -48,12 +56,21 @@ mod tests {
         let found = entries(text);
         assert_eq!(found[0].name, "f");
         assert_eq!(found[0].parameters, [8, 120, 4]);
-        assert_eq!((found[1].name.as_str(), found[1].parameters.len()), ("g", 0));
+        assert_eq!(
+            (found[1].name.as_str(), found[1].parameters.len()),
+            ("g", 0)
+        );
     }
 
     #[test]
     fn what_is_embedded_runs_on_driver_535_and_turing() {
-        let line = |start: &str| PTX.lines().find_map(|l| l.strip_prefix(start)).unwrap().trim().to_owned();
+        let line = |start: &str| {
+            PTX.lines()
+                .find_map(|l| l.strip_prefix(start))
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
         assert_eq!(line(".version "), "8.2");
         assert_eq!(line(".target "), "sm_75");
         let all = entries(PTX);

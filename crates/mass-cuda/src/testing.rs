@@ -18,7 +18,14 @@ pub fn open(ordinal: usize, ptx: &str) -> Result<Device, CudaError> {
 ///
 /// # Errors
 /// [`CudaError::Call`] if there is no such kernel, or it cannot be launched.
-pub fn launch(device: &Device, kernel: &str, blocks: u32, threads: u32, y: ViewMut<'_, f32>, n: u32) -> Result<(), CudaError> {
+pub fn launch(
+    device: &Device,
+    kernel: &str,
+    blocks: u32,
+    threads: u32,
+    y: ViewMut<'_, f32>,
+    n: u32,
+) -> Result<(), CudaError> {
     let arguments = Arguments::new().view_mut(&y).int(n);
     device.launch(kernel, (blocks, 1), threads, &arguments)
 }

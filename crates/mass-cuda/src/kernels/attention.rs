@@ -25,7 +25,11 @@ impl Sequences {
     /// # Errors
     /// [`CudaError::Setting`] for offsets that do not begin at zero or that fall, [`CudaError::Length`] if there is not one key a row,
     /// [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`].
-    pub fn new(device: &Device, offsets: &[usize], keys: Option<&[bool]>) -> Result<Self, CudaError> {
+    pub fn new(
+        device: &Device,
+        offsets: &[usize],
+        keys: Option<&[bool]>,
+    ) -> Result<Self, CudaError> {
         if offsets.first() != Some(&0) || offsets.windows(2).any(|w| w[0] > w[1]) {
             return Err(CudaError::Setting {
                 what: "offsets of sequences",
@@ -104,13 +108,30 @@ impl AttentionShape {
     }
 
     /// As the kernel's `Attention`.
-    fn words(&self, qkv: View<'_, f32>, sequences: &Sequences, tiles: &Buffer<u32>) -> Result<Vec<u32>, CudaError> {
+    fn words(
+        &self,
+        qkv: View<'_, f32>,
+        sequences: &Sequences,
+        tiles: &Buffer<u32>,
+    ) -> Result<Vec<u32>, CudaError> {
         let (rate, key) = mask(self.dropout)?;
         let scale = 1.0 / ((self.dim / self.heads) as f32).sqrt();
         let keys = sequences.keys.as_ref().map_or(0, |k| k.view().address());
         let addresses = [qkv.address(), keys, tiles.view().address()];
-        let numbers = [int("heads", self.heads)?, int("width", self.dim)?, u32::from(self.causal), 0, scale.to_bits(), rate.to_bits()];
-        Ok(addresses.into_iter().flat_map(halves).chain(numbers).chain(halves(key)).collect())
+        let numbers = [
+            int("heads", self.heads)?,
+            int("width", self.dim)?,
+            u32::from(self.causal),
+            0,
+            scale.to_bits(),
+            rate.to_bits(),
+        ];
+        Ok(addresses
+            .into_iter()
+            .flat_map(halves)
+            .chain(numbers)
+            .chain(halves(key))
+            .collect())
     }
 
     fn check(&self, rows: usize, all: &[(&'static str, usize, usize)]) -> Result<(), CudaError> {
@@ -140,7 +161,11 @@ pub fn forward(
 ) -> Result<(), CudaError> {
     same_device(device, &[("qkv", &qkv), ("y", &y), ("kept", &kept)])?;
     let width = shape.compiled()?;
-    let all = [("qkv", qkv.len(), 3 * shape.dim), ("y", y.len(), shape.dim), ("kept", kept.len(), 2 * shape.heads)];
+    let all = [
+        ("qkv", qkv.len(), 3 * shape.dim),
+        ("y", y.len(), shape.dim),
+        ("kept", kept.len(), 2 * shape.heads),
+    ];
     shape.check(sequences.rows, &all)?;
     let side = if width == WIDEST_HEAD { 32 } else { 64 };
     let tiles = sequences.tiles(device, int("heads", shape.heads)?, side)?;
@@ -148,8 +173,14 @@ pub fn forward(
         return Ok(());
     }
     let words = shape.words(qkv, sequences, &tiles)?;
-    let grid = (int("tiles of attention", tiles.len() / 4)?, grid_y("heads", shape.heads)?);
-    let arguments = Arguments::new().structure(&words).view_mut(&y).view_mut(&kept);
+    let grid = (
+        int("tiles of attention", tiles.len() / 4)?,
+        grid_y("heads", shape.heads)?,
+    );
+    let arguments = Arguments::new()
+        .structure(&words)
+        .view_mut(&y)
+        .view_mut(&kept);
     device.launch(&format!("attention_forward_{width}"), grid, 256, &arguments)
 }
 
@@ -168,7 +199,16 @@ pub fn backward(
     dy: View<'_, f32>,
     (dqkv, store): (ViewMut<'_, f32>, Store),
 ) -> Result<(), CudaError> {
-    same_device(device, &[("qkv", &qkv), ("y", &y), ("kept", &kept), ("dy", &dy), ("dqkv", &dqkv)])?;
+    same_device(
+        device,
+        &[
+            ("qkv", &qkv),
+            ("y", &y),
+            ("kept", &kept),
+            ("dy", &dy),
+            ("dqkv", &dqkv),
+        ],
+    )?;
     let width = shape.compiled()?;
     let all = [
         ("qkv", qkv.len(), 3 * shape.dim),
@@ -185,12 +225,25 @@ pub fn backward(
     }
     let pairs = sequences.rows * shape.heads;
     let mut delta = Buffer::<f32>::uninitialised(device, pairs)?;
-    let arguments = Arguments::new().view(dy).view(y).view_mut(&delta.view_mut());
-    let arguments = arguments.int(int("rows and heads", pairs)?).int(int("width", shape.dim / shape.heads)?);
+    let arguments = Arguments::new()
+        .view(dy)
+        .view(y)
+        .view_mut(&delta.view_mut());
+    let arguments = arguments
+        .int(int("rows and heads", pairs)?)
+        .int(int("width", shape.dim / shape.heads)?);
     warps(device, "attention_delta", pairs, &arguments)?;
     let words = shape.words(qkv, sequences, &tiles)?;
-    let grid = (int("tiles of attention", tiles.len() / 4)?, grid_y("heads", shape.heads)?);
-    let arguments = Arguments::new().structure(&words).view(dy).view(kept).view(delta.view()).view_mut(&dqkv);
+    let grid = (
+        int("tiles of attention", tiles.len() / 4)?,
+        grid_y("heads", shape.heads)?,
+    );
+    let arguments = Arguments::new()
+        .structure(&words)
+        .view(dy)
+        .view(kept)
+        .view(delta.view())
+        .view_mut(&dqkv);
     let arguments = arguments.int(store.add());
     device.launch(&format!("attention_queries_{width}"), grid, 256, &arguments)?;
     device.launch(&format!("attention_keys_{width}"), grid, 256, &arguments)

@@ -37,14 +37,28 @@ pub fn forward(
     nll: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
     let (ids, classes) = (targets.ids.view(), targets.classes);
-    same_device(device, &[("logits", &logits), ("targets", &ids), ("probs", &probs), ("nll", &nll)])?;
+    same_device(
+        device,
+        &[
+            ("logits", &logits),
+            ("targets", &ids),
+            ("probs", &probs),
+            ("nll", &nll),
+        ],
+    )?;
     let rows = ids.len();
     let n = product("logits", &[rows, classes])?;
     CudaError::check("logits", n, logits.len())?;
     CudaError::check("probs", n, probs.len())?;
     CudaError::check("nll", rows, nll.len())?;
-    let arguments = Arguments::new().view(logits).view(ids).view_mut(&probs).view_mut(&nll);
-    let arguments = arguments.int(int("rows", rows)?).int(int("classes", classes)?);
+    let arguments = Arguments::new()
+        .view(logits)
+        .view(ids)
+        .view_mut(&probs)
+        .view_mut(&nll);
+    let arguments = arguments
+        .int(int("rows", rows)?)
+        .int(int("classes", classes)?);
     warps(device, "cross_entropy_forward", rows, &arguments)
 }
 
@@ -61,12 +75,22 @@ pub fn backward(
     store: Store,
 ) -> Result<(), CudaError> {
     let (ids, classes) = (targets.ids.view(), targets.classes);
-    same_device(device, &[("probs", &probs), ("targets", &ids), ("dlogits", &dlogits)])?;
+    same_device(
+        device,
+        &[("probs", &probs), ("targets", &ids), ("dlogits", &dlogits)],
+    )?;
     let n = product("probs", &[ids.len(), classes])?;
     CudaError::check("probs", n, probs.len())?;
     CudaError::check("dlogits", n, dlogits.len())?;
-    let arguments = Arguments::new().view(probs).view(ids).view_mut(&dlogits).long(n);
-    let arguments = arguments.int(int("classes", classes)?).float(factor).int(store.add());
+    let arguments = Arguments::new()
+        .view(probs)
+        .view(ids)
+        .view_mut(&dlogits)
+        .long(n);
+    let arguments = arguments
+        .int(int("classes", classes)?)
+        .float(factor)
+        .int(store.add());
     each(device, "cross_entropy_backward", n, &arguments)
 }
 
@@ -77,5 +101,10 @@ pub fn backward(
 pub fn mean(device: &Device, x: View<'_, f32>, mean: ViewMut<'_, f32>) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("mean", &mean)])?;
     CudaError::check("mean", 1, mean.len())?;
-    device.launch("mean_of", (1, 1), 256, &Arguments::new().view(x).long(x.len()).view_mut(&mean))
+    device.launch(
+        "mean_of",
+        (1, 1),
+        256,
+        &Arguments::new().view(x).long(x.len()).view_mut(&mean),
+    )
 }

@@ -13,7 +13,10 @@ const BLOCK: usize = 4096;
 /// # Errors
 /// [`CudaError::Length`] if the two of a pair differ in length, [`CudaError::OutOfMemory`], [`CudaError::Call`],
 /// [`CudaError::OtherDevice`].
-pub fn dots(device: &Device, pairs: &[(View<'_, f32>, View<'_, f32>)]) -> Result<Vec<f64>, CudaError> {
+pub fn dots(
+    device: &Device,
+    pairs: &[(View<'_, f32>, View<'_, f32>)],
+) -> Result<Vec<f64>, CudaError> {
     if pairs.is_empty() {
         return Ok(Vec::new());
     }
@@ -22,7 +25,11 @@ pub fn dots(device: &Device, pairs: &[(View<'_, f32>, View<'_, f32>)]) -> Result
     for (a, b) in pairs {
         same_device(device, &[("first of a pair", a), ("second of a pair", b)])?;
         CudaError::check("second of a pair", a.len(), b.len())?;
-        table.extend([a.address(), b.address(), a.len() as u64].into_iter().flat_map(halves));
+        table.extend(
+            [a.address(), b.address(), a.len() as u64]
+                .into_iter()
+                .flat_map(halves),
+        );
         table.extend([int("blocks of vectors", blocks)?, 0]);
         blocks += a.len().div_ceil(BLOCK);
     }
@@ -31,9 +38,16 @@ pub fn dots(device: &Device, pairs: &[(View<'_, f32>, View<'_, f32>)]) -> Result
     let mut parts = Buffer::<f64>::uninitialised(device, blocks)?;
     let mut sums = Buffer::<f64>::uninitialised(device, pairs.len())?;
     let all = int("blocks of vectors", blocks)?;
-    let arguments = Arguments::new().view(table.view()).int(count).int(all).view_mut(&parts.view_mut());
+    let arguments = Arguments::new()
+        .view(table.view())
+        .int(count)
+        .int(all)
+        .view_mut(&parts.view_mut());
     super::warps(device, "dot_parts", blocks, &arguments)?;
-    let arguments = Arguments::new().view(table.view()).view(parts.view()).view_mut(&sums.view_mut());
+    let arguments = Arguments::new()
+        .view(table.view())
+        .view(parts.view())
+        .view_mut(&sums.view_mut());
     device.launch("dot_sums", (count, 1), 256, &arguments)?;
     sums.to_vec()
 }
@@ -75,10 +89,17 @@ pub fn column_sums(device: &Device, jobs: Vec<ColumnSum<'_>>) -> Result<(), Cuda
             same_device(device, &[("factor of column sums", times)])?;
             CudaError::check("factor of column sums", job.x.len(), times.len())?;
         }
-        let longs = [job.x.address(), job.times.map_or(0, |t| t.address()), job.y.address()];
+        let longs = [
+            job.x.address(),
+            job.times.map_or(0, |t| t.address()),
+            job.y.address(),
+        ];
         table.extend(longs.into_iter().flat_map(halves));
         let width = int("columns", cols)?;
-        let first = [int("blocks of column sums", blocks)?, int("partial sums", parts)?];
+        let first = [
+            int("blocks of column sums", blocks)?,
+            int("partial sums", parts)?,
+        ];
         table.extend([int("rows", rows)?, width, width, job.store.add()]);
         table.extend(first);
         blocks += rows.div_ceil(256) * cols.div_ceil(256);
@@ -93,9 +114,25 @@ pub fn column_sums(device: &Device, jobs: Vec<ColumnSum<'_>>) -> Result<(), Cuda
     int("partial sums", parts)?;
     let mut parts = Buffer::<f32>::uninitialised(device, parts)?;
     if blocks > 0 {
-        let arguments = Arguments::new().view(table.view()).int(int("jobs", count)?).view_mut(&parts.view_mut());
-        device.launch("column_parts", (int("blocks of column sums", blocks)?, 1), 256, &arguments)?;
+        let arguments = Arguments::new()
+            .view(table.view())
+            .int(int("jobs", count)?)
+            .view_mut(&parts.view_mut());
+        device.launch(
+            "column_parts",
+            (int("blocks of column sums", blocks)?, 1),
+            256,
+            &arguments,
+        )?;
     }
-    let grid = (int("columns", widest.div_ceil(256))?, grid_y("column sums", count)?);
-    device.launch("column_sums", grid, 256, &Arguments::new().view(table.view()).view(parts.view()))
+    let grid = (
+        int("columns", widest.div_ceil(256))?,
+        grid_y("column sums", count)?,
+    );
+    device.launch(
+        "column_sums",
+        grid,
+        256,
+        &Arguments::new().view(table.view()).view(parts.view()),
+    )
 }

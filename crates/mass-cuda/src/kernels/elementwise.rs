@@ -10,7 +10,12 @@ use crate::{CudaError, Device, View, ViewMut};
 /// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn fill(device: &Device, value: f32, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
     same_device(device, &[("y", &y)])?;
-    each(device, "fill", y.len(), &Arguments::new().view_mut(&y).long(y.len()).float(value))
+    each(
+        device,
+        "fill",
+        y.len(),
+        &Arguments::new().view_mut(&y).long(y.len()).float(value),
+    )
 }
 
 /// `y = factor y`.
@@ -19,17 +24,31 @@ pub fn fill(device: &Device, value: f32, y: ViewMut<'_, f32>) -> Result<(), Cuda
 /// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn scale(device: &Device, factor: f32, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
     same_device(device, &[("y", &y)])?;
-    each(device, "scale", y.len(), &Arguments::new().view_mut(&y).long(y.len()).float(factor))
+    each(
+        device,
+        "scale",
+        y.len(),
+        &Arguments::new().view_mut(&y).long(y.len()).float(factor),
+    )
 }
 
 /// `y += factor x`.
 ///
 /// # Errors
 /// [`CudaError::Length`] if there are not as many, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn add_scaled(device: &Device, factor: f32, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn add_scaled(
+    device: &Device,
+    factor: f32,
+    x: View<'_, f32>,
+    y: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("y", &y)])?;
     CudaError::check("x", y.len(), x.len())?;
-    let arguments = Arguments::new().view(x).view_mut(&y).long(y.len()).float(factor);
+    let arguments = Arguments::new()
+        .view(x)
+        .view_mut(&y)
+        .long(y.len())
+        .float(factor);
     each(device, "add_scaled", y.len(), &arguments)
 }
 
@@ -46,12 +65,24 @@ pub fn add_into(device: &Device, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Resul
 /// # Errors
 /// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a rate that is not above zero, [`CudaError::Call`],
 /// [`CudaError::OtherDevice`].
-pub fn sum(device: &Device, a: View<'_, f32>, dropout: Option<Dropout>, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn sum(
+    device: &Device,
+    a: View<'_, f32>,
+    dropout: Option<Dropout>,
+    x: View<'_, f32>,
+    y: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     same_device(device, &[("a", &a), ("x", &x), ("y", &y)])?;
     CudaError::check("a", y.len(), a.len())?;
     CudaError::check("x", y.len(), x.len())?;
     let (rate, key) = mask(dropout)?;
-    let arguments = Arguments::new().view(a).view(x).view_mut(&y).long(y.len()).float(rate).wide(key);
+    let arguments = Arguments::new()
+        .view(a)
+        .view(x)
+        .view_mut(&y)
+        .long(y.len())
+        .float(rate)
+        .wide(key);
     each(device, "sum_masked", y.len(), &arguments)
 }
 
@@ -59,11 +90,23 @@ pub fn sum(device: &Device, a: View<'_, f32>, dropout: Option<Dropout>, x: View<
 ///
 /// # Errors
 /// As [`sum`].
-pub fn masked(device: &Device, dropout: Option<Dropout>, x: View<'_, f32>, y: ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
+pub fn masked(
+    device: &Device,
+    dropout: Option<Dropout>,
+    x: View<'_, f32>,
+    y: ViewMut<'_, f32>,
+    store: Store,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("y", &y)])?;
     CudaError::check("x", y.len(), x.len())?;
     let (rate, key) = mask(dropout)?;
-    let arguments = Arguments::new().view(x).view_mut(&y).long(y.len()).float(rate).wide(key).int(store.add());
+    let arguments = Arguments::new()
+        .view(x)
+        .view_mut(&y)
+        .long(y.len())
+        .float(rate)
+        .wide(key)
+        .int(store.add());
     each(device, "masked", y.len(), &arguments)
 }
 
@@ -71,21 +114,41 @@ pub fn masked(device: &Device, dropout: Option<Dropout>, x: View<'_, f32>, y: Vi
 ///
 /// # Errors
 /// [`CudaError::Length`] if there are not as many, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn tanh_forward(device: &Device, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn tanh_forward(
+    device: &Device,
+    x: View<'_, f32>,
+    y: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("y", &y)])?;
     CudaError::check("x", y.len(), x.len())?;
-    each(device, "tanh_forward", y.len(), &Arguments::new().view(x).view_mut(&y).long(y.len()))
+    each(
+        device,
+        "tanh_forward",
+        y.len(),
+        &Arguments::new().view(x).view_mut(&y).long(y.len()),
+    )
 }
 
 /// `dx = dy (1 - y²)` with `y` from [`tanh_forward`], or the same added to it.
 ///
 /// # Errors
 /// As [`tanh_forward`].
-pub fn tanh_backward(device: &Device, y: View<'_, f32>, dy: View<'_, f32>, dx: ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
+pub fn tanh_backward(
+    device: &Device,
+    y: View<'_, f32>,
+    dy: View<'_, f32>,
+    dx: ViewMut<'_, f32>,
+    store: Store,
+) -> Result<(), CudaError> {
     same_device(device, &[("y", &y), ("dy", &dy), ("dx", &dx)])?;
     CudaError::check("y", dx.len(), y.len())?;
     CudaError::check("dy", dx.len(), dy.len())?;
-    let arguments = Arguments::new().view(y).view(dy).view_mut(&dx).long(dx.len()).int(store.add());
+    let arguments = Arguments::new()
+        .view(y)
+        .view(dy)
+        .view_mut(&dx)
+        .long(dx.len())
+        .int(store.add());
     each(device, "tanh_backward", dx.len(), &arguments)
 }
 
@@ -93,12 +156,24 @@ pub fn tanh_backward(device: &Device, y: View<'_, f32>, dy: View<'_, f32>, dx: V
 ///
 /// # Errors
 /// [`CudaError::Length`] if `x` has not whole rows or `y` not as many values, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn scale_columns(device: &Device, x: View<'_, f32>, factor: View<'_, f32>, y: ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
+pub fn scale_columns(
+    device: &Device,
+    x: View<'_, f32>,
+    factor: View<'_, f32>,
+    y: ViewMut<'_, f32>,
+    store: Store,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("factor", &factor), ("y", &y)])?;
     CudaError::check("y", x.len(), y.len())?;
     rows_of("x", x.len(), factor.len())?;
     let cols = int("columns", factor.len())?;
-    let arguments = Arguments::new().view(x).view(factor).view_mut(&y).long(y.len()).int(cols).int(store.add());
+    let arguments = Arguments::new()
+        .view(x)
+        .view(factor)
+        .view_mut(&y)
+        .long(y.len())
+        .int(cols)
+        .int(store.add());
     each(device, "scale_columns", y.len(), &arguments)
 }
 
@@ -106,11 +181,21 @@ pub fn scale_columns(device: &Device, x: View<'_, f32>, factor: View<'_, f32>, y
 ///
 /// # Errors
 /// [`CudaError::Length`] if there are not as many, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn moving_average(device: &Device, keep: f32, x: View<'_, f32>, average: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn moving_average(
+    device: &Device,
+    keep: f32,
+    x: View<'_, f32>,
+    average: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("average", &average)])?;
     CudaError::check("x", average.len(), x.len())?;
     let n = average.len();
-    let arguments = Arguments::new().view(x).view_mut(&average).long(n).float(keep).float(1.0 - keep);
+    let arguments = Arguments::new()
+        .view(x)
+        .view_mut(&average)
+        .long(n)
+        .float(keep)
+        .float(1.0 - keep);
     each(device, "moving_average", n, &arguments)
 }
 
@@ -118,9 +203,23 @@ pub fn moving_average(device: &Device, keep: f32, x: View<'_, f32>, average: Vie
 ///
 /// # Errors
 /// As [`moving_average`].
-pub fn running_mean(device: &Device, share: f32, x: View<'_, f32>, mean: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn running_mean(
+    device: &Device,
+    share: f32,
+    x: View<'_, f32>,
+    mean: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     same_device(device, &[("x", &x), ("mean", &mean)])?;
     CudaError::check("x", mean.len(), x.len())?;
     let n = mean.len();
-    each(device, "running_mean", n, &Arguments::new().view(x).view_mut(&mean).long(n).float(share))
+    each(
+        device,
+        "running_mean",
+        n,
+        &Arguments::new()
+            .view(x)
+            .view_mut(&mean)
+            .long(n)
+            .float(share),
+    )
 }

@@ -51,10 +51,17 @@ impl Index {
         let mut first = 0;
         while first < list.len() {
             let entry = ids[list[first] as usize];
-            let same = list[first..].iter().take_while(|&&row| ids[row as usize] == entry).count();
+            let same = list[first..]
+                .iter()
+                .take_while(|&&row| ids[row as usize] == entry)
+                .count();
             used.push(entry);
             pieces.push(starts.len() as u32);
-            starts.extend((first..first + same).step_by(PIECE).map(|start| start as u32));
+            starts.extend(
+                (first..first + same)
+                    .step_by(PIECE)
+                    .map(|start| start as u32),
+            );
             first += same;
         }
         pieces.push(starts.len() as u32);
@@ -97,21 +104,44 @@ impl Index {
 ///
 /// # Errors
 /// [`CudaError::Length`] if lengths do not fit the index, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn forward(device: &Device, table: View<'_, f32>, index: &Index, y: ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
+pub fn forward(
+    device: &Device,
+    table: View<'_, f32>,
+    index: &Index,
+    y: ViewMut<'_, f32>,
+    store: Store,
+) -> Result<(), CudaError> {
     let ids = index.ids.view();
     same_device(device, &[("table", &table), ("indices", &ids), ("y", &y)])?;
     let d = index.width("y", y.len(), table.len())?;
-    let arguments = Arguments::new().view(table).view(ids).view_mut(&y).long(y.len());
-    each(device, "embedding_forward", y.len(), &arguments.int(int("width", d)?).int(store.add()))
+    let arguments = Arguments::new()
+        .view(table)
+        .view(ids)
+        .view_mut(&y)
+        .long(y.len());
+    each(
+        device,
+        "embedding_forward",
+        y.len(),
+        &arguments.int(int("width", d)?).int(store.add()),
+    )
 }
 
 /// `dtable[ids[i]] += dy[i]`: the rows of an entry in order, 64 at a time, then those sums. To write and not add, clear `dtable` first.
 ///
 /// # Errors
 /// As [`forward`], and [`CudaError::OutOfMemory`].
-pub fn backward(device: &Device, dy: View<'_, f32>, index: &Index, dtable: ViewMut<'_, f32>) -> Result<(), CudaError> {
+pub fn backward(
+    device: &Device,
+    dy: View<'_, f32>,
+    index: &Index,
+    dtable: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
     let (list, starts) = (index.list.view(), index.starts.view());
-    same_device(device, &[("dy", &dy), ("indices", &list), ("dtable", &dtable)])?;
+    same_device(
+        device,
+        &[("dy", &dy), ("indices", &list), ("dtable", &dtable)],
+    )?;
     let d = index.width("dy", dy.len(), dtable.len())?;
     if dy.is_empty() {
         return Ok(());
@@ -119,9 +149,27 @@ pub fn backward(device: &Device, dy: View<'_, f32>, index: &Index, dtable: ViewM
     let (width, count) = (int("width", d)?, starts.len() - 1);
     let across = super::grid_y("width in blocks", d.div_ceil(256))?;
     let mut parts = Buffer::<f32>::uninitialised(device, product("partial sums", &[count, d])?)?;
-    let arguments = Arguments::new().view(dy).view(list).view(starts).view_mut(&parts.view_mut()).int(width);
-    device.launch("embedding_parts", (int("pieces", count)?, across), 256, &arguments)?;
-    let arguments = Arguments::new().view(parts.view()).view(index.used.view()).view(index.pieces.view());
+    let arguments = Arguments::new()
+        .view(dy)
+        .view(list)
+        .view(starts)
+        .view_mut(&parts.view_mut())
+        .int(width);
+    device.launch(
+        "embedding_parts",
+        (int("pieces", count)?, across),
+        256,
+        &arguments,
+    )?;
+    let arguments = Arguments::new()
+        .view(parts.view())
+        .view(index.used.view())
+        .view(index.pieces.view());
     let arguments = arguments.view_mut(&dtable).int(width);
-    device.launch("embedding_sums", (int("entries", index.used.len())?, across), 256, &arguments)
+    device.launch(
+        "embedding_sums",
+        (int("entries", index.used.len())?, across),
+        256,
+        &arguments,
+    )
 }

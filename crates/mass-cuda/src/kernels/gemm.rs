@@ -31,14 +31,20 @@ fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Optio
     if rows == 0 || cols == 0 {
         return Some(0);
     }
-    let last = (rows - 1).checked_mul(row_stride)?.checked_add((cols - 1).checked_mul(col_stride)?)?;
+    let last = (rows - 1)
+        .checked_mul(row_stride)?
+        .checked_add((cols - 1).checked_mul(col_stride)?)?;
     last.checked_add(1)
 }
 
 fn fits(what: &'static str, len: usize, span: Option<usize>) -> Result<(), CudaError> {
     match span {
         Some(wanted) if wanted <= len => Ok(()),
-        other => Err(CudaError::Length { what, wanted: other.unwrap_or(usize::MAX), got: len }),
+        other => Err(CudaError::Length {
+            what,
+            wanted: other.unwrap_or(usize::MAX),
+            got: len,
+        }),
     }
 }
 
@@ -55,9 +61,24 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// [`CudaError::Length`] if an element lies outside of the values.
-    pub fn strided(values: View<'a, f32>, (rows, cols): (usize, usize), row_stride: usize, col_stride: usize) -> Result<Self, CudaError> {
-        fits("matrix", values.len(), span(rows, cols, row_stride, col_stride))?;
-        Ok(Self { values, rows, cols, row_stride, col_stride })
+    pub fn strided(
+        values: View<'a, f32>,
+        (rows, cols): (usize, usize),
+        row_stride: usize,
+        col_stride: usize,
+    ) -> Result<Self, CudaError> {
+        fits(
+            "matrix",
+            values.len(),
+            span(rows, cols, row_stride, col_stride),
+        )?;
+        Ok(Self {
+            values,
+            rows,
+            cols,
+            row_stride,
+            col_stride,
+        })
     }
 
     /// The transposed view.
@@ -90,12 +111,29 @@ impl<'a> MatrixMut<'a> {
     ///
     /// # Errors
     /// [`CudaError::Length`] if an element lies outside of the values, or rows overlap.
-    pub fn strided(values: ViewMut<'a, f32>, (rows, cols): (usize, usize), row_stride: usize) -> Result<Self, CudaError> {
-        fits("matrix that is written", values.len(), span(rows, cols, row_stride, 1))?;
+    pub fn strided(
+        values: ViewMut<'a, f32>,
+        (rows, cols): (usize, usize),
+        row_stride: usize,
+    ) -> Result<Self, CudaError> {
+        fits(
+            "matrix that is written",
+            values.len(),
+            span(rows, cols, row_stride, 1),
+        )?;
         if rows > 1 && row_stride < cols {
-            return Err(CudaError::Length { what: "distance of rows", wanted: cols, got: row_stride });
+            return Err(CudaError::Length {
+                what: "distance of rows",
+                wanted: cols,
+                got: row_stride,
+            });
         }
-        Ok(Self { values, rows, cols, row_stride })
+        Ok(Self {
+            values,
+            rows,
+            cols,
+            row_stride,
+        })
     }
 }
 
@@ -158,7 +196,14 @@ impl<'a> Job<'a> {
 
     fn check(&self, device: &Device) -> Result<(), CudaError> {
         let (m, n, k) = (self.c.rows, self.c.cols, self.a.cols);
-        same_device(device, &[("a", &self.a.values), ("b", &self.b.values), ("c", &self.c.values)])?;
+        same_device(
+            device,
+            &[
+                ("a", &self.a.values),
+                ("b", &self.b.values),
+                ("c", &self.c.values),
+            ],
+        )?;
         match &self.rows {
             None => CudaError::check("rows of a", m, self.a.rows)?,
             Some(rows) => {
@@ -197,7 +242,12 @@ impl<'a> Job<'a> {
             });
         }
         let sizes = [m, n, k, self.c.row_stride];
-        let strides = [self.a.row_stride, self.a.col_stride, self.b.row_stride, self.b.col_stride];
+        let strides = [
+            self.a.row_stride,
+            self.a.col_stride,
+            self.b.row_stride,
+            self.b.col_stride,
+        ];
         for size in sizes.into_iter().chain(strides) {
             int("size or stride of a product", size)?;
         }
@@ -208,7 +258,12 @@ impl<'a> Job<'a> {
     fn words(&self, first_tile: u32) -> Result<[u32; WORDS], CudaError> {
         let (act, gate, slope, factor) = match &self.epilogue.then {
             Then::Nothing => (0, 0, 0, 0),
-            Then::Activate(act, slopes) => (*act as u32, 0, slopes.as_ref().map_or(0, |s| s.address()), 0),
+            Then::Activate(act, slopes) => (
+                *act as u32,
+                0,
+                slopes.as_ref().map_or(0, |s| s.address()),
+                0,
+            ),
             Then::Gate(None) => (0, 1, 0, 0),
             Then::Gate(Some((slopes, factors))) => (0, 1, slopes.address(), factors.address()),
         };
@@ -295,7 +350,9 @@ impl Tile {
     /// The tile that promises the least time.
     fn best(jobs: &[Job<'_>], multiprocessors: usize) -> Self {
         let cost = |tile: &Self| tile.cost(jobs, multiprocessors);
-        let best = Self::ALL.into_iter().min_by(|a, b| cost(a).total_cmp(&cost(b)));
+        let best = Self::ALL
+            .into_iter()
+            .min_by(|a, b| cost(a).total_cmp(&cost(b)));
         best.unwrap_or(Self::Large)
     }
 }
@@ -328,10 +385,17 @@ pub fn run_with(device: &Device, jobs: &[Job<'_>], tile: Option<Tile>) -> Result
     let grid = (int("tiles of products", tiles)?, 1);
     match table.len() / WORDS {
         0 => Ok(()),
-        1 => device.launch(&format!("gemm_{side}"), grid, 256, &Arguments::new().structure(&table)),
+        1 => device.launch(
+            &format!("gemm_{side}"),
+            grid,
+            256,
+            &Arguments::new().structure(&table),
+        ),
         count => {
             let table = Buffer::from_slice(device, &table)?;
-            let arguments = Arguments::new().view(table.view()).int(int("products", count)?);
+            let arguments = Arguments::new()
+                .view(table.view())
+                .int(int("products", count)?);
             device.launch(&format!("gemm_jobs_{side}"), grid, 256, &arguments)
         }
     }

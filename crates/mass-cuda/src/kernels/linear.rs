@@ -19,8 +19,15 @@ pub fn forward(
 ) -> Result<(), CudaError> {
     let n = whole(x, w, (inp, out))?;
     CudaError::check("y", n * out, y.len())?;
-    let mut job = Job::new(Matrix::new(x, n, inp)?, Matrix::new(w, out, inp)?.t(), MatrixMut::new(y, n, out)?);
-    job.epilogue = Epilogue { bias: b, ..Epilogue::default() };
+    let mut job = Job::new(
+        Matrix::new(x, n, inp)?,
+        Matrix::new(w, out, inp)?.t(),
+        MatrixMut::new(y, n, out)?,
+    );
+    job.epilogue = Epilogue {
+        bias: b,
+        ..Epilogue::default()
+    };
     run(device, &[job])
 }
 
@@ -38,7 +45,11 @@ pub fn backward_input(
 ) -> Result<(), CudaError> {
     let n = whole(dy, w, (out, inp))?;
     CudaError::check("dx", n * inp, dx.len())?;
-    let job = Job::new(Matrix::new(dy, n, out)?, Matrix::new(w, out, inp)?, MatrixMut::new(dx, n, inp)?);
+    let job = Job::new(
+        Matrix::new(dy, n, out)?,
+        Matrix::new(w, out, inp)?,
+        MatrixMut::new(dx, n, inp)?,
+    );
     run(device, &[Job { store, ..job }])
 }
 
@@ -58,15 +69,31 @@ pub fn backward_weight(
     let n = rows_of("x", x.len(), inp)?;
     CudaError::check("dy", n * out, dy.len())?;
     CudaError::check("dw", out * inp, dw.len())?;
-    let job = Job::new(Matrix::new(dy, n, out)?.t(), Matrix::new(x, n, inp)?, MatrixMut::new(dw, out, inp)?);
+    let job = Job::new(
+        Matrix::new(dy, n, out)?.t(),
+        Matrix::new(x, n, inp)?,
+        MatrixMut::new(dw, out, inp)?,
+    );
     run(device, &[Job { store, ..job }])?;
     match db {
         None => Ok(()),
-        Some(db) => column_sums(device, vec![ColumnSum { x: dy, times: None, y: db, store }]),
+        Some(db) => column_sums(
+            device,
+            vec![ColumnSum {
+                x: dy,
+                times: None,
+                y: db,
+                store,
+            }],
+        ),
     }
 }
 
-fn whole(x: View<'_, f32>, w: View<'_, f32>, (width, other): (usize, usize)) -> Result<usize, CudaError> {
+fn whole(
+    x: View<'_, f32>,
+    w: View<'_, f32>,
+    (width, other): (usize, usize),
+) -> Result<usize, CudaError> {
     CudaError::check("w", width * other, w.len())?;
     rows_of("rows of a linear layer", x.len(), width)
 }

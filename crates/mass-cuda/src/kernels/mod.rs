@@ -85,7 +85,11 @@ fn int(what: &'static str, size: usize) -> Result<u32, CudaError> {
     let most = i32::MAX as usize;
     match u32::try_from(size) {
         Ok(n) if size <= most => Ok(n),
-        _ => Err(CudaError::TooLarge { what, got: size, most }),
+        _ => Err(CudaError::TooLarge {
+            what,
+            got: size,
+            most,
+        }),
     }
 }
 
@@ -103,9 +107,17 @@ fn product(what: &'static str, sizes: &[usize]) -> Result<usize, CudaError> {
 fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize, CudaError> {
     match len.checked_div(cols) {
         Some(rows) if rows * cols == len => Ok(rows),
-        Some(rows) => Err(CudaError::Length { what, wanted: (rows + 1) * cols, got: len }),
+        Some(rows) => Err(CudaError::Length {
+            what,
+            wanted: (rows + 1) * cols,
+            got: len,
+        }),
         None if len == 0 => Ok(0),
-        None => Err(CudaError::Length { what, wanted: 0, got: len }),
+        None => Err(CudaError::Length {
+            what,
+            wanted: 0,
+            got: len,
+        }),
     }
 }
 

@@ -111,8 +111,16 @@ impl Hidden {
         let n = assignments * shape.hidden;
         CudaError::check("hidden activations", n, self.h.len())?;
         let of = |b: &Option<Buffer<f32>>| b.as_ref().map_or(0, Buffer::len);
-        CudaError::check("slopes", if shape.keeps_slopes() { n } else { 0 }, of(&self.by_pre))?;
-        CudaError::check("factors", if shape.gated { n } else { 0 }, of(&self.by_factor))
+        CudaError::check(
+            "slopes",
+            if shape.keeps_slopes() { n } else { 0 },
+            of(&self.by_pre),
+        )?;
+        CudaError::check(
+            "factors",
+            if shape.gated { n } else { 0 },
+            of(&self.by_factor),
+        )
     }
 }
 
@@ -128,52 +136,133 @@ struct Layer<'a> {
 }
 
 impl<'a> Layer<'a> {
-    fn new(device: &'a Device, x: usize, experts: &'a [ExpertWeights<'a>], plan: Grouped<'a>, shape: FfnShape) -> Result<Self, CudaError> {
-        let FfnShape { dim, hidden, gated, .. } = shape;
-        let (Grouped { expert_offsets, .. }, matrix) = (plan, product("matrix of an expert", &[dim, hidden])?);
-        same_device(device, &[("plan's tokens", &plan.tokens), ("plan's weights", &plan.weights)])?;
-        same_device(device, &[("plan's offsets", &plan.token_offsets), ("plan's assignments", &plan.token_assignments)])?;
+    fn new(
+        device: &'a Device,
+        x: usize,
+        experts: &'a [ExpertWeights<'a>],
+        plan: Grouped<'a>,
+        shape: FfnShape,
+    ) -> Result<Self, CudaError> {
+        let FfnShape {
+            dim, hidden, gated, ..
+        } = shape;
+        let (Grouped { expert_offsets, .. }, matrix) =
+            (plan, product("matrix of an expert", &[dim, hidden])?);
+        same_device(
+            device,
+            &[
+                ("plan's tokens", &plan.tokens),
+                ("plan's weights", &plan.weights),
+            ],
+        )?;
+        same_device(
+            device,
+            &[
+                ("plan's offsets", &plan.token_offsets),
+                ("plan's assignments", &plan.token_assignments),
+            ],
+        )?;
         let tokens = rows_of("x", x, dim)?;
-        CudaError::check("offsets of experts", experts.len() + 1, expert_offsets.len())?;
+        CudaError::check(
+            "offsets of experts",
+            experts.len() + 1,
+            expert_offsets.len(),
+        )?;
         let on_device = plan.expert_offsets_on_device.len();
         if on_device < expert_offsets.len() {
-            return Err(CudaError::Length { what: "offsets of experts on the device", wanted: expert_offsets.len(), got: on_device });
+            return Err(CudaError::Length {
+                what: "offsets of experts on the device",
+                wanted: expert_offsets.len(),
+                got: on_device,
+            });
         }
         let assigned = plan.tokens.len();
-        CudaError::check("plan's assignments", expert_offsets[experts.len()] as usize, assigned)?;
+        CudaError::check(
+            "plan's assignments",
+            expert_offsets[experts.len()] as usize,
+            assigned,
+        )?;
         CudaError::check("plan's weights", assigned, plan.weights.len())?;
-        CudaError::check("plan's assignments of tokens", assigned, plan.token_assignments.len())?;
-        CudaError::check("plan's offsets of tokens", tokens + 1, plan.token_offsets.len())?;
+        CudaError::check(
+            "plan's assignments of tokens",
+            assigned,
+            plan.token_assignments.len(),
+        )?;
+        CudaError::check(
+            "plan's offsets of tokens",
+            tokens + 1,
+            plan.token_offsets.len(),
+        )?;
         if let Some(e) = expert_offsets.windows(2).position(|w| w[0] > w[1]) {
-            return Err(CudaError::Setting { what: "offsets of experts", got: format!("falling at expert {e}"), wanted: "rising" });
+            return Err(CudaError::Setting {
+                what: "offsets of experts",
+                got: format!("falling at expert {e}"),
+                wanted: "rising",
+            });
         }
         for e in experts {
             let up = e.up.map_or([matrix, hidden], |(w, b)| [w.len(), b.len()]);
-            let parts = [("w1", matrix, e.w1.len()), ("b1", hidden, e.b1.len()), ("w2", matrix, e.w2.len()), ("b2", dim, e.b2.len())];
-            for (what, wanted, got) in parts.into_iter().chain([("w3", matrix, up[0]), ("b3", hidden, up[1])]) {
+            let parts = [
+                ("w1", matrix, e.w1.len()),
+                ("b1", hidden, e.b1.len()),
+                ("w2", matrix, e.w2.len()),
+                ("b2", dim, e.b2.len()),
+            ];
+            for (what, wanted, got) in parts
+                .into_iter()
+                .chain([("w3", matrix, up[0]), ("b3", hidden, up[1])])
+            {
                 CudaError::check(what, wanted, got)?;
             }
             if e.up.is_some() != gated {
-                return Err(CudaError::Setting { what: "an expert's factor", got: format!("{}", e.up.is_some()), wanted: "there where the shape is gated, and only there" });
+                return Err(CudaError::Setting {
+                    what: "an expert's factor",
+                    got: format!("{}", e.up.is_some()),
+                    wanted: "there where the shape is gated, and only there",
+                });
             }
         }
-        let loads = expert_offsets.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
-        Ok(Self { device, experts, plan, shape, tokens, assigned, loads })
+        let loads = expert_offsets
+            .windows(2)
+            .map(|w| (w[1] - w[0]) as usize)
+            .collect();
+        Ok(Self {
+            device,
+            experts,
+            plan,
+            shape,
+            tokens,
+            assigned,
+            loads,
+        })
     }
 
-    fn segments<'v>(&self, view: ViewMut<'v, f32>, width: usize) -> Result<Vec<ViewMut<'v, f32>>, CudaError> {
+    fn segments<'v>(
+        &self,
+        view: ViewMut<'v, f32>,
+        width: usize,
+    ) -> Result<Vec<ViewMut<'v, f32>>, CudaError> {
         view.split(self.loads.iter().map(|load| load * width))
     }
 
     /// The same where there is something; `None` for every expert otherwise.
-    fn segments_if<'v>(&self, view: Option<ViewMut<'v, f32>>, width: usize) -> Result<Vec<Option<ViewMut<'v, f32>>>, CudaError> {
+    fn segments_if<'v>(
+        &self,
+        view: Option<ViewMut<'v, f32>>,
+        width: usize,
+    ) -> Result<Vec<Option<ViewMut<'v, f32>>>, CudaError> {
         match view {
             Some(view) => Ok(self.segments(view, width)?.into_iter().map(Some).collect()),
             None => Ok(self.experts.iter().map(|_| None).collect()),
         }
     }
 
-    fn segment<'v>(&self, view: View<'v, f32>, expert: usize, width: usize) -> Result<View<'v, f32>, CudaError> {
+    fn segment<'v>(
+        &self,
+        view: View<'v, f32>,
+        expert: usize,
+        width: usize,
+    ) -> Result<View<'v, f32>, CudaError> {
         let first = self.plan.expert_offsets[expert] as usize;
         view.range(first * width..(first + self.loads[expert]) * width)
     }
@@ -185,10 +274,24 @@ impl<'a> Layer<'a> {
     }
 
     /// `y[t] (+)= Σ_a w(a) outputs[a]`, weights 1 without.
-    fn combine(&self, outputs: View<'_, f32>, weights: Option<View<'_, f32>>, y: &ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
-        let arguments = Arguments::new().view(outputs).view_or_null(weights).view(self.plan.token_offsets);
-        let arguments = arguments.view(self.plan.token_assignments).view_mut(y).long(y.len());
-        let arguments = arguments.int(int("width", self.shape.dim)?).int(store.add());
+    fn combine(
+        &self,
+        outputs: View<'_, f32>,
+        weights: Option<View<'_, f32>>,
+        y: &ViewMut<'_, f32>,
+        store: Store,
+    ) -> Result<(), CudaError> {
+        let arguments = Arguments::new()
+            .view(outputs)
+            .view_or_null(weights)
+            .view(self.plan.token_offsets);
+        let arguments = arguments
+            .view(self.plan.token_assignments)
+            .view_mut(y)
+            .long(y.len());
+        let arguments = arguments
+            .int(int("width", self.shape.dim)?)
+            .int(store.add());
         each(self.device, "combine", y.len(), &arguments)
     }
 }
@@ -210,18 +313,30 @@ pub fn forward(
     same_device(device, &[("x", &x), ("y", &y)])?;
     let layer = Layer::new(device, x.len(), experts, plan, shape)?;
     CudaError::check("y", x.len(), y.len())?;
-    let FfnShape { dim, hidden, activation, .. } = shape;
+    let FfnShape {
+        dim,
+        hidden,
+        activation,
+        ..
+    } = shape;
     let mut unkept = None;
     let (h, mut by_pre, mut by_factor) = match kept {
         Some(kept) => {
             kept.check(shape, layer.assigned)?;
             (&mut kept.h, kept.by_pre.as_mut(), kept.by_factor.as_mut())
         }
-        None => (unkept.insert(Buffer::uninitialised(device, layer.assigned * hidden)?), None, None),
+        None => (
+            unkept.insert(Buffer::uninitialised(device, layer.assigned * hidden)?),
+            None,
+            None,
+        ),
     };
     let input = Matrix::new(x, layer.tokens, dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
-    let all = layer.segments(h.view_mut(), hidden)?.into_iter().zip(layer.segments_if(by_pre.as_mut().map(|b| b.view_mut()), hidden)?);
+    let all = layer
+        .segments(h.view_mut(), hidden)?
+        .into_iter()
+        .zip(layer.segments_if(by_pre.as_mut().map(|b| b.view_mut()), hidden)?);
     for (e, (c, slopes)) in all.enumerate() {
         let w1 = Matrix::new(experts[e].w1, hidden, dim)?.t();
         let mut job = Job::new(input, w1, MatrixMut::new(c, layer.loads[e], hidden)?);
@@ -235,9 +350,14 @@ pub fn forward(
         let mut jobs = Vec::with_capacity(experts.len());
         let slopes = layer.segments_if(by_pre.as_mut().map(|b| b.view_mut()), hidden)?;
         let factors = layer.segments_if(by_factor.as_mut().map(|b| b.view_mut()), hidden)?;
-        let all = layer.segments(h.view_mut(), hidden)?.into_iter().zip(slopes.into_iter().zip(factors));
+        let all = layer
+            .segments(h.view_mut(), hidden)?
+            .into_iter()
+            .zip(slopes.into_iter().zip(factors));
         for (e, (c, both)) in all.enumerate() {
-            let Some((w3, b3)) = experts[e].up else { continue };
+            let Some((w3, b3)) = experts[e].up else {
+                continue;
+            };
             let w3 = Matrix::new(w3, hidden, dim)?.t();
             let mut job = Job::new(input, w3, MatrixMut::new(c, layer.loads[e], hidden)?);
             job.rows = Some(layer.picked(e)?);
@@ -249,7 +369,11 @@ pub fn forward(
     }
     let mut outputs = Buffer::uninitialised(device, layer.assigned * dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
-    for (e, c) in layer.segments(outputs.view_mut(), dim)?.into_iter().enumerate() {
+    for (e, c) in layer
+        .segments(outputs.view_mut(), dim)?
+        .into_iter()
+        .enumerate()
+    {
         let a = Matrix::new(layer.segment(h.view(), e, hidden)?, layer.loads[e], hidden)?;
         let w2 = Matrix::new(experts[e].w2, dim, hidden)?.t();
         let mut job = Job::new(a, w2, MatrixMut::new(c, layer.loads[e], dim)?);
@@ -280,7 +404,15 @@ pub fn backward(
     gradients: &mut [Option<ExpertGradients<'_>>],
     d_weights: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("dy", &dy), ("dx", &dx), ("d_weights", &d_weights)])?;
+    same_device(
+        device,
+        &[
+            ("x", &x),
+            ("dy", &dy),
+            ("dx", &dx),
+            ("d_weights", &d_weights),
+        ],
+    )?;
     let layer = Layer::new(device, x.len(), experts, plan, shape)?;
     kept.check(shape, layer.assigned)?;
     CudaError::check("dy", x.len(), dy.len())?;
@@ -294,7 +426,11 @@ pub fn backward(
     let mut dh = Buffer::<f32>::uninitialised(device, assigned * hidden)?;
     let upstream = Matrix::new(dy, layer.tokens, dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
-    for (e, c) in layer.segments(dh.view_mut(), hidden)?.into_iter().enumerate() {
+    for (e, c) in layer
+        .segments(dh.view_mut(), hidden)?
+        .into_iter()
+        .enumerate()
+    {
         let w2 = Matrix::new(experts[e].w2, dim, hidden)?;
         let mut job = Job::new(upstream, w2, MatrixMut::new(c, layer.loads[e], hidden)?);
         job.rows = Some(layer.picked(e)?);
@@ -313,11 +449,26 @@ pub fn backward(
     let biases: Vec<u64> = experts.iter().map(|e| e.b2.address()).collect();
     let biases = Buffer::from_slice(device, &biases)?;
     let by_factor = kept.by_factor.as_mut().map(Buffer::view_mut);
-    let arguments = Arguments::new().view(dh.view()).view(kept.h.view()).view(dy).view(biases.view());
-    let arguments = arguments.view(plan.expert_offsets_on_device).view(plan.tokens).view(plan.weights);
-    let arguments = arguments.view_mut(&by_pre.view_mut()).view_mut_or_null(by_factor.as_ref()).view_mut(&d_weights);
-    let arguments = arguments.int(int("assignments", assigned)?).int(int("experts", experts.len())?);
-    let arguments = arguments.int(int("hidden width", hidden)?).int(int("width", dim)?).int(relu.into());
+    let arguments = Arguments::new()
+        .view(dh.view())
+        .view(kept.h.view())
+        .view(dy)
+        .view(biases.view());
+    let arguments = arguments
+        .view(plan.expert_offsets_on_device)
+        .view(plan.tokens)
+        .view(plan.weights);
+    let arguments = arguments
+        .view_mut(&by_pre.view_mut())
+        .view_mut_or_null(by_factor.as_ref())
+        .view_mut(&d_weights);
+    let arguments = arguments
+        .int(int("assignments", assigned)?)
+        .int(int("experts", experts.len())?);
+    let arguments = arguments
+        .int(int("hidden width", hidden)?)
+        .int(int("width", dim)?)
+        .int(relu.into());
     warps(device, "gate_gradient", assigned, &arguments)?;
     drop(dh);
 
@@ -326,13 +477,20 @@ pub fn backward(
     let by_factor = kept.by_factor.as_ref().map(Buffer::view);
     let mut dxs = Buffer::<f32>::uninitialised(device, assigned * dim)?;
     let firsts = experts.iter().map(|e| (by_pre, e.w1)).collect::<Vec<_>>();
-    let seconds = experts.iter().filter_map(|e| Some((by_factor?, e.up?.0))).collect::<Vec<_>>();
+    let seconds = experts
+        .iter()
+        .filter_map(|e| Some((by_factor?, e.up?.0)))
+        .collect::<Vec<_>>();
     for (sources, store) in [(firsts, Store::Replace), (seconds, Store::Add)] {
         let mut jobs = Vec::with_capacity(experts.len());
         let pieces = layer.segments(dxs.view_mut(), dim)?;
         for ((e, c), (d, w)) in pieces.into_iter().enumerate().zip(sources) {
             let a = Matrix::new(layer.segment(d, e, hidden)?, layer.loads[e], hidden)?;
-            let job = Job::new(a, Matrix::new(w, hidden, dim)?, MatrixMut::new(c, layer.loads[e], dim)?);
+            let job = Job::new(
+                a,
+                Matrix::new(w, hidden, dim)?,
+                MatrixMut::new(c, layer.loads[e], dim)?,
+            );
             jobs.push(Job { store, ..job });
         }
         run(device, &jobs)?;
@@ -343,18 +501,47 @@ pub fn backward(
     let mut xs = dxs;
     rows::gather(device, x, plan.tokens, None, xs.view_mut(), dim)?;
     let mut dys = Buffer::<f32>::uninitialised(device, assigned * dim)?;
-    rows::gather(device, dy, plan.tokens, Some(plan.weights), dys.view_mut(), dim)?;
+    rows::gather(
+        device,
+        dy,
+        plan.tokens,
+        Some(plan.weights),
+        dys.view_mut(),
+        dim,
+    )?;
     let (mut jobs, mut sums) = (Vec::new(), Vec::new());
     for (e, gradients) in gradients.iter_mut().enumerate() {
         let Some(g) = gradients else { continue };
         let (load, store) = (layer.loads[e], g.store);
         let parts = [
-            (by_pre, hidden, xs.view(), dim, Some((g.w1.reborrow(), g.b1.reborrow()))),
-            (dys.view(), dim, kept.h.view(), hidden, Some((g.w2.reborrow(), g.b2.reborrow()))),
-            (by_factor.unwrap_or(by_pre), hidden, xs.view(), dim, g.up.as_mut().map(|(w, b)| (w.reborrow(), b.reborrow()))),
+            (
+                by_pre,
+                hidden,
+                xs.view(),
+                dim,
+                Some((g.w1.reborrow(), g.b1.reborrow())),
+            ),
+            (
+                dys.view(),
+                dim,
+                kept.h.view(),
+                hidden,
+                Some((g.w2.reborrow(), g.b2.reborrow())),
+            ),
+            (
+                by_factor.unwrap_or(by_pre),
+                hidden,
+                xs.view(),
+                dim,
+                g.up.as_mut().map(|(w, b)| (w.reborrow(), b.reborrow())),
+            ),
         ];
         if parts[2].4.is_some() != shape.gated {
-            return Err(CudaError::Setting { what: "gradients of an expert's factor", got: format!("{}", !shape.gated), wanted: "there where the shape is gated, and only there" });
+            return Err(CudaError::Setting {
+                what: "gradients of an expert's factor",
+                got: format!("{}", !shape.gated),
+                wanted: "there where the shape is gated, and only there",
+            });
         }
         for (left, l, right, r, to) in parts {
             let Some((w, b)) = to else { continue };
@@ -368,7 +555,12 @@ pub fn backward(
             let b_matrix = Matrix::new(layer.segment(right, e, r)?, load, r)?;
             let job = Job::new(a, b_matrix, MatrixMut::new(w, l, r)?);
             jobs.push(Job { store, ..job });
-            sums.push(ColumnSum { x: left, times: None, y: b, store });
+            sums.push(ColumnSum {
+                x: left,
+                times: None,
+                y: b,
+                store,
+            });
         }
     }
     run(device, &jobs)?;

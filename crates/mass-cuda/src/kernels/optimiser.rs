@@ -52,16 +52,46 @@ pub struct Update<'a> {
 pub fn adamw(device: &Device, updates: &mut [Update<'_>]) -> Result<(), CudaError> {
     let mut table = Vec::with_capacity(24 * updates.len());
     let (mut blocks, mut count) = (0_usize, 0_usize);
-    for u in updates.iter().filter(|u| !(u.theta.is_empty() && u.gradient.is_empty())) {
-        same_device(device, &[("theta", &u.theta), ("gradient", &u.gradient), ("m", &u.first), ("v", &u.second)])?;
+    for u in updates
+        .iter()
+        .filter(|u| !(u.theta.is_empty() && u.gradient.is_empty()))
+    {
+        same_device(
+            device,
+            &[
+                ("theta", &u.theta),
+                ("gradient", &u.gradient),
+                ("m", &u.first),
+                ("v", &u.second),
+            ],
+        )?;
         let n = u.theta.len();
-        for (what, len) in [("gradient", u.gradient.len()), ("first moment", u.first.len()), ("second moment", u.second.len())] {
+        for (what, len) in [
+            ("gradient", u.gradient.len()),
+            ("first moment", u.first.len()),
+            ("second moment", u.second.len()),
+        ] {
             CudaError::check(what, n, len)?;
         }
         let s = u.step;
-        let longs = [u.theta.address(), u.gradient.address(), u.first.address(), u.second.address(), n as u64];
+        let longs = [
+            u.theta.address(),
+            u.gradient.address(),
+            u.first.address(),
+            u.second.address(),
+            n as u64,
+        ];
         let floats = [
-            s.lr, s.beta1, s.beta2, s.take1, s.take2, s.eps, s.weight_decay, s.bias1, s.bias2, s.gradient_scale,
+            s.lr,
+            s.beta1,
+            s.beta2,
+            s.take1,
+            s.take2,
+            s.eps,
+            s.weight_decay,
+            s.bias1,
+            s.bias2,
+            s.gradient_scale,
         ];
         table.extend(longs.into_iter().flat_map(halves));
         table.extend(floats.map(f32::to_bits));
@@ -73,6 +103,13 @@ pub fn adamw(device: &Device, updates: &mut [Update<'_>]) -> Result<(), CudaErro
         return Ok(());
     }
     let table = Buffer::from_slice(device, &table)?;
-    let arguments = Arguments::new().view(table.view()).int(int("parameters", count)?);
-    device.launch("adamw", (int("blocks of an update", blocks)?, 1), 256, &arguments)
+    let arguments = Arguments::new()
+        .view(table.view())
+        .int(int("parameters", count)?);
+    device.launch(
+        "adamw",
+        (int("blocks of an update", blocks)?, 1),
+        256,
+        &arguments,
+    )
 }

@@ -44,11 +44,19 @@ impl Interpolation {
     ///
     /// # Errors
     /// [`CudaError::Index`] for a place that is not there, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`].
-    pub fn new(device: &Device, taps: &[Vec<(usize, f32)>], places: usize) -> Result<Self, CudaError> {
+    pub fn new(
+        device: &Device,
+        taps: &[Vec<(usize, f32)>],
+        places: usize,
+    ) -> Result<Self, CudaError> {
         int("places", places)?;
         int("patches", taps.len())?;
         let mut back = vec![Vec::new(); places];
-        for (patch, (place, weight)) in taps.iter().enumerate().flat_map(|(i, list)| list.iter().map(move |&tap| (i, tap))) {
+        for (patch, (place, weight)) in taps
+            .iter()
+            .enumerate()
+            .flat_map(|(i, list)| list.iter().map(move |&tap| (i, tap)))
+        {
             let list = back.get_mut(place).ok_or(CudaError::Index {
                 what: "place of a patch",
                 index: place,
@@ -65,13 +73,27 @@ impl Interpolation {
         })
     }
 
-    fn images(&self, embedded: usize, tokens: usize, class: usize, positions: usize) -> Result<usize, CudaError> {
+    fn images(
+        &self,
+        embedded: usize,
+        tokens: usize,
+        class: usize,
+        positions: usize,
+    ) -> Result<usize, CudaError> {
         let d = class;
-        CudaError::check("positions", product("positions", &[self.places + 1, d])?, positions)?;
+        CudaError::check(
+            "positions",
+            product("positions", &[self.places + 1, d])?,
+            positions,
+        )?;
         let image = product("patches", &[self.patches, d])?;
         let images = embedded.checked_div(image).unwrap_or(0);
         CudaError::check("embedded patches", images * image, embedded)?;
-        CudaError::check("tokens", product("tokens", &[images, self.patches + 1, d])?, tokens)?;
+        CudaError::check(
+            "tokens",
+            product("tokens", &[images, self.patches + 1, d])?,
+            tokens,
+        )?;
         Ok(images)
     }
 }
@@ -90,16 +112,45 @@ pub fn forward(
     grid: &Interpolation,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("embedded", &embedded), ("class", &class), ("positions", &positions), ("y", &y)])?;
+    same_device(
+        device,
+        &[
+            ("embedded", &embedded),
+            ("class", &class),
+            ("positions", &positions),
+            ("y", &y),
+        ],
+    )?;
     grid.images(embedded.len(), y.len(), class.len(), positions.len())?;
     let (d, rows) = (int("width", class.len())?, grid.patches + 1);
     let mut common = Buffer::<f32>::uninitialised(device, rows * class.len())?;
-    let Taps { starts, others, weights } = &grid.to;
-    let arguments = Arguments::new().view(class).view(positions).view(starts.view()).view(others.view()).view(weights.view());
-    let arguments = arguments.view_mut(&common.view_mut()).long(common.len()).int(d);
+    let Taps {
+        starts,
+        others,
+        weights,
+    } = &grid.to;
+    let arguments = Arguments::new()
+        .view(class)
+        .view(positions)
+        .view(starts.view())
+        .view(others.view())
+        .view(weights.view());
+    let arguments = arguments
+        .view_mut(&common.view_mut())
+        .long(common.len())
+        .int(d);
     each(device, "patches_common", common.len(), &arguments)?;
-    let arguments = Arguments::new().view(common.view()).view(embedded).view_mut(&y).long(y.len());
-    each(device, "patches_forward", y.len(), &arguments.int(int("tokens", rows)?).int(d))
+    let arguments = Arguments::new()
+        .view(common.view())
+        .view(embedded)
+        .view_mut(&y)
+        .long(y.len());
+    each(
+        device,
+        "patches_forward",
+        y.len(),
+        &arguments.int(int("tokens", rows)?).int(d),
+    )
 }
 
 /// Adds to `dclass` and `dpositions`, and writes `dembedded` or adds to it, for an upstream gradient `dy`.
@@ -114,18 +165,54 @@ pub fn backward(
     dclass: ViewMut<'_, f32>,
     dpositions: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("dy", &dy), ("dembedded", &dembedded), ("dclass", &dclass), ("dpositions", &dpositions)])?;
+    same_device(
+        device,
+        &[
+            ("dy", &dy),
+            ("dembedded", &dembedded),
+            ("dclass", &dclass),
+            ("dpositions", &dpositions),
+        ],
+    )?;
     let images = grid.images(dembedded.len(), dy.len(), dclass.len(), dpositions.len())?;
     let (d, rows) = (int("width", dclass.len())?, grid.patches + 1);
     let n = dembedded.len();
     let arguments = Arguments::new().view(dy).view_mut(&dembedded).long(n);
-    let arguments = arguments.int(int("patches", grid.patches)?).int(d).int(store.add());
+    let arguments = arguments
+        .int(int("patches", grid.patches)?)
+        .int(d)
+        .int(store.add());
     each(device, "patches_backward", n, &arguments)?;
     let mut common = Buffer::<f32>::uninitialised(device, rows * dclass.len())?;
-    let arguments = Arguments::new().view(dy).view_mut(&common.view_mut()).long(common.len());
-    each(device, "patches_common_backward", common.len(), &arguments.int(int("images", images)?))?;
-    let Taps { starts, others, weights } = &grid.from;
-    let arguments = Arguments::new().view(common.view()).view(starts.view()).view(others.view()).view(weights.view());
-    let arguments = arguments.view_mut(&dclass).view_mut(&dpositions).long(dpositions.len()).int(d);
-    each(device, "patches_positions_backward", dpositions.len(), &arguments)
+    let arguments = Arguments::new()
+        .view(dy)
+        .view_mut(&common.view_mut())
+        .long(common.len());
+    each(
+        device,
+        "patches_common_backward",
+        common.len(),
+        &arguments.int(int("images", images)?),
+    )?;
+    let Taps {
+        starts,
+        others,
+        weights,
+    } = &grid.from;
+    let arguments = Arguments::new()
+        .view(common.view())
+        .view(starts.view())
+        .view(others.view())
+        .view(weights.view());
+    let arguments = arguments
+        .view_mut(&dclass)
+        .view_mut(&dpositions)
+        .long(dpositions.len())
+        .int(d);
+    each(
+        device,
+        "patches_positions_backward",
+        dpositions.len(),
+        &arguments,
+    )
 }

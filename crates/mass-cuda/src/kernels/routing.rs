@@ -105,7 +105,11 @@ pub fn route(
     let (tokens, k) = (int("tokens", n)?, int("experts", experts)?);
     let cells = product("logits", &[n, experts])?;
     if u32::try_from(cells).is_err() {
-        return Err(CudaError::TooLarge { what: "tokens times experts", got: cells, most: u32::MAX as usize });
+        return Err(CudaError::TooLarge {
+            what: "tokens times experts",
+            got: cells,
+            most: u32::MAX as usize,
+        });
     }
     let mut scores = Buffer::<f32>::uninitialised(device, cells)?;
     let mut chosen = Buffer::<f32>::uninitialised(device, cells)?;
@@ -117,34 +121,88 @@ pub fn route(
         _ => device.launch(kernel, (blocks as u32, 1), 256, arguments),
     };
     let softmax = |scores: &mut Buffer<f32>, bad: &mut Buffer<u32>| {
-        let arguments = Arguments::new().view(logits).view_or_null(in_use).view_mut(&scores.view_mut()).view_mut(&bad.view_mut());
+        let arguments = Arguments::new()
+            .view(logits)
+            .view_or_null(in_use)
+            .view_mut(&scores.view_mut())
+            .view_mut(&bad.view_mut());
         by_token("routing_softmax", &arguments.int(tokens).int(k))
     };
     let rule = match router {
         Router::TopP { p, renormalise } => {
             softmax(&mut scores, &mut bad)?;
-            let arguments = Arguments::new().view(scores.view()).view(bad.view()).view_mut(&chosen.view_mut()).view_mut(&counts.view_mut());
-            by_token("routing_top_p", &arguments.int(tokens).int(k).float(p).int(renormalise.into()))?;
-            if renormalise { Rule::Renormalised } else { Rule::Raw }
+            let arguments = Arguments::new()
+                .view(scores.view())
+                .view(bad.view())
+                .view_mut(&chosen.view_mut())
+                .view_mut(&counts.view_mut());
+            by_token(
+                "routing_top_p",
+                &arguments
+                    .int(tokens)
+                    .int(k)
+                    .float(p)
+                    .int(renormalise.into()),
+            )?;
+            if renormalise {
+                Rule::Renormalised
+            } else {
+                Rule::Raw
+            }
         }
-        Router::TopK { k: want, renormalise } => {
+        Router::TopK {
+            k: want,
+            renormalise,
+        } => {
             softmax(&mut scores, &mut bad)?;
-            let arguments = Arguments::new().view(logits).view(scores.view()).view_or_null(in_use).view(bad.view());
-            let arguments = arguments.view_mut(&chosen.view_mut()).view_mut(&counts.view_mut()).int(tokens).int(k);
-            by_token("routing_top_k", &arguments.int(int("experts of a token", want)?).int(renormalise.into()))?;
-            if renormalise { Rule::Renormalised } else { Rule::Raw }
+            let arguments = Arguments::new()
+                .view(logits)
+                .view(scores.view())
+                .view_or_null(in_use)
+                .view(bad.view());
+            let arguments = arguments
+                .view_mut(&chosen.view_mut())
+                .view_mut(&counts.view_mut())
+                .int(tokens)
+                .int(k);
+            by_token(
+                "routing_top_k",
+                &arguments
+                    .int(int("experts of a token", want)?)
+                    .int(renormalise.into()),
+            )?;
+            if renormalise {
+                Rule::Renormalised
+            } else {
+                Rule::Raw
+            }
         }
         Router::TopAny { bounds, training } => {
-            let arguments = Arguments::new().view(logits).view(bounds).view_or_null(in_use).view_mut(&scores.view_mut());
-            let arguments = arguments.view_mut(&bad.view_mut()).view_mut(&chosen.view_mut()).view_mut(&counts.view_mut());
-            by_token("routing_top_any", &arguments.int(tokens).int(k).int(training.into()))?;
+            let arguments = Arguments::new()
+                .view(logits)
+                .view(bounds)
+                .view_or_null(in_use)
+                .view_mut(&scores.view_mut());
+            let arguments = arguments
+                .view_mut(&bad.view_mut())
+                .view_mut(&chosen.view_mut())
+                .view_mut(&counts.view_mut());
+            by_token(
+                "routing_top_any",
+                &arguments.int(tokens).int(k).int(training.into()),
+            )?;
             Rule::StraightThrough
         }
     };
     group(device, (n, experts), &chosen, &counts, &bad, scores, rule)
 }
 
-fn check(device: &Device, experts: usize, in_use: Option<View<'_, u32>>, router: Router<'_>) -> Result<(), CudaError> {
+fn check(
+    device: &Device,
+    experts: usize,
+    in_use: Option<View<'_, u32>>,
+    router: Router<'_>,
+) -> Result<(), CudaError> {
     let wrong = |what, got: String, wanted| Err(CudaError::Setting { what, got, wanted });
     if experts == 0 {
         return wrong("number of experts", "0".into(), "at least 1");
@@ -154,8 +212,14 @@ fn check(device: &Device, experts: usize, in_use: Option<View<'_, u32>>, router:
         CudaError::check("experts in use", experts, in_use.len())?;
     }
     match router {
-        Router::TopP { p, .. } if !(p > 0.0 && p <= 1.0) => wrong("mass p", p.to_string(), "in (0, 1]"),
-        Router::TopK { k, .. } if k == 0 || k > experts => wrong("experts of a token", k.to_string(), "from 1 to the number of experts"),
+        Router::TopP { p, .. } if !(p > 0.0 && p <= 1.0) => {
+            wrong("mass p", p.to_string(), "in (0, 1]")
+        }
+        Router::TopK { k, .. } if k == 0 || k > experts => wrong(
+            "experts of a token",
+            k.to_string(),
+            "from 1 to the number of experts",
+        ),
         Router::TopAny { bounds, .. } => {
             same_device(device, &[("bounds", &bounds)])?;
             CudaError::check("bounds", experts, bounds.len())
@@ -176,22 +240,41 @@ fn group(
 ) -> Result<Plan, CudaError> {
     let (tokens, k) = (int("tokens", n)?, int("experts", experts)?);
     let blocks = n.div_ceil(256);
-    let grid = (blocks as u32, super::grid_y("experts in blocks", experts.div_ceil(256))?);
+    let grid = (
+        blocks as u32,
+        super::grid_y("experts in blocks", experts.div_ceil(256))?,
+    );
     let mut by_block = Buffer::<u32>::uninitialised(device, blocks * experts)?;
     let mut of_tokens = Buffer::<u32>::uninitialised(device, blocks)?;
     let mut first_bad = Buffer::<u32>::uninitialised(device, blocks)?;
     if n > 0 {
-        let arguments = Arguments::new().view(chosen.view()).view(counts.view()).view(bad.view()).view_mut(&by_block.view_mut());
-        let arguments = arguments.view_mut(&of_tokens.view_mut()).view_mut(&first_bad.view_mut()).int(tokens).int(k);
+        let arguments = Arguments::new()
+            .view(chosen.view())
+            .view(counts.view())
+            .view(bad.view())
+            .view_mut(&by_block.view_mut());
+        let arguments = arguments
+            .view_mut(&of_tokens.view_mut())
+            .view_mut(&first_bad.view_mut())
+            .int(tokens)
+            .int(k);
         device.launch("group_count", grid, 256, &arguments)?;
     }
     let mut outcome = Buffer::<u32>::uninitialised(device, experts + 2)?;
-    let arguments = Arguments::new().view_mut(&by_block.view_mut()).view_mut(&of_tokens.view_mut()).view(first_bad.view());
-    let arguments = arguments.view_mut(&outcome.view_mut()).int(blocks as u32).int(k);
+    let arguments = Arguments::new()
+        .view_mut(&by_block.view_mut())
+        .view_mut(&of_tokens.view_mut())
+        .view(first_bad.view());
+    let arguments = arguments
+        .view_mut(&outcome.view_mut())
+        .int(blocks as u32)
+        .int(k);
     device.launch("group_scan", (1, 1), 256, &arguments)?;
     let mut expert_offsets = outcome.to_vec()?;
     if let Some(token) = expert_offsets.pop().filter(|&token| token != u32::MAX) {
-        return Err(CudaError::NonFiniteLogit { token: token as usize });
+        return Err(CudaError::NonFiniteLogit {
+            token: token as usize,
+        });
     }
     let assigned = expert_offsets[experts] as usize;
     let mut plan = Plan {
@@ -209,12 +292,31 @@ fn group(
     };
     if n > 0 {
         let mut places = Buffer::<u32>::uninitialised(device, n * experts)?;
-        let arguments = Arguments::new().view(chosen.view()).view(by_block.view()).view(plan.expert_offsets_on_device.view());
-        let arguments = arguments.view_mut(&plan.tokens.view_mut()).view_mut(&plan.weights.view_mut());
-        device.launch("group_fill", grid, 256, &arguments.view_mut(&places.view_mut()).int(tokens).int(k))?;
-        let arguments = Arguments::new().view(chosen.view()).view(counts.view()).view(of_tokens.view()).view(places.view());
-        let arguments = arguments.view_mut(&plan.token_offsets.view_mut()).view_mut(&plan.token_assignments.view_mut());
-        let arguments = arguments.view_mut(&plan.token_experts.view_mut()).int(tokens).int(k);
+        let arguments = Arguments::new()
+            .view(chosen.view())
+            .view(by_block.view())
+            .view(plan.expert_offsets_on_device.view());
+        let arguments = arguments
+            .view_mut(&plan.tokens.view_mut())
+            .view_mut(&plan.weights.view_mut());
+        device.launch(
+            "group_fill",
+            grid,
+            256,
+            &arguments.view_mut(&places.view_mut()).int(tokens).int(k),
+        )?;
+        let arguments = Arguments::new()
+            .view(chosen.view())
+            .view(counts.view())
+            .view(of_tokens.view())
+            .view(places.view());
+        let arguments = arguments
+            .view_mut(&plan.token_offsets.view_mut())
+            .view_mut(&plan.token_assignments.view_mut());
+        let arguments = arguments
+            .view_mut(&plan.token_experts.view_mut())
+            .int(tokens)
+            .int(k);
         device.launch("group_inverse", (blocks as u32, 1), 256, &arguments)?;
     }
     Ok(plan)
@@ -225,17 +327,44 @@ fn group(
 ///
 /// # Errors
 /// [`CudaError::Length`] if lengths do not fit the plan, [`CudaError::Call`], [`CudaError::OtherDevice`].
-pub fn backward(device: &Device, plan: &Plan, d_weights: View<'_, f32>, dlogits: ViewMut<'_, f32>) -> Result<(), CudaError> {
-    same_device(device, &[("d_weights", &d_weights), ("dlogits", &dlogits), ("plan", &plan.weights.view())])?;
+pub fn backward(
+    device: &Device,
+    plan: &Plan,
+    d_weights: View<'_, f32>,
+    dlogits: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
+    same_device(
+        device,
+        &[
+            ("d_weights", &d_weights),
+            ("dlogits", &dlogits),
+            ("plan", &plan.weights.view()),
+        ],
+    )?;
     CudaError::check("d_weights", plan.num_assignments(), d_weights.len())?;
     CudaError::check("dlogits", plan.num_tokens * plan.num_experts, dlogits.len())?;
     if plan.num_tokens == 0 {
         return Ok(());
     }
-    let arguments = Arguments::new().view(plan.scores.view()).view(plan.weights.view()).view(d_weights);
-    let arguments = arguments.view(plan.token_offsets.view()).view(plan.token_assignments.view()).view(plan.token_experts.view());
-    let arguments = arguments.view_mut(&dlogits).int(plan.num_tokens as u32).int(plan.num_experts as u32).int(plan.rule as u32);
-    device.launch("routing_backward", (plan.num_tokens.div_ceil(256) as u32, 1), 256, &arguments)
+    let arguments = Arguments::new()
+        .view(plan.scores.view())
+        .view(plan.weights.view())
+        .view(d_weights);
+    let arguments = arguments
+        .view(plan.token_offsets.view())
+        .view(plan.token_assignments.view())
+        .view(plan.token_experts.view());
+    let arguments = arguments
+        .view_mut(&dlogits)
+        .int(plan.num_tokens as u32)
+        .int(plan.num_experts as u32)
+        .int(plan.rule as u32);
+    device.launch(
+        "routing_backward",
+        (plan.num_tokens.div_ceil(256) as u32, 1),
+        256,
+        &arguments,
+    )
 }
 
 /// Adds to `dthresholds`, one an expert, the gradient of top-any's thresholds, whose sigmoids are `bounds`.
@@ -249,7 +378,14 @@ pub fn backward_thresholds(
     bounds: View<'_, f32>,
     dthresholds: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("d_weights", &d_weights), ("bounds", &bounds), ("dthresholds", &dthresholds)])?;
+    same_device(
+        device,
+        &[
+            ("d_weights", &d_weights),
+            ("bounds", &bounds),
+            ("dthresholds", &dthresholds),
+        ],
+    )?;
     if plan.rule != Rule::StraightThrough {
         return Err(CudaError::Setting {
             what: "router of the plan",
@@ -260,8 +396,21 @@ pub fn backward_thresholds(
     CudaError::check("d_weights", plan.num_assignments(), d_weights.len())?;
     CudaError::check("bounds", plan.num_experts, bounds.len())?;
     CudaError::check("dthresholds", plan.num_experts, dthresholds.len())?;
-    let arguments = Arguments::new().view(plan.scores.view()).view(plan.weights.view()).view(d_weights);
-    let arguments = arguments.view(plan.expert_offsets_on_device.view()).view(plan.tokens.view()).view(bounds);
-    let arguments = arguments.view_mut(&dthresholds).int(plan.num_experts as u32);
-    device.launch("thresholds_backward", (plan.num_experts as u32, 1), 256, &arguments)
+    let arguments = Arguments::new()
+        .view(plan.scores.view())
+        .view(plan.weights.view())
+        .view(d_weights);
+    let arguments = arguments
+        .view(plan.expert_offsets_on_device.view())
+        .view(plan.tokens.view())
+        .view(bounds);
+    let arguments = arguments
+        .view_mut(&dthresholds)
+        .int(plan.num_experts as u32);
+    device.launch(
+        "thresholds_backward",
+        (plan.num_experts as u32, 1),
+        256,
+        &arguments,
+    )
 }

@@ -24,6 +24,15 @@ pub fn gather(
         same_device(device, &[("weights", weights)])?;
         CudaError::check("weights", rows.len(), weights.len())?;
     }
-    let arguments = Arguments::new().view(x).view(rows).view_or_null(weights).view_mut(&y);
-    each(device, "gather_rows", y.len(), &arguments.long(y.len()).int(int("width", cols)?))
+    let arguments = Arguments::new()
+        .view(x)
+        .view(rows)
+        .view_or_null(weights)
+        .view_mut(&y);
+    each(
+        device,
+        "gather_rows",
+        y.len(),
+        &arguments.long(y.len()).int(int("width", cols)?),
+    )
 }

@@ -15,11 +15,28 @@ pub fn forward(
     residuals: ViewMut<'_, f32>,
     squares: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("targets", &targets), ("residuals", &residuals), ("squares", &squares)])?;
-    for (what, len) in [("targets", targets.len()), ("residuals", residuals.len()), ("squares", squares.len())] {
+    same_device(
+        device,
+        &[
+            ("x", &x),
+            ("targets", &targets),
+            ("residuals", &residuals),
+            ("squares", &squares),
+        ],
+    )?;
+    for (what, len) in [
+        ("targets", targets.len()),
+        ("residuals", residuals.len()),
+        ("squares", squares.len()),
+    ] {
         CudaError::check(what, x.len(), len)?;
     }
-    let arguments = Arguments::new().view(x).view(targets).view_mut(&residuals).view_mut(&squares).long(x.len());
+    let arguments = Arguments::new()
+        .view(x)
+        .view(targets)
+        .view_mut(&residuals)
+        .view_mut(&squares)
+        .long(x.len());
     each(device, "squared_error_forward", x.len(), &arguments)
 }
 
@@ -27,7 +44,13 @@ pub fn forward(
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward(device: &Device, residuals: View<'_, f32>, upstream: f32, dx: ViewMut<'_, f32>, store: Store) -> Result<(), CudaError> {
+pub fn backward(
+    device: &Device,
+    residuals: View<'_, f32>,
+    upstream: f32,
+    dx: ViewMut<'_, f32>,
+    store: Store,
+) -> Result<(), CudaError> {
     same_device(device, &[("residuals", &residuals), ("dx", &dx)])?;
     let n = residuals.len();
     CudaError::check("dx", n, dx.len())?;

@@ -23,9 +23,16 @@ pub(crate) enum Word {
 }
 
 fn file() -> File {
-    let path = std::env::var_os("EMU_CONTROL").expect("these tests run under `cargo xtask cuda-emu`");
+    let path =
+        std::env::var_os("EMU_CONTROL").expect("these tests run under `cargo xtask cuda-emu`");
     let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false).open(path).unwrap()
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
 }
 
 pub(crate) fn get(word: Word) -> u64 {
@@ -35,13 +42,20 @@ pub(crate) fn get(word: Word) -> u64 {
 }
 
 pub(crate) fn set(word: Word, value: u64) {
-    file().write_all_at(&value.to_ne_bytes(), 8 * word as u64).unwrap();
+    file()
+        .write_all_at(&value.to_ne_bytes(), 8 * word as u64)
+        .unwrap();
 }
 
 /// The emulated device, with nothing left over from another test's wishes.
 pub(crate) fn device() -> Device {
     let device = Device::open(0).unwrap();
-    for word in [Word::FailAllocation, Word::FailLaunch, Word::Schedule, Word::Memory] {
+    for word in [
+        Word::FailAllocation,
+        Word::FailLaunch,
+        Word::Schedule,
+        Word::Memory,
+    ] {
         set(word, 0);
     }
     assert_eq!(device.name(), "emulated GPU");
@@ -57,12 +71,22 @@ pub(crate) fn every_schedule(f: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f3
         let now = f(&device);
         for (i, values) in now.iter().enumerate() {
             for (j, v) in values.iter().enumerate() {
-                assert!(!v.is_nan(), "schedule {schedule}: value {j} of result {i} is NaN");
+                assert!(
+                    !v.is_nan(),
+                    "schedule {schedule}: value {j} of result {i} is NaN"
+                );
             }
         }
-        let bits = |all: &[Vec<f32>]| -> Vec<Vec<u32>> { all.iter().map(|v| v.iter().map(|x| x.to_bits()).collect()).collect() };
+        let bits = |all: &[Vec<f32>]| -> Vec<Vec<u32>> {
+            all.iter()
+                .map(|v| v.iter().map(|x| x.to_bits()).collect())
+                .collect()
+        };
         if let Some(first) = &first {
-            assert!(bits(first) == bits(&now), "schedule {schedule} gives other bits");
+            assert!(
+                bits(first) == bits(&now),
+                "schedule {schedule} gives other bits"
+            );
         }
         first.get_or_insert(now);
     }
@@ -87,7 +111,10 @@ pub(crate) fn close(what: &str, got: &[f32], wanted: &[f64], tolerance: f64) {
     assert_eq!(got.len(), wanted.len(), "{what}: number of values");
     for (i, (&g, &w)) in got.iter().zip(wanted).enumerate() {
         let error = (f64::from(g) - w).abs();
-        assert!(error <= tolerance * w.abs().max(1.0), "{what}: value {i} is {g}, not {w}");
+        assert!(
+            error <= tolerance * w.abs().max(1.0),
+            "{what}: value {i} is {g}, not {w}"
+        );
     }
 }
 

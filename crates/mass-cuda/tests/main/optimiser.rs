@@ -38,8 +38,10 @@ fn many_parameters_in_one_launch_get_the_hosts_bits() {
         .map(|&n| [values(n, 1), values(n, 2), vec![0.0; n], vec![0.0; n]])
         .collect();
     let results = every_schedule(|device| {
-        let mut buffers: Vec<[Buffer<f32>; 4]> =
-            parameters.iter().map(|p| [0, 1, 2, 3].map(|i| Buffer::from_slice(device, &p[i]).unwrap())).collect();
+        let mut buffers: Vec<[Buffer<f32>; 4]> = parameters
+            .iter()
+            .map(|p| [0, 1, 2, 3].map(|i| Buffer::from_slice(device, &p[i]).unwrap()))
+            .collect();
         for t in 1..4 {
             let mut updates: Vec<_> = buffers
                 .iter_mut()
@@ -54,12 +56,21 @@ fn many_parameters_in_one_launch_get_the_hosts_bits() {
                 .collect();
             adamw(device, &mut updates).unwrap();
         }
-        buffers.iter().flat_map(|[theta, _, m, v]| [theta, m, v].map(|b| b.to_vec().unwrap())).collect()
+        buffers
+            .iter()
+            .flat_map(|[theta, _, m, v]| [theta, m, v].map(|b| b.to_vec().unwrap()))
+            .collect()
     });
     for (i, p) in parameters.into_iter().enumerate() {
         let [mut theta, g, mut m, mut v] = p;
         for t in 1..4 {
-            host(&mut theta, &g, &mut m, &mut v, step(t, 1e-2 * (i + 1) as f32, 0.01 * i as f32));
+            host(
+                &mut theta,
+                &g,
+                &mut m,
+                &mut v,
+                step(t, 1e-2 * (i + 1) as f32, 0.01 * i as f32),
+            );
         }
         assert_eq!(results[3 * i..][..3], [theta, m, v], "parameter {i}");
     }
@@ -70,8 +81,18 @@ fn lengths_are_checked() {
     let device = device();
     let buffer = |n| Buffer::<f32>::zeros(&device, n).unwrap();
     let (mut theta, g, mut m, mut v) = (buffer(4), buffer(4), buffer(3), buffer(4));
-    let update = Update { theta: theta.view_mut(), gradient: g.view(), first: m.view_mut(), second: v.view_mut(), step: step(1, 0.1, 0.0) };
-    let wrong = CudaError::Length { what: "first moment", wanted: 4, got: 3 };
+    let update = Update {
+        theta: theta.view_mut(),
+        gradient: g.view(),
+        first: m.view_mut(),
+        second: v.view_mut(),
+        step: step(1, 0.1, 0.0),
+    };
+    let wrong = CudaError::Length {
+        what: "first moment",
+        wanted: 4,
+        got: 3,
+    };
     assert_eq!(adamw(&device, &mut [update]), Err(wrong));
     adamw(&device, &mut []).unwrap();
 }

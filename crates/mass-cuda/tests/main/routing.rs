@@ -3,40 +3,71 @@ use mass_cuda::{Buffer, CudaError, Device};
 
 use super::emulator::{close, device, every_schedule, values};
 
-/// Which experts a token takes and with which weight, by mass-routing's rules, from its logits in double precision.
-fn choose(logits: &[f32], used: &[bool], router: &Kind) -> (Vec<f64>, Vec<(usize, f64)>) {
+/// Which experts a token takes and with which weight, by mass-routing's rules, and its scores in double precision. Top-p chooses by
+/// the probabilities in single precision, `own`: ties and masses that are met exactly are a matter of their last bits.
+fn choose(
+    logits: &[f32],
+    own: &[f32],
+    used: &[bool],
+    router: &Kind,
+) -> (Vec<f64>, Vec<(usize, f64)>) {
     let k = logits.len();
-    let max = (0..k).filter(|&e| used[e]).map(|e| f64::from(logits[e])).fold(f64::MIN, f64::max);
-    let of = |e: usize| if used[e] { (f64::from(logits[e]) - max).exp() } else { 0.0 };
+    let max = (0..k)
+        .filter(|&e| used[e])
+        .map(|e| f64::from(logits[e]))
+        .fold(f64::MIN, f64::max);
+    let of = |e: usize| {
+        if used[e] {
+            (f64::from(logits[e]) - max).exp()
+        } else {
+            0.0
+        }
+    };
     let total: f64 = (0..k).map(of).sum();
     let probs: Vec<f64> = (0..k).map(|e| of(e) / total).collect();
     // Descending, ties to the lower index.
     let mut order: Vec<usize> = (0..k).filter(|&e| used[e]).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));
     let sigmoid = |x: f32| 1.0 / (1.0 + (-f64::from(x)).exp());
     let (mut chosen, renormalise): (Vec<usize>, bool) = match router {
         Kind::TopP(p, renormalise) => {
             let mut mass = 0.0;
+            order.sort_by(|&a, &b| own[b].total_cmp(&own[a]).then(a.cmp(&b)));
             let take = order.iter().take_while(|&&e| {
-                let more = mass < f64::from(*p);
-                mass += probs[e];
+                let more = (mass < f64::from(*p) || *p >= 1.0) && own[e] > 0.0;
+                mass += f64::from(own[e]);
                 more
             });
             (take.copied().collect(), *renormalise)
         }
         Kind::TopK(k, renormalise) => (order[..*k].to_vec(), *renormalise),
         Kind::TopAny(thresholds, training) => {
-            let mut active: Vec<usize> = (0..k).filter(|&e| used[e] && logits[e] > thresholds[e]).collect();
+            let mut active: Vec<usize> = (0..k)
+                .filter(|&e| used[e] && logits[e] > thresholds[e])
+                .collect();
             if active.is_empty() && !training {
                 active.push(order[0]);
             }
             let n = active.len() as f64;
-            let scores = (0..k).map(|e| if used[e] && logits[e] > thresholds[e] { sigmoid(logits[e]) } else { 0.0 });
-            return (scores.collect(), active.into_iter().map(|e| (e, 1.0 / n)).collect());
+            let scores = (0..k).map(|e| {
+                if used[e] && logits[e] > thresholds[e] {
+                    sigmoid(logits[e])
+                } else {
+                    0.0
+                }
+            });
+            return (
+                scores.collect(),
+                active.into_iter().map(|e| (e, 1.0 / n)).collect(),
+            );
         }
     };
     chosen.sort_unstable();
-    let sum: f64 = if renormalise { chosen.iter().map(|&e| probs[e]).sum() } else { 1.0 };
+    let sum: f64 = if renormalise {
+        chosen.iter().map(|&e| probs[e]).sum()
+    } else {
+        1.0
+    };
     let weights = chosen.iter().map(|&e| (e, probs[e] / sum)).collect();
     (probs, weights)
 }
@@ -51,19 +82,39 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn routed(device: &Device, logits: &[f32], used: Option<&[bool]>, k: usize, kind: &Kind) -> Result<Plan, CudaError> {
+fn routed(
+    device: &Device,
+    logits: &[f32],
+    used: Option<&[bool]>,
+    k: usize,
+    kind: &Kind,
+) -> Result<Plan, CudaError> {
     let logits = Buffer::from_slice(device, logits)?;
-    let used = used.map(|u| Buffer::from_slice(device, &u.iter().map(|&b| u32::from(b)).collect::<Vec<_>>())).transpose()?;
+    let used = used
+        .map(|u| Buffer::from_slice(device, &u.iter().map(|&b| u32::from(b)).collect::<Vec<_>>()))
+        .transpose()?;
     let bounds = match kind {
-        Kind::TopAny(thresholds, _) => Buffer::from_slice(device, &thresholds.iter().map(|&t| sigmoid(t)).collect::<Vec<_>>())?,
+        Kind::TopAny(thresholds, _) => Buffer::from_slice(
+            device,
+            &thresholds.iter().map(|&t| sigmoid(t)).collect::<Vec<_>>(),
+        )?,
         _ => Buffer::zeros(device, k)?,
     };
     let router = match *kind {
         Kind::TopP(p, renormalise) => Router::TopP { p, renormalise },
         Kind::TopK(k, renormalise) => Router::TopK { k, renormalise },
-        Kind::TopAny(_, training) => Router::TopAny { bounds: bounds.view(), training },
+        Kind::TopAny(_, training) => Router::TopAny {
+            bounds: bounds.view(),
+            training,
+        },
     };
-    route(device, logits.view(), k, used.as_ref().map(Buffer::view), router)
+    route(
+        device,
+        logits.view(),
+        k,
+        used.as_ref().map(Buffer::view),
+        router,
+    )
 }
 
 /// Logits on a coarse grid, so that there are many ties.
@@ -73,7 +124,15 @@ fn tied(n: usize, k: usize) -> Vec<f32> {
 
 #[test]
 fn plans_are_those_of_the_host() {
-    for (n, k) in [(0, 3), (1, 1), (5, 4), (256, 16), (600, 7), (300, 33), (40, 300)] {
+    for (n, k) in [
+        (0, 3),
+        (1, 1),
+        (5, 4),
+        (256, 16),
+        (600, 7),
+        (300, 33),
+        (40, 300),
+    ] {
         let masked: Vec<bool> = (0..k).map(|e| e % 3 != 1).collect();
         let thresholds: Vec<f32> = (0..k).map(|e| 0.5 + (e % 3) as f32).collect();
         let kinds = [
@@ -86,10 +145,14 @@ fn plans_are_those_of_the_host() {
             Kind::TopAny(thresholds.clone(), true),
             Kind::TopAny(thresholds, false),
         ];
-        for logits in [tied(n, k), values(n * k, 6).iter().map(|x| 5.0 * x).collect()] {
+        for logits in [
+            tied(n, k),
+            values(n * k, 6).iter().map(|x| 5.0 * x).collect(),
+        ] {
             for kind in &kinds {
                 for used in [None, Some(&masked[..])] {
-                    if matches!(kind, Kind::TopK(want, _) if used.is_some_and(|u| u.iter().filter(|u| **u).count() < *want)) {
+                    if matches!(kind, Kind::TopK(want, _) if used.is_some_and(|u| u.iter().filter(|u| **u).count() < *want))
+                    {
                         continue;
                     }
                     compare(&logits, used, (n, k), kind);
@@ -103,23 +166,50 @@ fn compare(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: 
     let device = device();
     let plan = routed(&device, logits, used, k, kind).unwrap();
     let all = vec![true; k];
+    let own = plan.scores.to_vec().unwrap();
     let (mut by_expert, mut scores) = (vec![Vec::new(); k], Vec::new());
     let mut by_token = Vec::new();
     for t in 0..n {
-        let (row, chosen) = choose(&logits[t * k..][..k], used.unwrap_or(&all), kind);
+        let (row, chosen) = choose(
+            &logits[t * k..][..k],
+            &own[t * k..][..k],
+            used.unwrap_or(&all),
+            kind,
+        );
         scores.extend(row);
         chosen.iter().for_each(|&(e, w)| by_expert[e].push((t, w)));
         by_token.push(chosen);
     }
     let mut offsets = vec![0_u32];
-    by_expert.iter().for_each(|list| offsets.push(offsets[offsets.len() - 1] + list.len() as u32));
+    by_expert
+        .iter()
+        .for_each(|list| offsets.push(offsets[offsets.len() - 1] + list.len() as u32));
     assert_eq!(plan.expert_offsets, offsets);
-    assert_eq!(plan.expert_offsets_on_device.view().range(0..k + 1).unwrap().to_vec().unwrap(), offsets);
+    assert_eq!(
+        plan.expert_offsets_on_device
+            .view()
+            .range(0..k + 1)
+            .unwrap()
+            .to_vec()
+            .unwrap(),
+        offsets
+    );
     let flat: Vec<(usize, f64)> = by_expert.concat();
-    assert_eq!(plan.tokens.to_vec().unwrap(), flat.iter().map(|x| x.0 as u32).collect::<Vec<_>>());
-    close("weights", &plan.weights.to_vec().unwrap(), &flat.iter().map(|x| x.1).collect::<Vec<_>>(), 1e-6);
+    assert_eq!(
+        plan.tokens.to_vec().unwrap(),
+        flat.iter().map(|x| x.0 as u32).collect::<Vec<_>>()
+    );
+    close(
+        "weights",
+        &plan.weights.to_vec().unwrap(),
+        &flat.iter().map(|x| x.1).collect::<Vec<_>>(),
+        1e-6,
+    );
     close("scores", &plan.scores.to_vec().unwrap(), &scores, 1e-6);
-    let (token_offsets, assignments) = (plan.token_offsets.to_vec().unwrap(), plan.token_assignments.to_vec().unwrap());
+    let (token_offsets, assignments) = (
+        plan.token_offsets.to_vec().unwrap(),
+        plan.token_assignments.to_vec().unwrap(),
+    );
     let experts = plan.token_experts.to_vec().unwrap();
     assert_eq!(token_offsets.len(), n + 1);
     let mut cursors = offsets.clone();
@@ -141,7 +231,12 @@ fn gradients_of_weights_reach_the_logits() {
     let (n, k) = (300, 9);
     let logits: Vec<f32> = values(n * k, 6).iter().map(|x| 3.0 * x).collect();
     let thresholds: Vec<f32> = (0..k).map(|e| 0.3 * e as f32 - 1.0).collect();
-    for kind in [Kind::TopP(0.8, false), Kind::TopP(0.8, true), Kind::TopK(3, true), Kind::TopAny(thresholds.clone(), false)] {
+    for kind in [
+        Kind::TopP(0.8, false),
+        Kind::TopP(0.8, true),
+        Kind::TopK(3, true),
+        Kind::TopAny(thresholds.clone(), false),
+    ] {
         let mut wanted = vec![0.25; n * k];
         let mut wanted_thresholds = vec![0.5; k];
         let results = every_schedule(|device| {
@@ -150,18 +245,42 @@ fn gradients_of_weights_reach_the_logits() {
             let mut dlogits = Buffer::from_slice(device, &vec![0.25; n * k]).unwrap();
             backward(device, &plan, d.view(), dlogits.view_mut()).unwrap();
             let mut dt = Buffer::from_slice(device, &vec![0.5; k]).unwrap();
-            let bounds = Buffer::from_slice(device, &thresholds.iter().map(|&t| sigmoid(t)).collect::<Vec<_>>()).unwrap();
-            let of_thresholds = backward_thresholds(device, &plan, d.view(), bounds.view(), dt.view_mut());
+            let bounds = Buffer::from_slice(
+                device,
+                &thresholds.iter().map(|&t| sigmoid(t)).collect::<Vec<_>>(),
+            )
+            .unwrap();
+            let of_thresholds =
+                backward_thresholds(device, &plan, d.view(), bounds.view(), dt.view_mut());
             assert_eq!(of_thresholds.is_ok(), matches!(kind, Kind::TopAny(..)));
-            vec![dlogits.to_vec().unwrap(), dt.to_vec().unwrap(), d.to_vec().unwrap(), plan.token_assignments.to_vec().unwrap().iter().map(|&a| a as f32).collect()]
+            vec![
+                dlogits.to_vec().unwrap(),
+                dt.to_vec().unwrap(),
+                d.to_vec().unwrap(),
+                plan.token_assignments
+                    .to_vec()
+                    .unwrap()
+                    .iter()
+                    .map(|&a| a as f32)
+                    .collect(),
+                plan.scores.to_vec().unwrap(),
+            ]
         });
         let mut at = 0;
         for t in 0..n {
-            let (scores, chosen) = choose(&logits[t * k..][..k], &vec![true; k], &kind);
-            let g: Vec<f64> = chosen.iter().map(|_| {
-                at += 1;
-                f64::from(results[2][results[3][at - 1] as usize])
-            }).collect();
+            let (scores, chosen) = choose(
+                &logits[t * k..][..k],
+                &results[4][t * k..][..k],
+                &vec![true; k],
+                &kind,
+            );
+            let g: Vec<f64> = chosen
+                .iter()
+                .map(|_| {
+                    at += 1;
+                    f64::from(results[2][results[3][at - 1] as usize])
+                })
+                .collect();
             let dot: f64 = chosen.iter().zip(&g).map(|((_, w), g)| w * g).sum();
             let row = &mut wanted[t * k..][..k];
             match &kind {
@@ -174,10 +293,16 @@ fn gradients_of_weights_reach_the_logits() {
                         }
                     }
                 }
-                Kind::TopP(_, true) | Kind::TopK(_, true) => chosen.iter().zip(&g).for_each(|(&(e, w), g)| row[e] += w * (g - dot)),
+                Kind::TopP(_, true) | Kind::TopK(_, true) => chosen
+                    .iter()
+                    .zip(&g)
+                    .for_each(|(&(e, w), g)| row[e] += w * (g - dot)),
                 _ => {
                     row.iter_mut().zip(&scores).for_each(|(d, r)| *d -= r * dot);
-                    chosen.iter().zip(&g).for_each(|(&(e, w), g)| row[e] += w * g);
+                    chosen
+                        .iter()
+                        .zip(&g)
+                        .for_each(|(&(e, w), g)| row[e] += w * g);
                 }
             }
         }
@@ -191,7 +316,11 @@ fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
     let device = device();
     let (n, k) = (600, 5);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        for kind in [Kind::TopP(0.5, false), Kind::TopK(2, true), Kind::TopAny(vec![0.0; 5], true)] {
+        for kind in [
+            Kind::TopP(0.5, false),
+            Kind::TopK(2, true),
+            Kind::TopAny(vec![0.0; 5], true),
+        ] {
             let mut logits = values(n * k, 1);
             logits[k * 599 + 1] = bad;
             logits[k * 301 + 4] = bad;
@@ -202,9 +331,24 @@ fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
             routed(&device, &logits, Some(&used), k, &kind).unwrap();
         }
     }
-    for kind in [Kind::TopP(0.0, false), Kind::TopP(1.1, false), Kind::TopP(f32::NAN, true), Kind::TopK(0, true), Kind::TopK(6, true)] {
-        assert!(matches!(routed(&device, &[0.0; 10], None, 5, &kind), Err(CudaError::Setting { .. })));
+    for kind in [
+        Kind::TopP(0.0, false),
+        Kind::TopP(1.1, false),
+        Kind::TopP(f32::NAN, true),
+        Kind::TopK(0, true),
+        Kind::TopK(6, true),
+    ] {
+        assert!(matches!(
+            routed(&device, &[0.0; 10], None, 5, &kind),
+            Err(CudaError::Setting { .. })
+        ));
     }
-    assert!(matches!(routed(&device, &[0.0; 9], None, 5, &Kind::TopK(1, true)), Err(CudaError::Length { .. })));
-    assert!(matches!(routed(&device, &[], None, 0, &Kind::TopK(1, true)), Err(CudaError::Setting { .. })));
+    assert!(matches!(
+        routed(&device, &[0.0; 9], None, 5, &Kind::TopK(1, true)),
+        Err(CudaError::Length { .. })
+    ));
+    assert!(matches!(
+        routed(&device, &[], None, 0, &Kind::TopK(1, true)),
+        Err(CudaError::Setting { .. })
+    ));
 }

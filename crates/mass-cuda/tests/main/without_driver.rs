@@ -10,7 +10,9 @@ const CASE: &str = "MASS_CUDA_CASE";
 /// Runs the named test of this file again with an environment.
 fn again(test: &str, environment: &[(&str, &str)]) -> (bool, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture"]).env(CASE, "1");
+    command
+        .args([test, "--exact", "--nocapture"])
+        .env(CASE, "1");
     for (name, value) in environment {
         command.env(name, value);
     }
@@ -24,7 +26,12 @@ fn no_driver_is_an_error_value() {
     if std::env::var_os(CASE).is_some() {
         let error = Device::open(0).unwrap_err();
         println!("<{error}>");
-        assert_eq!(error, CudaError::NoDriver { missing: String::new() });
+        assert_eq!(
+            error,
+            CudaError::NoDriver {
+                missing: String::new()
+            }
+        );
         assert_eq!(Device::count().unwrap_err(), error);
         return;
     }
@@ -32,9 +39,15 @@ fn no_driver_is_an_error_value() {
     if std::path::Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
         return;
     }
-    let (good, text) = again("without_driver::no_driver_is_an_error_value", &[("LD_LIBRARY_PATH", "/nonexistent")]);
+    let (good, text) = again(
+        "without_driver::no_driver_is_an_error_value",
+        &[("LD_LIBRARY_PATH", "/nonexistent")],
+    );
     assert!(good, "{text}");
-    assert!(text.contains("<no CUDA driver (libcuda.so) on this machine; use the CPU>"), "{text}");
+    assert!(
+        text.contains("<no CUDA driver (libcuda.so) on this machine; use the CPU>"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -49,10 +62,17 @@ fn a_library_that_is_no_driver_is_an_error_value() {
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("empty.c"), "int nothing;\n").unwrap();
     let library = folder.join("libcuda.so");
-    let built = Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(folder.join("empty.c")).status();
+    let built = Command::new("gcc")
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(folder.join("empty.c"))
+        .status();
     assert!(built.unwrap().success());
     let path = folder.to_str().unwrap();
-    let (good, text) = again("without_driver::a_library_that_is_no_driver_is_an_error_value", &[("LD_LIBRARY_PATH", path)]);
+    let (good, text) = again(
+        "without_driver::a_library_that_is_no_driver_is_an_error_value",
+        &[("LD_LIBRARY_PATH", path)],
+    );
     std::fs::remove_dir_all(&folder).unwrap();
     assert!(good, "{text}");
 }
@@ -62,20 +82,38 @@ fn a_library_that_is_no_driver_is_an_error_value() {
 fn drivers_and_devices_that_will_not_do_are_told_apart() {
     if let Some(case) = std::env::var_os(CASE) {
         let _ = case;
-        println!("<{}>", Device::open(std::env::var("ORDINAL").unwrap().parse().unwrap()).unwrap_err());
+        println!(
+            "<{}>",
+            Device::open(std::env::var("ORDINAL").unwrap().parse().unwrap()).unwrap_err()
+        );
         return;
     }
     let cases: [(&[(&str, &str)], &str); 6] = [
-        (&[("EMU_VERSION", "11040")], "<the CUDA driver supports CUDA 11.4, at least 12.2 is needed (driver 535)>"),
+        (
+            &[("EMU_VERSION", "11040")],
+            "<the CUDA driver supports CUDA 11.4, at least 12.2 is needed (driver 535)>",
+        ),
         (&[("EMU_DEVICES", "0")], "<no CUDA device 0: there are 0>"),
         (&[("ORDINAL", "3")], "<no CUDA device 3: there are 1>"),
-        (&[("EMU_CAPABILITY", "61")], "<emulated GPU has compute capability 6.1, at least 7.5 (Turing) is needed>"),
+        (
+            &[("EMU_CAPABILITY", "61")],
+            "<emulated GPU has compute capability 6.1, at least 7.5 (Turing) is needed>",
+        ),
         (&[("EMU_INIT", "100")], "<no CUDA device 0: there are 0>"),
-        (&[("EMU_INIT", "999")], "<CUDA: starting the driver failed: error 999 (error 999)>"),
+        (
+            &[("EMU_INIT", "999")],
+            "<CUDA: starting the driver failed: error 999 (error 999)>",
+        ),
     ];
     for (environment, wanted) in cases {
-        let all: Vec<_> = [("ORDINAL", "0")].into_iter().chain(environment.iter().copied()).collect();
-        let (good, text) = again("without_driver::drivers_and_devices_that_will_not_do_are_told_apart", &all);
+        let all: Vec<_> = [("ORDINAL", "0")]
+            .into_iter()
+            .chain(environment.iter().copied())
+            .collect();
+        let (good, text) = again(
+            "without_driver::drivers_and_devices_that_will_not_do_are_told_apart",
+            &all,
+        );
         assert!(good && text.contains(wanted), "{environment:?}: {text}");
     }
 }
