@@ -243,13 +243,35 @@ fn names(source: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Builds the emulated driver of a folder's kernels, if it is not there as it would come out.
-fn build_driver(folder: &Path, out: &Path) -> Outcome<()> {
+/// Flags of g++ for the emulated driver.
+const FLAGS: [&str; 13] = [
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    // Nothing is fused but what the source fuses, as on the device.
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-pthread",
+    "-mtls-dialect=gnu2",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unused-function",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+];
+
+/// Builds the emulated driver of a folder's kernels, if it is not there as it would come out. With `races`, accesses of the kernels
+/// to shared memory are watched, which makes them several times slower.
+fn build_driver(folder: &Path, out: &Path, races: bool) -> Outcome<()> {
     fs::create_dir_all(out).map_err(|e| format!("cannot make {}: {e}", out.display()))?;
     let emu = home().join("emu");
     let mut includes = String::new();
     let mut list = String::new();
-    let mut all = read(&emu.join("driver.cpp"))? + &read(&emu.join("emu.h"))?;
+    let mut all = format!("{races} {}\n", FLAGS.join(" "));
+    for file in ["driver.cpp", "kernels.cpp", "races.cpp", "emu.h", "table.h"] {
+        all += &read(&emu.join(file))?;
+    }
     for source in sources(folder)? {
         let text = read(&source)?;
         includes += &format!("#include \"{}\"\n", source.display());
@@ -258,102 +280,138 @@ fn build_driver(folder: &Path, out: &Path) -> Outcome<()> {
         }
         all += &text;
     }
-    let flags = [
-        "-std=c++17",
-        "-O2",
-        "-march=native",
-        // Nothing is fused but what the source fuses, as on the device.
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-Wl,-Bsymbolic",
-        "-pthread",
-        "-mtls-dialect=gnu2",
-        "-Wall",
-        "-Wno-unused-function",
-        "-Wno-unknown-pragmas",
-        "-Wno-maybe-uninitialized",
-    ];
-    let all = format!("{}\n{list}\n{all}", flags.join(" "));
     let (library, stamp) = (out.join("libcuda.so"), out.join("stamp"));
     if library.exists() && fs::read_to_string(&stamp).is_ok_and(|there| there == all) {
         return Ok(());
     }
     write(&out.join("kernels.inc"), &includes)?;
     write(&out.join("list.inc"), &list)?;
-    let mut command = Command::new("g++");
-    command.args(flags).arg("-I").arg(out).arg("-I").arg(&emu);
-    command
-        .arg(emu.join("driver.cpp"))
-        .arg("-o")
-        .arg(&library)
-        .arg("-ldl");
-    must(&mut command)?;
+    let mut link = Command::new("g++");
+    link.args(["-shared", "-pthread", "-Wl,-Bsymbolic", "-o"])
+        .arg(&library);
+    for file in ["driver", "kernels", "races"] {
+        if file == "races" && !races {
+            continue;
+        }
+        let object = out.join(file).with_extension("o");
+        let mut command = Command::new("g++");
+        command.args(FLAGS).arg("-I").arg(out).arg("-I").arg(&emu);
+        if file == "kernels" && races {
+            command.args(["-fsanitize=thread", "-fno-threadsafe-statics"]);
+        }
+        command.arg("-c").arg(emu.join(file).with_extension("cpp"));
+        must(command.arg("-o").arg(&object))?;
+        link.arg(&object);
+    }
+    must(link.arg("-ldl"))?;
     write(&stamp, &all)
 }
 
 /// Builds the emulated driver and runs tests on it.
 pub(crate) fn emulate(arguments: &[OsString]) -> ExitCode {
     let help = "\
-Usage: cargo xtask cuda-emu [--build] [-- ARGUMENTS OF CARGO TEST]
+Usage: cargo xtask cuda-emu [--build | --races] [-- ARGUMENTS OF CARGO TEST]
 
 Builds a libcuda.so whose device is the CPU, from the kernels' sources with g++, and runs the tests that need a device on it:
-those of mass-cuda, or what the arguments say. The tests have one thread: the device uses all.
+those that the arguments say, or without arguments mass-cuda's, and these once more on a device that looks for races in shared
+memory. The tests have one thread: the device uses all.
 
-  --build   build it only, and print the folder to put into LD_LIBRARY_PATH";
-    let build = match arguments.first().and_then(|a| a.to_str()) {
-        None | Some("--") => false,
-        Some("--build") => true,
+  --build   build it only, and print the folder to put into LD_LIBRARY_PATH
+  --races   on the device that looks for races only";
+    let (what, rest) = match arguments.first().and_then(|a| a.to_str()) {
+        None => (What::Both, &[][..]),
+        Some("--") if arguments.len() == 1 => (What::Both, &[][..]),
+        Some("--") => (What::Plain, &arguments[1..]),
+        Some("--build") if arguments.len() == 1 => (What::Build, &[][..]),
+        Some("--races") => match arguments.get(1).map(|a| a == "--") {
+            None => (What::Races, &[][..]),
+            Some(true) => (What::Races, &arguments[2..]),
+            Some(false) => return refuse(&arguments[1]),
+        },
         Some("--help" | "-h") => {
             println!("{help}");
             return ExitCode::SUCCESS;
         }
-        Some(other) => {
-            eprintln!(
-                "error: cuda-emu takes --build, or -- and arguments of cargo test, not {other}"
-            );
-            return ExitCode::from(2);
-        }
+        Some(_) => return refuse(arguments.last().unwrap_or(&arguments[0])),
     };
-    report(run_emulated(build, arguments.get(1..).unwrap_or_default()))
+    report(run_emulated(what, rest))
 }
 
-fn run_emulated(build: bool, arguments: &[OsString]) -> Outcome<ExitCode> {
+fn refuse(argument: &OsString) -> ExitCode {
+    let argument = argument.to_string_lossy();
+    eprintln!(
+        "error: cuda-emu takes --build, --races, or -- and arguments of cargo test, not `{argument}`"
+    );
+    ExitCode::from(2)
+}
+
+/// Which of the emulated devices is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// Its driver, and nothing is run.
+    Build,
+    Plain,
+    Races,
+    /// One after the other.
+    Both,
+}
+
+fn run_emulated(what: What, arguments: &[OsString]) -> Outcome<ExitCode> {
     let folder = target().join("cuda-emu");
-    build_driver(&home().join("src/kernels"), &folder)?;
-    build_driver(&home().join("tests/faults"), &folder.join("faults"))?;
-    if build {
+    let (kernels, planted) = (home().join("src/kernels"), home().join("tests/faults"));
+    build_driver(&kernels, &folder, false)?;
+    if what == What::Build {
         println!("{}", folder.display());
         return Ok(ExitCode::SUCCESS);
     }
-    let mut command = cargo();
-    command.arg("test").current_dir(root());
-    match arguments {
-        [] => command.args([
-            "-p",
-            "mass-cuda",
-            "--features",
-            "emulated",
-            "--test",
-            "main",
-        ]),
-        some => command.args(some),
-    };
-    let mut path = OsString::from(&folder);
-    if let Some(there) = std::env::var_os("LD_LIBRARY_PATH") {
-        path.push(":");
-        path.push(there);
+    let (races, faults) = (folder.join("races"), folder.join("faults"));
+    if what != What::Plain {
+        build_driver(&kernels, &races, true)?;
     }
-    command.env("LD_LIBRARY_PATH", path);
-    command.env("RUST_TEST_THREADS", "1");
-    // A file of zeros: nobody's wishes are left in it.
-    let control = folder.join("control");
-    write(&control, "")?;
-    command.env("EMU_CONTROL", control);
-    command.env("EMU_FAULTS", folder.join("faults"));
-    Ok(exit_code(command))
+    build_driver(&planted, &faults, false)?;
+    build_driver(&planted, &faults.join("races"), true)?;
+    let drivers = match what {
+        What::Races => vec![&races],
+        What::Both => vec![&folder, &races],
+        _ => vec![&folder],
+    };
+    for driver in drivers {
+        let mut command = cargo();
+        command.arg("test").current_dir(root());
+        match arguments {
+            [] => command.args([
+                "-p",
+                "mass-cuda",
+                "--features",
+                "emulated",
+                "--test",
+                "main",
+            ]),
+            some => command.args(some),
+        };
+        let mut path = OsString::from(driver);
+        if let Some(there) = std::env::var_os("LD_LIBRARY_PATH") {
+            path.push(":");
+            path.push(there);
+        }
+        command.env("LD_LIBRARY_PATH", path);
+        command.env("RUST_TEST_THREADS", "1");
+        // A file of zeros: nobody's wishes are left in it.
+        let control = folder.join("control");
+        write(&control, "")?;
+        command.env("EMU_CONTROL", control);
+        command.env("EMU_FAULTS", &faults);
+        if driver == &races {
+            println!("on the device that looks for races in shared memory");
+            // What one schedule shows of races, all do.
+            command.env("EMU_SCHEDULE", "0");
+        }
+        let code = exit_code(command);
+        if code != ExitCode::SUCCESS {
+            return Ok(code);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

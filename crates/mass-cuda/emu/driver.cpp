@@ -1,7 +1,6 @@
 // A CUDA driver of the few entry points that mass-cuda calls, whose device is this CPU. Built as libcuda.so from the same
 // kernels by `cargo xtask cuda-emu`. What it checks, and how a test steers it, is told in README.md.
-#include "emu.h"
-#include "kernels.inc" // the kernels' sources, then LIST(kernel) for each: written by xtask
+#include "table.h"
 
 #include <algorithm>
 #include <atomic>
@@ -19,9 +18,7 @@
 #include <string>
 #include <sys/mman.h>
 #include <thread>
-#include <type_traits>
 #include <unistd.h>
-#include <utility>
 #include <vector>
 
 namespace emu {
@@ -65,27 +62,6 @@ static bool due(Word word) { return words[word] > 0 && --words[word] == 0; }
 // Errors of a kernel stick, as on a GPU, and show at the next call.
 static std::atomic<int> sticky{0};
 
-// ---- Kernels ----
-
-template <class... A, size_t... I> void call(void (*f)(A...), void **p, std::index_sequence<I...>) {
-    f(*(std::remove_cv_t<std::remove_reference_t<A>> *)p[I]...);
-}
-template <auto F> struct Thunk;
-template <class... A, void (*F)(A...)> struct Thunk<F> {
-    static void run(void **p) { call(F, p, std::index_sequence_for<A...>()); }
-    static std::vector<size_t> sizes() { return {sizeof(A)...}; }
-};
-struct Kernel {
-    const char *name;
-    void (*run)(void **);
-    std::vector<size_t> sizes;
-};
-#define LIST(f) Kernel{#f, Thunk<f>::run, Thunk<f>::sizes()},
-static Kernel kernels[] = {
-#include "list.inc"
-};
-#undef LIST
-
 // ---- Fibers ----
 
 enum { READY, BLOCK_WAIT, WARP_WAIT, DONE };
@@ -103,6 +79,11 @@ struct Inside {
     sigjmp_buf out;
     volatile bool running = false;
     bool used_barrier = false;
+    // Of each word of shared memory, who touched it since which barrier: see `touch`.
+    struct Touched { uint32_t write_epoch, read_epoch; uint16_t writer, reader; };
+    std::vector<Touched> touched;
+    uint32_t epoch = 1;
+    bool raced = false;
     void *tls = nullptr;
     size_t tls_size = 0;
     Inside() : slots(MOST_THREADS) {
@@ -135,6 +116,35 @@ emu_switch:
     popq %rbp
     ret
 )");
+
+// Two threads that touch a word of shared memory between the same two barriers, one of them writing, race: whatever the schedule made
+// of it. A shuffle orders no memory. Called for every access of a driver that is built to look for races.
+static const uint16_t SEVERAL = 0xffff;
+extern "C" __attribute__((visibility("hidden"))) void emu_touch(void *at, size_t size, bool write) {
+    Inside *in = runner.inside;
+    if (!in || !in->running || !runner.now) return;
+    size_t offset = (char *)at - (char *)in->tls;
+    if (offset >= in->tls_size || ((char *)at >= (char *)&runner && (char *)at < (char *)(&runner + 1))) return;
+    if (in->touched.empty()) in->touched.resize(in->tls_size / 4 + 1);
+    const uint16_t own = (uint16_t)runner.now->index;
+    for (size_t word = offset / 4; word <= (offset + size - 1) / 4; word++) {
+        auto &t = in->touched[word];
+        bool race = t.write_epoch == in->epoch && t.writer != own;
+        if (write) race |= t.read_epoch == in->epoch && t.reader != own;
+        if (race && !in->raced) {
+            in->raced = true;
+            say("kernel %s, block (%u, %u, %u): threads %u and %u race for shared memory", in->kernel->name, runner.block.x, runner.block.y,
+                runner.block.z, t.write_epoch == in->epoch && t.writer != own ? t.writer : t.reader, own);
+        }
+        if (write) {
+            t.write_epoch = in->epoch;
+            t.writer = own;
+        } else {
+            t.reader = t.read_epoch == in->epoch && t.reader != own ? SEVERAL : own;
+            t.read_epoch = in->epoch;
+        }
+    }
+}
 
 static void yield(int state, int site) {
     Fiber *own = runner.now;
@@ -229,6 +239,7 @@ static bool run_block(Inside &in, int order, unsigned seed) {
         if (done == fibers.size()) return true;
         if (waiting < fibers.size() || !same) { fault(in, "a barrier is not reached by all threads of the block"); return false; }
         for (auto &f : fibers) f.state = READY;
+        in.epoch++;
     }
 }
 
@@ -290,12 +301,14 @@ static void run_blocks(const Launch &launch, uint64_t first, uint64_t end) {
             // A kernel without barriers has no use for shared memory; the first block is poisoned in any case.
             if (in->used_barrier) poison_shared(*in);
             in->used_barrier = false;
+            in->epoch++;
             if (!run_block(*in, launch.order, (unsigned)j + 7)) { good = false; break; }
         }
     } else {
         sticky = 700; // CUDA_ERROR_ILLEGAL_ADDRESS
     }
     in->running = false;
+    if (in->raced) { words[FAULTS]++; good = false; in->raced = false; }
     if (!good) sticky = 719; // CUDA_ERROR_LAUNCH_FAILED
 }
 
@@ -403,11 +416,15 @@ static Allocation *owner(char *p, size_t n) {
     return p + n <= found.first + found.second.size ? &found.second : nullptr;
 }
 
-static struct sigaction before[2];
+static struct sigaction before[3];
 static void on_fault(int signal, siginfo_t *info, void *) {
     Inside *in = runner.inside;
     if (in && in->running) {
         in->running = false;
+        if (signal == SIGFPE) {
+            fault(*in, "an integer is divided by zero");
+            siglongjmp(in->out, 1);
+        }
         char what[160];
         char *at = (char *)info->si_addr;
         snprintf(what, sizeof what, "thread %u touches address %p outside of every allocation", runner.now->index, (void *)at);
@@ -421,7 +438,7 @@ static void on_fault(int signal, siginfo_t *info, void *) {
         fault(*in, what);
         siglongjmp(in->out, 1);
     }
-    sigaction(signal, &before[signal == SIGBUS], nullptr); // comes again, to who was there before
+    sigaction(signal, &before[signal == SIGBUS ? 1 : signal == SIGFPE ? 2 : 0], nullptr); // comes again, to who was there before
 }
 
 static void start() {
@@ -433,6 +450,7 @@ static void start() {
         action.sa_flags = SA_SIGINFO | SA_NODEFER;
         sigaction(SIGSEGV, &action, &before[0]);
         sigaction(SIGBUS, &action, &before[1]);
+        sigaction(SIGFPE, &action, &before[2]);
     });
 }
 
@@ -566,7 +584,7 @@ API cuModuleLoadData(void **m, const void *image) {
     std::string ptx((const char *)image);
     size_t entries = 0, listed = 0;
     for (size_t i = ptx.find(".entry "); i != std::string::npos; i = ptx.find(".entry ", i + 7)) entries++;
-    for (auto &k : kernels) {
+    for (Kernel &k : kernels()) {
         listed++;
         size_t at = ptx.find(".entry " + std::string(k.name) + "(");
         if (at == std::string::npos) { say("the PTX is stale: it lacks %s", k.name); return 218; } // CUDA_ERROR_INVALID_PTX
@@ -584,7 +602,7 @@ API cuModuleLoadData(void **m, const void *image) {
 IGNORED(cuModuleUnload, void *)
 API cuModuleGetFunction(void **f, void *, const char *name) {
     STUCK();
-    for (auto &k : kernels)
+    for (Kernel &k : kernels())
         if (!strcmp(k.name, name)) { *f = &k; return 0; }
     return 500; // CUDA_ERROR_NOT_FOUND
 }

@@ -45,13 +45,20 @@ fn one_kernel() {
 }
 
 fn run(kernel: &str, n: u32) -> String {
+    run_on(kernel, n, "")
+}
+
+/// On the driver with the faults, or on the one beside it that looks for races.
+fn run_on(kernel: &str, n: u32, driver: &str) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["faults::one_kernel", "--exact", "--nocapture"]);
     command.env(CASE, format!("{kernel} {n}"));
+    let faults = std::env::var_os("EMU_FAULTS").expect("runs under `cargo xtask cuda-emu`");
     command.env(
         "LD_LIBRARY_PATH",
-        std::env::var_os("EMU_FAULTS").expect("runs under `cargo xtask cuda-emu`"),
+        std::path::Path::new(&faults).join(driver),
     );
+    command.env_remove("EMU_SCHEDULE");
     let output = command.output().unwrap();
     assert!(
         output.status.success(),
@@ -86,6 +93,23 @@ fn missing_barriers_give_nans_or_other_values() {
             all.iter().any(|r| r.contains("NaN") || *r != all[0]),
             "{kernel}: {text}"
         );
+    }
+}
+
+#[test]
+fn races_for_shared_memory_are_errors_whatever_the_schedule_makes_of_them() {
+    for (kernel, races) in [
+        ("missing_barrier", true),
+        ("missing_second_barrier", true),
+        ("no_fault", false),
+    ] {
+        let text = run_on(kernel, 0, "races");
+        assert_eq!(
+            text.contains("race for shared memory"),
+            races,
+            "{kernel}: {text}"
+        );
+        assert_eq!(text.contains("(error 719)"), races, "{kernel}: {text}");
     }
 }
 
