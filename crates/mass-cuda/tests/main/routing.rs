@@ -1,5 +1,7 @@
 use mass_cuda::kernels::routing::{Plan, Router, backward, backward_thresholds, route};
 use mass_cuda::{Buffer, CudaError, Device};
+use mass_routing::ndarray::ArrayView2;
+use mass_routing::{AnyRouter, Combine, Router as _, RoutingPlan, TopAny, TopK, TopP};
 
 use super::emulator::{close, device, every_schedule, values};
 
@@ -351,4 +353,76 @@ fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
         routed(&device, &[], None, 0, &Kind::TopK(1, true)),
         Err(CudaError::Setting { .. })
     ));
+}
+
+/// mass-routing itself, with the same settings.
+fn host(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: &Kind) -> RoutingPlan {
+    let combine = |renormalise: &bool| match renormalise {
+        true => Combine::Renormalised,
+        false => Combine::Raw,
+    };
+    let mut router = match kind {
+        Kind::TopP(p, renormalise) => AnyRouter::TopP(TopP::new(*p, combine(renormalise)).unwrap()),
+        Kind::TopK(k, renormalise) => AnyRouter::TopK(TopK::new(*k, combine(renormalise)).unwrap()),
+        Kind::TopAny(thresholds, training) => {
+            let mut router = TopAny::new(thresholds.clone()).unwrap();
+            router.set_training(*training);
+            AnyRouter::TopAny(router)
+        }
+    };
+    let mut plan = RoutingPlan::default();
+    let logits = ArrayView2::from_shape((n, k), logits).unwrap();
+    router.route(logits, used, &mut plan).unwrap();
+    plan
+}
+
+#[test]
+fn plans_are_those_of_mass_routing() {
+    let device = device();
+    for (n, k) in [(1, 1), (33, 3), (512, 16), (300, 40), (100, 128), (64, 200)] {
+        let masked: Vec<bool> = (0..k).map(|e| e % 3 != 1).collect();
+        let kinds = [
+            Kind::TopP(0.5, false),
+            Kind::TopP(0.9, true),
+            Kind::TopP(1.0, true),
+            Kind::TopK(2.min(k), true),
+            Kind::TopK(1, false),
+            Kind::TopAny(vec![0.5; k], false),
+        ];
+        let spread: Vec<f32> = values(n * k, 6).iter().map(|x| 5.0 * x).collect();
+        for (logits, distinct) in [(tied(n, k), false), (spread, true)] {
+            for kind in &kinds {
+                for used in [None, Some(&masked[..])] {
+                    // Where a sum is met exactly but for rounding, the last bits of the softmax decide.
+                    let decided = distinct || matches!(kind, Kind::TopK(..) | Kind::TopAny(..));
+                    let few = used.is_some_and(|u| u.iter().filter(|u| **u).count() < 2);
+                    if !decided || (few && matches!(kind, Kind::TopK(2, _))) {
+                        continue;
+                    }
+                    let plan = routed(&device, &logits, used, k, kind).unwrap();
+                    let host = host(&logits, used, (n, k), kind);
+                    assert_eq!(plan.expert_offsets, host.expert_offsets(), "{n} {k}");
+                    assert_eq!(plan.tokens.to_vec().unwrap(), host.tokens());
+                    assert_eq!(plan.token_offsets.to_vec().unwrap(), host.token_offsets());
+                    assert_eq!(
+                        plan.token_assignments.to_vec().unwrap(),
+                        host.token_assignments()
+                    );
+                    assert_eq!(plan.token_experts.to_vec().unwrap(), host.token_experts());
+                    let weights: Vec<f64> = host.weights().iter().map(|&w| w.into()).collect();
+                    close("weights", &plan.weights.to_vec().unwrap(), &weights, 3e-7);
+                    let d = values(weights.len(), 3);
+                    let (mut own, d_device) = (
+                        Buffer::zeros(&device, n * k).unwrap(),
+                        Buffer::from_slice(&device, &d).unwrap(),
+                    );
+                    backward(&device, &plan, d_device.view(), own.view_mut()).unwrap();
+                    let mut wanted = vec![0.0; n * k];
+                    host.backward_slice(&d, &mut wanted).unwrap();
+                    let wanted: Vec<f64> = wanted.iter().map(|&w| w.into()).collect();
+                    close("gradient of logits", &own.to_vec().unwrap(), &wanted, 1e-6);
+                }
+            }
+        }
+    }
 }
