@@ -5,6 +5,7 @@
 //! function returns when its kernels are launched, and what they do wrong shows at a later call.
 
 pub mod attention;
+pub mod ceiling;
 pub mod cross_entropy;
 pub mod dots;
 pub mod elementwise;

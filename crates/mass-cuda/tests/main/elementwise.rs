@@ -177,3 +177,23 @@ fn lengths_and_rates_are_checked() {
         Err(CudaError::OtherDevice { what: "y" })
     );
 }
+
+#[test]
+fn chains_of_multiply_adds_are_made() {
+    use mass_cuda::kernels::ceiling::{CHAINS, multiply_adds};
+    let results = every_schedule(|device| {
+        let mut y = Buffer::uninitialised(device, 512).unwrap();
+        multiply_adds(device, 3, 0.5, y.view_mut()).unwrap();
+        vec![y.to_vec().unwrap()]
+    });
+    for (i, y) in results[0].iter().enumerate() {
+        let chain = |c: usize| (((i % 256 + c) as f32 * 0.5 + 1.0) * 0.5 + 1.0) * 0.5 + 1.0;
+        assert_eq!(*y, (0..CHAINS).map(chain).sum::<f32>());
+    }
+    let device = device();
+    let mut y = Buffer::<f32>::zeros(&device, 255).unwrap();
+    assert!(matches!(
+        multiply_adds(&device, 1, 0.5, y.view_mut()),
+        Err(CudaError::Length { .. })
+    ));
+}
