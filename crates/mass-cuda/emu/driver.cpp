@@ -3,6 +3,7 @@
 #include "table.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <fcntl.h>
@@ -86,6 +87,8 @@ struct Inside {
     bool raced = false;
     void *tls = nullptr;
     size_t tls_size = 0;
+    struct Shared { size_t first = 0, end = 0, blocks = 0; bool look = false; };
+    std::map<Kernel *, Shared> shared;
     Inside() : slots(MOST_THREADS) {
         stacks = (char *)mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     }
@@ -258,11 +261,35 @@ static int find_tls(struct dl_phdr_info *info, size_t, void *data) {
     return 0;
 }
 
-// Nobody may rely on what another block left in shared memory.
-static void poison_shared(Inside &in) {
+// Nobody may rely on what another block left in shared memory. Of each kernel it is remembered where it lies: all that any block has
+// written, looked up anew now and then.
+static void poison_shared(Inside &in, Kernel *kernel) {
     Runner keep = runner;
-    memset(in.tls, 0xff, in.tls_size);
+    auto &known = in.shared[kernel];
+    char *all = (char *)in.tls;
+    if (known.blocks++ % 16 == 0) {
+        memset(all, 0xff, in.tls_size);
+        known.look = true;
+    } else {
+        memset(all + known.first, 0xff, known.end - known.first);
+    }
     runner = keep;
+}
+static void look_at_shared(Inside &in, Kernel *kernel) {
+    auto &known = in.shared[kernel];
+    if (!known.look) return;
+    known.look = false;
+    const char *all = (const char *)in.tls;
+    const size_t own = (const char *)&runner - all;
+    static const size_t STEP = 64;
+    static const auto poison = [] { std::array<char, STEP> p; p.fill((char)0xff); return p; }();
+    for (size_t at = 0; at < in.tls_size; at += STEP) {
+        const size_t n = std::min(STEP, in.tls_size - at);
+        if ((at + n > own && at < own + sizeof runner) || memcmp(all + at, poison.data(), n) == 0) continue;
+        if (known.end == 0) known.first = at;
+        known.first = std::min(known.first, at);
+        known.end = std::max(known.end, at + n);
+    }
 }
 
 struct Launch {
@@ -299,10 +326,12 @@ static void run_blocks(const Launch &launch, uint64_t first, uint64_t end) {
             uint64_t j = launch.order == 1 ? blocks - 1 - i : i;
             runner.block = {(unsigned)(j % launch.grid.x), (unsigned)(j / launch.grid.x % launch.grid.y), (unsigned)(j / launch.grid.x / launch.grid.y)};
             // A kernel without barriers has no use for shared memory; the first block is poisoned in any case.
-            if (in->used_barrier) poison_shared(*in);
+            const bool poisoned = in->used_barrier;
+            if (poisoned) poison_shared(*in, launch.kernel);
             in->used_barrier = false;
             in->epoch++;
             if (!run_block(*in, launch.order, (unsigned)j + 7)) { good = false; break; }
+            if (poisoned) look_at_shared(*in, launch.kernel);
         }
     } else {
         sticky = 700; // CUDA_ERROR_ILLEGAL_ADDRESS

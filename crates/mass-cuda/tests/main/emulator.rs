@@ -22,9 +22,15 @@ pub(crate) enum Word {
     Memory = 19,
 }
 
+/// Whether the tests are to run on a real device: those that steer the emulated one, or ask it, cannot.
+fn real() -> bool {
+    std::env::var_os("MASS_CUDA_REAL").is_some()
+}
+
 fn file() -> File {
-    let path =
-        std::env::var_os("EMU_CONTROL").expect("these tests run under `cargo xtask cuda-emu`");
+    let path = std::env::var_os("EMU_CONTROL").expect(
+        "these tests run under `cargo xtask cuda-emu`, or some on a GPU with MASS_CUDA_REAL=1",
+    );
     let mut options = File::options();
     options
         .read(true)
@@ -47,9 +53,12 @@ pub(crate) fn set(word: Word, value: u64) {
         .unwrap();
 }
 
-/// The emulated device, with nothing left over from another test's wishes.
+/// The emulated device, with nothing left over from another test's wishes; or the real one.
 pub(crate) fn device() -> Device {
     let device = Device::open(0).unwrap();
+    if real() {
+        return device;
+    }
     for word in [
         Word::FailAllocation,
         Word::FailLaunch,
@@ -62,7 +71,7 @@ pub(crate) fn device() -> Device {
     device
 }
 
-/// Runs `f` under every order of threads and blocks; all results must have the same bits.
+/// Runs `f` under every order of threads and blocks, three times on a real device; all results must have the same bits.
 pub(crate) fn every_schedule(f: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f32>> {
     let device = device();
     let mut first: Option<Vec<Vec<f32>>> = None;
@@ -73,7 +82,9 @@ pub(crate) fn every_schedule(f: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f3
         3
     };
     for schedule in 0..schedules {
-        set(Word::Schedule, schedule);
+        if !real() {
+            set(Word::Schedule, schedule);
+        }
         let now = f(&device);
         for (i, values) in now.iter().enumerate() {
             for (j, v) in values.iter().enumerate() {
@@ -96,7 +107,9 @@ pub(crate) fn every_schedule(f: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f3
         }
         first.get_or_insert(now);
     }
-    set(Word::Schedule, 0);
+    if !real() {
+        set(Word::Schedule, 0);
+    }
     first.unwrap()
 }
 

@@ -339,7 +339,7 @@ fn mixtures_forward_and_backward() {
 }
 
 #[test]
-fn a_pass_that_fails_anywhere_is_an_error_value_and_leaves_no_memory() {
+fn emulated_failures_anywhere_are_error_values_and_leave_no_memory() {
     let shape = FfnShape {
         dim: 8,
         hidden: 12,
