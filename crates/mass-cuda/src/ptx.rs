@@ -79,4 +79,33 @@ mod tests {
             assert!(entry.parameters.iter().all(|&n| n > 0), "{entry:?}");
         }
     }
+
+    #[test]
+    fn no_kernel_has_atomics_or_shuffles_of_some_threads() {
+        for line in PTX.lines() {
+            let line = line.trim_start();
+            assert!(
+                !line.starts_with("atom.") && !line.starts_with("red."),
+                "{line}"
+            );
+        }
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/kernels");
+        let mut shuffles = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "cu") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                for call in text.split("__shfl_").skip(1) {
+                    let (_, arguments) = call.split_once('(').unwrap();
+                    assert!(
+                        arguments.starts_with("FULL, "),
+                        "{}: {call}",
+                        path.display()
+                    );
+                    shuffles += 1;
+                }
+            }
+        }
+        assert!(shuffles > 0);
+    }
 }
