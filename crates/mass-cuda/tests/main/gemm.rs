@@ -389,3 +389,59 @@ fn what_does_not_fit_is_refused_before_the_launch() {
     ));
     run(&device, &[]).unwrap();
 }
+
+#[test]
+fn views_that_begin_anywhere_give_the_bits_of_those_that_begin_at_the_buffers_start() {
+    // Four values are read at a time only where they begin at a multiple of sixteen bytes.
+    let (m, n, k) = (40, 36, 24);
+    let (a, b) = (values(m * k, 1), values(k * n, 2));
+    let results = every_schedule(|device| {
+        let mut all = Vec::new();
+        for (skip_a, skip_b, skip_c) in [(0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 3), (3, 1, 2)] {
+            let shifted = |v: &[f32], skip: usize| {
+                Buffer::from_slice(device, &[&vec![9.0; skip][..], v].concat()).unwrap()
+            };
+            let (da, db) = (shifted(&a, skip_a), shifted(&b, skip_b));
+            for tile in Tile::ALL {
+                for (a_t, b_t) in [(false, false), (true, true)] {
+                    let mut c = Buffer::<f32>::uninitialised(device, skip_c + m * n).unwrap();
+                    let from = |buffer: &'_ Buffer<f32>, skip, len| -> Vec<f32> {
+                        buffer
+                            .view()
+                            .range(skip..skip + len)
+                            .unwrap()
+                            .to_vec()
+                            .unwrap()
+                    };
+                    let left = da.view().range(skip_a..skip_a + m * k).unwrap();
+                    let right = db.view().range(skip_b..skip_b + k * n).unwrap();
+                    let left = if a_t {
+                        Matrix::new(left, k, m).unwrap().t()
+                    } else {
+                        Matrix::new(left, m, k).unwrap()
+                    };
+                    let right = if b_t {
+                        Matrix::new(right, n, k).unwrap().t()
+                    } else {
+                        Matrix::new(right, k, n).unwrap()
+                    };
+                    let to =
+                        MatrixMut::new(c.view_mut().range(skip_c..skip_c + m * n).unwrap(), m, n)
+                            .unwrap();
+                    run_with(device, &[Job::new(left, right, to)], Some(tile)).unwrap();
+                    all.push(from(&c, skip_c, m * n));
+                }
+            }
+        }
+        all
+    });
+    for pair in results.chunks(2) {
+        assert_eq!(pair, &results[..2]);
+    }
+    close(
+        "product",
+        &results[0],
+        &reference(|i, l| a[i * k + l], |l, j| b[l * n + j], (m, n, k)),
+        1e-5,
+    );
+}
