@@ -74,8 +74,8 @@ fn sources(folder: &Path) -> Outcome<Vec<PathBuf>> {
     }
 }
 
-/// A folder of NVIDIA's packages under the target directory, the pinned compiler among them. They come by pip: that of a virtual
-/// environment, or where Python has no such module, its own.
+/// A folder of NVIDIA's packages under the target directory, the pinned compiler among them. They come by pip: that
+/// of a virtual environment, or where Python has no such module, its own.
 fn tools() -> Outcome<PathBuf> {
     let folder = target().join("cuda-tools");
     let (stamp, packages) = (folder.join("wheels"), folder.join("packages"));
@@ -263,8 +263,8 @@ const FLAGS: [&str; 13] = [
     "-Wno-maybe-uninitialized",
 ];
 
-/// Builds the emulated driver of a folder's kernels, if it is not there as it would come out. With `races`, accesses of the kernels
-/// to shared memory are watched, which makes them several times slower.
+/// Builds the emulated driver of a folder's kernels, if it is not there as it would come out. With `races`, accesses
+/// of the kernels to shared memory are watched, which makes them several times slower.
 fn build_driver(folder: &Path, out: &Path, races: bool) -> Outcome<()> {
     fs::create_dir_all(out).map_err(|e| format!("cannot make {}: {e}", out.display()))?;
     let emu = home().join("emu");

@@ -1,5 +1,5 @@
-// A CUDA driver of the few entry points that mass-cuda calls, whose device is this CPU. Built as libcuda.so from the same
-// kernels by `cargo xtask cuda-emu`. What it checks, and how a test steers it, is told in README.md.
+// A CUDA driver of the few entry points that mass-cuda calls, whose device is this CPU. Built as libcuda.so from the
+// same kernels by `cargo xtask cuda-emu`. What it checks, and how a test steers it, is told in README.md.
 #include "table.h"
 
 #include <algorithm>
@@ -35,9 +35,23 @@ static void say(const char *format, ...) {
 
 // What tests read and write through a file, word by word.
 enum Word {
-    LAUNCHES, ALLOCATIONS, FREED, LIVE_BYTES, PEAK_BYTES, UP_COUNT, UP_BYTES, UP_LARGEST, DOWN_COUNT, DOWN_BYTES, DOWN_LARGEST,
-    DEVICE_BYTES, FAULTS,
-    FAIL_ALLOCATION = 16, FAIL_LAUNCH, SCHEDULE, MEMORY, // 1: the next one fails, 2: the one after it; which schedule; bytes there are
+    LAUNCHES,
+    ALLOCATIONS,
+    FREED,
+    LIVE_BYTES,
+    PEAK_BYTES,
+    UP_COUNT,
+    UP_BYTES,
+    UP_LARGEST,
+    DOWN_COUNT,
+    DOWN_BYTES,
+    DOWN_LARGEST,
+    DEVICE_BYTES,
+    FAULTS,
+    FAIL_ALLOCATION = 16,
+    FAIL_LAUNCH,
+    SCHEDULE,
+    MEMORY, // 1: the next one fails, 2: the one after it; which schedule; bytes there are
     WORDS = 32
 };
 static uint64_t own_words[WORDS];
@@ -47,7 +61,10 @@ static void map_words() {
     const char *path = getenv("EMU_CONTROL");
     if (!path) return;
     int file = open(path, O_RDWR | O_CREAT, 0600);
-    if (file < 0 || ftruncate(file, sizeof own_words) != 0) { say("cannot use %s", path); return; }
+    if (file < 0 || ftruncate(file, sizeof own_words) != 0) {
+        say("cannot use %s", path);
+        return;
+    }
     void *at = mmap(nullptr, sizeof own_words, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (at != MAP_FAILED) words = (uint64_t *)at;
@@ -81,16 +98,23 @@ struct Inside {
     volatile bool running = false;
     bool used_barrier = false;
     // Of each word of shared memory, who touched it since which barrier: see `touch`.
-    struct Touched { uint32_t write_epoch, read_epoch; uint16_t writer, reader; };
+    struct Touched {
+        uint32_t write_epoch, read_epoch;
+        uint16_t writer, reader;
+    };
     std::vector<Touched> touched;
     uint32_t epoch = 1;
     bool raced = false;
     void *tls = nullptr;
     size_t tls_size = 0;
-    struct Shared { size_t first = 0, end = 0, blocks = 0; bool look = false; };
+    struct Shared {
+        size_t first = 0, end = 0, blocks = 0;
+        bool look = false;
+    };
     std::map<Kernel *, Shared> shared;
     Inside() : slots(MOST_THREADS) {
-        stacks = (char *)mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        stacks = (char *)mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     }
 };
 
@@ -120,8 +144,8 @@ emu_switch:
     ret
 )");
 
-// Two threads that touch a word of shared memory between the same two barriers, one of them writing, race: whatever the schedule made
-// of it. A shuffle orders no memory. Called for every access of a driver that is built to look for races.
+// Two threads that touch a word of shared memory between the same two barriers, one of them writing, race: whatever the
+// schedule made of it. A shuffle orders no memory. Called for every access of a driver that is built to look for races.
 static const uint16_t SEVERAL = 0xffff;
 extern "C" __attribute__((visibility("hidden"))) void emu_touch(void *at, size_t size, bool write) {
     Inside *in = runner.inside;
@@ -136,8 +160,9 @@ extern "C" __attribute__((visibility("hidden"))) void emu_touch(void *at, size_t
         if (write) race |= t.read_epoch == in->epoch && t.reader != own;
         if (race && !in->raced) {
             in->raced = true;
-            say("kernel %s, block (%u, %u, %u): threads %u and %u race for shared memory", in->kernel->name, runner.block.x, runner.block.y,
-                runner.block.z, t.write_epoch == in->epoch && t.writer != own ? t.writer : t.reader, own);
+            say("kernel %s, block (%u, %u, %u): threads %u and %u race for shared memory", in->kernel->name,
+                runner.block.x, runner.block.y, runner.block.z,
+                t.write_epoch == in->epoch && t.writer != own ? t.writer : t.reader, own);
         }
         if (write) {
             t.write_epoch = in->epoch;
@@ -155,7 +180,10 @@ static void yield(int state, int site) {
     own->site = site;
     emu_switch(&own->sp, runner.inside->scheduler_sp);
 }
-__attribute__((noinline)) void block_barrier(int site) { runner.inside->used_barrier = true; yield(BLOCK_WAIT, site); }
+__attribute__((noinline)) void block_barrier(int site) {
+    runner.inside->used_barrier = true;
+    yield(BLOCK_WAIT, site);
+}
 __attribute__((noinline)) void warp_barrier(int site) { yield(WARP_WAIT, site); }
 static void entry() {
     runner.inside->kernel->run(runner.inside->params);
@@ -216,8 +244,9 @@ static bool run_block(Inside &in, int order, unsigned seed) {
         return 1;
     };
     for (;;) {
-        // A warp runs as far as it can before the next begins (in the first schedule, warps go on from shuffle to shuffle side by
-        // side): what one warp leaves for another is then there too early or too late, unless they wait for each other.
+        // A warp runs as far as it can before the next begins (in the first schedule, warps go on from shuffle to
+        // shuffle side by side): what one warp leaves for another is then there too early or too late, unless they wait
+        // for each other.
         bool going = true;
         while (going) {
             going = false;
@@ -227,7 +256,10 @@ static bool run_block(Inside &in, int order, unsigned seed) {
                 do {
                     going |= run_warp(w);
                     released = release_warp(w);
-                    if (released < 0) { fault(in, "a shuffle is not reached by all threads of the warp"); return false; }
+                    if (released < 0) {
+                        fault(in, "a shuffle is not reached by all threads of the warp");
+                        return false;
+                    }
                     going |= released > 0;
                 } while (released > 0 && order != 0);
             }
@@ -240,7 +272,10 @@ static bool run_block(Inside &in, int order, unsigned seed) {
             same &= f.site == fibers[0].site;
         }
         if (done == fibers.size()) return true;
-        if (waiting < fibers.size() || !same) { fault(in, "a barrier is not reached by all threads of the block"); return false; }
+        if (waiting < fibers.size() || !same) {
+            fault(in, "a barrier is not reached by all threads of the block");
+            return false;
+        }
         for (auto &f : fibers) f.state = READY;
         in.epoch++;
     }
@@ -261,8 +296,8 @@ static int find_tls(struct dl_phdr_info *info, size_t, void *data) {
     return 0;
 }
 
-// Nobody may rely on what another block left in shared memory. Of each kernel it is remembered where it lies: all that any block has
-// written, looked up anew now and then.
+// Nobody may rely on what another block left in shared memory. Of each kernel it is remembered where it lies: all that
+// any block has written, looked up anew now and then.
 static void poison_shared(Inside &in, Kernel *kernel) {
     Runner keep = runner;
     auto &known = in.shared[kernel];
@@ -282,7 +317,11 @@ static void look_at_shared(Inside &in, Kernel *kernel) {
     const char *all = (const char *)in.tls;
     const size_t own = (const char *)&runner - all;
     static const size_t STEP = 64;
-    static const auto poison = [] { std::array<char, STEP> p; p.fill((char)0xff); return p; }();
+    static const auto poison = [] {
+        std::array<char, STEP> p;
+        p.fill((char)0xff);
+        return p;
+    }();
     for (size_t at = 0; at < in.tls_size; at += STEP) {
         const size_t n = std::min(STEP, in.tls_size - at);
         if ((at + n > own && at < own + sizeof runner) || memcmp(all + at, poison.data(), n) == 0) continue;
@@ -308,10 +347,14 @@ static void run_blocks(const Launch &launch, uint64_t first, uint64_t end) {
     }
     runner.slots = in->slots.data();
     unsigned n = launch.block.x * launch.block.y * launch.block.z;
-    if (in->fibers.size() != n) { in->fibers.resize(n); in->turn.resize(n); }
+    if (in->fibers.size() != n) {
+        in->fibers.resize(n);
+        in->turn.resize(n);
+    }
     for (unsigned i = 0; i < n; i++) {
         in->fibers[i].index = i;
-        in->fibers[i].tid = {i % launch.block.x, i / launch.block.x % launch.block.y, i / launch.block.x / launch.block.y};
+        in->fibers[i].tid = {i % launch.block.x, i / launch.block.x % launch.block.y,
+                             i / launch.block.x / launch.block.y};
     }
     in->kernel = launch.kernel;
     in->params = launch.params;
@@ -325,21 +368,31 @@ static void run_blocks(const Launch &launch, uint64_t first, uint64_t end) {
         for (uint64_t i = first; i < end && !sticky.load(); i++) {
             // Shuffled: by steps of a prime that does not divide their number.
             const uint64_t step = blocks % 7919 != 0 ? 7919 : 7907;
-            uint64_t j = launch.order == 0 ? i : launch.order == 1 ? blocks - 1 - i : (i * step + (uint64_t)launch.order) % blocks;
-            runner.block = {(unsigned)(j % launch.grid.x), (unsigned)(j / launch.grid.x % launch.grid.y), (unsigned)(j / launch.grid.x / launch.grid.y)};
+            uint64_t j = launch.order == 0   ? i
+                         : launch.order == 1 ? blocks - 1 - i
+                                             : (i * step + (uint64_t)launch.order) % blocks;
+            runner.block = {(unsigned)(j % launch.grid.x), (unsigned)(j / launch.grid.x % launch.grid.y),
+                            (unsigned)(j / launch.grid.x / launch.grid.y)};
             // A kernel without barriers has no use for shared memory; the first block is poisoned in any case.
             const bool poisoned = in->used_barrier;
             if (poisoned) poison_shared(*in, launch.kernel);
             in->used_barrier = false;
             in->epoch++;
-            if (!run_block(*in, launch.order, (unsigned)j + 7 * (unsigned)launch.order)) { good = false; break; }
+            if (!run_block(*in, launch.order, (unsigned)j + 7 * (unsigned)launch.order)) {
+                good = false;
+                break;
+            }
             if (poisoned) look_at_shared(*in, launch.kernel);
         }
     } else {
         sticky = 700; // CUDA_ERROR_ILLEGAL_ADDRESS
     }
     in->running = false;
-    if (in->raced) { words[FAULTS]++; good = false; in->raced = false; }
+    if (in->raced) {
+        words[FAULTS]++;
+        good = false;
+        in->raced = false;
+    }
     if (!good) sticky = 719; // CUDA_ERROR_LAUNCH_FAILED
 }
 
@@ -390,7 +443,10 @@ struct Pool {
     void run(const Launch &wanted) {
         uint64_t all = (uint64_t)wanted.grid.x * wanted.grid.y * wanted.grid.z;
         unsigned helpers = size() - 1;
-        if (helpers == 0 || all < 4) { run_blocks(wanted, 0, all); return; }
+        if (helpers == 0 || all < 4) {
+            run_blocks(wanted, 0, all);
+            return;
+        }
         {
             std::unique_lock<std::mutex> lock(mutex);
             while (threads.size() < helpers) {
@@ -411,11 +467,17 @@ struct Pool {
         launch = nullptr;
     }
 };
-static Pool &pool() { static Pool *one = new Pool(); return *one; }
+static Pool &pool() {
+    static Pool *one = new Pool();
+    return *one;
+}
 
 // ---- Memory: between pages that may not be touched; contents begin as NaN ----
 
-struct Allocation { char *base; size_t mapped, size; };
+struct Allocation {
+    char *base;
+    size_t mapped, size;
+};
 static std::map<char *, Allocation> maps; // by address
 static std::mutex memory;
 static const size_t PAGE = 4096;
@@ -435,8 +497,10 @@ static char *allocate(size_t n, bool at_end) {
 
 // Whether what lies between an allocation and its guard pages is untouched.
 static bool intact(char *p, const Allocation &a) {
-    for (char *c = a.base + PAGE; c < p; c++) if (*c != (char)0xff) return false;
-    for (char *c = p + a.size; c < a.base + a.mapped - PAGE; c++) if (*c != (char)0xff) return false;
+    for (char *c = a.base + PAGE; c < p; c++)
+        if (*c != (char)0xff) return false;
+    for (char *c = p + a.size; c < a.base + a.mapped - PAGE; c++)
+        if (*c != (char)0xff) return false;
     return true;
 }
 
@@ -458,7 +522,8 @@ static void on_fault(int signal, siginfo_t *info, void *) {
         }
         char what[160];
         char *at = (char *)info->si_addr;
-        snprintf(what, sizeof what, "thread %u touches address %p outside of every allocation", runner.now->index, (void *)at);
+        snprintf(what, sizeof what, "thread %u touches address %p outside of every allocation", runner.now->index,
+                 (void *)at);
         for (auto &[p, a] : maps) {
             if (at < a.base || at >= a.base + a.mapped) continue;
             long past = at - (p + a.size), ahead = p - at;
@@ -469,7 +534,11 @@ static void on_fault(int signal, siginfo_t *info, void *) {
         fault(*in, what);
         siglongjmp(in->out, 1);
     }
-    sigaction(signal, &before[signal == SIGBUS ? 1 : signal == SIGFPE ? 2 : 0], nullptr); // comes again, to who was there before
+    sigaction(signal,
+              &before[signal == SIGBUS   ? 1
+                      : signal == SIGFPE ? 2
+                                         : 0],
+              nullptr); // comes again, to who was there before
 }
 
 static void start() {
@@ -489,8 +558,15 @@ static void start() {
 
 using namespace emu;
 #define API extern "C" __attribute__((visibility("default"))) int
-#define STUCK() do { if (int e = sticky.load()) return e; } while (0)
-#define IGNORED(name, ...) API name(__VA_ARGS__) { STUCK(); return 0; }
+#define STUCK()                                                                                                        \
+    do {                                                                                                               \
+        if (int e = sticky.load()) return e;                                                                           \
+    } while (0)
+#define IGNORED(name, ...)                                                                                             \
+    API name(__VA_ARGS__) {                                                                                            \
+        STUCK();                                                                                                       \
+        return 0;                                                                                                      \
+    }
 
 API cuInit(unsigned) {
     start();
@@ -507,28 +583,57 @@ API cuDeviceGetCount(int *n) {
     *n = e ? atoi(e) : 1;
     return 0;
 }
-API cuDeviceGet(int *d, int i) { *d = i; return i == 0 ? 0 : 101; }
-API cuDeviceGetName(char *s, int n, int) { snprintf(s, n, "emulated GPU"); return 0; }
+API cuDeviceGet(int *d, int i) {
+    *d = i;
+    return i == 0 ? 0 : 101;
+}
+API cuDeviceGetName(char *s, int n, int) {
+    snprintf(s, n, "emulated GPU");
+    return 0;
+}
 static size_t memory_there_is() { return words[MEMORY] ? words[MEMORY] : 8ul << 30; }
-API cuDeviceTotalMem_v2(size_t *n, int) { *n = memory_there_is(); return 0; }
+API cuDeviceTotalMem_v2(size_t *n, int) {
+    *n = memory_there_is();
+    return 0;
+}
 API cuDeviceGetAttribute(int *v, int a, int) {
     const char *e = getenv("EMU_CAPABILITY"); // as 75
     int capability = e ? atoi(e) : 90;
     switch (a) {
-    case 16: *v = 4; break;                // multiprocessors
-    case 75: *v = capability / 10; break;
-    case 76: *v = capability % 10; break;
-    case 115: *v = 1; break;               // memory pools
-    default: *v = 0;
+    case 16:
+        *v = 4;
+        break; // multiprocessors
+    case 75:
+        *v = capability / 10;
+        break;
+    case 76:
+        *v = capability % 10;
+        break;
+    case 115:
+        *v = 1;
+        break; // memory pools
+    default:
+        *v = 0;
     }
     return 0;
 }
-API cuDevicePrimaryCtxRetain(void **c, int) { start(); *c = (void *)1; return 0; }
+API cuDevicePrimaryCtxRetain(void **c, int) {
+    start();
+    *c = (void *)1;
+    return 0;
+}
 API cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-API cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+API cuCtxGetCurrent(void **c) {
+    *c = (void *)1;
+    return 0;
+}
 IGNORED(cuCtxSetCurrent, void *)
 IGNORED(cuCtxSynchronize)
-API cuStreamCreate(void **s, unsigned) { STUCK(); *s = (void *)2; return 0; }
+API cuStreamCreate(void **s, unsigned) {
+    STUCK();
+    *s = (void *)2;
+    return 0;
+}
 IGNORED(cuStreamDestroy_v2, void *)
 IGNORED(cuStreamSynchronize, void *)
 API cuMemGetInfo_v2(size_t *unused, size_t *all) {
@@ -552,7 +657,10 @@ API cuMemAllocAsync(void **p, size_t n, void *) {
 API cuMemFreeAsync(void *p, void *) {
     std::unique_lock<std::mutex> lock(memory);
     auto i = maps.find((char *)p);
-    if (i == maps.end()) { say("what is freed was not allocated"); return 1; }
+    if (i == maps.end()) {
+        say("what is freed was not allocated");
+        return 1;
+    }
     if (!intact(i->first, i->second)) {
         say("something was written outside of an allocation of %zu bytes", i->second.size);
         words[FAULTS]++;
@@ -569,7 +677,10 @@ static int copy(Word count, void *to, const void *from, size_t n, void *device) 
     STUCK();
     {
         std::unique_lock<std::mutex> lock(memory);
-        if (!owner((char *)device, n)) { say("a copy of %zu bytes leaves its allocation", n); return 1; }
+        if (!owner((char *)device, n)) {
+            say("a copy of %zu bytes leaves its allocation", n);
+            return 1;
+        }
     }
     memcpy(to, from, n);
     words[count]++;
@@ -603,13 +714,15 @@ static bool parameters(const std::string &ptx, size_t at, std::vector<size_t> &s
         std::string one = ptx.substr(i + 6, stop - i - 6);
         size_t bracket = one.find('[');
         size_t bits = 0;
-        for (const char *type : {".b8", ".u8", ".s8", ".b16", ".u16", ".b32", ".u32", ".s32", ".f32", ".b64", ".u64", ".s64", ".f64"})
+        for (const char *type :
+             {".b8", ".u8", ".s8", ".b16", ".u16", ".b32", ".u32", ".s32", ".f32", ".b64", ".u64", ".s64", ".f64"})
             if (one.find(std::string(type) + " ") != std::string::npos) bits = (size_t)atoi(type + 2);
         sizes.push_back(bits / 8 * (bracket == std::string::npos ? 1 : (size_t)atol(one.c_str() + bracket + 1)));
     }
     return true;
 }
-// The PTX must hold the kernels of the source and no others, with parameters of the same sizes: so a stale file is found out.
+// The PTX must hold the kernels of the source and no others, with parameters of the same sizes: so a stale file is
+// found out.
 API cuModuleLoadData(void **m, const void *image) {
     STUCK();
     std::string ptx((const char *)image);
@@ -618,7 +731,10 @@ API cuModuleLoadData(void **m, const void *image) {
     for (Kernel &k : kernels()) {
         listed++;
         size_t at = ptx.find(".entry " + std::string(k.name) + "(");
-        if (at == std::string::npos) { say("the PTX is stale: it lacks %s", k.name); return 218; } // CUDA_ERROR_INVALID_PTX
+        if (at == std::string::npos) {
+            say("the PTX is stale: it lacks %s", k.name);
+            return 218;
+        } // CUDA_ERROR_INVALID_PTX
         std::vector<size_t> sizes;
         parameters(ptx, at, sizes);
         if (sizes != k.sizes) {
@@ -626,7 +742,10 @@ API cuModuleLoadData(void **m, const void *image) {
             return 218;
         }
     }
-    if (entries != listed) { say("the PTX is stale: it has %zu kernels, the source %zu", entries, listed); return 218; }
+    if (entries != listed) {
+        say("the PTX is stale: it has %zu kernels, the source %zu", entries, listed);
+        return 218;
+    }
     *m = (void *)4;
     return 0;
 }
@@ -634,15 +753,20 @@ IGNORED(cuModuleUnload, void *)
 API cuModuleGetFunction(void **f, void *, const char *name) {
     STUCK();
     for (Kernel &k : kernels())
-        if (!strcmp(k.name, name)) { *f = &k; return 0; }
+        if (!strcmp(k.name, name)) {
+            *f = &k;
+            return 0;
+        }
     return 500; // CUDA_ERROR_NOT_FOUND
 }
-API cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned dynamic, void *, void **p, void **) {
+API cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned dynamic, void *, void **p, void **) {
     STUCK();
     words[LAUNCHES]++;
     if (due(FAIL_LAUNCH)) return 701; // CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
     uint64_t threads = (uint64_t)bx * by * bz;
-    if (dynamic != 0 || threads == 0 || threads > MOST_THREADS || bz > 64 || gx == 0 || gy == 0 || gz == 0 || gx > 0x7fffffffu || gy > 65535 || gz > 65535)
+    if (dynamic != 0 || threads == 0 || threads > MOST_THREADS || bz > 64 || gx == 0 || gy == 0 || gz == 0 ||
+        gx > 0x7fffffffu || gy > 65535 || gz > 65535)
         return 1; // CUDA_ERROR_INVALID_VALUE
     Launch launch = {(Kernel *)f, {gx, gy, gz}, {bx, by, bz}, p, schedule()};
     static std::mutex one_at_a_time;
@@ -653,20 +777,44 @@ API cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
 API cuGetErrorString(int e, const char **s) {
     static thread_local char text[64];
     switch (e) {
-    case 1: *s = "invalid argument"; break;
-    case 2: *s = "out of memory"; break;
-    case 100: *s = "no CUDA-capable device is detected"; break;
-    case 218: *s = "a PTX JIT compilation failed"; break;
-    case 700: *s = "an illegal memory access was encountered"; break;
-    case 701: *s = "too many resources requested for launch"; break;
-    case 719: *s = "unspecified launch failure"; break;
-    default: snprintf(text, sizeof text, "error %d", e); *s = text;
+    case 1:
+        *s = "invalid argument";
+        break;
+    case 2:
+        *s = "out of memory";
+        break;
+    case 100:
+        *s = "no CUDA-capable device is detected";
+        break;
+    case 218:
+        *s = "a PTX JIT compilation failed";
+        break;
+    case 700:
+        *s = "an illegal memory access was encountered";
+        break;
+    case 701:
+        *s = "too many resources requested for launch";
+        break;
+    case 719:
+        *s = "unspecified launch failure";
+        break;
+    default:
+        snprintf(text, sizeof text, "error %d", e);
+        *s = text;
     }
     return 0;
 }
 API cuGetErrorName(int e, const char **s) { return cuGetErrorString(e, s); }
-API cuEventCreate(void **e, unsigned) { STUCK(); *e = calloc(1, sizeof(struct timespec)); return 0; }
-API cuEventRecord(void *e, void *) { STUCK(); clock_gettime(CLOCK_MONOTONIC, (struct timespec *)e); return 0; }
+API cuEventCreate(void **e, unsigned) {
+    STUCK();
+    *e = calloc(1, sizeof(struct timespec));
+    return 0;
+}
+API cuEventRecord(void *e, void *) {
+    STUCK();
+    clock_gettime(CLOCK_MONOTONIC, (struct timespec *)e);
+    return 0;
+}
 IGNORED(cuEventSynchronize, void *)
 API cuEventElapsedTime(float *ms, void *a, void *b) {
     STUCK();
@@ -674,6 +822,12 @@ API cuEventElapsedTime(float *ms, void *a, void *b) {
     *ms = (to->tv_sec - from->tv_sec) * 1e3f + (to->tv_nsec - from->tv_nsec) * 1e-6f;
     return 0;
 }
-API cuEventDestroy_v2(void *e) { free(e); return 0; }
-API cuDeviceGetDefaultMemPool(void **pool, int) { *pool = (void *)5; return 0; }
+API cuEventDestroy_v2(void *e) {
+    free(e);
+    return 0;
+}
+API cuDeviceGetDefaultMemPool(void **pool, int) {
+    *pool = (void *)5;
+    return 0;
+}
 API cuMemPoolSetAttribute(void *, int, void *) { return 0; }

@@ -1,4 +1,5 @@
-// CUDA's execution model on CPU threads: the threads of a block are fibers; blocks are shared out among a few CPU threads.
+// CUDA's execution model on CPU threads: the threads of a block are fibers; blocks are shared out among a few CPU
+// threads.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -14,9 +15,15 @@
 // One copy a CPU thread, which runs one block at a time.
 #define __shared__ static thread_local
 
-struct dim3 { unsigned x, y, z; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
+struct dim3 {
+    unsigned x, y, z;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 
@@ -62,10 +69,20 @@ template <class T> static inline T exchange(T v, unsigned lane, int site) {
 #define __syncthreads() emu::block_barrier(__COUNTER__ + 1)
 #define __shfl_sync(mask, v, lane) emu::exchange((v), (lane), __COUNTER__ + 1)
 #define __shfl_xor_sync(mask, v, d) emu::exchange((v), (emu::runner.now->index % 32) ^ (d), __COUNTER__ + 1)
-#define __shfl_down_sync(mask, v, d) \
-    emu::exchange((v), emu::runner.now->index % 32 + (d) < 32 ? emu::runner.now->index % 32 + (d) : emu::runner.now->index % 32, __COUNTER__ + 1)
+#define __shfl_down_sync(mask, v, d)                                                                                   \
+    emu::exchange(                                                                                                     \
+        (v), emu::runner.now->index % 32 + (d) < 32 ? emu::runner.now->index % 32 + (d) : emu::runner.now->index % 32, \
+        __COUNTER__ + 1)
 
-static inline unsigned __float_as_uint(float v) { unsigned u; memcpy(&u, &v, 4); return u; }
-static inline float __uint_as_float(unsigned u) { float v; memcpy(&v, &u, 4); return v; }
+static inline unsigned __float_as_uint(float v) {
+    unsigned u;
+    memcpy(&u, &v, 4);
+    return u;
+}
+static inline float __uint_as_float(unsigned u) {
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+}
 #define fmaf(a, b, c) __builtin_fmaf(a, b, c)
 #define sqrtf(a) __builtin_sqrtf(a)

@@ -3,12 +3,12 @@
 
 extern "C" {
 void emu_touch(void *at, size_t size, bool write);
-#define ACCESS(n)                                                          \
-    void __tsan_read##n(void *p) { emu_touch(p, n, false); }               \
-    void __tsan_write##n(void *p) { emu_touch(p, n, true); }               \
-    void __tsan_unaligned_read##n(void *p) { emu_touch(p, n, false); }     \
-    void __tsan_unaligned_write##n(void *p) { emu_touch(p, n, true); }     \
-    void __tsan_volatile_read##n(void *p) { emu_touch(p, n, false); }      \
+#define ACCESS(n)                                                                                                      \
+    void __tsan_read##n(void *p) { emu_touch(p, n, false); }                                                           \
+    void __tsan_write##n(void *p) { emu_touch(p, n, true); }                                                           \
+    void __tsan_unaligned_read##n(void *p) { emu_touch(p, n, false); }                                                 \
+    void __tsan_unaligned_write##n(void *p) { emu_touch(p, n, true); }                                                 \
+    void __tsan_volatile_read##n(void *p) { emu_touch(p, n, false); }                                                  \
     void __tsan_volatile_write##n(void *p) { emu_touch(p, n, true); }
 ACCESS(1)
 ACCESS(2)

@@ -1,6 +1,8 @@
-//! Speeds of the kernels beside what the card can do: `cargo run --release -p mass-cuda --example speed [RUNS] [small]`.
+//! Speeds of the kernels beside what the card can do: `cargo run --release -p mass-cuda --example speed [RUNS]
+//! [small]`.
 //!
-//! With `small`, sizes that an emulated device can do. Medians of so many runs, 20 unless said, after two that do not count.
+//! With `small`, sizes that an emulated device can do. Medians of so many runs, 20 unless said, after two that do not
+//! count.
 
 use std::time::Instant;
 

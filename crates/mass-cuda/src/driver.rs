@@ -1,9 +1,10 @@
 //! The device, its memory, and launches: the only file with `unsafe` code.
 //!
 //! # Safety, in general
-//! Every call goes to the driver with a context, stream, module or pointer that this file got from it and that lives as long as
-//! [`Inner`], which every buffer holds. Work is ordered by the one stream, so memory is freed only after the kernels that were
-//! given it. A kernel reaches device memory alone: whatever it does there, nothing of the host's is touched.
+//! Every call goes to the driver with a context, stream, module or pointer that this file got from it and that lives
+//! as long as [`Inner`], which every buffer holds. Work is ordered by the one stream, so memory is freed only after
+//! the kernels that were given it. A kernel reaches device memory alone: whatever it does there, nothing of the
+//! host's is touched.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -180,8 +181,8 @@ impl Device {
     /// Opens a device and loads the kernels.
     ///
     /// # Errors
-    /// [`CudaError::NoDriver`] or [`CudaError::DriverTooOld`], [`CudaError::NoDevice`] or [`CudaError::DeviceTooOld`],
-    /// [`CudaError::Call`] for whatever else the driver refuses, such as the kernels.
+    /// [`CudaError::NoDriver`] or [`CudaError::DriverTooOld`], [`CudaError::NoDevice`] or
+    /// [`CudaError::DeviceTooOld`], [`CudaError::Call`] for whatever else the driver refuses, such as the kernels.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
         Self::open_with(ordinal, ptx::PTX)
     }
@@ -278,8 +279,8 @@ impl Device {
         done.map_err(|e| self.0.broken("waiting for the device", e))
     }
 
-    /// Launches a kernel of the module. What it is given must be what the kernel's parameters are: their number and bytes are checked,
-    /// lengths are the caller's concern.
+    /// Launches a kernel of the module. What it is given must be what the kernel's parameters are: their number and
+    /// bytes are checked, lengths are the caller's concern.
     pub(crate) fn launch(
         &self,
         kernel: &str,
@@ -299,7 +300,8 @@ impl Device {
             return Err(unknown());
         }
         let mut pointers = arguments.pointers();
-        // SAFETY: as many arguments as the kernel has parameters, each of the parameter's bytes; see the file's head for the rest.
+        // SAFETY: as many arguments as the kernel has parameters, each of the parameter's bytes; see the file's head
+        // for the rest.
         let launched = unsafe {
             result::launch_kernel(
                 function.handle,
@@ -764,7 +766,8 @@ impl<'a, T: Value> ViewMut<'a, T> {
         let inner = &self.device.0;
         inner.enter()?;
         if self.len > 0 {
-            // SAFETY: as many values of a plain type on both sides. The driver has taken pageable memory over when it returns.
+            // SAFETY: as many values of a plain type on both sides. The driver has taken pageable memory over when it
+            // returns.
             let copied = unsafe { result::memcpy_htod_async(self.pointer, values, inner.stream) };
             copied.map_err(|e| inner.broken("copying to the device", e))?;
         }

@@ -47,8 +47,8 @@ pub enum CudaError {
         /// Bytes there are.
         total: usize,
     },
-    /// The driver refused a call or reported that a kernel failed. The device is of no use any more after a failed launch: every
-    /// later call gives this error again.
+    /// The driver refused a call or reported that a kernel failed. The device is of no use any more after a failed
+    /// launch: every later call gives this error again.
     #[error("CUDA: {what} failed: {message} (error {code})")]
     Call {
         /// What was tried.

@@ -1,4 +1,5 @@
-//! Kernels other than the crate's own: how the emulated device is tested with faults. Only with the feature `emulated`.
+//! Kernels other than the crate's own: how the emulated device is tested with faults. Only with the feature
+//! `emulated`.
 
 use crate::driver::Arguments;
 use crate::{CudaError, Device, ViewMut};

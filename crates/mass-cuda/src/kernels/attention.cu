@@ -1,16 +1,18 @@
-// Multi-head self-attention over sequences that lie end to end, in tiles: of the probabilities only two numbers a row are kept.
-// 256 threads as 16 x 16. A tile of queries or keys lies in shared memory by depth: tile[d][row].
+// Multi-head self-attention over sequences that lie end to end, in tiles: of the probabilities only two numbers a row
+// are kept. 256 threads as 16 x 16. A tile of queries or keys lies in shared memory by depth: tile[d][row].
 
 struct Attention {
-    const float *qkv;        // [rows, 3 dim]
-    const u32 *keys;         // whether each row may be attended to, or null
-    const u32 *tiles;        // of each block: first row of the sequence, its length, first row of the tile, first position for dropout
+    const float *qkv; // [rows, 3 dim]
+    const u32 *keys;  // whether each row may be attended to, or null
+    const u32 *tiles; // of each block: first row of the sequence, its length, first row of the tile, first position for
+                      // dropout
     int heads, dim, causal, unused;
     float scale, rate;
     u64 key;
 };
 
-template <int D, int R> __device__ void load_rows(float (*to)[R + 4], const float *from, i64 stride, int first, int length, int width) {
+template <int D, int R>
+__device__ void load_rows(float (*to)[R + 4], const float *from, i64 stride, int first, int length, int width) {
     for (int e = threadIdx.x; e < D * R; e += 256) {
         const int r = e / D, d = e % D;
         to[d][r] = first + r < length && d < width ? from[(i64)(first + r) * stride + d] : 0.0f;
@@ -139,7 +141,9 @@ extern "C" __global__ void attention_delta(const float *dy, const float *y, floa
 __device__ void give(float *to, float v, int add) { *to = add != 0 ? *to + v : v; }
 
 // Gradients of the queries of a tile: ds K scale, with ds = p (dropped dp - delta).
-template <int D, int R> __device__ void attention_queries(const Attention &at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) {
+template <int D, int R>
+__device__ void attention_queries(const Attention &at, const float *dy, const float *stats, const float *delta,
+                                  float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
     __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4];
     const u32 *tile = at.tiles + 4 * blockIdx.x;
@@ -185,7 +189,8 @@ template <int D, int R> __device__ void attention_queries(const Attention &at, c
                 if (sees(at, start, length, query, k)) {
                     const float p = exp_of(s[i][j] * at.scale - stats[2 * row]) * stats[2 * row + 1];
                     float g = dp[i][j];
-                    if (at.rate > 0.0f) g *= dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
+                    if (at.rate > 0.0f)
+                        g *= dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
                     v = p * (g - delta[row]);
                 }
                 ds[tx * RR + j][ty * RR + i] = v;
@@ -213,7 +218,9 @@ template <int D, int R> __device__ void attention_queries(const Attention &at, c
 }
 
 // Gradients of the keys and values of a tile: ds^T Q scale, and dropped p^T dy.
-template <int D, int R> __device__ void attention_keys(const Attention &at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) {
+template <int D, int R>
+__device__ void attention_keys(const Attention &at, const float *dy, const float *stats, const float *delta,
+                               float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
     __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4], ps[R][R + 4];
     const u32 *tile = at.tiles + 4 * blockIdx.x;
@@ -259,7 +266,8 @@ template <int D, int R> __device__ void attention_keys(const Attention &at, cons
                 if (sees(at, start, length, query, k)) {
                     p = exp_of(s[i][j] * at.scale - stats[2 * row]) * stats[2 * row + 1];
                     float factor = 1.0f;
-                    if (at.rate > 0.0f) factor = dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
+                    if (at.rate > 0.0f)
+                        factor = dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
                     v = p * (dp[i][j] * factor - delta[row]);
                     p *= factor;
                 }
@@ -294,16 +302,56 @@ template <int D, int R> __device__ void attention_keys(const Attention &at, cons
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) attention_forward_16(const Attention at, float *y, float *stats) { attention_forward<16, 64, 32>(at, y, stats); }
-extern "C" __global__ void __launch_bounds__(256) attention_forward_32(const Attention at, float *y, float *stats) { attention_forward<32, 64, 32>(at, y, stats); }
-extern "C" __global__ void __launch_bounds__(256) attention_forward_64(const Attention at, float *y, float *stats) { attention_forward<64, 64, 32>(at, y, stats); }
-extern "C" __global__ void __launch_bounds__(256) attention_forward_128(const Attention at, float *y, float *stats) { attention_forward<128, 32, 16>(at, y, stats); }
+extern "C" __global__ void __launch_bounds__(256) attention_forward_16(const Attention at, float *y, float *stats) {
+    attention_forward<16, 64, 32>(at, y, stats);
+}
+extern "C" __global__ void __launch_bounds__(256) attention_forward_32(const Attention at, float *y, float *stats) {
+    attention_forward<32, 64, 32>(at, y, stats);
+}
+extern "C" __global__ void __launch_bounds__(256) attention_forward_64(const Attention at, float *y, float *stats) {
+    attention_forward<64, 64, 32>(at, y, stats);
+}
+extern "C" __global__ void __launch_bounds__(256) attention_forward_128(const Attention at, float *y, float *stats) {
+    attention_forward<128, 32, 16>(at, y, stats);
+}
 
-extern "C" __global__ void __launch_bounds__(256) attention_queries_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_queries<16, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_keys_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_keys<16, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_queries_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_queries<32, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_keys_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_keys<32, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_queries_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_queries<64, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_keys_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_keys<64, 32>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_queries_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_queries<128, 16>(at, dy, stats, delta, dqkv, add); }
-extern "C" __global__ void __launch_bounds__(256) attention_keys_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv, int add) { attention_keys<128, 16>(at, dy, stats, delta, dqkv, add); }
+extern "C" __global__ void __launch_bounds__(256)
+    attention_queries_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                         int add) {
+    attention_queries<16, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_keys_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                      int add) {
+    attention_keys<16, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_queries_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                         int add) {
+    attention_queries<32, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_keys_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                      int add) {
+    attention_keys<32, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_queries_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                         int add) {
+    attention_queries<64, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_keys_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                      int add) {
+    attention_keys<64, 32>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_queries_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                          int add) {
+    attention_queries<128, 16>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_keys_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                       int add) {
+    attention_keys<128, 16>(at, dy, stats, delta, dqkv, add);
+}

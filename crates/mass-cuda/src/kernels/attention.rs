@@ -1,7 +1,7 @@
 //! Multi-head self-attention over packed queries, keys and values, of sequences that lie end to end.
 //!
-//! Probabilities are never stored: of each row and head two numbers are kept, from which the backward pass makes them anew, tile by
-//! tile, in the order of a fixed loop.
+//! Probabilities are never stored: of each row and head two numbers are kept, from which the backward pass makes them
+//! anew, tile by tile, in the order of a fixed loop.
 
 use super::{Dropout, Store, grid_y, halves, int, mask, product, same_device, warps};
 use crate::driver::Arguments;
@@ -20,11 +20,12 @@ pub struct Sequences {
 }
 
 impl Sequences {
-    /// Sequence i is rows `offsets[i]..offsets[i + 1]`; `keys` says of each row whether it may be attended to, all may without.
+    /// Sequence i is rows `offsets[i]..offsets[i + 1]`; `keys` says of each row whether it may be attended to, all
+    /// may without.
     ///
     /// # Errors
-    /// [`CudaError::Setting`] for offsets that do not begin at zero or that fall, [`CudaError::Length`] if there is not one key a row,
-    /// [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`].
+    /// [`CudaError::Setting`] for offsets that do not begin at zero or that fall, [`CudaError::Length`] if there is
+    /// not one key a row, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`].
     pub fn new(
         device: &Device,
         offsets: &[usize],
@@ -59,8 +60,8 @@ impl Sequences {
         self.rows
     }
 
-    /// Tiles of so many rows: first row and length of the sequence, first row in it, and where its probabilities begin (modulo 2³², by
-    /// which dropout goes).
+    /// Tiles of so many rows: first row and length of the sequence, first row in it, and where its probabilities
+    /// begin (modulo 2³², by which dropout goes).
     fn tiles(&self, device: &Device, heads: u32, side: usize) -> Result<Buffer<u32>, CudaError> {
         let mut tiles = Vec::new();
         let mut position = 0_u32;
@@ -144,13 +145,14 @@ impl AttentionShape {
 
 /// `y = dropout(softmax(Q Kᵀ / √(dim/heads))) V` for each sequence and head.
 ///
-/// `qkv` is `[rows, 3*dim]` (queries, keys, values side by side), `y` is `[rows, dim]`, and `kept: [rows, heads, 2]` receives what
-/// [`backward`] needs: the largest score of each row and the inverse of its sum of exponentials. A row that can see no key gives
-/// zeros.
+/// `qkv` is `[rows, 3*dim]` (queries, keys, values side by side), `y` is `[rows, dim]`, and `kept: [rows, heads, 2]`
+/// receives what [`backward`] needs: the largest score of each row and the inverse of its sum of exponentials. A row
+/// that can see no key gives zeros.
 ///
 /// # Errors
-/// [`CudaError::Length`] if lengths do not fit, [`CudaError::Setting`] for heads that do not divide the width, [`CudaError::TooLarge`] for
-/// heads wider than [`WIDEST_HEAD`], [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if lengths do not fit, [`CudaError::Setting`] for heads that do not divide the width,
+/// [`CudaError::TooLarge`] for heads wider than [`WIDEST_HEAD`], [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn forward(
     device: &Device,
     qkv: View<'_, f32>,

@@ -7,8 +7,9 @@ use crate::{CudaError, Device, ViewMut};
 /// Fused multiply-adds that [`multiply_adds`] makes for each value of `y` in each loop.
 pub const CHAINS: usize = 16;
 
-/// Each thread, one for each value of `y`, makes `loops` times [`CHAINS`] independent fused multiply-adds in registers: `c = factor c + 1`,
-/// begun at its number in the block plus the chain's, and writes the sum of the chains.
+/// Each thread, one for each value of `y`, makes `loops` times [`CHAINS`] independent fused multiply-adds in
+/// registers: `c = factor c + 1`, begun at its number in the block plus the chain's, and writes the sum of the
+/// chains.
 ///
 /// # Errors
 /// [`CudaError::Length`] if `y` has not whole blocks of 256 values, [`CudaError::Call`], [`CudaError::OtherDevice`].

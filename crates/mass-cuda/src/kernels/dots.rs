@@ -7,8 +7,8 @@ use crate::{Buffer, CudaError, Device, View, ViewMut};
 /// Values of a vector whose product is summed in single precision.
 const BLOCK: usize = 4096;
 
-/// `<a, b>` of each pair: blocks of 4096 in single precision, their sums in double, as mass-model's `sum_of_squares`. Waits for the
-/// device.
+/// `<a, b>` of each pair: blocks of 4096 in single precision, their sums in double, as mass-model's `sum_of_squares`.
+/// Waits for the device.
 ///
 /// # Errors
 /// [`CudaError::Length`] if the two of a pair differ in length, [`CudaError::OutOfMemory`], [`CudaError::Call`],
@@ -77,7 +77,8 @@ pub struct ColumnSum<'a> {
 /// `y = Σ_rows x` for each job, or the same added to it: 256 rows at a time, then those sums in order.
 ///
 /// # Errors
-/// [`CudaError::Length`] if `x` has not whole rows, [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if `x` has not whole rows, [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn column_sums(device: &Device, jobs: Vec<ColumnSum<'_>>) -> Result<(), CudaError> {
     let mut table = Vec::with_capacity(12 * jobs.len());
     let (mut blocks, mut parts, mut widest, mut count) = (0_usize, 0_usize, 0_usize, 0_usize);

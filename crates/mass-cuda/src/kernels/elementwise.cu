@@ -1,6 +1,6 @@
 // Values one by one. A block has 256 threads and four values for each.
 
-#define EACH(i, n)                                                                                    \
+#define EACH(i, n)                                                                                                     \
     for (i64 i = blockIdx.x * 1024LL + threadIdx.x, stop_ = blockIdx.x * 1024LL + 1024; i < stop_ && i < (n); i += 256)
 
 extern "C" __global__ void fill(float *y, i64 n, float value) { EACH(i, n) y[i] = value; }
@@ -8,7 +8,9 @@ extern "C" __global__ void fill(float *y, i64 n, float value) { EACH(i, n) y[i] 
 extern "C" __global__ void scale(float *y, i64 n, float factor) { EACH(i, n) y[i] *= factor; }
 
 // y += factor x
-extern "C" __global__ void add_scaled(const float *x, float *y, i64 n, float factor) { EACH(i, n) y[i] += factor * x[i]; }
+extern "C" __global__ void add_scaled(const float *x, float *y, i64 n, float factor) {
+    EACH(i, n) y[i] += factor * x[i];
+}
 
 // y = a + x masked; without dropout (rate 0) a plain sum
 extern "C" __global__ void sum_masked(const float *a, const float *x, float *y, i64 n, float rate, u64 key) {
@@ -57,7 +59,8 @@ extern "C" __global__ void scale_columns(const float *x, const float *factor, fl
 }
 
 // y[i] = x[rows[i]], times a weight a row if there is one
-extern "C" __global__ void gather_rows(const float *x, const u32 *rows, const float *weight, float *y, i64 n, int cols) {
+extern "C" __global__ void gather_rows(const float *x, const u32 *rows, const float *weight, float *y, i64 n,
+                                       int cols) {
     EACH(i, n) {
         i64 row = i / cols;
         float v = x[rows[row] * (i64)cols + i % cols];

@@ -63,8 +63,8 @@ pub fn add_into(device: &Device, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Resul
 /// `y = a + x ⊙ mask`, with all of `x` without a mask.
 ///
 /// # Errors
-/// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a rate that is not above zero, [`CudaError::Call`],
-/// [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a rate that is not above zero,
+/// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn sum(
     device: &Device,
     a: View<'_, f32>,
@@ -155,7 +155,8 @@ pub fn tanh_backward(
 /// `y[i] = x[i] ⊙ factor` for each row i, or the same added to it.
 ///
 /// # Errors
-/// [`CudaError::Length`] if `x` has not whole rows or `y` not as many values, [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if `x` has not whole rows or `y` not as many values, [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn scale_columns(
     device: &Device,
     x: View<'_, f32>,

@@ -18,7 +18,8 @@ extern "C" __global__ void embedding_parts(const float *dy, const u32 *list, con
 }
 
 // dtable[entries[e]] += the parts pieces[e]..pieces[e + 1], in order
-extern "C" __global__ void embedding_sums(const float *parts, const u32 *entries, const u32 *pieces, float *dtable, int d) {
+extern "C" __global__ void embedding_sums(const float *parts, const u32 *entries, const u32 *pieces, float *dtable,
+                                          int d) {
     const int col = blockIdx.y * 256 + threadIdx.x;
     if (col >= d) return;
     const i64 at = entries[blockIdx.x] * (i64)d + col;

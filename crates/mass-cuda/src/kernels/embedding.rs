@@ -127,7 +127,8 @@ pub fn forward(
     )
 }
 
-/// `dtable[ids[i]] += dy[i]`: the rows of an entry in order, 64 at a time, then those sums. To write and not add, clear `dtable` first.
+/// `dtable[ids[i]] += dy[i]`: the rows of an entry in order, 64 at a time, then those sums. To write and not add,
+/// clear `dtable` first.
 ///
 /// # Errors
 /// As [`forward`], and [`CudaError::OutOfMemory`].

@@ -1,7 +1,7 @@
 //! Matrix products, many at a time.
 //!
-//! `c (+)= epilogue(alpha a b)` for each of a table of jobs, in one launch. Each value is one chain of fused multiply-adds over k, in
-//! order, whatever the sizes: the same bits for any tile and any other jobs beside it.
+//! `c (+)= epilogue(alpha a b)` for each of a table of jobs, in one launch. Each value is one chain of fused
+//! multiply-adds over k, in order, whatever the sizes: the same bits for any tile and any other jobs beside it.
 
 use super::{Activation, Store, halves, int, product, same_device};
 use crate::driver::Arguments;
@@ -156,8 +156,9 @@ pub enum Then<'a> {
     Nothing,
     /// The nonlinearity; its derivative goes to the slopes, if they are wanted.
     Activate(Activation, Option<ViewMut<'a, f32>>),
-    /// `c = c v`: the result is the factor of a gated network on what `c` holds. If slopes and factors are given, `factors = c`
-    /// (as it was) and `slopes = slopes v`: the derivatives by the factor and by what the nonlinearity was given.
+    /// `c = c v`: the result is the factor of a gated network on what `c` holds. If slopes and factors are given,
+    /// `factors = c` (as it was) and `slopes = slopes v`: the derivatives by the factor and by what the nonlinearity
+    /// was given.
     Gate(Option<(ViewMut<'a, f32>, ViewMut<'a, f32>)>),
 }
 
@@ -166,7 +167,8 @@ pub enum Then<'a> {
 pub struct Job<'a> {
     /// `[m, k]`, or where rows are picked, any number of rows of width k.
     pub a: Matrix<'a>,
-    /// Which rows of `a` are meant, one for each row of `c`; indices must be below `a`'s number of rows, which is not checked.
+    /// Which rows of `a` are meant, one for each row of `c`; indices must be below `a`'s number of rows, which is not
+    /// checked.
     pub rows: Option<View<'a, u32>>,
     /// `[k, n]`
     pub b: Matrix<'a>,
@@ -331,8 +333,8 @@ impl Tile {
         }
     }
 
-    /// Expected time of the jobs, in any unit: rounds of tiles, each as long as a tile takes. What a tile takes relative to its
-    /// multiplications (by registers and loads, not measured on a GPU) falls with its side.
+    /// Expected time of the jobs, in any unit: rounds of tiles, each as long as a tile takes. What a tile takes
+    /// relative to its multiplications (by registers and loads, not measured on a GPU) falls with its side.
     fn cost(self, jobs: &[Job<'_>], multiprocessors: usize) -> f64 {
         let overhead = match self {
             Self::Small => 2.5,
@@ -360,8 +362,9 @@ impl Tile {
 /// Computes all jobs in one launch.
 ///
 /// # Errors
-/// [`CudaError::Length`] if shapes do not fit, [`CudaError::Setting`] for a gate that adds, [`CudaError::TooLarge`] for sizes, strides or
-/// numbers of tiles beyond 31 bits, [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if shapes do not fit, [`CudaError::Setting`] for a gate that adds, [`CudaError::TooLarge`]
+/// for sizes, strides or numbers of tiles beyond 31 bits, [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn run(device: &Device, jobs: &[Job<'_>]) -> Result<(), CudaError> {
     run_with(device, jobs, None)
 }

@@ -1,6 +1,7 @@
 // Layer normalisation: a warp a row, eight rows a block.
 
-extern "C" __global__ void layer_norm_forward(const float *x, const float *gamma, const float *beta, float *y, float *stats, int rows, int d, float eps) {
+extern "C" __global__ void layer_norm_forward(const float *x, const float *gamma, const float *beta, float *y,
+                                              float *stats, int rows, int d, float eps) {
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
     x += (i64)row * d;
@@ -28,7 +29,8 @@ extern "C" __global__ void layer_norm_forward(const float *x, const float *gamma
 }
 
 // dx (+)= rstd (dy gamma - mean(dy gamma) - normed mean(dy gamma normed))
-extern "C" __global__ void layer_norm_backward(const float *x, const float *gamma, const float *stats, const float *dy, float *dx, int rows, int d, int add) {
+extern "C" __global__ void layer_norm_backward(const float *x, const float *gamma, const float *stats, const float *dy,
+                                               float *dx, int rows, int d, int add) {
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
     x += (i64)row * d;
@@ -55,7 +57,8 @@ extern "C" __global__ void layer_norm_backward(const float *x, const float *gamm
 }
 
 // Partial sums of the gradients of gamma and beta over 256 rows: parts is [blocks of rows, 2 d].
-extern "C" __global__ void layer_norm_parts(const float *x, const float *stats, const float *dy, float *parts, int rows, int d) {
+extern "C" __global__ void layer_norm_parts(const float *x, const float *stats, const float *dy, float *parts, int rows,
+                                            int d) {
     const int col = blockIdx.x * 256 + threadIdx.x, first = blockIdx.y * 256;
     if (col >= d) return;
     const int end = first + 256 < rows ? first + 256 : rows;

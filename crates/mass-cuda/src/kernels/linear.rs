@@ -8,7 +8,8 @@ use crate::{CudaError, Device, View, ViewMut};
 /// `y[n, out] = x[n, inp] wᵀ + b`.
 ///
 /// # Errors
-/// [`CudaError::Length`] if shapes do not fit, [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if shapes do not fit, [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn forward(
     device: &Device,
     x: View<'_, f32>,

@@ -1,7 +1,8 @@
 // Losses: a warp a row, eight rows a block.
 
 // probs = softmax(logits), nll = -ln probs[target]
-extern "C" __global__ void cross_entropy_forward(const float *logits, const u32 *targets, float *probs, float *nll, int rows, int classes) {
+extern "C" __global__ void cross_entropy_forward(const float *logits, const u32 *targets, float *probs, float *nll,
+                                                 int rows, int classes) {
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
     logits += (i64)row * classes;
@@ -28,7 +29,8 @@ extern "C" __global__ void cross_entropy_forward(const float *logits, const u32 
 }
 
 // dlogits (+)= factor (probs - onehot(target))
-extern "C" __global__ void cross_entropy_backward(const float *probs, const u32 *targets, float *dlogits, i64 n, int classes, float factor, int add) {
+extern "C" __global__ void cross_entropy_backward(const float *probs, const u32 *targets, float *dlogits, i64 n,
+                                                  int classes, float factor, int add) {
     EACH(i, n) {
         float d = add != 0 ? dlogits[i] : 0.0f;
         d += factor * probs[i];
@@ -38,7 +40,8 @@ extern "C" __global__ void cross_entropy_backward(const float *probs, const u32 
 }
 
 // residuals = x - targets, squares = residuals^2
-extern "C" __global__ void squared_error_forward(const float *x, const float *targets, float *residuals, float *squares, i64 n) {
+extern "C" __global__ void squared_error_forward(const float *x, const float *targets, float *residuals, float *squares,
+                                                 i64 n) {
     EACH(i, n) {
         float r = x[i] - targets[i];
         residuals[i] = r;
@@ -47,7 +50,8 @@ extern "C" __global__ void squared_error_forward(const float *x, const float *ta
 }
 
 // dx (+)= upstream 2 residual / count
-extern "C" __global__ void squared_error_backward(const float *residuals, float *dx, i64 n, float upstream, float count, int add) {
+extern "C" __global__ void squared_error_backward(const float *residuals, float *dx, i64 n, float upstream, float count,
+                                                  int add) {
     EACH(i, n) {
         float share = upstream * 2.0f * residuals[i] / count;
         dx[i] = add != 0 ? dx[i] + share : share;

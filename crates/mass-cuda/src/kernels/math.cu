@@ -1,5 +1,6 @@
-// What all kernels share. Compiled without contraction: where a multiplication and an addition are fused, it says fmaf. So the
-// functions below give the bits that the CPU's (mass-model/src/kernels/vector.rs) give, and so does the emulated device.
+// What all kernels share. Compiled without contraction: where a multiplication and an addition are fused, it says fmaf.
+// So the functions below give the bits that the CPU's (mass-model/src/kernels/vector.rs) give, and so does the emulated
+// device.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -85,8 +86,8 @@ __device__ float dropout_factor(float rate, u64 key, u32 i) {
     return uniform < rate ? 0.0f : 1.0f / (1.0f - rate);
 }
 
-// Sum over a row, a warp together, in the order of mass-model's `vector::sum`: thirty-two running sums, folded, then the rest one by
-// one. `whole` is this lane's running sum, `rest` its value among the last n % 32.
+// Sum over a row, a warp together, in the order of mass-model's `vector::sum`: thirty-two running sums, folded, then
+// the rest one by one. `whole` is this lane's running sum, `rest` its value among the last n % 32.
 __device__ float fold_row(float whole, float rest, int n) {
     for (int d = 16; d > 0; d /= 2) whole += __shfl_down_sync(FULL, whole, d);
     float total = __shfl_sync(FULL, whole, 0);

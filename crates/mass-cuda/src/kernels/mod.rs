@@ -1,8 +1,9 @@
-//! The kernels, each behind a function that checks every length before the launch. What they compute is what the functions of the
-//! same names in mass-model's `kernels` and `ops` compute, in the same order of sums where that makes sense.
+//! The kernels, each behind a function that checks every length before the launch. What they compute is what the
+//! functions of the same names in mass-model's `kernels` and `ops` compute, in the same order of sums where that
+//! makes sense.
 //!
-//! Every function takes the device first, and refuses views that lie on another one. All work goes to the device's one stream: a
-//! function returns when its kernels are launched, and what they do wrong shows at a later call.
+//! Every function takes the device first, and refuses views that lie on another one. All work goes to the device's
+//! one stream: a function returns when its kernels are launched, and what they do wrong shows at a later call.
 
 pub mod attention;
 pub mod ceiling;
@@ -58,8 +59,8 @@ pub enum Activation {
     Silu = 4,
 }
 
-/// The mask of one dropout operation: element i is dropped if a hash of `key` and i says so, with probability `rate`; the others are
-/// divided by `1 - rate`. The hash is mass-model's, so are the masks.
+/// The mask of one dropout operation: element i is dropped if a hash of `key` and i says so, with probability `rate`;
+/// the others are divided by `1 - rate`. The hash is mass-model's, so are the masks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     /// Probability of being dropped.

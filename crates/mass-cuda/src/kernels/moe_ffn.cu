@@ -1,7 +1,8 @@
 // What a mixture layer does around its products.
 
 // y[t] (+)= sum of weights[a] outputs[a] over the assignments a of token t, in their order; weight one without weights.
-extern "C" __global__ void combine(const float *outputs, const float *weights, const u32 *token_offsets, const u32 *assignments, float *y, i64 n, int d, int add) {
+extern "C" __global__ void combine(const float *outputs, const float *weights, const u32 *token_offsets,
+                                   const u32 *assignments, float *y, i64 n, int d, int add) {
     EACH(i, n) {
         const int token = (int)(i / d), col = (int)(i % d);
         float sum = add != 0 ? y[i] : 0.0f;
@@ -14,13 +15,17 @@ extern "C" __global__ void combine(const float *outputs, const float *weights, c
     }
 }
 
-// For each assignment a with dh = dy[token] W2: d_weights = <dh, h> + <dy[token], b2>, then by_pre and by_factor become the
-// gradients before the nonlinearity: slope dh w, or without slopes that of a ReLU by its value. A warp an assignment.
-extern "C" __global__ void gate_gradient(const float *dh, const float *h, const float *dy, const float *const *b2, const u32 *expert_offsets, const u32 *tokens,
-                                         const float *weights, float *by_pre, float *by_factor, float *d_weights, int assigned, int experts, int hidden, int dim, int relu) {
+// For each assignment a with dh = dy[token] W2: d_weights = <dh, h> + <dy[token], b2>, then by_pre and by_factor become
+// the gradients before the nonlinearity: slope dh w, or without slopes that of a ReLU by its value. A warp an
+// assignment.
+extern "C" __global__ void gate_gradient(const float *dh, const float *h, const float *dy, const float *const *b2,
+                                         const u32 *expert_offsets, const u32 *tokens, const float *weights,
+                                         float *by_pre, float *by_factor, float *d_weights, int assigned, int experts,
+                                         int hidden, int dim, int relu) {
     const int a = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (a >= assigned) return;
-    int low = 0, high = experts - 1; // the last expert whose segment begins at or before a: empty ones begin where the next does
+    int low = 0,
+        high = experts - 1; // the last expert whose segment begins at or before a: empty ones begin where the next does
     while (low < high) {
         int middle = (low + high + 1) / 2;
         if (expert_offsets[middle] <= (u32)a) low = middle;

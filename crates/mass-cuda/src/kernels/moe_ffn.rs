@@ -1,12 +1,12 @@
 //! The grouped expert feed-forward network.
 //!
-//! Assignments (token, expert, weight) arrive sorted by expert. For the assignments a of a token t, with experts e(a) and routing
-//! weights w(a):
+//! Assignments (token, expert, weight) arrive sorted by expert. For the assignments a of a token t, with experts e(a)
+//! and routing weights w(a):
 //!
 //! `y[t] = Σ_a w(a) (W2[e] h(a) + b2[e])`, `h(a) = act(W1[e] x[t] + b1[e])`
 //!
-//! and for gated experts `h(a) = act(W1 x + b1) ⊙ (W3 x + b3)`. All experts' products of a kind are one launch. The gradient of a
-//! routing weight needs no stored output: `∂L/∂w(a) = <dy W2, h(a)> + <dy, b2>`.
+//! and for gated experts `h(a) = act(W1 x + b1) ⊙ (W3 x + b3)`. All experts' products of a kind are one launch. The
+//! gradient of a routing weight needs no stored output: `∂L/∂w(a) = <dy W2, h(a)> + <dy, b2>`.
 
 use super::dots::{ColumnSum, column_sums};
 use super::gemm::{Job, Matrix, MatrixMut, Then, run};
@@ -47,7 +47,8 @@ pub struct ExpertGradients<'a> {
     pub store: Store,
 }
 
-/// Who computes what: assignments grouped by expert, and each token's assignments. The indices must be those of a plan.
+/// Who computes what: assignments grouped by expert, and each token's assignments. The indices must be those of a
+/// plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Grouped<'a> {
     /// Segment of expert e: `expert_offsets[e]..expert_offsets[e + 1]`.
@@ -84,7 +85,8 @@ impl FfnShape {
     }
 }
 
-/// What [`forward`] keeps for [`backward`]: hidden activations of each assignment, and slopes where they do not show in those.
+/// What [`forward`] keeps for [`backward`]: hidden activations of each assignment, and slopes where they do not show
+/// in those.
 #[derive(Debug)]
 pub struct Hidden {
     h: Buffer<f32>,
@@ -299,8 +301,8 @@ impl<'a> Layer<'a> {
 /// Writes `y: [tokens, dim]`, and what [`backward`] needs to `kept`.
 ///
 /// # Errors
-/// [`CudaError::Length`] or [`CudaError::Setting`] if lengths do not fit shape and plan, [`CudaError::OutOfMemory`], [`CudaError::Call`],
-/// [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] or [`CudaError::Setting`] if lengths do not fit shape and plan, [`CudaError::OutOfMemory`],
+/// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn forward(
     device: &Device,
     x: View<'_, f32>,
@@ -386,8 +388,8 @@ pub fn forward(
 
 /// Adds to or replaces `dx` and `gradients`, and writes `d_weights` (per assignment), for an upstream gradient `dy`.
 ///
-/// `kept` is what [`forward`] wrote; its slopes are used up. The gradients of an expert without tokens stay as they are where they are
-/// added to, and become zero where they are replaced; `None` for such an expert leaves it out.
+/// `kept` is what [`forward`] wrote; its slopes are used up. The gradients of an expert without tokens stay as they
+/// are where they are added to, and become zero where they are replaced; `None` for such an expert leaves it out.
 ///
 /// # Errors
 /// As [`forward`].

@@ -44,7 +44,8 @@ pub struct Update<'a> {
     pub step: AdamWStep,
 }
 
-/// `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ = θ (1 - lr λ) - lr (m/bias1) / (√(v/bias2) + ε)`, all parameters in one launch.
+/// `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ = θ (1 - lr λ) - lr (m/bias1) / (√(v/bias2) + ε)`, all
+/// parameters in one launch.
 ///
 /// # Errors
 /// [`CudaError::Length`] if the four views of a parameter differ, [`CudaError::OutOfMemory`], [`CudaError::Call`],

@@ -1,21 +1,24 @@
 // Tokens of an image: class token, patches, positions.
 
 // common[0] = class + positions[0]; common[1 + i] = sum of weight positions[1 + place] over the taps of place i
-extern "C" __global__ void patches_common(const float *own_class, const float *positions, const u32 *starts, const u32 *places, const float *weights, float *common, i64 n, int d) {
+extern "C" __global__ void patches_common(const float *own_class, const float *positions, const u32 *starts,
+                                          const u32 *places, const float *weights, float *common, i64 n, int d) {
     EACH(i, n) {
         const int row = (int)(i / d), col = (int)(i % d);
         float v;
         if (row == 0) v = own_class[col] + positions[col];
         else {
             v = 0.0f;
-            for (u32 tap = starts[row - 1]; tap < starts[row]; tap++) v += weights[tap] * positions[(1 + places[tap]) * (i64)d + col];
+            for (u32 tap = starts[row - 1]; tap < starts[row]; tap++)
+                v += weights[tap] * positions[(1 + places[tap]) * (i64)d + col];
         }
         common[i] = v;
     }
 }
 
 // y[image, row] = common[row], plus embedded[image, row - 1] of a patch
-extern "C" __global__ void patches_forward(const float *common, const float *embedded, float *y, i64 n, int rows, int d) {
+extern "C" __global__ void patches_forward(const float *common, const float *embedded, float *y, i64 n, int rows,
+                                           int d) {
     EACH(i, n) {
         const i64 image = i / ((i64)rows * d), in_image = i % ((i64)rows * d);
         float v = common[in_image];
@@ -42,8 +45,11 @@ extern "C" __global__ void patches_common_backward(const float *dy, float *commo
     }
 }
 
-// Adds the gradients of the class token and of the positions; `starts` and `rows` list of each old place where it is a tap.
-extern "C" __global__ void patches_positions_backward(const float *common, const u32 *starts, const u32 *rows, const float *weights, float *dclass, float *dpositions, i64 n, int d) {
+// Adds the gradients of the class token and of the positions; `starts` and `rows` list of each old place where it is a
+// tap.
+extern "C" __global__ void patches_positions_backward(const float *common, const u32 *starts, const u32 *rows,
+                                                      const float *weights, float *dclass, float *dpositions, i64 n,
+                                                      int d) {
     EACH(i, n) {
         const int place = (int)(i / d), col = (int)(i % d);
         float sum = dpositions[i];
@@ -51,7 +57,8 @@ extern "C" __global__ void patches_positions_backward(const float *common, const
             dclass[col] += common[col];
             sum += common[col];
         } else
-            for (u32 tap = starts[place - 1]; tap < starts[place]; tap++) sum += weights[tap] * common[(1 + rows[tap]) * (i64)d + col];
+            for (u32 tap = starts[place - 1]; tap < starts[place]; tap++)
+                sum += weights[tap] * common[(1 + rows[tap]) * (i64)d + col];
         dpositions[i] = sum;
     }
 }

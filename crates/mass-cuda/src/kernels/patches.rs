@@ -9,7 +9,8 @@ use crate::{Buffer, CudaError, Device, View, ViewMut};
 pub struct Interpolation {
     patches: usize,
     places: usize,
-    /// Of each patch the places it is made of, and their weights; and of each place the patches it is in, in their order.
+    /// Of each patch the places it is made of, and their weights; and of each place the patches it is in, in their
+    /// order.
     to: Taps,
     from: Taps,
 }
@@ -43,7 +44,8 @@ impl Interpolation {
     /// `taps[i]` lists the places, of `places`, whose positions patch i takes, with their weights.
     ///
     /// # Errors
-    /// [`CudaError::Index`] for a place that is not there, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`].
+    /// [`CudaError::Index`] for a place that is not there, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`],
+    /// [`CudaError::Call`].
     pub fn new(
         device: &Device,
         taps: &[Vec<(usize, f32)>],
@@ -100,10 +102,12 @@ impl Interpolation {
 
 /// `y: [images, 1 + patches, d]`: the class token, then the embedded patches, plus the position of each.
 ///
-/// `class: [d]`, `positions: [1 + places, d]`, of which the first is the class token's; `embedded: [images, patches, d]`.
+/// `class: [d]`, `positions: [1 + places, d]`, of which the first is the class token's; `embedded: [images, patches,
+/// d]`.
 ///
 /// # Errors
-/// [`CudaError::Length`] if lengths do not fit, [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if lengths do not fit, [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn forward(
     device: &Device,
     embedded: View<'_, f32>,

@@ -1,4 +1,5 @@
-// From logits to a routing plan, as mass-routing makes it: a thread a token, so that every sum and every choice has one order.
+// From logits to a routing plan, as mass-routing makes it: a thread a token, so that every sum and every choice has one
+// order.
 
 // e^x for x <= 0; zero below the smallest normal number. As mass-routing's, fused where that is.
 __device__ float exp_of_logit(float x) {
@@ -20,8 +21,10 @@ __device__ float exp_of_logit(float x) {
 
 __device__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7fffffffu) < 0x7f800000u; }
 
-// probs = softmax over the experts in use, zero at the others; bad = 1 for a token with a logit in use that is NaN or infinite.
-extern "C" __global__ void routing_softmax(const float *logits, const u32 *in_use, float *probs, u32 *bad, int n, int k) {
+// probs = softmax over the experts in use, zero at the others; bad = 1 for a token with a logit in use that is NaN or
+// infinite.
+extern "C" __global__ void routing_softmax(const float *logits, const u32 *in_use, float *probs, u32 *bad, int n,
+                                           int k) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     const float *l = logits + (i64)token * k;
@@ -55,7 +58,10 @@ __device__ u32 weigh(float *chosen, int k, int renormalise) {
     float sum = 0.0f;
     u32 count = 0;
     for (int e = 0; e < k; e++)
-        if (chosen[e] >= 0.0f) { sum += chosen[e]; count++; }
+        if (chosen[e] >= 0.0f) {
+            sum += chosen[e];
+            count++;
+        }
     if (renormalise != 0 && sum > 0.0f) {
         const float inverse = 1.0f / sum;
         for (int e = 0; e < k; e++)
@@ -65,7 +71,8 @@ __device__ u32 weigh(float *chosen, int k, int renormalise) {
 }
 
 // The smallest set of experts whose probabilities reach p, ties to the lower index.
-extern "C" __global__ void routing_top_p(const float *probs, const u32 *bad, float *chosen, u32 *counts, int n, int k, float p, int renormalise) {
+extern "C" __global__ void routing_top_p(const float *probs, const u32 *bad, float *chosen, u32 *counts, int n, int k,
+                                         float p, int renormalise) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     const float *r = probs + (i64)token * k;
@@ -80,7 +87,10 @@ extern "C" __global__ void routing_top_p(const float *probs, const u32 *bad, flo
             float best = 0.0f;
             int best_e = -1;
             for (int e = 0; e < k; e++)
-                if ((r[e] < last || (r[e] == last && e > last_e)) && r[e] > best) { best = r[e]; best_e = e; }
+                if ((r[e] < last || (r[e] == last && e > last_e)) && r[e] > best) {
+                    best = r[e];
+                    best_e = e;
+                }
             if (best_e < 0) break; // rounding: all together fall short
             c[best_e] = best;
             mass += (double)best;
@@ -92,7 +102,8 @@ extern "C" __global__ void routing_top_p(const float *probs, const u32 *bad, flo
 }
 
 // The `want` largest logits, ties to the lower index.
-extern "C" __global__ void routing_top_k(const float *logits, const float *probs, const u32 *in_use, const u32 *bad, float *chosen, u32 *counts, int n, int k, int want, int renormalise) {
+extern "C" __global__ void routing_top_k(const float *logits, const float *probs, const u32 *in_use, const u32 *bad,
+                                         float *chosen, u32 *counts, int n, int k, int want, int renormalise) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     const float *l = logits + (i64)token * k, *r = probs + (i64)token * k;
@@ -110,8 +121,10 @@ extern "C" __global__ void routing_top_k(const float *logits, const float *probs
     counts[token] = weigh(c, k, renormalise);
 }
 
-// Every expert whose score passes its bound; without any, and unless training, the one with the largest logit. Weights 1 / number.
-extern "C" __global__ void routing_top_any(const float *logits, const float *bounds, const u32 *in_use, float *scores, u32 *bad, float *chosen, u32 *counts, int n, int k, int training) {
+// Every expert whose score passes its bound; without any, and unless training, the one with the largest logit. Weights
+// 1 / number.
+extern "C" __global__ void routing_top_any(const float *logits, const float *bounds, const u32 *in_use, float *scores,
+                                           u32 *bad, float *chosen, u32 *counts, int n, int k, int training) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     const float *l = logits + (i64)token * k;
@@ -143,9 +156,11 @@ extern "C" __global__ void routing_top_any(const float *logits, const float *bou
     counts[token] = count;
 }
 
-// ---- Grouping by expert: tokens in blocks of 256, a count of each block and expert, sums over those, then everybody's place ----
+// ---- Grouping by expert: tokens in blocks of 256, a count of each block and expert, sums over those, then everybody's
+// place ----
 
-extern "C" __global__ void group_count(const float *chosen, const u32 *counts, const u32 *bad, u32 *by_block, u32 *of_tokens, u32 *first_bad, int n, int k) {
+extern "C" __global__ void group_count(const float *chosen, const u32 *counts, const u32 *bad, u32 *by_block,
+                                       u32 *of_tokens, u32 *first_bad, int n, int k) {
     const int expert = blockIdx.y * 256 + threadIdx.x, first = blockIdx.x * 256;
     const int end = first + 256 < n ? first + 256 : n;
     if (expert < k) {
@@ -165,7 +180,8 @@ extern "C" __global__ void group_count(const float *chosen, const u32 *counts, c
 }
 
 // One block. Turns counts into what comes before; outcome = expert offsets, then the first bad token.
-extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *first_bad, u32 *outcome, int blocks, int k) {
+extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *first_bad, u32 *outcome, int blocks,
+                                      int k) {
     for (int e = threadIdx.x; e < k; e += 256) {
         u32 before = 0;
         for (int b = 0; b < blocks; b++) {
@@ -191,7 +207,8 @@ extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *
 }
 
 // Tokens and weights of each expert, ascending; places[token, expert] is where.
-extern "C" __global__ void group_fill(const float *chosen, const u32 *by_block, const u32 *expert_offsets, u32 *tokens, float *weights, u32 *places, int n, int k) {
+extern "C" __global__ void group_fill(const float *chosen, const u32 *by_block, const u32 *expert_offsets, u32 *tokens,
+                                      float *weights, u32 *places, int n, int k) {
     const int expert = blockIdx.y * 256 + threadIdx.x, first = blockIdx.x * 256;
     if (expert >= k) return;
     const int end = first + 256 < n ? first + 256 : n;
@@ -207,7 +224,9 @@ extern "C" __global__ void group_fill(const float *chosen, const u32 *by_block, 
 }
 
 // Of each token, its assignments and experts, ascending.
-extern "C" __global__ void group_inverse(const float *chosen, const u32 *counts, const u32 *of_tokens, const u32 *places, u32 *token_offsets, u32 *assignments, u32 *experts, int n, int k) {
+extern "C" __global__ void group_inverse(const float *chosen, const u32 *counts, const u32 *of_tokens,
+                                         const u32 *places, u32 *token_offsets, u32 *assignments, u32 *experts, int n,
+                                         int k) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     u32 at = of_tokens[blockIdx.x];
@@ -223,8 +242,9 @@ extern "C" __global__ void group_inverse(const float *chosen, const u32 *counts,
 }
 
 // dlogits += the gradient of the weights. Rules: 0 raw, 1 renormalised, 2 straight through.
-extern "C" __global__ void routing_backward(const float *scores, const float *weights, const float *d_weights, const u32 *token_offsets, const u32 *assignments,
-                                            const u32 *experts, float *dlogits, int n, int k, int rule) {
+extern "C" __global__ void routing_backward(const float *scores, const float *weights, const float *d_weights,
+                                            const u32 *token_offsets, const u32 *assignments, const u32 *experts,
+                                            float *dlogits, int n, int k, int rule) {
     const int token = blockIdx.x * 256 + threadIdx.x;
     if (token >= n) return;
     const u32 from = token_offsets[token], to = token_offsets[token + 1];
@@ -245,7 +265,9 @@ extern "C" __global__ void routing_backward(const float *scores, const float *we
 }
 
 // dthresholds[e] -= g (1 - g) times the sum of w dw over the expert's tokens whose score passes; a block an expert.
-extern "C" __global__ void thresholds_backward(const float *scores, const float *weights, const float *d_weights, const u32 *expert_offsets, const u32 *tokens, const float *bounds, float *dthresholds, int k) {
+extern "C" __global__ void thresholds_backward(const float *scores, const float *weights, const float *d_weights,
+                                               const u32 *expert_offsets, const u32 *tokens, const float *bounds,
+                                               float *dthresholds, int k) {
     __shared__ float sums[256];
     const int expert = blockIdx.x;
     const u32 from = expert_offsets[expert], to = expert_offsets[expert + 1];

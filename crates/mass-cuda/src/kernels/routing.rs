@@ -22,8 +22,8 @@ pub enum Router<'a> {
         /// Whether weights are divided by their sum.
         renormalise: bool,
     },
-    /// Every expert whose score `sigmoid(logit)` passes `bounds`, one an expert, the sigmoid of its threshold; weights `1/k`. Without any
-    /// such, and unless training, the one with the largest logit.
+    /// Every expert whose score `sigmoid(logit)` passes `bounds`, one an expert, the sigmoid of its threshold;
+    /// weights `1/k`. Without any such, and unless training, the one with the largest logit.
     TopAny {
         /// Sigmoid of the thresholds, one an expert.
         bounds: View<'a, f32>,
@@ -47,7 +47,8 @@ pub struct Plan {
     pub num_tokens: usize,
     /// Number of experts, masked ones included.
     pub num_experts: usize,
-    /// Expert e owns assignments `expert_offsets[e]..expert_offsets[e + 1]`; on the host, where products are laid out.
+    /// Expert e owns assignments `expert_offsets[e]..expert_offsets[e + 1]`; on the host, where products are laid
+    /// out.
     pub expert_offsets: Vec<u32>,
     /// The same on the device.
     pub expert_offsets_on_device: Buffer<u32>,
@@ -61,7 +62,8 @@ pub struct Plan {
     pub token_assignments: Buffer<u32>,
     /// Experts of each token, ascending.
     pub token_experts: Buffer<u32>,
-    /// `[tokens, experts]`: the softmax, zero at masked experts; for top-any the score of an active expert, otherwise zero.
+    /// `[tokens, experts]`: the softmax, zero at masked experts; for top-any the score of an active expert, otherwise
+    /// zero.
     pub scores: Buffer<f32>,
     rule: Rule,
 }
@@ -85,13 +87,14 @@ impl Plan {
     }
 }
 
-/// Routes `logits: [tokens, experts]`. `in_use` says of each expert whether it may be chosen (not 0); all may without. Waits for the
-/// device once: the host has to know the number of assignments.
+/// Routes `logits: [tokens, experts]`. `in_use` says of each expert whether it may be chosen (not 0); all may
+/// without. Waits for the device once: the host has to know the number of assignments.
 ///
 /// # Errors
-/// [`CudaError::NonFiniteLogit`] for a logit in use that is NaN or infinite, [`CudaError::Setting`] for a mass outside (0, 1] or a `k`
-/// outside 1..=experts (that as many are in use is the caller's concern), [`CudaError::Length`], [`CudaError::TooLarge`],
-/// [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::NonFiniteLogit`] for a logit in use that is NaN or infinite, [`CudaError::Setting`] for a mass
+/// outside (0, 1] or a `k` outside 1..=experts (that as many are in use is the caller's concern),
+/// [`CudaError::Length`], [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// [`CudaError::OtherDevice`].
 pub fn route(
     device: &Device,
     logits: View<'_, f32>,
@@ -322,8 +325,8 @@ fn group(
     Ok(plan)
 }
 
-/// Adds to `dlogits: [tokens, experts]` the gradient for that of the weights, one an assignment. The choice itself is not
-/// differentiated; for top-any the gradient goes straight through to the scores.
+/// Adds to `dlogits: [tokens, experts]` the gradient for that of the weights, one an assignment. The choice itself is
+/// not differentiated; for top-any the gradient goes straight through to the scores.
 ///
 /// # Errors
 /// [`CudaError::Length`] if lengths do not fit the plan, [`CudaError::Call`], [`CudaError::OtherDevice`].

@@ -4,8 +4,9 @@ use super::{each, int, rows_of, same_device};
 use crate::driver::Arguments;
 use crate::{CudaError, Device, View, ViewMut};
 
-/// `y[i] = x[rows[i]]`, times `weights[i]` if there are weights, with rows of `cols` values. Indices must be below the number of rows of
-/// `x`, which is not checked: where they come from the host, use [`embedding::forward`](super::embedding::forward).
+/// `y[i] = x[rows[i]]`, times `weights[i]` if there are weights, with rows of `cols` values. Indices must be below
+/// the number of rows of `x`, which is not checked: where they come from the host, use
+/// [`embedding::forward`](super::embedding::forward).
 ///
 /// # Errors
 /// [`CudaError::Length`] if lengths do not fit, [`CudaError::Call`], [`CudaError::OtherDevice`].

@@ -1,7 +1,7 @@
 // Sums in two stages of one fixed order.
 
 struct Columns {
-    const float *x, *other;  // other: multiplied with x, or null
+    const float *x, *other; // other: multiplied with x, or null
     float *y;
     int rows, cols, stride, add;
     int first_block, first_part; // of blocks and of partial sums before
@@ -72,7 +72,8 @@ extern "C" __global__ void dot_parts(const Segment *segments, int count, int blo
     if (lane == 0) parts[block] = total;
 }
 
-// Of each segment, the sum of its parts in double precision: of pieces of 64 parts, then of the pieces. A block a segment.
+// Of each segment, the sum of its parts in double precision: of pieces of 64 parts, then of the pieces. A block a
+// segment.
 extern "C" __global__ void dot_sums(const Segment *segments, const double *parts, double *sums) {
     __shared__ double pieces[256];
     const Segment own = segments[blockIdx.x];

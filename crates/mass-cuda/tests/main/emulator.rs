@@ -71,7 +71,8 @@ pub(crate) fn device() -> Device {
     device
 }
 
-/// Runs `f` under every order of threads and blocks, three times on a real device; all results must have the same bits.
+/// Runs `f` under every order of threads and blocks, three times on a real device; all results must have the same
+/// bits.
 pub(crate) fn every_schedule(f: impl Fn(&Device) -> Vec<Vec<f32>>) -> Vec<Vec<f32>> {
     let device = device();
     let mut first: Option<Vec<Vec<f32>>> = None;

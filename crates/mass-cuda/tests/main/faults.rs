@@ -1,4 +1,5 @@
-//! The emulated device finds planted faults: kernels of tests/faults on a driver of their own, in processes of their own.
+//! The emulated device finds planted faults: kernels of tests/faults on a driver of their own, in processes of their
+//! own.
 
 use std::process::Command;
 

@@ -5,8 +5,9 @@ use mass_routing::{AnyRouter, Combine, Router as _, RoutingPlan, TopAny, TopK, T
 
 use super::emulator::{close, device, every_schedule, values};
 
-/// Which experts a token takes and with which weight, by mass-routing's rules, and its scores in double precision. Top-p chooses by
-/// the probabilities in single precision, `own`: ties and masses that are met exactly are a matter of their last bits.
+/// Which experts a token takes and with which weight, by mass-routing's rules, and its scores in double precision.
+/// Top-p chooses by the probabilities in single precision, `own`: ties and masses that are met exactly are a matter
+/// of their last bits.
 fn choose(
     logits: &[f32],
     own: &[f32],

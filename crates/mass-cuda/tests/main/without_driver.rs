@@ -1,5 +1,5 @@
-//! What is said where there is no driver, an old one, or no device. Each case is a process of its own: the driver's library is
-//! opened once.
+//! What is said where there is no driver, an old one, or no device. Each case is a process of its own: the driver's
+//! library is opened once.
 
 use std::process::Command;
 
@@ -35,7 +35,8 @@ fn no_driver_is_an_error_value() {
         assert_eq!(Device::count().unwrap_err(), error);
         return;
     }
-    // Neither an emulated driver nor, on a machine with a GPU, the real one: libraries are looked for in an empty place.
+    // Neither an emulated driver nor, on a machine with a GPU, the real one: libraries are looked for in an empty
+    // place.
     if std::path::Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
         return;
     }
