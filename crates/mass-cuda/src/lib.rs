@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod buffer;
 mod driver;
 mod error;
 pub mod kernels;
@@ -7,5 +8,6 @@ mod ptx;
 #[cfg(feature = "emulated")]
 pub mod testing;
 
-pub use driver::{Buffer, Device, Memory, Value, View, ViewMut};
+pub use buffer::{Buffer, Value, View, ViewMut};
+pub use driver::{Device, Memory};
 pub use error::CudaError;
