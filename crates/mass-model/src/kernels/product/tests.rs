@@ -180,7 +180,11 @@ fn sizes_of_zero_are_empty_sums_and_empty_products() {
 #[test]
 fn both_instruction_sets_and_every_cut_give_the_same_bits() {
     let sets: Vec<Level> = levels().into_iter().flatten().collect();
-    let (m, n, k) = if cfg!(miri) { (19, 65, 40) } else { (133, 217, 1500) };
+    let (m, n, k) = if cfg!(miri) {
+        (19, 65, 40)
+    } else {
+        (133, 217, 1500)
+    };
     let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
         let a = Stored::new((m, k), ta, 0, 1);
