@@ -1,4 +1,4 @@
-//! Project commands: `cargo xtask <command>`. Needs nothing but Rust.
+//! Project commands: `cargo xtask <command>`. Needs nothing but Rust; the two for CUDA need Python and g++.
 //!
 //! Each command is one file. What concerns experiments is forwarded to the `mass-bench` binary, which
 //! is built first.
@@ -6,6 +6,7 @@
 
 mod bench;
 mod ci;
+mod cuda;
 mod forward;
 mod run;
 
@@ -20,6 +21,8 @@ Usage: cargo xtask <command> [arguments]
   bench [NAME]        time something (cpd, routing, expand, moe, step, ..., all), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
   data fetch MODEL    download a model from the Hugging Face Hub
+  cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
+  cuda-emu            run mass-cuda's tests on an emulated GPU
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.
@@ -30,6 +33,8 @@ fn main() -> ExitCode {
     match arguments.first().and_then(|a| a.to_str()) {
         Some("reproduce" | "report" | "train" | "data") => forward::run(&arguments),
         Some("bench") => bench::run(&arguments),
+        Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
+        Some("cuda-emu") => cuda::emulate(&arguments[1..]),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -39,7 +44,9 @@ fn main() -> ExitCode {
             let what = other.map_or("no command given".to_owned(), |o| {
                 format!("unknown command `{o}`")
             });
-            eprintln!("error: {what}; there are: reproduce, report, train, bench, data, ci");
+            eprintln!(
+                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, ci"
+            );
             ExitCode::from(2)
         }
     }

@@ -1,0 +1,39 @@
+//! Rows of a matrix, picked and weighted.
+
+use super::{each, int, rows_of, same_device};
+use crate::driver::Arguments;
+use crate::{CudaError, Device, View, ViewMut};
+
+/// `y[i] = x[rows[i]]`, times `weights[i]` if there are weights, with rows of `cols` values. Indices must be below
+/// the number of rows of `x`, which is not checked: where they come from the host, use
+/// [`embedding::forward`](super::embedding::forward).
+///
+/// # Errors
+/// [`CudaError::Length`] if lengths do not fit, [`CudaError::Call`], [`CudaError::OtherDevice`].
+pub fn gather(
+    device: &Device,
+    x: View<'_, f32>,
+    rows: View<'_, u32>,
+    weights: Option<View<'_, f32>>,
+    y: ViewMut<'_, f32>,
+    cols: usize,
+) -> Result<(), CudaError> {
+    same_device(device, &[("x", &x), ("rows", &rows), ("y", &y)])?;
+    rows_of("x", x.len(), cols)?;
+    CudaError::check("rows", rows_of("y", y.len(), cols)?, rows.len())?;
+    if let Some(weights) = &weights {
+        same_device(device, &[("weights", weights)])?;
+        CudaError::check("weights", rows.len(), weights.len())?;
+    }
+    let arguments = Arguments::new()
+        .view(x)
+        .view(rows)
+        .view_or_null(weights)
+        .view_mut(&y);
+    each(
+        device,
+        "gather_rows",
+        y.len(),
+        &arguments.long(y.len()).int(int("width", cols)?),
+    )
+}

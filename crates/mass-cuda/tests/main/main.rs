@@ -1,0 +1,28 @@
+//! Tests that need a device are behind the feature `emulated`: `cargo xtask cuda-emu` runs them.
+
+mod without_driver;
+
+#[cfg(feature = "emulated")]
+mod attention;
+#[cfg(feature = "emulated")]
+mod buffers;
+#[cfg(feature = "emulated")]
+mod elementwise;
+#[cfg(feature = "emulated")]
+mod emulator;
+#[cfg(feature = "emulated")]
+mod faults;
+#[cfg(feature = "emulated")]
+mod gemm;
+#[cfg(feature = "emulated")]
+mod losses;
+#[cfg(feature = "emulated")]
+mod moe;
+#[cfg(feature = "emulated")]
+mod norms;
+#[cfg(feature = "emulated")]
+mod optimiser;
+#[cfg(feature = "emulated")]
+mod routing;
+#[cfg(feature = "emulated")]
+mod tables;

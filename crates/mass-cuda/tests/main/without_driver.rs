@@ -1,0 +1,120 @@
+//! What is said where there is no driver, an old one, or no device. Each case is a process of its own: the driver's
+//! library is opened once.
+
+use std::process::Command;
+
+use mass_cuda::{CudaError, Device};
+
+const CASE: &str = "MASS_CUDA_CASE";
+
+/// Runs the named test of this file again with an environment.
+fn again(test: &str, environment: &[(&str, &str)]) -> (bool, String) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args([test, "--exact", "--nocapture"])
+        .env(CASE, "1");
+    for (name, value) in environment {
+        command.env(name, value);
+    }
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text.into_owned())
+}
+
+#[test]
+fn no_driver_is_an_error_value() {
+    if std::env::var_os(CASE).is_some() {
+        let error = Device::open(0).unwrap_err();
+        println!("<{error}>");
+        assert_eq!(
+            error,
+            CudaError::NoDriver {
+                missing: String::new()
+            }
+        );
+        assert_eq!(Device::count().unwrap_err(), error);
+        return;
+    }
+    // Neither an emulated driver nor, on a machine with a GPU, the real one: libraries are looked for in an empty
+    // place.
+    if std::path::Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
+        return;
+    }
+    let (good, text) = again(
+        "without_driver::no_driver_is_an_error_value",
+        &[("LD_LIBRARY_PATH", "/nonexistent")],
+    );
+    assert!(good, "{text}");
+    assert!(
+        text.contains("<no CUDA driver (libcuda.so) on this machine; use the CPU>"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_library_that_is_no_driver_is_an_error_value() {
+    if std::env::var_os(CASE).is_some() {
+        let error = Device::open(0).unwrap_err();
+        println!("<{error}>");
+        assert!(matches!(error, CudaError::NoDriver { ref missing } if missing.contains("cuInit")));
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("mass-cuda-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("empty.c"), "int nothing;\n").unwrap();
+    let library = folder.join("libcuda.so");
+    let built = Command::new("gcc")
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(folder.join("empty.c"))
+        .status();
+    assert!(built.unwrap().success());
+    let path = folder.to_str().unwrap();
+    let (good, text) = again(
+        "without_driver::a_library_that_is_no_driver_is_an_error_value",
+        &[("LD_LIBRARY_PATH", path)],
+    );
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(good, "{text}");
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn drivers_and_devices_that_will_not_do_are_told_apart() {
+    if let Some(case) = std::env::var_os(CASE) {
+        let _ = case;
+        println!(
+            "<{}>",
+            Device::open(std::env::var("ORDINAL").unwrap().parse().unwrap()).unwrap_err()
+        );
+        return;
+    }
+    let cases: [(&[(&str, &str)], &str); 6] = [
+        (
+            &[("EMU_VERSION", "11040")],
+            "<the CUDA driver supports CUDA 11.4, at least 12.2 is needed (driver 535)>",
+        ),
+        (&[("EMU_DEVICES", "0")], "<no CUDA device 0: there are 0>"),
+        (&[("ORDINAL", "3")], "<no CUDA device 3: there are 1>"),
+        (
+            &[("EMU_CAPABILITY", "61")],
+            "<emulated GPU has compute capability 6.1, at least 7.5 (Turing) is needed>",
+        ),
+        (&[("EMU_INIT", "100")], "<no CUDA device 0: there are 0>"),
+        (
+            &[("EMU_INIT", "999")],
+            "<CUDA: starting the driver failed: error 999 (error 999)>",
+        ),
+    ];
+    for (environment, wanted) in cases {
+        let all: Vec<_> = [("ORDINAL", "0")]
+            .into_iter()
+            .chain(environment.iter().copied())
+            .collect();
+        let (good, text) = again(
+            "without_driver::drivers_and_devices_that_will_not_do_are_told_apart",
+            &all,
+        );
+        assert!(good && text.contains(wanted), "{environment:?}: {text}");
+    }
+}
