@@ -2,7 +2,8 @@
 //!
 //! All pools here route by Top-p of mass 0.5 with raw weights, so that a token has about one expert and its gate learns from it. What
 //! is compared at the same number of experts then has the same number of experts a token. The grown pool splits on a schedule, the
-//! expert with the largest share of the loss, by a bisection whose boundary is soft; each ablation changes one of these.
+//! expert with the largest share of the loss, by a bisection whose boundary is soft, and gives the newcomer the moments of its source;
+//! each ablation changes one of these.
 
 use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
@@ -11,7 +12,7 @@ use super::plan::Plan;
 use super::synthetic::{Synthetic, TASKS};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Overrides, Pool};
+use crate::method::{Mass, Method, Pool};
 
 /// Experts at the start and at most.
 const EXPERTS: (usize, usize) = (5, 20);
@@ -19,6 +20,9 @@ const EXPERTS: (usize, usize) = (5, 20);
 /// Steps at which the pool grows: from 3 % of 2000 on, every nine steps, so that fifteen newcomers are there by a tenth of the run.
 const FIRST: &str = "3 %";
 const EVERY: u64 = 9;
+
+/// How sharp the boundary of a bisection is: see [`BisectParams`](mass_expand::BisectParams).
+const STRENGTH: f64 = 1.5;
 
 /// The plan of a preset: fresh data, and in `full` three finite sets, where a run is judged at its best held-out step.
 ///
@@ -59,6 +63,11 @@ fn top_p(p: f32, combine: Combine) -> RouterConfig {
     RouterConfig::TopP { p, combine }
 }
 
+/// Splits from [`FIRST`] on, every so many steps.
+fn schedule(every: u64) -> Value {
+    json!({ "schedule": { "first": FIRST, "every": every } })
+}
+
 /// A bisection of that strength along that direction.
 fn bisect(strength: f64, direction: &str) -> Value {
     json!({ "bisect": { "strength": strength, "direction": direction } })
@@ -76,121 +85,68 @@ fn prune(price: f64) -> Value {
     })
 }
 
-/// Growth on a schedule, and what differs from it in one rule.
+/// Growth on a schedule, and what differs from it in one rule or two.
 fn ablations() -> Vec<Mass> {
-    let grow = |name: &str, rules: &[(&str, Value)], router: RouterConfig, experts_max: usize| {
-        let mut overrides = Overrides::from(
-            [
-                (
-                    "trigger",
-                    json!({ "schedule": { "first": FIRST, "every": EVERY } }),
-                ),
-                ("operator", bisect(1.5, "principal")),
-                ("stop", json!("never")),
-            ]
-            .map(|(rule, value)| (format!("controller.{rule}"), value)),
-        );
-        overrides.extend(
-            rules
-                .iter()
-                .map(|(rule, value)| ((*rule).to_owned(), value.clone())),
-        );
+    const OPERATOR: &str = "controller.operator";
+    const CHOICE: &str = "controller.choice";
+    const TRIGGER: &str = "controller.trigger";
+    const PRUNING: &str = "controller.pruning";
+    let grow = |name: &str, rule: Option<(&str, Value)>| {
+        let rules = [
+            (TRIGGER, schedule(EVERY)),
+            (OPERATOR, bisect(STRENGTH, "principal")),
+            ("controller.moments", json!("inherit")),
+            ("controller.stop", json!("never")),
+        ];
+        let rules = rules.into_iter().chain(rule);
         Mass {
-            router: Some(router),
+            router: Some(top_p(0.5, Combine::Raw)),
             ablation: name.to_owned(),
-            experts_max,
+            experts_max: EXPERTS.1,
             live_percent: Some(60),
-            overrides,
+            overrides: rules
+                .map(|(rule, value)| (rule.to_owned(), value))
+                .collect(),
             ..Mass::new(Variant::Ours, 0.5, EXPERTS.0)
         }
     };
-    let raw = || top_p(0.5, Combine::Raw);
     let mut all = vec![
-        grow("grow", &[], raw(), EXPERTS.1),
-        grow("grow_to_12", &[], raw(), 12),
-        grow(
-            "grow_to_32",
-            &[(
-                "controller.trigger",
-                json!({ "schedule": { "first": FIRST, "every": 5 } }),
-            )],
-            raw(),
-            32,
-        ),
+        grow("grow", None),
+        Mass {
+            experts_max: 12,
+            ..grow("grow_to_12", None)
+        },
+        Mass {
+            experts_max: 32,
+            ..grow("grow_to_32", Some((TRIGGER, schedule(5))))
+        },
+        Mass {
+            router: Some(top_p(0.5, Combine::Renormalised)),
+            ..grow("renormalised", None)
+        },
     ];
-    let one = |name: &str, rule: &str, value: Value| grow(name, &[(rule, value)], raw(), EXPERTS.1);
     for (name, strength) in [("a_0.3", 0.3), ("a_0.75", 0.75), ("a_3", 3.0), ("a_6", 6.0)] {
-        all.push(one(
-            name,
-            "controller.operator",
-            bisect(strength, "principal"),
-        ));
+        all.push(grow(name, Some((OPERATOR, bisect(strength, "principal")))));
     }
-    all.extend([
-        one(
-            "random_direction",
-            "controller.operator",
-            bisect(1.5, "random"),
-        ),
-        one(
-            "gate_direction",
-            "controller.operator",
-            bisect(1.5, "gate_row"),
-        ),
-        one(
-            "clone_rowwise",
-            "controller.operator",
-            clone(&json!("rowwise"), false),
-        ),
-        one(
-            "clone_plain",
-            "controller.operator",
-            clone(&Value::Null, false),
-        ),
-        one(
-            "clone_half_mass",
-            "controller.operator",
-            clone(&Value::Null, true),
-        ),
-        one(
-            "split_most_loaded",
-            "controller.choice",
-            json!("most_loaded"),
-        ),
-        one("split_random", "controller.choice", json!("random")),
-        one(
-            "split_entropy",
-            "controller.choice",
-            json!("routing_entropy"),
-        ),
-        one("moments_of_source", "controller.moments", json!("inherit")),
-        one("no_redundancy_term", "redundancy_weight", json!(0.0)),
-        one(
-            "all_at_once",
-            "controller.trigger",
-            json!({ "schedule": { "first": FIRST, "every": 1 } }),
-        ),
-        one(
-            "slowly",
-            "controller.trigger",
-            json!({ "schedule": { "first": FIRST, "every": 36 } }),
-        ),
-        grow(
-            "renormalised",
-            &[],
-            top_p(0.5, Combine::Renormalised),
-            EXPERTS.1,
-        ),
-    ]);
-    for (name, price) in [
-        ("prune_0", 0.0),
-        ("prune_0.0005", 0.0005),
-        ("prune_0.001", 0.001),
-        ("prune_0.002", 0.002),
-        ("prune_0.004", 0.004),
-    ] {
-        all.push(one(name, "controller.pruning", prune(price)));
-    }
+    let rules = [
+        ("random_direction", OPERATOR, bisect(STRENGTH, "random")),
+        ("gate_direction", OPERATOR, bisect(STRENGTH, "gate_row")),
+        ("clone_rowwise", OPERATOR, clone(&json!("rowwise"), false)),
+        ("clone_plain", OPERATOR, clone(&Value::Null, false)),
+        ("clone_half_mass", OPERATOR, clone(&Value::Null, true)),
+        ("split_most_loaded", CHOICE, json!("most_loaded")),
+        ("split_random", CHOICE, json!("random")),
+        ("moments_zero", "controller.moments", json!("zero")),
+        ("no_redundancy_term", "redundancy_weight", json!(0.0)),
+        ("all_at_once", TRIGGER, schedule(1)),
+        ("slowly", TRIGGER, schedule(36)),
+        ("prune_0", PRUNING, prune(0.0)),
+        ("prune_0.0005", PRUNING, prune(0.0005)),
+        ("prune_0.001", PRUNING, prune(0.001)),
+        ("prune_0.002", PRUNING, prune(0.002)),
+        ("prune_0.004", PRUNING, prune(0.004)),
+    ];
+    all.extend(rules.map(|(name, rule, value)| grow(name, Some((rule, value)))));
     all
 }
 
