@@ -97,12 +97,12 @@ impl Shard {
         }
     }
 
-    /// What results of its runs, of which there are so many, say of themselves; `None` for all runs.
-    fn part(self, planned: usize) -> Option<Part> {
+    /// What results of its runs say of themselves, if all runs have these names; `None` for all runs.
+    fn part(self, plan: Vec<String>) -> Option<Part> {
         (self != Self::ALL).then_some(Part {
             shards: vec![self.index],
             of: self.count,
-            planned,
+            plan,
         })
     }
 
@@ -122,10 +122,10 @@ impl Shard {
 }
 
 impl ReproduceArgs {
-    /// What the results say of themselves, of which this shard has `planned`.
-    pub(crate) fn header(&self, planned: usize) -> Header {
+    /// What the results say of themselves, of a study whose runs have these names.
+    pub(crate) fn header(&self, plan: Vec<String>) -> Header {
         Header {
-            part: self.shard.part(planned),
+            part: self.shard.part(plan),
             ..Header::new(&self.study, &self.preset.to_string(), self.threads)
         }
     }
@@ -203,7 +203,7 @@ impl ReproduceArgs {
         }
         if let Some(methods) = &self.methods {
             for (index, method) in methods.iter().enumerate() {
-                if !method::is_known(method) {
+                if !method::is_known(method) && !(study.has_method)(method) {
                     return Err(method::unknown(method));
                 }
                 if methods[..index].contains(method) {

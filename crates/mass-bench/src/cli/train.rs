@@ -143,7 +143,9 @@ impl TrainArgs {
         ] {
             within(flag, value, most)?;
         }
-        if self.experts_max < self.experts {
+        if self.experts_max < self.experts
+            && !matches!(self.method.as_str(), "static" | "gmoe" | "dense" | "erm")
+        {
             return usage(format!(
                 "--experts-max is {}, below --experts {}; raise it or start with fewer",
                 self.experts_max, self.experts

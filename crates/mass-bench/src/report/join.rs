@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -48,8 +48,8 @@ impl Kept {
         })
     }
 
-    fn run(&self, index: usize) -> Option<(&Self, &Run)> {
-        self.results.runs.get(index).map(|run| (self, run))
+    fn runs(&self) -> impl Iterator<Item = (&Self, &Run)> {
+        self.results.runs.iter().map(move |run| (self, run))
     }
 }
 
@@ -58,23 +58,18 @@ impl Kept {
 /// target/reproduce/STUDY/PRESET. Returns the results and where they are.
 ///
 /// Shards of one split are laid together as the whole study would have made them. A run that two directories have alike is there
-/// once. As long as shards or runs of theirs are missing the results say which part they are.
+/// once. As long as runs of the split study are missing the results say which part they are.
 ///
 /// # Errors
-/// [`ReportError::Join`] for directories of different studies, settings or data, with different runs of one name, or if `out` has
+/// [`ReportError::Join`] for directories of different studies, settings, data or splits, with different runs of one name, or if `out` has
 /// runs that none of them has; [`ReportError::Malformed`] and [`ReportError::Io`] for what is not readable.
 pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), ReportError> {
     let kept = dirs.iter().map(|dir| Kept::read(dir));
-    let mut kept = kept.collect::<Result<Vec<_>, _>>()?;
-    let part = |k: &Kept| k.results.part.clone();
-    let of = kept.first().and_then(part).map(|part| part.of);
-    let split = of.filter(|&of| kept.iter().all(|k| part(k).is_some_and(|p| p.of == of)));
-    if split.is_some() {
-        kept.sort_by_key(|k| part(k).map(|p| p.shards));
-    }
+    let kept = kept.collect::<Result<Vec<_>, _>>()?;
     let Some(first) = kept.first() else {
         return Err(refuse(Path::new(""), "there is nothing to join"));
     };
+    let split = split(&kept)?;
     let out = match (out, dirs) {
         (Some(out), _) => out.to_owned(),
         (None, [one]) => one.clone(),
@@ -112,16 +107,16 @@ pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), 
         ..first.results.clone()
     };
     let mut texts = [String::new(), String::new()];
-    // Of a split study the n-th run is the shards' in turn; other results follow one another.
-    let longest = kept.iter().map(|k| k.results.runs.len()).max().unwrap_or(0);
-    let in_turn = (0..longest).flat_map(|i| kept.iter().filter_map(move |k| k.run(i)));
-    let one_by_one = kept
-        .iter()
-        .flat_map(|k| (0..longest).filter_map(|i| k.run(i)));
-    let order: Vec<_> = match split {
-        Some(_) => in_turn.collect(),
-        None => one_by_one.collect(),
-    };
+    let mut order: Vec<(&Kept, &Run)> = kept.iter().flat_map(Kept::runs).collect();
+    if let Some(split) = &split {
+        let place = |run: &Run| {
+            split
+                .plan
+                .iter()
+                .position(|name| *name == run.key().to_string())
+        };
+        order.sort_by_cached_key(|(_, run)| place(run).unwrap_or(split.plan.len()));
+    }
     for (from, run) in order {
         let key = run.key();
         let mut run = run.clone();
@@ -145,21 +140,34 @@ pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), 
             }
         }
     }
-    if let Some(of) = split {
-        let parts: Vec<Part> = kept.iter().filter_map(part).collect();
-        let mut shards: Vec<usize> = parts.iter().flat_map(|p| p.shards.clone()).collect();
-        shards.dedup();
-        let planned = parts.iter().map(|p| p.planned).sum();
-        let whole = shards.len() == of && results.runs.len() >= planned;
-        results.part = (!whole).then_some(Part {
-            shards,
-            of,
-            planned,
-        });
-    }
+    // Whole once every run is there, from wherever.
+    let made: HashSet<String> = results.runs.iter().map(|r| r.key().to_string()).collect();
+    results.part = split.filter(|split| !split.plan.iter().all(|name| made.contains(name)));
     results.summarise();
     write(&kept, &out, &results, &settings, texts)?;
     Ok((results, out))
+}
+
+/// Which shards some directories are together; `None` if none of them is one.
+fn split(kept: &[Kept]) -> Result<Option<Part>, ReportError> {
+    let parts = |k: &Kept| k.results.part.clone().map(|part| (k.dir.clone(), part));
+    let mut parts = kept.iter().filter_map(parts);
+    let Some((first, mut all)) = parts.next() else {
+        return Ok(None);
+    };
+    for (dir, part) in parts {
+        if !all.of_one_split(&part) {
+            let problem = format!(
+                "is {part} of other runs or of another split than {}",
+                first.display()
+            );
+            return Err(refuse(&dir, &problem));
+        }
+        all.shards.extend(part.shards);
+    }
+    all.shards.sort_unstable();
+    all.shards.dedup();
+    Ok(Some(all))
 }
 
 fn write(

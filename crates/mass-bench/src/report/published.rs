@@ -24,8 +24,10 @@ fn in_new_form(mut settings: Value) -> Option<Value> {
                 fields.remove("experts_max")?,
             );
             for mass in &mut methods {
-                mass["method"] = json!("mass");
-                (mass["experts"], mass["experts_max"]) = (from.clone(), to.clone());
+                let mass = mass.as_object_mut()?;
+                mass.insert("method".into(), json!("mass"));
+                mass.insert("experts".into(), from.clone());
+                mass.insert("experts_max".into(), to.clone());
             }
             let k = list(fields.remove("static_k"))?;
             for experts in list(fields.remove("static_experts"))? {
@@ -41,6 +43,7 @@ fn in_new_form(mut settings: Value) -> Option<Value> {
         fields.remove(only_adds);
     }
     for value in &mut methods {
+        value.as_object()?;
         // What it says of smoke's thresholds is said by rules now; smoke is never gone on with for its figures.
         if value.get("loose") == Some(&json!(false)) {
             value.as_object_mut()?.remove("loose");

@@ -26,14 +26,21 @@ pub struct Part {
     pub shards: Vec<usize>,
     /// Into how many the study is split.
     pub of: usize,
-    /// Runs that these shards have when they are finished.
-    pub planned: usize,
+    /// The names of all runs that were split, in the order of the results.
+    pub plan: Vec<String>,
 }
 
 impl Part {
-    /// Whether both are the same shards of as many.
-    pub(super) fn same(&self, other: &Self) -> bool {
-        (&self.shards, self.of) == (&other.shards, other.of)
+    /// Whether both are of the same runs, split alike.
+    pub(super) fn of_one_split(&self, other: &Self) -> bool {
+        (self.of, &self.plan) == (other.of, &other.plan)
+    }
+
+    /// Runs that these shards have when they are finished.
+    #[must_use]
+    pub fn planned(&self) -> usize {
+        let own = |run: &usize| self.shards.contains(&(run % self.of + 1));
+        (0..self.plan.len()).filter(own).count()
     }
 }
 

@@ -313,11 +313,21 @@ fn prior(
         return Err(differs(format!("preset ({})", old.preset)));
     }
     // Without --shard all that is missing is made.
-    let other_part = |new: &Part| !old.part.as_ref().is_some_and(|old| old.same(new));
-    if results.part.as_ref().is_some_and(other_part) {
-        let old = old.part.as_ref();
-        let old = old.map_or_else(|| "all runs".to_owned(), Part::to_string);
-        return Err(differs(format!("shard ({old})")));
+    if let Some(new) = &results.part {
+        match &old.part {
+            None => return Err(differs("shard (all runs)".into())),
+            Some(old) if old.shards != new.shards || old.of != new.of => {
+                return Err(differs(format!("shard ({old})")));
+            }
+            // Another list of runs is dealt out otherwise, and what other shards have made would be made here again.
+            Some(old) if !old.of_one_split(new) => {
+                let (had, has) = (old.plan.len(), new.plan.len());
+                return Err(differs(format!(
+                    "the runs that were split ({had} of them, {has} now)"
+                )));
+            }
+            Some(_) => {}
+        }
     }
     settings = merged(old_settings(dir)?, settings).map_err(differs)?;
     for mut run in old.runs {

@@ -84,7 +84,7 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
             "Only a part of the study: {part}, {} of {} runs. All figures above and below are of these alone; \
              `cargo xtask report DIR...` joins shards.",
             results.runs.len(),
-            part.planned
+            part.planned()
         ));
     }
     let floors: Vec<f64> = results.runs.iter().filter_map(|r| r.bayes_loss).collect();

@@ -59,6 +59,11 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     })
 }
 
+/// Whether a name is that of one of these ablations.
+pub(super) fn is_own(name: &str) -> bool {
+    ablations().iter().any(|m| m.ablation == name)
+}
+
 fn top_p(p: f32, combine: Combine) -> RouterConfig {
     RouterConfig::TopP { p, combine }
 }

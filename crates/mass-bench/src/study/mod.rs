@@ -29,6 +29,8 @@ pub struct Study {
     pub tasks: &'static [&'static str],
     /// Whether `--task` may name others too: folders of data, which the study looks for.
     pub other_tasks: bool,
+    /// Whether it has a method of that name that other studies do not have.
+    pub has_method: fn(&str) -> bool,
     /// What a preset takes from directories.
     pub inputs: fn(Preset) -> Inputs,
     /// Whether its inputs are named and there, without reading them.
@@ -74,6 +76,7 @@ pub const STUDIES: &[Study] = &[
         about: "GINC: MASS beside static top-k pools and the Bayes floor",
         tasks: synthetic::TASKS,
         other_tasks: false,
+        has_method: |_| false,
         inputs: |_| Inputs::NONE,
         check: |args| synthetic::plan(args)?.check(args),
         run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
@@ -83,6 +86,7 @@ pub const STUDIES: &[Study] = &[
         about: "GINC: every ingredient of growth apart, beside static pools, on fresh and on finite data",
         tasks: synthetic::TASKS,
         other_tasks: false,
+        has_method: ablation::is_own,
         inputs: |_| Inputs::NONE,
         check: |args| ablation::plan(args)?.check(args),
         run: |args, ctx| ablation::plan(args)?.run(args, ctx),
@@ -92,6 +96,7 @@ pub const STUDIES: &[Study] = &[
         about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
         tasks: glue::TASKS,
         other_tasks: false,
+        has_method: |_| false,
         inputs: |preset| Inputs {
             images: false,
             ..Inputs::but_for_smoke(preset)
@@ -104,6 +109,7 @@ pub const STUDIES: &[Study] = &[
         about: "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
         tasks: dg::TASKS,
         other_tasks: true,
+        has_method: |_| false,
         inputs: Inputs::but_for_smoke,
         check: |args| dg::plan(args)?.check(args),
         run: |args, ctx| dg::plan(args)?.run(args, ctx),

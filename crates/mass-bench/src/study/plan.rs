@@ -257,7 +257,11 @@ impl<F: Family> Plan<F> {
             let name = planned.run.key().over_tasks().without_seed();
             settings["methods"][name] = json!(planned.method);
         }
-        let header = args.header(runs.len());
+        let names = self
+            .runs(args)?
+            .into_iter()
+            .map(|p| p.run.key().to_string());
+        let header = args.header(names.collect());
         if !F::KEPT {
             // So much takes long to read: whether the results can be kept is asked before.
             ResultStore::check(&args.out, header.clone(), &settings, args.existing())?;

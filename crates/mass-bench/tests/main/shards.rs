@@ -120,10 +120,17 @@ fn a_part_says_so_until_all_is_there() {
     let at = |name: &str| dir.path().join(name);
     let run = |name: &str, more: &str| {
         let line = format!(
-            "reproduce --preset smoke --methods static --seeds 2 {more} --out {}",
+            "reproduce --preset smoke --methods static{} {more} --out {}",
+            if more.contains("--seeds") {
+                ""
+            } else {
+                " --seeds 2"
+            },
             at(name).display()
         );
-        line.split(' ').map(str::to_owned).collect::<Vec<_>>()
+        line.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
     };
     let words = |line: &[String]| -> Vec<String> { line.to_vec() };
     let ok = |name: &str, more: &str| {
@@ -153,6 +160,34 @@ fn a_part_says_so_until_all_is_there() {
         json(&at("out"), "results.json")["summary"][0]["n"],
         serde_json::json!(2)
     );
+    let keys = |name: &str| {
+        let results = json(&at(name), "results.json");
+        let key = |run: &Value| (run["experts_init"].as_u64(), run["seed"].as_u64());
+        results["runs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(key)
+            .collect::<Vec<_>>()
+    };
+    ok("unsplit", "");
+    // In the study's order, joined in one go or in two.
+    assert_eq!(keys("out"), keys("unsplit"));
+
+    // Shards of different splits are not a study, and neither are those of different lists of runs.
+    ok("half", "--shard 1/2");
+    refused(&["report", &path("half"), &s2], "another split");
+    ok("longer", "--shard 2/3 --seeds 3");
+    refused(&["report", &s1, &path("longer")], "of other runs");
+    no(
+        "s2",
+        "--shard 2/3 --resume --seeds 3",
+        "the runs that were split (4 of them, 6 now)",
+    );
+    // A directory that is given twice counts once.
+    let table = done(&["report", &s1, &s3, &s1, "--out", &path("twice")]);
+    assert!(table.contains("shards 1, 3 of 3, 3 of 3 runs"), "{table}");
+
     // Of one directory all is made anew, to the same bytes.
     let [results, report] = ["results.json", "report.html"].map(|name| at("s1").join(name));
     let before = [&results, &report].map(|path| fs::read(path).unwrap());
@@ -199,6 +234,11 @@ fn a_part_says_so_until_all_is_there() {
     results["runs"][0]["test_loss"] = 1.0.into();
     fs::write(at("s3").join("results.json"), results.to_string()).unwrap();
     refused(&["report", &out, &s3, "--out", &out], "another run static");
+    // Settings of no form that there ever was are kept as they are.
+    let odd =
+        r#"{"mass":[1],"experts_init":5,"experts_max":8,"static_k":[2],"static_experts":[3]}"#;
+    fs::write(at("s1").join("settings.json"), odd).unwrap();
+    done(&["report", &s1]);
     fs::write(at("s3").join("results.json"), "{\"study\"").unwrap();
     refused(&["report", &s3], "not readable as results");
 }

@@ -48,6 +48,39 @@ fn results(out: &Path) -> Value {
 }
 
 #[test]
+fn on_few_tokens_a_run_counts_as_it_was_at_its_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let more = [
+        "ablation",
+        "--task",
+        "51k",
+        "--methods",
+        "grow_to_12,prune_0.001",
+    ];
+    smoke(dir.path(), &more);
+    let looks: Vec<Value> = lines(dir.path(), "metrics.jsonl");
+    let looks: Vec<&Value> = looks
+        .iter()
+        .filter(|l| l["validation_loss"].is_f64())
+        .collect();
+    let results = results(dir.path());
+    let runs = results["runs"].as_array().unwrap();
+    assert_eq!((runs.len(), looks.len()), (2, 2), "{looks:?}");
+    for run in runs {
+        let method = run["method"].as_str().unwrap();
+        let mut own = looks
+            .iter()
+            .filter(|l| l["run"].as_str().unwrap().starts_with(method));
+        let look = own.next().unwrap();
+        assert_eq!((look["step"].as_u64(), own.next()), (Some(100), None));
+        assert!(run["test_loss"].is_f64());
+        assert_eq!(run["test_loss"], look["test_loss"], "{method}");
+        // As many as there were then, and not at the end of the run.
+        assert_eq!(run["experts"], look["experts"], "{method}");
+    }
+}
+
+#[test]
 fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));

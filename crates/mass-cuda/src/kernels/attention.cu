@@ -92,7 +92,8 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
 #pragma unroll
             for (int j = 0; j < RK; j++) {
                 const int k = k0 + tx * RK + j;
-                float p = s[i][j] > LOWEST ? exp_of(s[i][j] - high) : 0.0f;
+                // Not seen is not the same as not a number.
+                float p = !(s[i][j] <= LOWEST) ? exp_of(s[i][j] - high) : 0.0f;
                 sum += p;
                 if (at.rate > 0.0f) p *= dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
                 ps[tx * RK + j][ty * RQ + i] = p;
@@ -114,7 +115,7 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
     for (int i = 0; i < RQ; i++) {
         const int query = q0 + ty * RQ + i;
         if (query >= length) continue;
-        const float inverse = total[i] > 0.0f ? 1.0f / total[i] : 0.0f;
+        const float inverse = total[i] != 0.0f ? 1.0f / total[i] : 0.0f;
         const i64 row = start + query;
 #pragma unroll
         for (int c = 0; c < RD; c++) {
@@ -122,7 +123,7 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
             if (col < width) y[row * at.dim + head * width + col] = o[i][c] * inverse;
         }
         if (tx == 0) {
-            stats[2 * (row * at.heads + head)] = total[i] > 0.0f ? most[i] : 0.0f;
+            stats[2 * (row * at.heads + head)] = total[i] != 0.0f ? most[i] : 0.0f;
             stats[2 * (row * at.heads + head) + 1] = inverse;
         }
     }

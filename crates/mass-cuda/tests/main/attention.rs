@@ -238,3 +238,33 @@ fn what_makes_no_sense_is_refused() {
     assert!(matches!(run(shape(2, 6)), Err(CudaError::Length { .. })));
     run(shape(2, 4)).unwrap();
 }
+
+/// As on the CPU: what a diverged model computes must not look like a result.
+#[test]
+fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
+    let (n, dim) = (5, 8);
+    let shape = AttentionShape {
+        heads: 1,
+        dim,
+        causal: true,
+        dropout: None,
+    };
+    // In the query of row 1, and in the key of row 3, which rows 3 and 4 see.
+    for (at, wrong) in [(3 * dim + 2, [1].as_slice()), (9 * dim + dim + 2, &[3, 4])] {
+        let mut qkv = values(n * 3 * dim, 1);
+        qkv[at] = f32::NAN;
+        every_schedule(|device| {
+            let x = Buffer::from_slice(device, &qkv).unwrap();
+            let sequences = Sequences::new(device, &[0, n], None).unwrap();
+            let empty = |n| Buffer::<f32>::uninitialised(device, n).unwrap();
+            let (mut y, mut kept) = (empty(n * dim), empty(n * 2));
+            let (to, sums) = (y.view_mut(), kept.view_mut());
+            forward(device, x.view(), &sequences, shape, to, sums).unwrap();
+            let y = y.to_vec().unwrap();
+            for (row, y) in y.chunks(dim).enumerate() {
+                assert_eq!(y[0].is_nan(), wrong.contains(&row), "row {row}: {y:?}");
+            }
+            vec![0]
+        });
+    }
+}

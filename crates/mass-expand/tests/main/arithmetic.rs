@@ -1,8 +1,9 @@
 //! Properties of the arithmetic of a split.
 
 use mass_expand::{
-    BisectParams, Decomposition, ExpandError, Reduction, absorb_mass, alignment, bisect, decompose,
-    divide_gradient, preserve_mass, project_onto_weights, redundancy_gradient, redundancy_loss,
+    BisectDirection, BisectParams, Decomposition, ExpandError, Reduction, absorb_mass, alignment,
+    bisect, decompose, divide_gradient, preserve_mass, project_onto_weights, redundancy_gradient,
+    redundancy_loss,
 };
 use ndarray::{Array2, arr2};
 use proptest::prelude::*;
@@ -285,6 +286,41 @@ fn the_first_component_is_found_where_the_farthest_token_is_orthogonal_to_it() {
     tokens[[1, 1]] = -5.0;
     let halves = bisect(tokens.view(), &[0.0, 0.0], 0.0, BisectParams::default()).unwrap();
     assert!(halves.direction[0] > 0.999, "{:?}", halves.direction);
+}
+
+#[test]
+fn tokens_may_be_divided_along_the_gate_row_or_anyhow() {
+    let tokens = arr2(&[[4.0f32, 0.5], [-4.0, -0.5], [2.0, 1.0], [-2.0, -1.0]]);
+    let along = |direction, row: &[f32]| {
+        let params = BisectParams {
+            direction,
+            ..BisectParams::default()
+        };
+        bisect(tokens.view(), row, 0.0, params)
+    };
+    let halves = along(BisectDirection::GateRow, &[0.0, -2.0]).unwrap();
+    assert_eq!(halves.direction, [0.0, -1.0]);
+    // The boundary is steeper along it: both logits of a token differ by its coordinate alone.
+    assert_eq!((halves.source_row[0], halves.newcomer_row[0]), (0.0, 0.0));
+    let nothing = along(BisectDirection::GateRow, &[0.0, 0.0]);
+    assert!(matches!(nothing, Err(ExpandError::NoSpread { tokens: 4 })));
+
+    let drawn: Vec<Vec<f32>> = (1..200)
+        .map(|i| {
+            along(BisectDirection::Random, &[i as f32, 0.5])
+                .unwrap()
+                .direction
+        })
+        .collect();
+    let again = along(BisectDirection::Random, &[1.0, 0.5]).unwrap();
+    assert_eq!(again.direction, drawn[0]);
+    for u in &drawn {
+        assert!((u[0].hypot(u[1]) - 1.0).abs() < 1e-6, "{u:?}");
+    }
+    // Uniform on the circle: its mean is nearly zero, and each coordinate's square is a half.
+    let mean = |f: &dyn Fn(&[f32]) -> f32| drawn.iter().map(|u| f(u)).sum::<f32>() / 199.0;
+    assert!(mean(&|u| u[0]).abs() < 0.2 && mean(&|u| u[1]).abs() < 0.2);
+    assert!((mean(&|u| u[0] * u[0]) - 0.5).abs() < 0.1);
 }
 
 #[test]

@@ -536,6 +536,53 @@ fn redundant_experts_are_probed_in_turn_and_removed_if_worthless() {
 }
 
 #[test]
+fn founders_are_as_old_as_the_run_when_it_is_asked_who_is_redundant() {
+    let pruning = Pruning {
+        min_experts: 1,
+        min_age: 10,
+        unused: None,
+        redundant: Some(PruneRedundant {
+            every: 2,
+            margin: 0.0,
+            z: 0.0,
+        }),
+    };
+    let params = ControllerParams {
+        pruning: Some(pruning),
+        trigger: Trigger::Schedule {
+            first: 6,
+            every: 1000,
+        },
+        ..every_step(2, 3)
+    };
+    let mut controller = params.check().unwrap();
+    let mut probed = Vec::new();
+    for step in 0..22 {
+        let experts = observation(controller.active(0));
+        for request in begin_with(&mut controller, step, 1.0, &[experts]).unwrap() {
+            let Request::ProbeLoss { expert, .. } = request else {
+                continue;
+            };
+            probed.push((step, expert.0));
+            let answer = Answer::ProbeLoss {
+                layer: 0,
+                expert,
+                difference: 1.0,
+                standard_error: 0.1,
+            };
+            controller.answer(answer).unwrap();
+        }
+        controller.finish_step().unwrap();
+    }
+    assert_eq!(controller.active(0).len(), 3);
+    // Nobody before the tenth step; the newcomer of step 6 not before the sixteenth.
+    assert_eq!(
+        probed,
+        [(10, 0), (12, 1), (14, 0), (16, 1), (18, 2), (20, 0)]
+    );
+}
+
+#[test]
 fn an_expert_without_tokens_is_not_observed_or_observed_as_zero() {
     for unused in [Unused::Skip, Unused::ObserveZero] {
         let params = ControllerParams {
