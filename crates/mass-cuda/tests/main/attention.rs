@@ -264,7 +264,7 @@ fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
             for (row, y) in y.chunks(dim).enumerate() {
                 assert_eq!(y[0].is_nan(), wrong.contains(&row), "row {row}: {y:?}");
             }
-            vec![0]
+            vec![vec![0.0]]
         });
     }
 }
