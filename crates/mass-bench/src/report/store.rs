@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::durable;
 
 use super::published;
-use super::{EventLine, Header, MetricLine, Part, ReportError, Results, Run, RunKey, report_html};
+use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html};
 
 /// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
