@@ -83,7 +83,7 @@ pub const STUDIES: &[Study] = &[
     },
     Study {
         name: "ablation",
-        about: "GINC: every ingredient of growth apart, beside static pools, on fresh and on finite data",
+        about: "GINC: every ingredient of growth apart, on fresh and on finite data",
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: ablation::is_own,
