@@ -109,13 +109,10 @@ pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), 
     let mut texts = [String::new(), String::new()];
     let mut order: Vec<(&Kept, &Run)> = kept.iter().flat_map(Kept::runs).collect();
     if let Some(split) = &split {
-        let place = |run: &Run| {
-            split
-                .plan
-                .iter()
-                .position(|name| *name == run.key().to_string())
-        };
-        order.sort_by_cached_key(|(_, run)| place(run).unwrap_or(split.plan.len()));
+        let names = split.plan.iter().map(String::as_str);
+        let places: HashMap<&str, usize> = names.zip(0..).collect();
+        let place = |run: &Run| places.get(run.key().to_string().as_str()).copied();
+        order.sort_by_cached_key(|(_, run)| place(run).unwrap_or(places.len()));
     }
     for (from, run) in order {
         let key = run.key();

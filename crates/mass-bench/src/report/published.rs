@@ -43,10 +43,10 @@ fn in_new_form(mut settings: Value) -> Option<Value> {
         fields.remove(only_adds);
     }
     for value in &mut methods {
-        value.as_object()?;
+        let fields = value.as_object_mut()?;
         // What it says of smoke's thresholds is said by rules now; smoke is never gone on with for its figures.
-        if value.get("loose") == Some(&json!(false)) {
-            value.as_object_mut()?.remove("loose");
+        if fields.get("loose") == Some(&json!(false)) {
+            fields.remove("loose");
         }
         let dense = if value["method"] == "erm" {
             "erm"
