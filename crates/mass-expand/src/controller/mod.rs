@@ -55,6 +55,7 @@ mod observation;
 mod observe;
 mod params;
 mod pending;
+mod plateau;
 mod prune;
 mod reach;
 mod state;
@@ -125,6 +126,8 @@ pub struct Controller {
     params: ControllerParams,
     layers: Vec<LayerState>,
     loss_detector: Option<AnyDetector>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plateau: Option<plateau::Plateau>,
     generator: ChaCha8Rng,
     last_step: Option<u64>,
     live_steps: u64,
@@ -203,7 +206,8 @@ impl Controller {
     }
 
     /// Steps so far on which detection could have led to a split: inside the phase, in a layer that may expand, with a
-    /// detector past its warm-up and its window full. For a trigger without detectors, the steps inside the phase.
+    /// detector past its warm-up and its window full. For a plateau of the loss, with its patience past since the start or the
+    /// last plateau; for the other triggers without detectors, the steps inside the phase.
     #[must_use]
     pub fn live_steps(&self) -> u64 {
         self.live_steps

@@ -34,7 +34,9 @@ impl Controller {
         self.check_observation(observation)?;
         let step = observation.step;
         let ended_now = self.enter_phase(step)?;
-        let scheduled = self.schedule_due(step);
+        let in_phase = !self.ended && step >= self.params.phase.live_from;
+        let (plateau_live, plateau) = self.find_plateau(step, observation.loss, in_phase);
+        let scheduled = plateau || self.schedule_due(step);
         self.last_step = Some(step);
         let mut pending = Pending {
             step,
@@ -51,13 +53,16 @@ impl Controller {
             );
         }
 
-        let in_phase = !self.ended && step >= self.params.phase.live_from;
         let detects = matches!(
             self.params.trigger,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment
         );
         let any_open = self.layers.iter().any(|layer| layer.stopped.is_none());
-        let mut live = in_phase && any_open && !detects;
+        let mut live = any_open
+            && match self.params.trigger {
+                Trigger::Plateau { .. } => plateau_live,
+                _ => in_phase && !detects,
+            };
         let mut loss_alarm = None;
         // A loss of exactly zero, all margins beyond the precision of its numbers, has no logarithm and is no rise.
         let without_logarithm = observation.loss == 0.0 && self.takes_logarithm_of_loss();
@@ -262,7 +267,7 @@ impl Controller {
         self.record(step, layer, kind);
     }
 
-    /// The experts that the detectors or the schedule name, and the cosines that are missing.
+    /// The experts that the detectors, the schedule or the plateau name, and the cosines that are missing.
     fn name_candidates(
         &self,
         index: usize,
@@ -273,7 +278,7 @@ impl Controller {
         pending: &mut Pending,
     ) -> Result<(), ExpandError> {
         let all = match self.params.trigger {
-            Trigger::Schedule { .. } => scheduled,
+            Trigger::Schedule { .. } | Trigger::Plateau { .. } => scheduled,
             Trigger::AlignmentOnly => true,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => layer_alarm.is_some(),
         };

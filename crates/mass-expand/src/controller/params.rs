@@ -7,7 +7,7 @@ use super::watch::Watch;
 use crate::{AlignmentThreshold, BisectParams, Decomposition, ExpandError};
 
 /// When an expert may be split.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Trigger {
@@ -23,6 +23,26 @@ pub enum Trigger {
         first: u64,
         /// Steps between splits, at least 1.
         every: u64,
+    },
+    /// The training loss has stopped falling (baseline; as `ReduceLROnPlateau` lowers a learning rate, with the threshold in
+    /// nats): every expert is then a candidate.
+    ///
+    /// # Formula
+    /// With `m[t]` the exponential average of the loss over `averaging_steps`, fed on every step of the run, and a best `b` that
+    /// begins as the first average:
+    ///
+    /// ```text
+    /// m[t] < b - threshold    an improvement: b = m[t], made at step i = t
+    /// t - i >= patience       a plateau, if t is in the phase: b = m[t] and i = t, in every layer, split or not
+    /// ```
+    ///
+    /// Falls smaller than the threshold add up until together they are an improvement. A plateau found before `live_from`
+    /// waits for it, unless the loss improves once more. The continual phase begins with a new best.
+    Plateau {
+        /// Steps without an improvement, at least 1.
+        patience: u64,
+        /// Fall of the average, in nats, that is an improvement if exceeded; finite and at least 0.
+        threshold: f64,
     },
 }
 
@@ -230,7 +250,8 @@ pub struct ControllerParams {
     pub alignment: AlignmentThreshold,
     /// Which expert is split.
     pub choice: Choice,
-    /// Steps over which load, loss share and entropy are averaged for the choice (exponentially), at least 1.
+    /// Steps over which load, loss share and entropy are averaged for the choice, and the loss for [`Trigger::Plateau`]
+    /// (exponentially), at least 1.
     pub averaging_steps: f64,
     /// How it is split.
     pub operator: SplitOperator,

@@ -14,7 +14,8 @@ use crate::ExpandError;
 /// watched) and a stop rule that waits `w`:
 ///
 /// ```text
-/// ready       = n - 1                               (alignment alone: live_from; a schedule: its first step from there on)
+/// ready       = n - 1                               (alignment alone: live_from; a schedule: its first step from there on;
+///                                                    a plateau: its patience after step 0 or the continual phase's first)
 /// end         = min(live_until, steps)
 /// first_split = max(ready, live_from)               if that is before end; else the same of the continual phase
 /// first_check = min(first_split + w, steps - 1)     held-out check
@@ -104,10 +105,11 @@ impl ControllerParams {
         }
     }
 
-    /// Of detectors that begin at `begins`, while splits may happen from `live_from` and before `end`.
+    /// Of detectors, or a plateau's patience, that begin at `begins`, while splits may happen from `live_from` and before `end`.
     fn reach_within(&self, (begins, live_from): (u64, u64), end: u64, watch: &Watch) -> Reach {
         let ready = match self.trigger {
             Trigger::Schedule { first, every } => due_from(first, every, live_from),
+            Trigger::Plateau { patience, .. } => begins.checked_add(patience),
             Trigger::AlignmentOnly => Some(live_from),
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => watch
                 .observations_needed()
@@ -179,6 +181,7 @@ impl ControllerParams {
     fn steps_between_splits(&self) -> u64 {
         match self.trigger {
             Trigger::Schedule { every, .. } => every,
+            Trigger::Plateau { patience, .. } => patience,
             Trigger::AlignmentOnly => 1,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => {
                 // Whoever is not started afresh may raise the next alarm at once.

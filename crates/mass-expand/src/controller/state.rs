@@ -5,8 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::diagnosis::{LayerSigns, Signs};
 use super::observation::{ExpertObservation, StopReason};
-use super::params::ControllerParams;
+use super::params::{ControllerParams, Trigger};
 use super::pending::Pending;
+use super::plateau::Plateau;
 use super::{Controller, validate};
 use crate::{ExpandError, ExpertId};
 
@@ -21,6 +22,10 @@ impl Average {
     pub(super) fn update(&mut self, x: f64, keep: f64) {
         self.weight = keep * self.weight + 1.0;
         self.value += (x - self.value) / self.weight;
+    }
+
+    pub(super) fn sound(&self) -> bool {
+        self.value.is_finite() && self.weight.is_finite()
     }
 }
 
@@ -179,6 +184,7 @@ impl Controller {
             params,
             layers,
             loss_detector,
+            plateau: None,
             generator,
             last_step: None,
             live_steps: 0,
@@ -196,6 +202,9 @@ impl Controller {
         let expert = watch.make_expert(&self.params)?;
         let layer_detector = watch.make_layer(&self.params)?;
         self.loss_detector = watch.make_loss(&self.params)?;
+        if let Some(plateau) = &mut self.plateau {
+            plateau.forget_best();
+        }
         for layer in &mut self.layers {
             for state in &mut layer.experts {
                 state.detector = expert.clone();
@@ -226,6 +235,8 @@ pub(super) struct Stored {
     params: ControllerParams,
     layers: Vec<LayerState>,
     loss_detector: Option<AnyDetector>,
+    #[serde(default)]
+    plateau: Option<Plateau>,
     generator: rand_chacha::ChaCha8Rng,
     last_step: Option<u64>,
     live_steps: u64,
@@ -247,6 +258,7 @@ impl TryFrom<Stored> for Controller {
             params: stored.params,
             layers: stored.layers,
             loss_detector: stored.loss_detector,
+            plateau: stored.plateau,
             generator: stored.generator,
             last_step: stored.last_step,
             live_steps: stored.live_steps,
@@ -282,6 +294,14 @@ impl Controller {
         if !same_kind(&self.loss_detector, &watch.loss) {
             return Some("the loss detector differs from the parameters");
         }
+        if let Some(plateau) = &self.plateau {
+            if !matches!(self.params.trigger, Trigger::Plateau { .. }) {
+                return Some("it looks for a plateau that is not its trigger");
+            }
+            if let Some(reason) = plateau.contradiction(self.last_step) {
+                return Some(reason);
+            }
+        }
         for layer in &self.layers {
             if layer.ids.is_empty()
                 || layer.ids.len() > self.params.k_max
@@ -311,13 +331,12 @@ impl Controller {
             {
                 return Some("a layer's detectors differ from the parameters");
             }
-            let sound = |a: &Average| a.value.is_finite() && a.weight.is_finite();
             if !layer
                 .experts
                 .iter()
-                .all(|e| sound(&e.load) && sound(&e.loss_share) && sound(&e.entropy))
-                || !sound(&layer.signs.selected)
-                || !sound(&layer.signs.constant)
+                .all(|e| e.load.sound() && e.loss_share.sound() && e.entropy.sound())
+                || !layer.signs.selected.sound()
+                || !layer.signs.constant.sound()
             {
                 return Some("an average is not finite");
             }

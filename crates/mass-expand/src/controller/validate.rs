@@ -69,8 +69,16 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
         "finite and at least 1",
     )?;
     params.alignment.validate()?;
-    if let Trigger::Schedule { every, .. } = params.trigger {
-        at_least_one("every", every)?;
+    match params.trigger {
+        Trigger::Schedule { every, .. } => at_least_one("every", every)?,
+        Trigger::Plateau {
+            patience,
+            threshold,
+        } => {
+            at_least_one("patience", patience)?;
+            not_negative("threshold", threshold)?;
+        }
+        Trigger::DetectorAndAlignment | Trigger::DetectorOnly | Trigger::AlignmentOnly => {}
     }
     stop(&params.stop)?;
     pruning(params)?;

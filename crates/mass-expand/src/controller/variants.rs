@@ -126,6 +126,16 @@ impl ControllerParams {
         self
     }
 
+    /// Baseline: a split whenever the averaged training loss has not improved by more than `threshold` nats for `patience` steps.
+    #[must_use]
+    pub fn on_plateau(mut self, patience: u64, threshold: f64) -> Self {
+        self.trigger = Trigger::Plateau {
+            patience,
+            threshold,
+        };
+        self
+    }
+
     /// Ablation: detection without the alignment test.
     #[must_use]
     pub fn detector_only(mut self) -> Self {

@@ -208,7 +208,20 @@ fn what_is_foretold_happens() {
     (missed.phase.live_from, missed.phase.live_until) = (3, 40);
     let mut too_late = schedule(50, 10, consecutive);
     too_late.phase.live_until = 50;
+    let plateau = |patience, stop| ControllerParams {
+        stop,
+        ..every_step(2, 30).on_plateau(patience, 0.0)
+    };
+    let mut late_plateau = plateau(5, consecutive);
+    (late_plateau.phase.live_from, late_plateau.phase.live_until) = (7, 18);
+    let mut too_patient = plateau(20, consecutive);
+    too_patient.phase.live_until = 20;
     let settings = [
+        plateau(1, consecutive),
+        plateau(9, patience(2)),
+        plateau(9, held_out(9, true)),
+        late_plateau,
+        too_patient,
         aligned(20, consecutive),
         aligned(20, patience(0)),
         aligned(20, patience(3)),

@@ -5,6 +5,7 @@ mod configuration;
 mod controller_alarms;
 mod controller_detectors;
 mod controller_diagnoses;
+mod controller_plateau;
 mod controller_properties;
 mod controller_reach;
 mod controller_refusals;
