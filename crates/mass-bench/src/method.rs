@@ -470,7 +470,7 @@ fn rules(
 ///     "controller.trigger": {"schedule": {"first": "3 %", "every": 20}}}"#;
 /// let new = overridden(&rules, &serde_json::from_str(text)?, 2000)?;
 /// assert_eq!(new.controller.alignment, AlignmentThreshold::Absolute(0.1));
-/// assert_eq!(new.controller.trigger, Trigger::Schedule { first: 60, every: 20 });
+/// assert_eq!(new.controller.trigger, Trigger::Schedule { first: 60, every: 20, splits: 1 });
 /// assert_eq!(new.controller.stop, rules.controller.stop);
 /// // What no rules have is refused.
 /// let unknown = serde_json::from_str(r#"{"controller.alignment.delta": 0.1}"#)?;
@@ -674,7 +674,14 @@ mod tests {
         };
         let (first, every) = (60, 20);
         let schedule = of("schedule").controller;
-        assert_eq!(schedule.trigger, Trigger::Schedule { first, every });
+        assert_eq!(
+            schedule.trigger,
+            Trigger::Schedule {
+                first,
+                every,
+                splits: 1
+            }
+        );
         assert_eq!(of("random_expert").controller.choice, Choice::Random);
         assert_eq!(of("no_redundancy_loss").redundancy_weight, 0.0);
         let wrong = Method::Mass(Mass {

@@ -191,7 +191,8 @@ mod tests {
             last(&all[0]),
             mass_expand::Trigger::Schedule {
                 first: 60,
-                every: EVERY
+                every: EVERY,
+                splits: 1
             }
         );
         assert!(60 + EVERY * (EXPERTS.1 - EXPERTS.0 - 1) as u64 <= 200);

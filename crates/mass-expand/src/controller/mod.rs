@@ -59,6 +59,7 @@ mod plateau;
 mod prune;
 mod reach;
 mod state;
+mod timetable;
 mod validate;
 mod variants;
 mod watch;
@@ -93,7 +94,7 @@ use state::LayerState;
 /// use mass_expand::*;
 ///
 /// let mut params = ControllerParams::paper(1, 2, 3, 1000);
-/// params.trigger = Trigger::Schedule { first: 1, every: 1 };
+/// params.trigger = Trigger::Schedule { first: 1, every: 1, splits: 1 };
 /// params.stop = StopRule::Never;
 /// let mut controller = params.check()?;
 /// for step in 0..2 {

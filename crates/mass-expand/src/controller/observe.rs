@@ -465,10 +465,10 @@ impl Controller {
 
     /// Whether a step of the schedule lies after the last step and not after this one.
     fn schedule_due(&self, step: u64) -> bool {
-        let Trigger::Schedule { first, every } = self.params.trigger else {
+        let Some(timetable) = self.params.timetable() else {
             return false;
         };
-        let passed = |step: u64| step.checked_sub(first).map_or(0, |since| since / every + 1);
+        let passed = |step| timetable.passed(step);
         passed(step) > self.last_step.map_or(0, passed)
     }
 }

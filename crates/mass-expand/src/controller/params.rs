@@ -17,12 +17,23 @@ pub enum Trigger {
     DetectorOnly,
     /// A passed alignment test alone (ablation).
     AlignmentOnly,
-    /// A fixed schedule (baseline): at `first` and every `every` steps after it, every expert is a candidate.
+    /// A fixed schedule (baseline): at `first` and every `every` steps after it, and on the `splits - 1` steps that follow each,
+    /// every expert is a candidate. What of it falls between two observed steps counts once, on the later.
+    ///
+    /// Each of a row's splits is chosen by the averages up to its own step. Both halves of the split before have had theirs
+    /// forgotten, so that what counts of them is that step alone: of a balanced split half the tokens each, and
+    /// [`Choice::MostLoaded`] then goes on to another expert, as [`Choice::LossShare`] does. [`Choice::TriggeredLowestIndex`]
+    /// takes the same expert every time. A held-out check ([`StopRule::HeldOut`]) leaves a layer the first of a row's splits:
+    /// until the newcomer is judged, it does not split again.
     Schedule {
         /// First step.
         first: u64,
-        /// Steps between splits, at least 1.
+        /// Steps from one first split to the next, at least 1.
         every: u64,
+        /// Experts of a layer that are split each time, on as many steps in a row: at least 1, which is what a setting without
+        /// it has, and at most `every`.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        splits: u64,
     },
     /// The training loss has stopped falling (baseline; as `ReduceLROnPlateau` lowers a learning rate, with the threshold in
     /// nats): every expert is then a candidate.
@@ -44,6 +55,18 @@ pub enum Trigger {
         /// Fall of the average, in nats, that is an improvement if exceeded; finite and at least 0.
         threshold: f64,
     },
+}
+
+const fn one() -> u64 {
+    1
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+const fn is_one(splits: &u64) -> bool {
+    *splits == 1
 }
 
 /// Which expert is split once the trigger is satisfied. Ties go to the lowest index.
@@ -221,7 +244,7 @@ pub struct PruneRedundant {
 /// ```
 /// use mass_expand::{Choice, ControllerParams, Trigger};
 /// let mut params = ControllerParams::paper(1, 4, 8, 2000);
-/// params.trigger = Trigger::Schedule { first: 100, every: 50 };
+/// params.trigger = Trigger::Schedule { first: 100, every: 50, splits: 1 };
 /// params.choice = Choice::MostLoaded;
 /// let controller = params.check()?;
 /// assert_eq!(controller.active(0).len(), 4);

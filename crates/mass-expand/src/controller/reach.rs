@@ -108,7 +108,7 @@ impl ControllerParams {
     /// Of detectors, or a plateau's patience, that begin at `begins`, while splits may happen from `live_from` and before `end`.
     fn reach_within(&self, (begins, live_from): (u64, u64), end: u64, watch: &Watch) -> Reach {
         let ready = match self.trigger {
-            Trigger::Schedule { first, every } => due_from(first, every, live_from),
+            Trigger::Schedule { .. } => self.timetable().and_then(|t| t.due_from(live_from)),
             Trigger::Plateau { patience, .. } => begins.checked_add(patience),
             Trigger::AlignmentOnly => Some(live_from),
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => watch
@@ -118,9 +118,9 @@ impl ControllerParams {
         let first_split = ready
             .map(|ready| ready.max(live_from))
             .filter(|&at| at < end && self.room() > 0);
-        let last_split = first_split.map(|at| match self.trigger {
-            Trigger::Schedule { every, .. } => at + (end - 1 - at) / every.max(1) * every.max(1),
-            _ => end - 1,
+        let last_split = first_split.and_then(|_| match self.timetable() {
+            Some(timetable) => timetable.due_until(end - 1),
+            None => Some(end - 1),
         });
         Reach {
             ready,
@@ -138,8 +138,7 @@ impl ControllerParams {
             if self.room() <= splits {
                 return None;
             }
-            let gap = self.steps_between_splits();
-            let at = first_split.checked_add(gap.checked_mul(splits)?)?;
+            let at = self.later_split(first_split, splits)?;
             (at < reach.end).then_some(at)
         };
         match self.stop {
@@ -177,10 +176,10 @@ impl ControllerParams {
         self.k_max.saturating_sub(least) as u64
     }
 
-    /// From one split to the earliest next.
-    fn steps_between_splits(&self) -> u64 {
-        match self.trigger {
-            Trigger::Schedule { every, .. } => every,
+    /// The earliest step of the split that is `more` after one at `at`.
+    fn later_split(&self, at: u64, more: u64) -> Option<u64> {
+        let gap = match self.trigger {
+            Trigger::Schedule { .. } => return self.timetable()?.after(at, more),
             Trigger::Plateau { patience, .. } => patience,
             Trigger::AlignmentOnly => 1,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => {
@@ -193,15 +192,9 @@ impl ControllerParams {
                     self.watch.observations_needed().unwrap_or(u64::MAX)
                 }
             }
-        }
+        };
+        at.checked_add(gap.checked_mul(more)?)
     }
-}
-
-/// The first step of a schedule that is not before `from`.
-fn due_from(first: u64, every: u64, from: u64) -> Option<u64> {
-    let every = every.max(1);
-    let missed = from.saturating_sub(first).div_ceil(every);
-    first.checked_add(missed.checked_mul(every)?)
 }
 
 impl Controller {

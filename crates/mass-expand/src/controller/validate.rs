@@ -70,7 +70,15 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
     )?;
     params.alignment.validate()?;
     match params.trigger {
-        Trigger::Schedule { every, .. } => at_least_one("every", every)?,
+        Trigger::Schedule { every, splits, .. } => {
+            at_least_one("every", every)?;
+            require(
+                (1..=every).contains(&splits),
+                "splits",
+                splits as f64,
+                "at least 1 and at most every",
+            )?;
+        }
         Trigger::Plateau {
             patience,
             threshold,

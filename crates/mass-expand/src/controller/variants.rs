@@ -122,7 +122,11 @@ impl ControllerParams {
     /// Baseline: a split at `first` and every `every` steps after it, whatever the gradients do.
     #[must_use]
     pub fn with_schedule(mut self, first: u64, every: u64) -> Self {
-        self.trigger = Trigger::Schedule { first, every };
+        self.trigger = Trigger::Schedule {
+            first,
+            every,
+            splits: 1,
+        };
         self
     }
 

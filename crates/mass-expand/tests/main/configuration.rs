@@ -63,6 +63,14 @@ fn a_field_that_does_not_exist_is_refused_in_every_configuration() {
         ControllerParams::ours(2, 3, 6, 1000).continual(0.01, 500),
         ControllerParams::ours(2, 3, 6, 1000).with_schedule(5, 5),
         ControllerParams::paper(2, 3, 6, 1000).on_plateau(50, 0.01),
+        ControllerParams {
+            trigger: Trigger::Schedule {
+                first: 5,
+                every: 5,
+                splits: 3,
+            },
+            ..ControllerParams::paper(2, 3, 6, 1000)
+        },
     ];
     all[0].pruning = Some(pruning);
     all[1].alignment = AlignmentThreshold::Scaled { c0: 2.0 };

@@ -209,6 +209,7 @@ fn no_alarm_is_named_where_none_had_a_part() {
         Trigger::Schedule {
             first: 60,
             every: 10,
+            splits: 1,
         },
         Trigger::AlignmentOnly,
     ] {

@@ -10,7 +10,11 @@ fn triggers() -> impl Strategy<Value = Trigger> {
         Just(Trigger::DetectorAndAlignment),
         Just(Trigger::DetectorOnly),
         Just(Trigger::AlignmentOnly),
-        (0u64..20, 1u64..10).prop_map(|(first, every)| Trigger::Schedule { first, every }),
+        (0u64..20, 1u64..10, 0u64..10).prop_map(|(first, every, splits)| Trigger::Schedule {
+            first,
+            every,
+            splits: splits % every + 1
+        }),
         (1u64..15, 0.0f64..0.1).prop_map(|(patience, threshold)| Trigger::Plateau {
             patience,
             threshold

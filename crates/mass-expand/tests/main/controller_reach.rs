@@ -204,6 +204,14 @@ fn what_is_foretold_happens() {
         stop,
         ..every_step(2, 30).with_schedule(first, every)
     };
+    let row = |first, every, stop| ControllerParams {
+        trigger: Trigger::Schedule {
+            first,
+            every,
+            splits: 3,
+        },
+        ..schedule(first, every, stop)
+    };
     let mut missed = schedule(2, 10, held_out(3, true));
     (missed.phase.live_from, missed.phase.live_until) = (3, 40);
     let mut too_late = schedule(50, 10, consecutive);
@@ -233,6 +241,10 @@ fn what_is_foretold_happens() {
         aligned(20, StopRule::Never),
         aligned(0, consecutive),
         late,
+        row(4, 6, consecutive),
+        row(4, 6, patience(1)),
+        row(4, 6, patience(2)),
+        row(4, 6, held_out(9, true)),
         schedule(4, 6, consecutive),
         schedule(4, 6, patience(1)),
         schedule(4, 6, held_out(9, true)),

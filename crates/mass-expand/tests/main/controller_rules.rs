@@ -455,6 +455,7 @@ fn experts_without_tokens_are_pruned_but_not_the_young_and_not_the_last() {
         trigger: Trigger::Schedule {
             first: 100,
             every: 1000,
+            splits: 1,
         },
         ..every_step(4, 4)
     };
@@ -503,6 +504,7 @@ fn redundant_experts_are_probed_in_turn_and_removed_if_worthless() {
         trigger: Trigger::Schedule {
             first: 1000,
             every: 1000,
+            splits: 1,
         },
         ..every_step(4, 4)
     };
@@ -552,6 +554,7 @@ fn founders_are_as_old_as_the_run_when_it_is_asked_who_is_redundant() {
         trigger: Trigger::Schedule {
             first: 6,
             every: 1000,
+            splits: 1,
         },
         ..every_step(2, 3)
     };
@@ -656,7 +659,11 @@ fn a_loss_of_zero_has_no_logarithm_and_is_no_rise() {
 #[test]
 fn a_probe_of_the_newest_expert_is_not_taken_for_its_check() {
     let params = || ControllerParams {
-        trigger: Trigger::Schedule { first: 0, every: 3 },
+        trigger: Trigger::Schedule {
+            first: 0,
+            every: 3,
+            splits: 1,
+        },
         stop: StopRule::Consecutive { gamma: 1 },
         pruning: Some(Pruning {
             min_experts: 1,

@@ -149,3 +149,150 @@ fn a_schedule_splits_at_its_steps_or_as_soon_after_as_it_is_asked() {
         assert_eq!(splits, expected, "every {stride} steps");
     }
 }
+
+/// The sources of a schedule's splits, with their steps.
+fn sources(
+    params: &ControllerParams,
+    steps: impl Iterator<Item = u64>,
+    load: impl Fn(ExpertId) -> u64,
+) -> Vec<(u64, u32)> {
+    let mut controller = params.check().unwrap();
+    steps
+        .filter_map(|at| Some((at, source(&step(&mut controller, at, &load))?)))
+        .collect()
+}
+
+/// A schedule of `splits` in a row, of the experts with the most tokens.
+fn rows(first: u64, every: u64, splits: u64) -> ControllerParams {
+    ControllerParams {
+        averaging_steps: 20.0,
+        trigger: Trigger::Schedule {
+            first,
+            every,
+            splits,
+        },
+        ..every_step(4, 40).most_loaded()
+    }
+}
+
+#[test]
+fn a_schedule_of_three_splits_three_steps_in_a_row() {
+    // Newcomers and the sources that they came of share what the sources had, as after a balanced split.
+    let loads = |id: ExpertId| [40, 30, 20, 10].get(id.0 as usize).copied().unwrap_or(5);
+    let found = sources(&rows(10, 20, 3), 0..55, loads);
+    let steps: Vec<u64> = found.iter().map(|&(at, _)| at).collect();
+    assert_eq!(steps, [10, 11, 12, 30, 31, 32, 50, 51, 52]);
+    // As many as there is time for: every step.
+    let found = sources(&rows(5, 3, 3), 0..12, loads);
+    assert_eq!(found.len(), 7);
+    // What falls between two observed steps counts once.
+    let found = sources(&rows(10, 20, 3), (0..60).step_by(4), loads);
+    let steps: Vec<u64> = found.iter().map(|&(at, _)| at).collect();
+    assert_eq!(steps, [12, 32, 52]);
+    // A phase that begins within a row has the rest of it.
+    let mut late = rows(10, 20, 3);
+    (late.phase.live_from, late.phase.live_until) = (11, 31);
+    let found = sources(&late, 0..60, loads);
+    let steps: Vec<u64> = found.iter().map(|&(at, _)| at).collect();
+    assert_eq!(steps, [11, 12, 30]);
+}
+
+#[test]
+fn a_row_of_splits_takes_another_expert_each_time() {
+    let mut controller = rows(10, 20, 3).check().unwrap();
+    let mut halves = std::collections::BTreeSet::new();
+    let mut found = Vec::new();
+    for at in 0..13 {
+        let load = |id: ExpertId| {
+            let whole = [40, 39, 38, 10].get(id.0 as usize).copied().unwrap_or(40);
+            if halves.contains(&id.0) {
+                whole / 2
+            } else {
+                whole
+            }
+        };
+        for action in step(&mut controller, at, load) {
+            if let Action::Split {
+                source, newcomer, ..
+            } = action
+            {
+                halves.extend([source.0, newcomer.0]);
+                found.push(source.0);
+            }
+        }
+    }
+    assert_eq!(found, [0, 1, 2]);
+}
+
+#[test]
+fn a_check_leaves_a_layer_the_first_of_a_row() {
+    let params = ControllerParams {
+        stop: StopRule::HeldOut {
+            margin: 0.0,
+            z: 0.0,
+            wait: 5,
+            patience: 1,
+            remove: true,
+        },
+        ..rows(10, 20, 3)
+    };
+    let mut controller = params.check().unwrap();
+    let split = |a: &Action| matches!(a, Action::Split { .. });
+    let steps: Vec<u64> = (0..40)
+        .filter(|&at| {
+            let actions = crate::drive::step_with_worth(&mut controller, at, 1.0);
+            actions.iter().any(split)
+        })
+        .collect();
+    assert_eq!(steps, [10, 30]);
+}
+
+#[test]
+fn a_schedule_of_one_is_written_as_before_and_others_are_checked() {
+    let one = rows(60, 20, 1).trigger;
+    let text = serde_json::to_string(&one).unwrap();
+    assert_eq!(text, r#"{"schedule":{"first":60,"every":20}}"#);
+    assert_eq!(serde_json::from_str::<Trigger>(&text).unwrap(), one);
+    let three = rows(60, 20, 3).trigger;
+    let text = serde_json::to_string(&three).unwrap();
+    assert_eq!(text, r#"{"schedule":{"first":60,"every":20,"splits":3}}"#);
+    assert_eq!(serde_json::from_str::<Trigger>(&text).unwrap(), three);
+    for (every, splits) in [(20, 0), (20, 21), (1, 2), (20, u64::MAX)] {
+        let refused = rows(60, every, splits).check();
+        assert!(
+            matches!(refused, Err(ExpandError::Parameter { name: "splits", .. })),
+            "{every}, {splits}"
+        );
+        // What is refused has no reach, but asking for it does no harm.
+        let _ = rows(60, every, splits).reach();
+    }
+    // The largest numbers there are.
+    let (end, last) = (u64::MAX, u64::MAX - 1);
+    for (first, every, splits) in [(0, 1, 1), (end, 1, 1), (0, end, end), (7, end, 2)] {
+        let params = rows(first, every, splits);
+        let _ = params.reach();
+        let mut controller = params.check().unwrap();
+        for at in [0, 6, last, end] {
+            step(&mut controller, at, |_| 10);
+        }
+    }
+}
+
+/// First and last split, and how many there are, by going through the steps.
+#[test]
+fn the_reach_of_a_schedule_is_that_of_its_steps() {
+    for (first, every, splits) in [(4, 6, 3), (0, 3, 3), (5, 7, 1), (9, 10, 2)] {
+        for (live_from, live_until) in [(0, 30), (6, 25), (7, 26), (12, 13), (5, 6)] {
+            let mut params = rows(first, every, splits);
+            (params.phase.live_from, params.phase.live_until) = (live_from, live_until);
+            let found = sources(&params, 0..40, |_| 10);
+            let reach = params.reach();
+            let expected = (found.first().map(|s| s.0), found.last().map(|s| s.0));
+            assert_eq!(
+                (reach.first_split, reach.last_split),
+                expected,
+                "{params:?}"
+            );
+        }
+    }
+}

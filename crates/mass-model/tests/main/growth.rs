@@ -244,7 +244,11 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
     });
     let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
     let mut params = ControllerParams::paper(2, 3, 6, 40);
-    params.trigger = Trigger::Schedule { first: 1, every: 9 };
+    params.trigger = Trigger::Schedule {
+        first: 1,
+        every: 9,
+        splits: 1,
+    };
     params.choice = mass_expand::Choice::MostLoaded;
     params.operator = SplitOperator::Bisect(BisectParams::default());
     params.stop = mass_expand::StopRule::HeldOut {
@@ -486,7 +490,11 @@ fn gradients_that_are_not_finite_change_nothing() {
 /// Rules that ask for losses on a probe.
 fn probing(operator: SplitOperator) -> GrowerConfig {
     let mut params = ControllerParams::paper(2, 3, 6, 40);
-    params.trigger = Trigger::Schedule { first: 1, every: 3 };
+    params.trigger = Trigger::Schedule {
+        first: 1,
+        every: 3,
+        splits: 1,
+    };
     params.choice = mass_expand::Choice::MostLoaded;
     params.operator = operator;
     params.stop = mass_expand::StopRule::HeldOut {

@@ -117,7 +117,11 @@ fn a_layer_is_a_model() {
         (1, String::new())
     );
     let mut controller = ControllerParams::paper(1, 2, 4, 40);
-    controller.trigger = Trigger::Schedule { first: 3, every: 4 };
+    controller.trigger = Trigger::Schedule {
+        first: 3,
+        every: 4,
+        splits: 1,
+    };
     controller.choice = mass_expand::Choice::MostLoaded;
     controller.phase.live_from = 0;
     controller.phase.live_until = 30;

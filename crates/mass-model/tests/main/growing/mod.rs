@@ -46,7 +46,11 @@ pub fn batch(step: u64) -> (Vec<u32>, Vec<u32>) {
 
 pub fn grower() -> Grower {
     let mut controller = ControllerParams::paper(2, 3, 6, 40);
-    controller.trigger = Trigger::Schedule { first: 4, every: 5 };
+    controller.trigger = Trigger::Schedule {
+        first: 4,
+        every: 5,
+        splits: 1,
+    };
     controller.choice = mass_expand::Choice::MostLoaded;
     controller.phase.live_from = 0;
     controller.phase.live_until = 30;
