@@ -12,8 +12,8 @@ mod shift;
 mod split;
 
 use mass_expand::{
-    Action, Answer, Controller, ControllerParams, Event, ExpertId, LayerObservation, Reduction,
-    RemovalReason, Request, SplitOperator, StepObservation, StopRule, alignment,
+    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, LayerObservation,
+    Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule, alignment,
     redundancy_gradient,
 };
 use mass_routing::Router;
@@ -26,7 +26,7 @@ use crate::nn::{GateConfig, MoeLayer};
 use crate::optim::AdamW;
 use crate::param::join;
 use crate::pass::{Masked, TrainPass};
-pub use observe::observe;
+pub use observe::{observe, routing_entropies};
 use observe::{observe_routing, observe_with};
 pub use shift::GateShift;
 pub use split::{remove_expert, split_expert};
@@ -123,7 +123,7 @@ impl Grower {
     ///
     /// # Errors
     /// [`ModelError::Config`] for rules that the model cannot follow: a bisection without a linear gate, a pool that may shrink
-    /// below what its router takes. As the controller's, those of `losses`, and [`ModelError::Shape`] if there is no loss, or the
+    /// below what its router takes, a choice by routing entropy where the router has no softmax. As the controller's, those of `losses`, and [`ModelError::Shape`] if there is no loss, or the
     /// pass is of a model with another number of mixture layers. After these the grower is as it was, and the step may be made
     /// again. Those of the layers when a split cannot be carried out: what the controller has decided is then done in part, and
     /// model and grower have to be read back from a checkpoint.
@@ -204,6 +204,7 @@ impl Grower {
         pass: &mut TrainPass,
         mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Action>, ModelError> {
+        let entropy = self.controller.params().choice == Choice::RoutingEntropy;
         let mut observed = Vec::with_capacity(pass.layers.len());
         for (l, trace) in pass.layers.iter().enumerate() {
             let norm = self.watches(l, step).then_some(self.config.gradient_norm);
@@ -213,6 +214,7 @@ impl Grower {
                 &pass.token_losses,
                 &mut pass.gradients,
                 norm,
+                entropy,
             )?);
         }
         let layers: Vec<LayerObservation<'_>> = observed

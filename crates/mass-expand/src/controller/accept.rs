@@ -57,12 +57,13 @@ impl Controller {
                     expert: id,
                     problem: Box::new(problem),
                 })?;
-                match (choice, expert.loss_share, expert.routing_entropy) {
+                let entropy = expert.routing_entropy.is_some() || expert.load == 0;
+                match (choice, expert.loss_share, entropy) {
                     (Choice::LossShare, None, _) => Err(ExpandError::Missing {
                         what: "loss_share",
                         layer: index,
                     }),
-                    (Choice::RoutingEntropy, _, None) => Err(ExpandError::Missing {
+                    (Choice::RoutingEntropy, _, false) => Err(ExpandError::Missing {
                         what: "routing_entropy",
                         layer: index,
                     }),

@@ -62,7 +62,8 @@ pub struct ExpertObservation {
     pub load: u64,
     /// Its share of the step's loss: routing weight times token loss, summed over its tokens, over the total.
     pub loss_share: Option<f64>,
-    /// Entropy of what is routed to it (over token classes or hidden states), in nats.
+    /// How undecided the routing of its tokens is: the mean over them of the entropy of the gate's distribution, in nats (or
+    /// another entropy of what is routed to it, the same for all experts). `None` without tokens: its average then stays.
     pub routing_entropy: Option<f64>,
 }
 

@@ -84,7 +84,8 @@ pub enum Choice {
     MostLoaded,
     /// Of all, the fewest tokens.
     LeastUsed,
-    /// Of all, the largest routing entropy; needs `routing_entropy`.
+    /// Of all, the largest routing entropy; needs `routing_entropy` of every expert with tokens. One that has had none since its
+    /// average began counts as zero.
     RoutingEntropy,
     /// Of all, any, from the controller's seed.
     Random,

@@ -72,7 +72,8 @@ fn the_threshold_has_to_be_exceeded_by_what_has_gathered_since_the_best() {
 fn it_is_the_average_that_has_to_improve() {
     // Every other loss is low; the average over four steps, computed here anew, says when.
     let (patience, threshold, keep) = (6, 0.02, 0.75f64);
-    let loss = |at: u64| 2.0 - 0.01 * at.min(30) as f64 + if at % 2 == 0 { 0.3 } else { 0.0 };
+    let loss =
+        |at: u64| 2.0 - 0.01 * at.min(30) as f64 + if at.is_multiple_of(2) { 0.3 } else { 0.0 };
     let average = |at: u64| {
         let weights = (0..=at).map(|i| keep.powi((at - i) as i32));
         let sum: f64 = weights.clone().zip(0..=at).map(|(w, i)| w * loss(i)).sum();

@@ -50,6 +50,31 @@ fn averages_choose_the_source_and_a_split_forgets_them() {
     }
 }
 
+/// An expert without tokens has no entropy, and its average stays; one with tokens has to have one.
+#[test]
+fn only_an_expert_with_tokens_needs_an_entropy() {
+    let params = ControllerParams {
+        averaging_steps: 4.0,
+        choice: Choice::RoutingEntropy,
+        ..every_step(2, 8).with_schedule(2, 9)
+    };
+    let mut controller = params.check().unwrap();
+    let mut seen = |at: u64, figures: [(u64, Option<f64>); 2]| {
+        let mut experts = observation(controller.active(0));
+        for (expert, (load, entropy)) in experts.iter_mut().zip(figures) {
+            (expert.load, expert.routing_entropy) = (load, entropy);
+        }
+        begin_with(&mut controller, at, 1.0, &[experts])?;
+        controller.finish_step().map(|actions| source(&actions))
+    };
+    let refused = seen(0, [(10, Some(0.5)), (1, None)]);
+    let (what, layer) = ("routing_entropy", 0);
+    assert_eq!(refused, Err(ExpandError::Missing { what, layer }));
+    assert_eq!(seen(0, [(10, Some(0.5)), (9, Some(0.6))]), Ok(None));
+    assert_eq!(seen(1, [(10, Some(0.5)), (0, None)]), Ok(None));
+    assert_eq!(seen(2, [(10, Some(0.5)), (0, None)]), Ok(Some(1)));
+}
+
 /// Removals in 40 steps, with one split at step 5 if `splits`.
 fn removals(
     experts: usize,

@@ -10,7 +10,8 @@ use crate::nn::MoeLayer;
 use crate::param::Param;
 use crate::pass::LayerTrace;
 
-/// What a controller is told of each expert of a layer: gradient norm, load and share of the loss.
+/// What a controller is told of each expert of a layer: gradient norm, load and share of the loss. The routing entropy, which
+/// one choice alone asks for, is that of [`routing_entropies`].
 ///
 /// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
 ///
@@ -24,16 +25,18 @@ pub fn observe(
     gradients: &mut CpuGradients,
     norm: GradientNorm,
 ) -> Result<Vec<ExpertObservation>, ModelError> {
-    observe_with(layer, trace, token_losses, gradients, Some(norm))
+    observe_with(layer, trace, token_losses, gradients, Some(norm), false)
 }
 
-/// [`observe`], with gradient norms of zero where nobody asks for them: they cost a pass over all gradients.
+/// [`observe`], with gradient norms of zero where nobody asks for them: they cost a pass over all gradients. With the routing
+/// entropy if `entropy`.
 pub(super) fn observe_with(
     layer: &MoeLayer,
     trace: &LayerTrace,
     token_losses: &[f32],
     gradients: &mut CpuGradients,
     norm: Option<GradientNorm>,
+    entropy: bool,
 ) -> Result<Vec<ExpertObservation>, ModelError> {
     let plan = &trace.plan;
     if token_losses.len() != plan.num_tokens() {
@@ -60,6 +63,10 @@ pub(super) fn observe_with(
         })
         .collect();
     let total: f64 = shares.iter().sum();
+    let entropies = match entropy {
+        true => routing_entropies(plan)?,
+        false => vec![None; experts],
+    };
     let mut observed = Vec::with_capacity(shares.len());
     for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
         let mut square_norm = |param: &Param| match param.find_gradient(gradients)? {
@@ -89,10 +96,59 @@ pub(super) fn observe_with(
             cosine: None,
             load: plan.load(e) as u64,
             loss_share: (total > 0.0).then(|| shares[e] / total),
-            routing_entropy: None,
+            routing_entropy: entropies[e],
         });
     }
     Ok(observed)
+}
+
+/// How undecided the routing of each expert's tokens is, in nats; `None` for an expert without tokens.
+///
+/// ```text
+/// entropy[e] = mean over the tokens t of e of  -sum_j r[t, j] ln r[t, j]
+/// ```
+///
+/// with `r[t, ..]` the softmax of the token's logits over all experts in use, whatever the router selected of them.
+///
+/// # Errors
+/// [`ModelError::Config`] for the plan of a router without a softmax: top-any compares each logit with a threshold of its own,
+/// which is no distribution over experts.
+///
+/// # Examples
+/// ```
+/// use mass_model::growth::routing_entropies;
+/// use mass_routing::{Combine, Router, RoutingPlan, TopK};
+///
+/// let logits = ndarray::array![[0.0_f32, 0.0, -100.0], [100.0, 0.0, 0.0]];
+/// let mut plan = RoutingPlan::default();
+/// TopK::new(1, Combine::Raw)?.route(logits.view(), None, &mut plan)?;
+/// // Both tokens go to expert 0: the first is torn between two, the second is not.
+/// let entropies = routing_entropies(&plan)?;
+/// assert!((entropies[0].unwrap() - 2f64.ln() / 2.0).abs() < 1e-6);
+/// assert_eq!(entropies[1..], [None, None]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn routing_entropies(plan: &RoutingPlan) -> Result<Vec<Option<f64>>, ModelError> {
+    if !plan.has_probabilities() {
+        let what = "the routing entropy needs a router with a softmax, and one that keeps it";
+        return Err(ModelError::Config(what.into()));
+    }
+    let negative = |&r: &f32| match f64::from(r) {
+        r if r > 0.0 => r * r.ln(),
+        _ => 0.0,
+    };
+    // Of each token once, however many experts it has. What was routed nowhere is not looked at.
+    let of_token: Vec<f64> = plan
+        .probabilities()
+        .outer_iter()
+        .map(|row| (-row.iter().map(negative).sum::<f64>()).max(0.0))
+        .collect();
+    let entropies = (0..plan.num_experts()).map(|e| {
+        let tokens = &plan.tokens()[plan.segment(e)];
+        let sum: f64 = tokens.iter().map(|&t| of_token[t as usize]).sum();
+        (!tokens.is_empty()).then(|| sum / tokens.len() as f64)
+    });
+    Ok(entropies.collect())
 }
 
 /// What a controller is told of a layer's router.

@@ -15,6 +15,7 @@ mod gradients;
 mod growing;
 mod growth;
 mod growth_diagnoses;
+mod growth_entropy;
 mod growth_gradients;
 mod hf_names;
 mod hostile;
