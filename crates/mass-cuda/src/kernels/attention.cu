@@ -37,11 +37,12 @@ __device__ float sum_of_16(float v) {
     return v;
 }
 
-// stats[row, head]: the largest score and the inverse of the sum of exponentials; both 0 where nothing is seen.
+// stats[row, head]: the largest score and the inverse of the sum of exponentials; both 0 where nothing is seen. Where all
+// that is seen has a score of -inf, the sum is NaN.
 template <int D, int Q, int K> __device__ void attention_forward(const Attention &at, float *y, float *stats) {
     const int RQ = Q / 16, RK = K / 16, RD = D / 16;
     __shared__ float qs[D][Q + 4], ks[D][K + 4], vs[K][D], ps[K][Q + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], q0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -49,9 +50,10 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
     const float *own = at.qkv + start * stride + head * width;
     load_rows<D, Q>(qs, own, stride, q0, length, width);
     float o[RQ][RD], most[RQ], total[RQ];
+    u32 sighted = 0; // bit i: row i sees something
 #pragma unroll
     for (int i = 0; i < RQ; i++) {
-        most[i] = LOWEST;
+        most[i] = -INFINITE;
         total[i] = 0.0f;
 #pragma unroll
         for (int c = 0; c < RD; c++) o[i][c] = 0.0f;
@@ -79,21 +81,24 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
         for (int i = 0; i < RQ; i++) {
             const int query = q0 + ty * RQ + i;
             float high = most[i];
+            bool seen[RK];
 #pragma unroll
             for (int j = 0; j < RK; j++) {
                 s[i][j] *= at.scale;
-                if (sees(at, start, length, query, k0 + tx * RK + j)) high = s[i][j] > high ? s[i][j] : high;
-                else s[i][j] = LOWEST;
+                seen[j] = sees(at, start, length, query, k0 + tx * RK + j);
+                if (!seen[j]) continue;
+                sighted |= 1u << i;
+                high = s[i][j] > high ? s[i][j] : high;
             }
             high = max_of_16(high);
-            const float shrink = exp_of(most[i] - high);
+            const float shrink = high > most[i] ? exp_of(most[i] - high) : 1.0f;
             most[i] = high;
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < RK; j++) {
                 const int k = k0 + tx * RK + j;
-                // Not seen is not the same as not a number.
-                float p = !(s[i][j] <= LOWEST) ? exp_of(s[i][j] - high) : 0.0f;
+                // Before anything larger than -inf is seen, the difference of two such counts for nothing yet.
+                float p = seen[j] && (high > -INFINITE || s[i][j] != high) ? exp_of(s[i][j] - high) : 0.0f;
                 sum += p;
                 if (at.rate > 0.0f) p *= dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
                 ps[tx * RK + j][ty * RQ + i] = p;
@@ -111,11 +116,15 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
                 for (int c = 0; c < RD; c++) o[i][c] = fmaf(ps[k][ty * RQ + i], vs[k][tx + 16 * c], o[i][c]);
         __syncthreads();
     }
+    for (int d = 8; d > 0; d /= 2) sighted |= __shfl_xor_sync(FULL, sighted, d);
 #pragma unroll
     for (int i = 0; i < RQ; i++) {
         const int query = q0 + ty * RQ + i;
         if (query >= length) continue;
-        const float inverse = total[i] != 0.0f ? 1.0f / total[i] : 0.0f;
+        const bool blind = (sighted >> i & 1u) == 0;
+        // Where all that is seen is -inf, there is no distribution.
+        const float sum = most[i] > -INFINITE ? total[i] : most[i] + INFINITE; // -inf + inf
+        const float inverse = blind ? 0.0f : 1.0f / sum;
         const i64 row = start + query;
 #pragma unroll
         for (int c = 0; c < RD; c++) {
@@ -123,7 +132,7 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
             if (col < width) y[row * at.dim + head * width + col] = o[i][c] * inverse;
         }
         if (tx == 0) {
-            stats[2 * (row * at.heads + head)] = total[i] != 0.0f ? most[i] : 0.0f;
+            stats[2 * (row * at.heads + head)] = blind ? 0.0f : most[i];
             stats[2 * (row * at.heads + head) + 1] = inverse;
         }
     }
@@ -147,7 +156,7 @@ __device__ void attention_queries(const Attention &at, const float *dy, const fl
                                   float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
     __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], q0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -224,7 +233,7 @@ __device__ void attention_keys(const Attention &at, const float *dy, const float
                                float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
     __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4], ps[R][R + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], k0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;

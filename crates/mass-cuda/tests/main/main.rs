@@ -15,6 +15,10 @@ mod faults;
 #[cfg(feature = "emulated")]
 mod gemm;
 #[cfg(feature = "emulated")]
+mod given;
+#[cfg(feature = "emulated")]
+mod limits;
+#[cfg(feature = "emulated")]
 mod losses;
 #[cfg(feature = "emulated")]
 mod moe;
