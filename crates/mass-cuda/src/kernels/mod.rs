@@ -218,3 +218,45 @@ fn grid_y(what: &'static str, n: usize) -> Result<u32, CudaError> {
 fn halves(word: u64) -> [u32; 2] {
     [word as u32, (word >> 32) as u32]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_kernels_stay_within_31_bits_rounded_up_to_any_step() {
+        assert_eq!(int("n", LARGEST).unwrap() as usize, LARGEST);
+        for n in [LARGEST + 1, 1 << 31, (1 << 32) + 1, usize::MAX] {
+            let refused = int("n", n).unwrap_err();
+            let (what, got, most) = ("n", n, LARGEST);
+            assert_eq!(refused, CudaError::TooLarge { what, got, most });
+        }
+        // The widest step of a loop, and of a launch, is that of the sums of inner products: 256 pieces of 64.
+        for step in [8, 32, 128, 256, 1024, 256 * 64] {
+            assert!(i32::try_from(LARGEST.next_multiple_of(step) + step).is_ok());
+        }
+    }
+
+    #[test]
+    fn products_of_sizes_do_not_wrap_around() {
+        assert_eq!(product("n", &[3, 0, usize::MAX]).unwrap(), 0);
+        assert!(product("n", &[1 << 32, 1 << 32]).is_err());
+        assert!(product("n", &[usize::MAX, 2, 0]).is_err());
+        assert_eq!(rows_of("x", 0, usize::MAX).unwrap(), 0);
+        assert!(rows_of("x", 1, usize::MAX).is_err());
+        assert!(rows_of("x", 1, 0).is_err());
+        assert_eq!(rows_of("x", 0, 0).unwrap(), 0);
+    }
+
+    #[test]
+    fn rates_and_ranges_have_ends() {
+        let of = |rate| mask(Some(Dropout { rate, key: 3 }));
+        assert_eq!(mask(None).unwrap(), (0.0, 0));
+        assert_eq!(of(1.0).unwrap(), (1.0, 3));
+        assert_eq!(of(f32::MIN_POSITIVE).unwrap(), (f32::MIN_POSITIVE, 3));
+        for rate in [0.0, -0.0, -1.0, 1.0_f32.next_up(), f32::NAN, f32::INFINITY] {
+            assert!(matches!(of(rate), Err(CudaError::Setting { .. })), "{rate}");
+        }
+        assert!(within("x", f32::NAN, f32::MIN..=f32::MAX, "finite").is_err());
+    }
+}

@@ -143,6 +143,7 @@ fn check(offsets: &[usize], keys: Option<&[bool]>, shape: AttentionShape) {
 
 #[test]
 fn ragged_sequences_masks_and_dropout() {
+    on_device!();
     let offsets = [0, 1, 1, 38, 138, 141];
     let mut keys: Vec<bool> = (0..141).map(|i| i % 5 != 2).collect();
     keys[138..].fill(false);
@@ -174,6 +175,7 @@ fn ragged_sequences_masks_and_dropout() {
 
 #[test]
 fn every_width_of_head() {
+    on_device!();
     for width in [1, 16, 17, 32, 40, 64, 65, 128] {
         for causal in [false, true] {
             check(
@@ -192,6 +194,7 @@ fn every_width_of_head() {
 
 #[test]
 fn what_makes_no_sense_is_refused() {
+    on_device!();
     let device = device();
     for offsets in [&[][..], &[1, 2], &[0, 3, 2]] {
         assert!(matches!(
@@ -242,6 +245,7 @@ fn what_makes_no_sense_is_refused() {
 /// As on the CPU: what a diverged model computes must not look like a result.
 #[test]
 fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
+    on_device!();
     let (n, dim) = (5, 8);
     let shape = AttentionShape {
         heads: 1,
@@ -273,6 +277,7 @@ fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
 /// they count for nothing. A row that sees no key gives zeros.
 #[test]
 fn rows_of_which_every_score_is_minus_infinity_are_nan() {
+    on_device!();
     let dim = 8;
     for (n, first_seen) in [(3, 2), (150, 100), (200, 3)] {
         let shape = AttentionShape {

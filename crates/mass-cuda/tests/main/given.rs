@@ -125,6 +125,7 @@ fn refuses_fault(
 
 #[test]
 fn emulated_values_one_by_one() {
+    on_device!();
     refuses_elsewhere("fill", |d, g| {
         elementwise::fill(d, 1.0, g.zeros(3).view_mut())
     });
@@ -169,6 +170,7 @@ fn emulated_values_one_by_one() {
 
 #[test]
 fn emulated_rows_and_losses() {
+    on_device!();
     refuses("layer_norm::forward", |d, g| {
         let (x, gamma, beta) = (g.zeros(15), g.zeros(5), g.zeros(5));
         let (mut y, mut stats) = (g.zeros(15), g.zeros(6));
@@ -250,6 +252,7 @@ fn emulated_rows_and_losses() {
 
 #[test]
 fn emulated_products_and_sums() {
+    on_device!();
     refuses("dots", |d, g| {
         let (a, b, e, f) = (g.zeros(5), g.zeros(5), g.zeros(2), g.zeros(2));
         dots(d, &[(a.view(), b.view()), (e.view(), f.view())]).map(|_| ())
@@ -342,6 +345,7 @@ fn emulated_products_and_sums() {
 
 #[test]
 fn emulated_attention() {
+    on_device!();
     let keys = [true, false, true];
     let shape = AttentionShape {
         heads: 2,
@@ -375,6 +379,7 @@ fn emulated_attention() {
 
 #[test]
 fn emulated_routing() {
+    on_device!();
     refuses("route, top-p", |d, g| {
         let (logits, in_use) = (g.zeros(6), g.buffer(&[1_u32, 0, 1]));
         let router = Router::TopP {
@@ -470,6 +475,7 @@ fn mixture(
 
 #[test]
 fn emulated_mixtures() {
+    on_device!();
     for gated in [false, true] {
         refuses("moe_ffn::forward", |d, g| {
             mixture(g, gated, |experts, plan, shape, kept| {

@@ -27,6 +27,7 @@ const HUGE: [usize; 8] = [
 
 #[test]
 fn emulated_sizes_that_no_memory_holds_are_refused() {
+    on_device!();
     let device = device();
     set(Word::Memory, 1 << 20);
     let launches = get(Word::Launches);
@@ -119,6 +120,7 @@ fn emulated_sizes_that_no_memory_holds_are_refused() {
 
 #[test]
 fn emulated_rates_and_other_settings_that_make_no_sense_are_refused() {
+    on_device!();
     let device = device();
     let launches = get(Word::Launches);
     let no_numbers = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
@@ -243,6 +245,7 @@ fn emulated_rates_and_other_settings_that_make_no_sense_are_refused() {
 
 #[test]
 fn at_a_rate_of_one_everything_is_dropped() {
+    on_device!();
     let device = device();
     let x = Buffer::from_slice(&device, &[1.0_f32; 100]).unwrap();
     let mut y = Buffer::<f32>::uninitialised(&device, 100).unwrap();
@@ -253,6 +256,7 @@ fn at_a_rate_of_one_everything_is_dropped() {
 
 #[test]
 fn columns_that_are_not_there_have_no_sums() {
+    on_device!();
     let device = device();
     let x = Buffer::<f32>::zeros(&device, 4).unwrap();
     let mut y = Buffer::<f32>::zeros(&device, 0).unwrap();

@@ -5,6 +5,7 @@ use super::emulator::{close, device, every_schedule, values, wide};
 
 #[test]
 fn cross_entropy_and_its_gradient() {
+    on_device!();
     for (rows, classes) in [(1, 1), (3, 2), (17, 50), (9, 257)] {
         let logits: Vec<f32> = values(rows * classes, 1).iter().map(|x| 20.0 * x).collect();
         let targets: Vec<u32> = (0..rows).map(|i| ((i * 7 + 1) % classes) as u32).collect();
@@ -86,6 +87,7 @@ fn cross_entropy_and_its_gradient() {
 
 #[test]
 fn means_of_many_values() {
+    on_device!();
     let x = values(300_001, 9);
     let results = every_schedule(|device| {
         let (x, mut mean) = (
@@ -105,6 +107,7 @@ fn means_of_many_values() {
 
 #[test]
 fn squared_error_and_its_gradient() {
+    on_device!();
     for n in [0, 1, 1500] {
         let (x, t) = (values(n, 1), values(n, 2));
         let results = every_schedule(|device| {
@@ -132,6 +135,7 @@ fn squared_error_and_its_gradient() {
 /// As on the CPU, whose largest logit begins at minus infinity.
 #[test]
 fn rows_without_a_distribution_are_nan_and_others_are_not() {
+    on_device!();
     let device = device();
     for classes in [1, 2, 31, 32, 33, 70] {
         // All masked by value, one that is not a number, one infinite, all but one masked, the lowest numbers, usual.

@@ -129,6 +129,7 @@ fn tied(n: usize, k: usize) -> Vec<f32> {
 
 #[test]
 fn plans_are_those_of_the_host() {
+    on_device!();
     for (n, k) in [
         (0, 3),
         (1, 1),
@@ -233,6 +234,7 @@ fn compare(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: 
 
 #[test]
 fn gradients_of_weights_reach_the_logits() {
+    on_device!();
     let (n, k) = (300, 9);
     let logits: Vec<f32> = values(n * k, 6).iter().map(|x| 3.0 * x).collect();
     let thresholds: Vec<f32> = (0..k).map(|e| 0.3 * e as f32 - 1.0).collect();
@@ -318,6 +320,7 @@ fn gradients_of_weights_reach_the_logits() {
 
 #[test]
 fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
+    on_device!();
     let device = device();
     let (n, k) = (600, 5);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -386,6 +389,7 @@ fn try_host(
 
 #[test]
 fn plans_are_those_of_mass_routing() {
+    on_device!();
     let device = device();
     for (n, k) in [(1, 1), (33, 3), (512, 16), (300, 40), (100, 128), (64, 200)] {
         let masked: Vec<bool> = (0..k).map(|e| e % 3 != 1).collect();
@@ -437,6 +441,7 @@ fn plans_are_those_of_mass_routing() {
 
 #[test]
 fn masks_that_leave_too_few_experts_are_refused_as_by_mass_routing() {
+    on_device!();
     let device = device();
     let k = 5;
     let refused = |n: usize, used: &[bool], kind: &Kind| {
