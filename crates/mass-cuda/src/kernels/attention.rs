@@ -8,7 +8,7 @@ use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
 /// The widest head there is a kernel for.
-pub const WIDEST_HEAD: usize = 128;
+pub const WIDEST_HEAD: usize = 256;
 
 /// Which rows belong together, and which may be attended to.
 #[derive(Debug)]
@@ -100,7 +100,9 @@ impl AttentionShape {
             });
         }
         let width = self.dim / self.heads;
-        let compiled = [16, 32, 64, WIDEST_HEAD].into_iter().find(|&d| d >= width);
+        let compiled = [16, 32, 64, 128, WIDEST_HEAD]
+            .into_iter()
+            .find(|&d| d >= width);
         compiled.ok_or(CudaError::TooLarge {
             what: "width of a head",
             got: width,
@@ -201,7 +203,7 @@ pub fn forward(
         ("y", &y, shape.dim),
         ("kept", &kept, shape.heads.saturating_mul(2)),
     ];
-    let side = |width| if width == WIDEST_HEAD { 32 } else { 64 };
+    let side = |width| if width > 64 { 32 } else { 64 };
     let Some(pass) = shape.pass(device, qkv, sequences, &given, side)? else {
         return Ok(());
     };
@@ -234,7 +236,7 @@ pub fn backward(
         ("dy", &dy, shape.dim),
         ("dqkv", &dqkv, shape.dim.saturating_mul(3)),
     ];
-    let side = |width| if width == WIDEST_HEAD { 16 } else { 32 };
+    let side = |width| if width > 64 { 16 } else { 32 };
     let Some(pass) = shape.pass(device, qkv, sequences, &given, side)? else {
         return Ok(());
     };

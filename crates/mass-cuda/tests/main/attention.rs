@@ -176,7 +176,7 @@ fn ragged_sequences_masks_and_dropout() {
 #[test]
 fn every_width_of_head() {
     on_device!();
-    for width in [1, 16, 17, 32, 40, 64, 65, 128] {
+    for width in [1, 16, 17, 32, 40, 64, 65, 128, 129, 192, 250, 256] {
         for causal in [false, true] {
             check(
                 &[0, 70, 71],
@@ -231,10 +231,10 @@ fn what_makes_no_sense_is_refused() {
     assert!(matches!(run(shape(3, 4)), Err(CudaError::Setting { .. })));
     assert!(matches!(run(shape(0, 4)), Err(CudaError::Setting { .. })));
     assert!(matches!(
-        run(shape(1, 129)),
+        run(shape(1, 257)),
         Err(CudaError::TooLarge {
-            got: 129,
-            most: 128,
+            got: 257,
+            most: 256,
             ..
         })
     ));
