@@ -105,6 +105,23 @@ fn a_library_that_is_no_driver_is_an_error_value() {
     assert!(text.contains("lacks cuInit"), "{text}");
 }
 
+/// One program runs with and without a GPU.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_library_of_cuda_is_linked() {
+    if std::env::var_os(CASE).is_some() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let ours = maps.lines().find(|line| line.contains("libc."));
+        println!("<{}>", ours.is_some());
+        for library in ["libcuda", "libcudart", "libcublas", "libnvrtc", "libnvidia"] {
+            assert!(!maps.contains(library), "{library}");
+        }
+        return;
+    }
+    let (good, text) = again("without_driver::no_library_of_cuda_is_linked", &[]);
+    assert!(good && text.contains("<true>"), "{text}");
+}
+
 #[cfg(feature = "emulated")]
 #[test]
 fn drivers_and_devices_that_will_not_do_are_told_apart() {
