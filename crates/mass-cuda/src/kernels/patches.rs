@@ -1,6 +1,6 @@
 //! Tokens of an image: class token, embedded patches, and the positions of both.
 
-use super::{Placed, Store, each, given, int, product};
+use super::{Placed, Store, each, given, int, product, within};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -44,7 +44,8 @@ impl Interpolation {
     /// `taps[i]` lists the places, of `places`, whose positions patch i takes, with their weights.
     ///
     /// # Errors
-    /// [`CudaError::Index`] for a place that is not there, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`],
+    /// [`CudaError::Index`] for a place that is not there, [`CudaError::Setting`] for a weight that is NaN or infinite,
+    /// [`CudaError::TooLarge`], [`CudaError::OutOfMemory`],
     /// [`CudaError::Call`].
     pub fn new(
         device: &Device,
@@ -65,6 +66,7 @@ impl Interpolation {
                 position: patch,
                 len: places,
             })?;
+            within("weight of a place", weight, f32::MIN..=f32::MAX, "finite")?;
             list.push((patch, weight));
         }
         Ok(Self {

@@ -177,4 +177,10 @@ fn tokens_of_images_forward_and_backward() {
             len: 2
         }
     );
+    for weight in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        assert!(matches!(
+            Interpolation::new(&device(), &[vec![(0, 1.0), (1, weight)]], 2),
+            Err(CudaError::Setting { .. })
+        ));
+    }
 }
