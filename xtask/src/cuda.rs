@@ -126,6 +126,8 @@ fn compile(tools: &Path, folder: &Path, out: &Path) -> Outcome<()> {
 /// Refuses kernels that spill registers or take more shared memory than there is.
 fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
     let ptxas = tools.join("cuda_nvcc/bin/ptxas");
+    let text = read(ptx)?;
+    let kernels = entries(&text);
     for architecture in ARCHITECTURES {
         let mut command = Command::new(&ptxas);
         command
@@ -138,43 +140,71 @@ fn assemble(tools: &Path, ptx: &Path) -> Outcome<()> {
         if !output.status.success() {
             return Err(format!("ptxas for {architecture}:\n{text}"));
         }
-        let (kernels, faults) = judge(&text);
+        let faults = judge(&text, &kernels);
         if !faults.is_empty() {
             return Err(format!("ptxas for {architecture}:\n{}", faults.join("\n")));
         }
-        println!("{architecture}: {kernels} kernels, no spills, shared memory within 48 KiB");
+        let count = kernels.len();
+        println!("{architecture}: {count} kernels, no spills, shared memory within 48 KiB");
     }
     Ok(())
 }
 
-/// Number of kernels that ptxas speaks of, and what is wrong with some.
-fn judge(text: &str) -> (usize, Vec<String>) {
-    let (mut name, mut kernels, mut faults) = (String::new(), 0, Vec::new());
-    let before = |line: &str, unit: &str| -> u32 {
-        let number = line
-            .split(unit)
-            .next()
-            .and_then(|head| head.split([' ', ',']).next_back());
-        number.and_then(|n| n.parse().ok()).unwrap_or(0)
-    };
-    for line in text.lines() {
-        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
-            name = rest.split('\'').next().unwrap_or_default().to_owned();
-            kernels += 1;
+/// Names of the kernels in PTX.
+fn entries(ptx: &str) -> Vec<&str> {
+    let texts = ptx.split(".entry ").skip(1);
+    texts
+        .filter_map(|text| Some(text.split_once('(')?.0.trim()))
+        .collect()
+}
+
+/// The number before a unit, if there is one.
+fn before(line: &str, unit: &str) -> Option<u32> {
+    let (head, _) = line.split_once(unit)?;
+    head.rsplit([' ', ',']).next()?.parse().ok()
+}
+
+/// What is wrong with kernels, by what ptxas says of them: of each it must have said that it compiled it, what it
+/// spills and what it uses. What it does not say, or not in the words that are known here, is a fault as well.
+fn judge(text: &str, kernels: &[&str]) -> Vec<String> {
+    if kernels.is_empty() {
+        return vec!["there is no kernel in what was compiled".into()];
+    }
+    let mut faults = Vec::new();
+    for name in kernels {
+        let start = format!("Compiling entry function '{name}'");
+        let Some((_, own)) = text.split_once(&start) else {
+            faults.push(format!("of {name} there is nothing to read"));
+            continue;
+        };
+        let own = own.split("Compiling entry function").next().unwrap_or(own);
+        let mut lines = own.lines().filter(|line| line.contains("spill")).peekable();
+        let there = lines.peek().is_some();
+        // Functions that the kernel calls have lines of their own.
+        let spills = lines.try_fold(0, |sum, line| {
+            let own = before(line, " bytes spill stores")? + before(line, " bytes spill loads")?;
+            Some(sum + own)
+        });
+        match spills.filter(|_| there) {
+            Some(0) => {}
+            Some(bytes) => faults.push(format!("{name} spills: {bytes} bytes")),
+            None => faults.push(format!("of {name} it is not known what it spills")),
         }
-        if line.contains("spill stores")
-            && (before(line, " bytes spill stores") > 0 || before(line, " bytes spill loads") > 0)
-        {
-            faults.push(format!("{name} spills: {}", line.trim()));
-        }
-        if line.contains(" bytes smem") && before(line, " bytes smem") > SHARED_MEMORY {
-            faults.push(format!(
-                "{name} takes too much shared memory: {}",
-                line.trim()
-            ));
+        // A kernel without shared memory has nothing said of it.
+        let used = own.lines().find(|line| line.contains(" registers"));
+        let shared = used.map(|line| match line.contains(" bytes smem") {
+            true => before(line, " bytes smem"),
+            false => Some(0),
+        });
+        match shared.flatten() {
+            Some(bytes) if bytes <= SHARED_MEMORY => {}
+            Some(bytes) => faults.push(format!(
+                "{name} takes too much shared memory: {bytes} bytes"
+            )),
+            None => faults.push(format!("of {name} it is not known what it uses")),
         }
     }
-    (kernels, faults)
+    faults
 }
 
 /// Compiles the kernels to the PTX that is committed and embedded.
@@ -281,6 +311,9 @@ fn build_driver(folder: &Path, out: &Path, races: bool) -> Outcome<()> {
             list += &format!("LIST({name})\n");
         }
         all += &text;
+    }
+    if list.is_empty() {
+        return Err(format!("no kernels in {}", folder.display()));
     }
     let (library, stamp) = (out.join("libcuda.so"), out.join("stamp"));
     if library.exists() && fs::read_to_string(&stamp).is_ok_and(|there| there == all) {
@@ -418,7 +451,7 @@ fn run_emulated(what: What, arguments: &[OsString]) -> Outcome<ExitCode> {
 
 #[cfg(test)]
 mod tests {
-    use super::{judge, names};
+    use super::{entries, judge, names};
 
     #[test]
     fn kernels_are_found_by_name() {
@@ -428,13 +461,54 @@ mod tests {
     }
 
     #[test]
+    fn entries_are_found_in_ptx() {
+        let ptx = ".visible .entry f(\n.param .u64 f_param_0\n)\n{}\n.visible .entry g()\n{}";
+        assert_eq!(entries(ptx), ["f", "g"]);
+        assert!(entries(".version 8.2").is_empty());
+    }
+
+    const GOOD: &str = "ptxas info    : Compiling entry function 'f' for 'sm_75'\n\
+                        0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+                        ptxas info    : Used 8 registers, 49152 bytes smem, 380 bytes cmem[0]\n\
+                        ptxas info    : Compiling entry function 'g' for 'sm_75'\n\
+                        0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+                        ptxas info    : Used 8 registers, 380 bytes cmem[0]\n";
+
+    #[test]
     fn spills_and_too_much_shared_memory_are_faults() {
-        let good = "ptxas info    : Compiling entry function 'f' for 'sm_75'\n\
-                    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
-                    ptxas info    : Used 8 registers, 49152 bytes smem, 380 bytes cmem[0]";
-        assert_eq!(judge(good), (1, vec![]));
-        let spill = good.replace("0 bytes spill loads", "12 bytes spill loads");
-        assert_eq!(judge(&spill).1.len(), 1);
-        assert_eq!(judge(&good.replace("49152", "49156")).1.len(), 1);
+        let both = ["f", "g"];
+        assert!(judge(GOOD, &both).is_empty());
+        for (from, to) in [
+            ("0 bytes spill loads", "12 bytes spill loads"),
+            ("0 bytes spill stores", "4 bytes spill stores"),
+            ("49152", "49156"),
+        ] {
+            let bad = GOOD.replacen(from, to, 1);
+            assert_eq!(judge(&bad, &both).len(), 1, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_said_of_a_kernel_is_no_praise() {
+        let both = ["f", "g"];
+        assert_eq!(judge(GOOD, &[]).len(), 1);
+        assert_eq!(judge("", &[]).len(), 1);
+        assert_eq!(judge("", &both).len(), 2);
+        assert_eq!(judge(GOOD, &["f", "h"]).len(), 1);
+        for (from, to) in [
+            ("Compiling entry function 'g'", "Assembling 'g'"),
+            (
+                "0 bytes spill stores, 0 bytes spill loads",
+                "nothing spilled",
+            ),
+            ("0 bytes spill stores", "no bytes spill stores"),
+            ("0 bytes spill loads", "no spill loads"),
+            ("Used 8 registers", "Used 8 lanes"),
+            ("49152 bytes smem", "48K bytes smem"),
+        ] {
+            let unknown = GOOD.replacen(from, to, 1);
+            assert_ne!(unknown, GOOD);
+            assert!(!judge(&unknown, &both).is_empty(), "{unknown}");
+        }
     }
 }

@@ -190,35 +190,53 @@ pub struct ViewMut<'a, T: Value> {
     values: PhantomData<&'a mut [T]>,
 }
 
-impl<'a, T: Value> View<'a, T> {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        self.len
-    }
+/// What views of both kinds have.
+macro_rules! views {
+    ($($view:ident)*) => {$(
+        impl<'a, T: Value> $view<'a, T> {
+            /// Number of values.
+            pub fn len(&self) -> usize {
+                self.len
+            }
 
-    /// Whether there are no values.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
+            /// Whether there are no values.
+            pub fn is_empty(&self) -> bool {
+                self.len == 0
+            }
 
-    /// The device they lie on.
-    pub fn device(&self) -> &'a Device {
-        self.device
-    }
+            /// The device they lie on.
+            pub fn device(&self) -> &'a Device {
+                self.device
+            }
 
-    /// Some of the values.
-    ///
-    /// # Errors
-    /// [`CudaError::Length`] if the range leaves the view.
-    pub fn range(self, range: std::ops::Range<usize>) -> Result<Self, CudaError> {
-        let (pointer, len) = part::<T>(self.pointer, self.len, &range)?;
-        Ok(Self {
-            pointer,
-            len,
-            ..self
-        })
-    }
+            /// Some of the values.
+            ///
+            /// # Errors
+            /// [`CudaError::Length`] if the range leaves the view.
+            pub fn range(self, range: std::ops::Range<usize>) -> Result<Self, CudaError> {
+                let (pointer, len) = part::<T>(self.pointer, self.len, &range)?;
+                Ok(Self {
+                    pointer,
+                    len,
+                    ..self
+                })
+            }
 
+            pub(crate) fn address(&self) -> u64 {
+                self.pointer
+            }
+        }
+
+        impl<T: Value> std::fmt::Debug for $view<'_, T> {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!(stringify!($view), "({})"), self.len)
+            }
+        }
+    )*};
+}
+views!(View ViewMut);
+
+impl<T: Value> View<'_, T> {
     /// The values, once all work before is done.
     ///
     /// # Errors
@@ -247,28 +265,9 @@ impl<'a, T: Value> View<'a, T> {
         }
         Ok(())
     }
-
-    pub(crate) fn address(&self) -> u64 {
-        self.pointer
-    }
 }
 
 impl<'a, T: Value> ViewMut<'a, T> {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are no values.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The device they lie on.
-    pub fn device(&self) -> &'a Device {
-        self.device
-    }
-
     /// The same values, for a shorter time.
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
         ViewMut {
@@ -287,19 +286,6 @@ impl<'a, T: Value> ViewMut<'a, T> {
             len: self.len,
             values: PhantomData,
         }
-    }
-
-    /// Some of the values.
-    ///
-    /// # Errors
-    /// [`CudaError::Length`] if the range leaves the view.
-    pub fn range(self, range: std::ops::Range<usize>) -> Result<Self, CudaError> {
-        let (pointer, len) = part::<T>(self.pointer, self.len, &range)?;
-        Ok(Self {
-            pointer,
-            len,
-            ..self
-        })
     }
 
     /// The values before and from `middle` on.
@@ -391,22 +377,6 @@ impl<'a, T: Value> ViewMut<'a, T> {
             copied.map_err(|e| inner.broken("copying on the device", e))?;
         }
         Ok(())
-    }
-
-    pub(crate) fn address(&self) -> u64 {
-        self.pointer
-    }
-}
-
-impl<T: Value> std::fmt::Debug for View<'_, T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "View({})", self.len)
-    }
-}
-
-impl<T: Value> std::fmt::Debug for ViewMut<'_, T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ViewMut({})", self.len)
     }
 }
 

@@ -299,6 +299,12 @@ impl Device {
         if arguments.sizes() != function.parameters {
             return Err(unknown());
         }
+        // Functions check what they are given, by name. What one forgot must not reach another device's stream.
+        if arguments.places.iter().any(|a| !a.lies_on(self)) {
+            return Err(CudaError::OtherDevice {
+                what: "an argument of a kernel",
+            });
+        }
         let mut pointers = arguments.pointers();
         // SAFETY: as many arguments as the kernel has parameters, each of the parameter's bytes; see the file's head
         // for the rest.
@@ -422,8 +428,21 @@ impl Drop for Inner {
 pub(crate) struct Arguments {
     /// Each begins at a new word.
     words: Vec<u64>,
-    /// Of each: its first word and its bytes.
-    places: Vec<(usize, usize)>,
+    places: Vec<Argument>,
+}
+
+#[derive(Debug)]
+struct Argument {
+    first_word: usize,
+    bytes: usize,
+    /// Of an address: which device's, by where that is kept.
+    device: Option<*const Inner>,
+}
+
+impl Argument {
+    fn lies_on(&self, device: &Device) -> bool {
+        self.device.is_none_or(|own| own == Arc::as_ptr(&device.0))
+    }
 }
 
 impl Arguments {
@@ -431,30 +450,44 @@ impl Arguments {
         Self::default()
     }
 
-    fn word(mut self, word: u64, bytes: usize) -> Self {
-        self.places.push((self.words.len(), bytes));
+    fn word(self, word: u64, bytes: usize) -> Self {
+        self.word_of(word, bytes, None)
+    }
+
+    fn word_of(mut self, word: u64, bytes: usize, device: Option<&Device>) -> Self {
+        self.places.push(Argument {
+            first_word: self.words.len(),
+            bytes,
+            device: device.map(|d| Arc::as_ptr(&d.0)),
+        });
         self.words.push(word);
         self
     }
 
     /// The address of values that are read.
     pub(crate) fn view<T: Value>(self, view: View<'_, T>) -> Self {
-        self.word(view.address(), 8)
+        self.word_of(view.address(), 8, Some(view.device()))
     }
 
     /// The same, or null.
     pub(crate) fn view_or_null<T: Value>(self, view: Option<View<'_, T>>) -> Self {
-        self.word(view.map_or(0, |v| v.address()), 8)
+        match view {
+            Some(view) => self.view(view),
+            None => self.word(0, 8),
+        }
     }
 
     /// The address of values that are written.
     pub(crate) fn view_mut<T: Value>(self, view: &ViewMut<'_, T>) -> Self {
-        self.word(view.address(), 8)
+        self.word_of(view.address(), 8, Some(view.device()))
     }
 
     /// The same, or null.
     pub(crate) fn view_mut_or_null<T: Value>(self, view: Option<&ViewMut<'_, T>>) -> Self {
-        self.word(view.map_or(0, |v| v.address()), 8)
+        match view {
+            Some(view) => self.view_mut(view),
+            None => self.word(0, 8),
+        }
     }
 
     /// A key of 64 bits.
@@ -479,7 +512,11 @@ impl Arguments {
 
     /// A structure, word by word.
     pub(crate) fn structure(mut self, words: &[u32]) -> Self {
-        self.places.push((self.words.len(), 4 * words.len()));
+        self.places.push(Argument {
+            first_word: self.words.len(),
+            bytes: 4 * words.len(),
+            device: None,
+        });
         for pair in words.chunks(2) {
             let high = pair.get(1).copied().unwrap_or(0);
             self.words.push(u64::from(high) << 32 | u64::from(pair[0]));
@@ -488,13 +525,12 @@ impl Arguments {
     }
 
     fn sizes(&self) -> Vec<usize> {
-        self.places.iter().map(|place| place.1).collect()
+        self.places.iter().map(|a| a.bytes).collect()
     }
 
     /// Where each argument is, for the driver, which only reads there.
     fn pointers(&self) -> Vec<*mut c_void> {
-        let pointer =
-            |&(first, _): &(usize, usize)| (&raw const self.words[first]).cast_mut().cast();
+        let pointer = |a: &Argument| (&raw const self.words[a.first_word]).cast_mut().cast();
         self.places.iter().map(pointer).collect()
     }
 }

@@ -100,13 +100,27 @@ pub enum CudaError {
         /// What it must be.
         wanted: &'static str,
     },
+    /// No expert is in use, so no token can be routed.
+    #[error("all {experts} experts are masked out: no token can be routed")]
+    AllExpertsMasked {
+        /// Number of experts, all of them masked.
+        experts: usize,
+    },
+    /// Fewer experts are in use than every token takes.
+    #[error("top-k needs k = {k} experts, but only {available} are in use")]
+    TooFewExperts {
+        /// Experts of a token.
+        k: usize,
+        /// Experts in use.
+        available: usize,
+    },
     /// A logit that routing must choose by is NaN or infinite.
     #[error("token {token} has a logit that is NaN or infinite")]
     NonFiniteLogit {
         /// The first such token.
         token: usize,
     },
-    /// Two buffers of one call lie on different devices.
+    /// A buffer lies on another device than the one that a call is for, or on the same one opened another time.
     #[error("{what} lies on another device")]
     OtherDevice {
         /// Which buffer.

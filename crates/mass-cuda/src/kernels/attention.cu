@@ -1,5 +1,6 @@
 // Multi-head self-attention over sequences that lie end to end, in tiles: of the probabilities only two numbers a row
-// are kept. 256 threads as 16 x 16. A tile of queries or keys lies in shared memory by depth: tile[d][row].
+// are kept. 256 threads as 16 x 16. A tile of queries or keys lies in shared memory by depth: tile[d][row]. Where heads
+// are too wide for whole tiles (C < D), C of their D columns lie there at a time: sums go through the same chain.
 
 struct Attention {
     const float *qkv; // [rows, 3 dim]
@@ -11,11 +12,21 @@ struct Attention {
     u64 key;
 };
 
-template <int D, int R>
+// Columns beyond `width`, which may be negative, and rows beyond the sequence are zero.
+template <int C, int R>
 __device__ void load_rows(float (*to)[R + 4], const float *from, i64 stride, int first, int length, int width) {
-    for (int e = threadIdx.x; e < D * R; e += 256) {
-        const int r = e / D, d = e % D;
+    for (int e = threadIdx.x; e < C * R; e += 256) {
+        const int r = e / C, d = e % C;
         to[d][r] = first + r < length && d < width ? from[(i64)(first + r) * stride + d] : 0.0f;
+    }
+}
+
+// The same, by row.
+template <int C, int R>
+__device__ void load_values(float (*to)[C], const float *from, i64 stride, int first, int length, int width) {
+    for (int e = threadIdx.x; e < C * R; e += 256) {
+        const int r = e / C, d = e % C;
+        to[r][d] = first + r < length && d < width ? from[(i64)(first + r) * stride + d] : 0.0f;
     }
 }
 
@@ -37,63 +48,71 @@ __device__ float sum_of_16(float v) {
     return v;
 }
 
-// stats[row, head]: the largest score and the inverse of the sum of exponentials; both 0 where nothing is seen.
-template <int D, int Q, int K> __device__ void attention_forward(const Attention &at, float *y, float *stats) {
+// stats[row, head]: the largest score and the inverse of the sum of exponentials; both 0 where nothing is seen. Where all
+// that is seen has a score of -inf, the sum is NaN.
+template <int D, int Q, int K, int C> __device__ void attention_forward(const Attention &at, float *y, float *stats) {
     const int RQ = Q / 16, RK = K / 16, RD = D / 16;
-    __shared__ float qs[D][Q + 4], ks[D][K + 4], vs[K][D], ps[K][Q + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const bool WHOLE = C == D;
+    __shared__ float qs[C][Q + 4], ks[C][K + 4], vs[K][C], ps[K][Q + 4];
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], q0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 stride = 3 * (i64)at.dim;
     const float *own = at.qkv + start * stride + head * width;
-    load_rows<D, Q>(qs, own, stride, q0, length, width);
+    if (WHOLE) load_rows<C, Q>(qs, own, stride, q0, length, width);
     float o[RQ][RD], most[RQ], total[RQ];
+    u32 sighted = 0; // bit i: row i sees something
 #pragma unroll
     for (int i = 0; i < RQ; i++) {
-        most[i] = LOWEST;
+        most[i] = -INFINITE;
         total[i] = 0.0f;
 #pragma unroll
         for (int c = 0; c < RD; c++) o[i][c] = 0.0f;
     }
     const int last = at.causal != 0 && q0 + Q < length ? q0 + Q : length;
     for (int k0 = 0; k0 < last; k0 += K) {
-        load_rows<D, K>(ks, own + at.dim, stride, k0, length, width);
-        for (int e = threadIdx.x; e < D * K; e += 256) {
-            const int r = e / D, d = e % D;
-            vs[r][d] = k0 + r < length && d < width ? own[2 * (i64)at.dim + (i64)(k0 + r) * stride + d] : 0.0f;
-        }
-        __syncthreads();
+        const float *values = own + 2 * (i64)at.dim;
         float s[RQ][RK];
 #pragma unroll
         for (int i = 0; i < RQ; i++)
 #pragma unroll
             for (int j = 0; j < RK; j++) s[i][j] = 0.0f;
+        for (int d0 = 0; d0 < D; d0 += C) {
+            if (!WHOLE) load_rows<C, Q>(qs, own + d0, stride, q0, length, width - d0);
+            load_rows<C, K>(ks, own + at.dim + d0, stride, k0, length, width - d0);
+            if (WHOLE) load_values<C, K>(vs, values, stride, k0, length, width);
+            __syncthreads();
 #pragma unroll 4
-        for (int d = 0; d < D; d++)
+            for (int d = 0; d < C; d++)
 #pragma unroll
-            for (int i = 0; i < RQ; i++)
+                for (int i = 0; i < RQ; i++)
 #pragma unroll
-                for (int j = 0; j < RK; j++) s[i][j] = fmaf(qs[d][ty * RQ + i], ks[d][tx * RK + j], s[i][j]);
+                    for (int j = 0; j < RK; j++) s[i][j] = fmaf(qs[d][ty * RQ + i], ks[d][tx * RK + j], s[i][j]);
+            if (!WHOLE) __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < RQ; i++) {
             const int query = q0 + ty * RQ + i;
             float high = most[i];
+            bool seen[RK];
 #pragma unroll
             for (int j = 0; j < RK; j++) {
                 s[i][j] *= at.scale;
-                if (sees(at, start, length, query, k0 + tx * RK + j)) high = s[i][j] > high ? s[i][j] : high;
-                else s[i][j] = LOWEST;
+                seen[j] = sees(at, start, length, query, k0 + tx * RK + j);
+                if (!seen[j]) continue;
+                sighted |= 1u << i;
+                high = s[i][j] > high ? s[i][j] : high;
             }
             high = max_of_16(high);
-            const float shrink = exp_of(most[i] - high);
+            const float shrink = high > most[i] ? exp_of(most[i] - high) : 1.0f;
             most[i] = high;
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < RK; j++) {
                 const int k = k0 + tx * RK + j;
-                // Not seen is not the same as not a number.
-                float p = !(s[i][j] <= LOWEST) ? exp_of(s[i][j] - high) : 0.0f;
+                // Before anything larger than -inf is seen, the difference of two such counts for nothing yet.
+                float p = seen[j] && (high > -INFINITE || s[i][j] != high) ? exp_of(s[i][j] - high) : 0.0f;
                 sum += p;
                 if (at.rate > 0.0f) p *= dropout_factor(at.rate, at.key, position + (u32)query * (u32)length + (u32)k);
                 ps[tx * RK + j][ty * RQ + i] = p;
@@ -102,20 +121,29 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
 #pragma unroll
             for (int c = 0; c < RD; c++) o[i][c] *= shrink;
         }
-        __syncthreads();
+#pragma unroll
+        for (int d0 = 0; d0 < D; d0 += C) {
+            if (!WHOLE) load_values<C, K>(vs, values + d0, stride, k0, length, width - d0);
+            __syncthreads();
 #pragma unroll 4
-        for (int k = 0; k < K; k++)
+            for (int k = 0; k < K; k++)
 #pragma unroll
-            for (int i = 0; i < RQ; i++)
+                for (int i = 0; i < RQ; i++)
 #pragma unroll
-                for (int c = 0; c < RD; c++) o[i][c] = fmaf(ps[k][ty * RQ + i], vs[k][tx + 16 * c], o[i][c]);
-        __syncthreads();
+                    for (int c = 0; c < C / 16; c++)
+                        o[i][d0 / 16 + c] = fmaf(ps[k][ty * RQ + i], vs[k][tx + 16 * c], o[i][d0 / 16 + c]);
+            __syncthreads();
+        }
     }
+    for (int d = 8; d > 0; d /= 2) sighted |= __shfl_xor_sync(FULL, sighted, d);
 #pragma unroll
     for (int i = 0; i < RQ; i++) {
         const int query = q0 + ty * RQ + i;
         if (query >= length) continue;
-        const float inverse = total[i] != 0.0f ? 1.0f / total[i] : 0.0f;
+        const bool blind = (sighted >> i & 1u) == 0;
+        // Where all that is seen is -inf, there is no distribution.
+        const float sum = most[i] > -INFINITE ? total[i] : most[i] + INFINITE; // -inf + inf
+        const float inverse = blind ? 0.0f : 1.0f / sum;
         const i64 row = start + query;
 #pragma unroll
         for (int c = 0; c < RD; c++) {
@@ -123,7 +151,7 @@ template <int D, int Q, int K> __device__ void attention_forward(const Attention
             if (col < width) y[row * at.dim + head * width + col] = o[i][c] * inverse;
         }
         if (tx == 0) {
-            stats[2 * (row * at.heads + head)] = total[i] != 0.0f ? most[i] : 0.0f;
+            stats[2 * (row * at.heads + head)] = blind ? 0.0f : most[i];
             stats[2 * (row * at.heads + head) + 1] = inverse;
         }
     }
@@ -142,19 +170,23 @@ extern "C" __global__ void attention_delta(const float *dy, const float *y, floa
 __device__ void give(float *to, float v, int add) { *to = add != 0 ? *to + v : v; }
 
 // Gradients of the queries of a tile: ds K scale, with ds = p (dropped dp - delta).
-template <int D, int R>
+template <int D, int R, int C>
 __device__ void attention_queries(const Attention &at, const float *dy, const float *stats, const float *delta,
                                   float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
-    __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const bool WHOLE = C == D;
+    __shared__ float qs[C][R + 4], gs[C][R + 4], ks[C][R + 4], vs[C][R + 4], ds[R][R + 4];
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], q0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 stride = 3 * (i64)at.dim;
     const float *own = at.qkv + start * stride + head * width;
-    load_rows<D, R>(qs, own, stride, q0, length, width);
-    load_rows<D, R>(gs, dy + start * (i64)at.dim + head * width, at.dim, q0, length, width);
+    const float *up = dy + start * (i64)at.dim + head * width, *keys = own + at.dim, *values = own + 2 * (i64)at.dim;
+    if (WHOLE) {
+        load_rows<C, R>(qs, own, stride, q0, length, width);
+        load_rows<C, R>(gs, up, at.dim, q0, length, width);
+    }
     float dq[RR][RD];
 #pragma unroll
     for (int i = 0; i < RR; i++)
@@ -162,23 +194,30 @@ __device__ void attention_queries(const Attention &at, const float *dy, const fl
         for (int c = 0; c < RD; c++) dq[i][c] = 0.0f;
     const int last = at.causal != 0 && q0 + R < length ? q0 + R : length;
     for (int k0 = 0; k0 < last; k0 += R) {
-        load_rows<D, R>(ks, own + at.dim, stride, k0, length, width);
-        load_rows<D, R>(vs, own + 2 * (i64)at.dim, stride, k0, length, width);
-        __syncthreads();
         float s[RR][RR], dp[RR][RR];
 #pragma unroll
         for (int i = 0; i < RR; i++)
 #pragma unroll
             for (int j = 0; j < RR; j++) s[i][j] = dp[i][j] = 0.0f;
+        for (int d0 = 0; d0 < D; d0 += C) {
+            if (!WHOLE) {
+                load_rows<C, R>(qs, own + d0, stride, q0, length, width - d0);
+                load_rows<C, R>(gs, up + d0, at.dim, q0, length, width - d0);
+            }
+            load_rows<C, R>(ks, keys + d0, stride, k0, length, width - d0);
+            load_rows<C, R>(vs, values + d0, stride, k0, length, width - d0);
+            __syncthreads();
 #pragma unroll 4
-        for (int d = 0; d < D; d++)
+            for (int d = 0; d < C; d++)
 #pragma unroll
-            for (int i = 0; i < RR; i++)
+                for (int i = 0; i < RR; i++)
 #pragma unroll
-                for (int j = 0; j < RR; j++) {
-                    s[i][j] = fmaf(qs[d][ty * RR + i], ks[d][tx * RR + j], s[i][j]);
-                    dp[i][j] = fmaf(gs[d][ty * RR + i], vs[d][tx * RR + j], dp[i][j]);
-                }
+                    for (int j = 0; j < RR; j++) {
+                        s[i][j] = fmaf(qs[d][ty * RR + i], ks[d][tx * RR + j], s[i][j]);
+                        dp[i][j] = fmaf(gs[d][ty * RR + i], vs[d][tx * RR + j], dp[i][j]);
+                    }
+            if (!WHOLE) __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < RR; i++) {
             const int query = q0 + ty * RR + i;
@@ -198,13 +237,21 @@ __device__ void attention_queries(const Attention &at, const float *dy, const fl
             }
         }
         __syncthreads();
+#pragma unroll
+        for (int d0 = 0; d0 < D; d0 += C) {
+            if (!WHOLE) {
+                load_rows<C, R>(ks, keys + d0, stride, k0, length, width - d0);
+                __syncthreads();
+            }
 #pragma unroll 4
-        for (int k = 0; k < R; k++)
+            for (int k = 0; k < R; k++)
 #pragma unroll
-            for (int i = 0; i < RR; i++)
+                for (int i = 0; i < RR; i++)
 #pragma unroll
-                for (int c = 0; c < RD; c++) dq[i][c] = fmaf(ds[k][ty * RR + i], ks[tx + 16 * c][k], dq[i][c]);
-        __syncthreads();
+                    for (int c = 0; c < C / 16; c++)
+                        dq[i][d0 / 16 + c] = fmaf(ds[k][ty * RR + i], ks[tx + 16 * c][k], dq[i][d0 / 16 + c]);
+            __syncthreads();
+        }
     }
 #pragma unroll
     for (int i = 0; i < RR; i++) {
@@ -219,43 +266,54 @@ __device__ void attention_queries(const Attention &at, const float *dy, const fl
 }
 
 // Gradients of the keys and values of a tile: ds^T Q scale, and dropped p^T dy.
-template <int D, int R>
+template <int D, int R, int C>
 __device__ void attention_keys(const Attention &at, const float *dy, const float *stats, const float *delta,
                                float *dqkv, int add) {
     const int RR = R / 16, RD = D / 16;
-    __shared__ float qs[D][R + 4], gs[D][R + 4], ks[D][R + 4], vs[D][R + 4], ds[R][R + 4], ps[R][R + 4];
-    const u32 *tile = at.tiles + 4 * blockIdx.x;
+    const bool WHOLE = C == D;
+    __shared__ float qs[C][R + 4], gs[C][R + 4], ks[C][R + 4], vs[C][R + 4], ds[R][R + 4], ps[R][R + 4];
+    const u32 *tile = at.tiles + 4 * (i64)blockIdx.x;
     const int start = tile[0], length = tile[1], k0 = tile[2], head = blockIdx.y, width = at.dim / at.heads;
     const u32 position = tile[3] + (u32)head * (u32)length * (u32)length;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 stride = 3 * (i64)at.dim;
     const float *own = at.qkv + start * stride + head * width;
-    load_rows<D, R>(ks, own + at.dim, stride, k0, length, width);
-    load_rows<D, R>(vs, own + 2 * (i64)at.dim, stride, k0, length, width);
+    const float *up = dy + start * (i64)at.dim + head * width, *keys = own + at.dim, *values = own + 2 * (i64)at.dim;
+    if (WHOLE) {
+        load_rows<C, R>(ks, keys, stride, k0, length, width);
+        load_rows<C, R>(vs, values, stride, k0, length, width);
+    }
     float dk[RR][RD], dv[RR][RD];
 #pragma unroll
     for (int i = 0; i < RR; i++)
 #pragma unroll
         for (int c = 0; c < RD; c++) dk[i][c] = dv[i][c] = 0.0f;
     for (int q0 = at.causal != 0 ? k0 : 0; q0 < length; q0 += R) {
-        load_rows<D, R>(qs, own, stride, q0, length, width);
-        load_rows<D, R>(gs, dy + start * (i64)at.dim + head * width, at.dim, q0, length, width);
-        __syncthreads();
         float s[RR][RR], dp[RR][RR];
 #pragma unroll
         for (int i = 0; i < RR; i++)
 #pragma unroll
             for (int j = 0; j < RR; j++) s[i][j] = dp[i][j] = 0.0f;
-        // As in the queries' kernel: the same products in the same order.
+        for (int d0 = 0; d0 < D; d0 += C) {
+            load_rows<C, R>(qs, own + d0, stride, q0, length, width - d0);
+            load_rows<C, R>(gs, up + d0, at.dim, q0, length, width - d0);
+            if (!WHOLE) {
+                load_rows<C, R>(ks, keys + d0, stride, k0, length, width - d0);
+                load_rows<C, R>(vs, values + d0, stride, k0, length, width - d0);
+            }
+            __syncthreads();
+            // As in the queries' kernel: the same products in the same order.
 #pragma unroll 4
-        for (int d = 0; d < D; d++)
+            for (int d = 0; d < C; d++)
 #pragma unroll
-            for (int i = 0; i < RR; i++)
+                for (int i = 0; i < RR; i++)
 #pragma unroll
-                for (int j = 0; j < RR; j++) {
-                    s[i][j] = fmaf(qs[d][tx * RR + j], ks[d][ty * RR + i], s[i][j]);
-                    dp[i][j] = fmaf(gs[d][tx * RR + j], vs[d][ty * RR + i], dp[i][j]);
-                }
+                    for (int j = 0; j < RR; j++) {
+                        s[i][j] = fmaf(qs[d][tx * RR + j], ks[d][ty * RR + i], s[i][j]);
+                        dp[i][j] = fmaf(gs[d][tx * RR + j], vs[d][ty * RR + i], dp[i][j]);
+                    }
+            if (!WHOLE) __syncthreads();
+        }
 #pragma unroll
         for (int i = 0; i < RR; i++) {
             const int k = k0 + ty * RR + i;
@@ -277,16 +335,25 @@ __device__ void attention_keys(const Attention &at, const float *dy, const float
             }
         }
         __syncthreads();
+#pragma unroll
+        for (int d0 = 0; d0 < D; d0 += C) {
+            if (!WHOLE) {
+                load_rows<C, R>(qs, own + d0, stride, q0, length, width - d0);
+                load_rows<C, R>(gs, up + d0, at.dim, q0, length, width - d0);
+                __syncthreads();
+            }
 #pragma unroll 4
-        for (int q = 0; q < R; q++)
+            for (int q = 0; q < R; q++)
 #pragma unroll
-            for (int i = 0; i < RR; i++)
+                for (int i = 0; i < RR; i++)
 #pragma unroll
-                for (int c = 0; c < RD; c++) {
-                    dk[i][c] = fmaf(ds[q][ty * RR + i], qs[tx + 16 * c][q], dk[i][c]);
-                    dv[i][c] = fmaf(ps[q][ty * RR + i], gs[tx + 16 * c][q], dv[i][c]);
-                }
-        __syncthreads();
+                    for (int c = 0; c < C / 16; c++) {
+                        const int at_c = d0 / 16 + c;
+                        dk[i][at_c] = fmaf(ds[q][ty * RR + i], qs[tx + 16 * c][q], dk[i][at_c]);
+                        dv[i][at_c] = fmaf(ps[q][ty * RR + i], gs[tx + 16 * c][q], dv[i][at_c]);
+                    }
+            __syncthreads();
+        }
     }
 #pragma unroll
     for (int i = 0; i < RR; i++) {
@@ -304,55 +371,68 @@ __device__ void attention_keys(const Attention &at, const float *dy, const float
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_forward_16(const Attention at, float *y, float *stats) {
-    attention_forward<16, 64, 32>(at, y, stats);
+    attention_forward<16, 64, 32, 16>(at, y, stats);
 }
 extern "C" __global__ void __launch_bounds__(256) attention_forward_32(const Attention at, float *y, float *stats) {
-    attention_forward<32, 64, 32>(at, y, stats);
+    attention_forward<32, 64, 32, 32>(at, y, stats);
 }
 extern "C" __global__ void __launch_bounds__(256) attention_forward_64(const Attention at, float *y, float *stats) {
-    attention_forward<64, 64, 32>(at, y, stats);
+    attention_forward<64, 64, 32, 64>(at, y, stats);
 }
 extern "C" __global__ void __launch_bounds__(256) attention_forward_128(const Attention at, float *y, float *stats) {
-    attention_forward<128, 32, 16>(at, y, stats);
+    attention_forward<128, 32, 16, 128>(at, y, stats);
+}
+extern "C" __global__ void __launch_bounds__(256) attention_forward_256(const Attention at, float *y, float *stats) {
+    attention_forward<256, 32, 32, 64>(at, y, stats);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     attention_queries_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                          int add) {
-    attention_queries<16, 32>(at, dy, stats, delta, dqkv, add);
+    attention_queries<16, 32, 16>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_keys_16(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                       int add) {
-    attention_keys<16, 32>(at, dy, stats, delta, dqkv, add);
+    attention_keys<16, 32, 16>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_queries_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                          int add) {
-    attention_queries<32, 32>(at, dy, stats, delta, dqkv, add);
+    attention_queries<32, 32, 32>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_keys_32(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                       int add) {
-    attention_keys<32, 32>(at, dy, stats, delta, dqkv, add);
+    attention_keys<32, 32, 32>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_queries_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                          int add) {
-    attention_queries<64, 32>(at, dy, stats, delta, dqkv, add);
+    attention_queries<64, 32, 64>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_keys_64(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
                       int add) {
-    attention_keys<64, 32>(at, dy, stats, delta, dqkv, add);
+    attention_keys<64, 32, 64>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_queries_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
-                          int add) {
-    attention_queries<128, 16>(at, dy, stats, delta, dqkv, add);
+                         int add) {
+    attention_queries<128, 16, 128>(at, dy, stats, delta, dqkv, add);
 }
 extern "C" __global__ void __launch_bounds__(256)
     attention_keys_128(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
-                       int add) {
-    attention_keys<128, 16>(at, dy, stats, delta, dqkv, add);
+                      int add) {
+    attention_keys<128, 16, 128>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_queries_256(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                         int add) {
+    attention_queries<256, 16, 128>(at, dy, stats, delta, dqkv, add);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    attention_keys_256(const Attention at, const float *dy, const float *stats, const float *delta, float *dqkv,
+                      int add) {
+    attention_keys<256, 16, 128>(at, dy, stats, delta, dqkv, add);
 }

@@ -3,12 +3,12 @@
 //! Probabilities are never stored: of each row and head two numbers are kept, from which the backward pass makes them
 //! anew, tile by tile, in the order of a fixed loop.
 
-use super::{Dropout, Store, grid_y, halves, int, mask, product, same_device, warps};
+use super::{Dropout, Placed, Store, given, grid_y, halves, int, mask, product, warps};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
 /// The widest head there is a kernel for.
-pub const WIDEST_HEAD: usize = 128;
+pub const WIDEST_HEAD: usize = 256;
 
 /// Which rows belong together, and which may be attended to.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl Sequences {
 
     /// Tiles of so many rows: first row and length of the sequence, first row in it, and where its probabilities
     /// begin (modulo 2³², by which dropout goes).
-    fn tiles(&self, device: &Device, heads: u32, side: usize) -> Result<Buffer<u32>, CudaError> {
+    fn tiles(&self, heads: u32, side: usize) -> Vec<u32> {
         let mut tiles = Vec::new();
         let mut position = 0_u32;
         for window in self.offsets.windows(2) {
@@ -72,7 +72,7 @@ impl Sequences {
             }
             position = position.wrapping_add(heads.wrapping_mul(length).wrapping_mul(length));
         }
-        Buffer::from_slice(device, &tiles)
+        tiles
     }
 }
 
@@ -100,7 +100,9 @@ impl AttentionShape {
             });
         }
         let width = self.dim / self.heads;
-        let compiled = [16, 32, 64, WIDEST_HEAD].into_iter().find(|&d| d >= width);
+        let compiled = [16, 32, 64, 128, WIDEST_HEAD]
+            .into_iter()
+            .find(|&d| d >= width);
         compiled.ok_or(CudaError::TooLarge {
             what: "width of a head",
             got: width,
@@ -108,39 +110,75 @@ impl AttentionShape {
         })
     }
 
-    /// As the kernel's `Attention`.
-    fn words(
+    /// Checks all that a pass is given, each with as many values a row, and makes what its kernels take: their width,
+    /// the tiles of so many rows as `side` says of that width, and the kernel's `Attention`.
+    fn pass(
         &self,
+        device: &Device,
         qkv: View<'_, f32>,
         sequences: &Sequences,
-        tiles: &Buffer<u32>,
-    ) -> Result<Vec<u32>, CudaError> {
+        others: &[(&'static str, &dyn Placed, usize)],
+        side: impl Fn(usize) -> usize,
+    ) -> Result<Option<Pass>, CudaError> {
+        let width = self.compiled()?;
         let (rate, key) = mask(self.dropout)?;
+        let (heads, dim) = (int("heads", self.heads)?, int("width", self.dim)?);
+        let grid_heads = grid_y("heads", self.heads)?;
+        let rows = sequences.rows;
+        let mut all = vec![("qkv", &qkv as &dyn Placed, 3 * self.dim)];
+        all.extend_from_slice(others);
+        for (_, _, values) in &mut all {
+            *values = product("values of rows", &[rows, *values])?;
+        }
+        if let Some(keys) = &sequences.keys {
+            all.push(("keys", keys, rows));
+        }
+        given(device, &all)?;
+        let pairs = product("rows and heads", &[rows, self.heads])?;
+        int("rows and heads", pairs)?;
+        let tiles = sequences.tiles(heads, side(width));
+        let grid = (int("tiles of attention", tiles.len() / 4)?, grid_heads);
+        if tiles.is_empty() {
+            return Ok(None);
+        }
+        let tiles = Buffer::from_slice(device, &tiles)?;
         let scale = 1.0 / ((self.dim / self.heads) as f32).sqrt();
         let keys = sequences.keys.as_ref().map_or(0, |k| k.view().address());
         let addresses = [qkv.address(), keys, tiles.view().address()];
         let numbers = [
-            int("heads", self.heads)?,
-            int("width", self.dim)?,
+            heads,
+            dim,
             u32::from(self.causal),
             0,
             scale.to_bits(),
             rate.to_bits(),
         ];
-        Ok(addresses
+        let words = addresses
             .into_iter()
             .flat_map(halves)
             .chain(numbers)
-            .chain(halves(key))
-            .collect())
+            .chain(halves(key));
+        Ok(Some(Pass {
+            width,
+            grid,
+            pairs,
+            words: words.collect(),
+            _tiles: tiles,
+        }))
     }
+}
 
-    fn check(&self, rows: usize, all: &[(&'static str, usize, usize)]) -> Result<(), CudaError> {
-        for &(what, len, factor) in all {
-            CudaError::check(what, product("rows", &[rows, factor])?, len)?;
-        }
-        Ok(())
-    }
+/// What the kernels of a pass take.
+struct Pass {
+    /// The width of heads that they are compiled for.
+    width: usize,
+    /// Tiles and heads.
+    grid: (u32, u32),
+    /// Rows times heads.
+    pairs: usize,
+    /// As the kernel's `Attention`, which points at the tiles.
+    words: Vec<u32>,
+    _tiles: Buffer<u32>,
 }
 
 /// `y = dropout(softmax(Q Kᵀ / √(dim/heads))) V` for each sequence and head.
@@ -161,29 +199,20 @@ pub fn forward(
     y: ViewMut<'_, f32>,
     kept: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("qkv", &qkv), ("y", &y), ("kept", &kept)])?;
-    let width = shape.compiled()?;
-    let all = [
-        ("qkv", qkv.len(), 3 * shape.dim),
-        ("y", y.len(), shape.dim),
-        ("kept", kept.len(), 2 * shape.heads),
+    let given: [(_, &dyn Placed, _); 2] = [
+        ("y", &y, shape.dim),
+        ("kept", &kept, shape.heads.saturating_mul(2)),
     ];
-    shape.check(sequences.rows, &all)?;
-    let side = if width == WIDEST_HEAD { 32 } else { 64 };
-    let tiles = sequences.tiles(device, int("heads", shape.heads)?, side)?;
-    if tiles.is_empty() {
+    let side = |width| if width > 64 { 32 } else { 64 };
+    let Some(pass) = shape.pass(device, qkv, sequences, &given, side)? else {
         return Ok(());
-    }
-    let words = shape.words(qkv, sequences, &tiles)?;
-    let grid = (
-        int("tiles of attention", tiles.len() / 4)?,
-        grid_y("heads", shape.heads)?,
-    );
+    };
     let arguments = Arguments::new()
-        .structure(&words)
+        .structure(&pass.words)
         .view_mut(&y)
         .view_mut(&kept);
-    device.launch(&format!("attention_forward_{width}"), grid, 256, &arguments)
+    let kernel = format!("attention_forward_{}", pass.width);
+    device.launch(&kernel, pass.grid, 256, &arguments)
 }
 
 /// Writes to `dqkv`, or adds to it, the gradient for an upstream gradient `dy`, given `y` and what [`forward`] kept.
@@ -201,31 +230,19 @@ pub fn backward(
     dy: View<'_, f32>,
     (dqkv, store): (ViewMut<'_, f32>, Store),
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("qkv", &qkv),
-            ("y", &y),
-            ("kept", &kept),
-            ("dy", &dy),
-            ("dqkv", &dqkv),
-        ],
-    )?;
-    let width = shape.compiled()?;
-    let all = [
-        ("qkv", qkv.len(), 3 * shape.dim),
-        ("y", y.len(), shape.dim),
-        ("kept", kept.len(), 2 * shape.heads),
-        ("dy", dy.len(), shape.dim),
-        ("dqkv", dqkv.len(), 3 * shape.dim),
+    let given: [(_, &dyn Placed, _); 4] = [
+        ("y", &y, shape.dim),
+        ("kept", &kept, shape.heads.saturating_mul(2)),
+        ("dy", &dy, shape.dim),
+        ("dqkv", &dqkv, shape.dim.saturating_mul(3)),
     ];
-    shape.check(sequences.rows, &all)?;
-    let side = if width == WIDEST_HEAD { 16 } else { 32 };
-    let tiles = sequences.tiles(device, int("heads", shape.heads)?, side)?;
-    if tiles.is_empty() {
+    let side = |width| if width > 64 { 16 } else { 32 };
+    let Some(pass) = shape.pass(device, qkv, sequences, &given, side)? else {
         return Ok(());
-    }
-    let pairs = sequences.rows * shape.heads;
+    };
+    let Pass {
+        width, grid, pairs, ..
+    } = pass;
     let mut delta = Buffer::<f32>::uninitialised(device, pairs)?;
     let arguments = Arguments::new()
         .view(dy)
@@ -235,13 +252,8 @@ pub fn backward(
         .int(int("rows and heads", pairs)?)
         .int(int("width", shape.dim / shape.heads)?);
     warps(device, "attention_delta", pairs, &arguments)?;
-    let words = shape.words(qkv, sequences, &tiles)?;
-    let grid = (
-        int("tiles of attention", tiles.len() / 4)?,
-        grid_y("heads", shape.heads)?,
-    );
     let arguments = Arguments::new()
-        .structure(&words)
+        .structure(&pass.words)
         .view(dy)
         .view(kept)
         .view(delta.view())

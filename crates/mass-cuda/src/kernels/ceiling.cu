@@ -10,5 +10,5 @@ extern "C" __global__ void __launch_bounds__(256) multiply_adds(float *y, int lo
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; i++) sum += chain[i];
-    y[blockIdx.x * 256 + threadIdx.x] = sum;
+    y[(i64)blockIdx.x * 256 + threadIdx.x] = sum;
 }

@@ -1,6 +1,6 @@
 //! What the device can do at most, to compare kernels with.
 
-use super::{int, rows_of, same_device};
+use super::{given, int, rows_of};
 use crate::driver::Arguments;
 use crate::{CudaError, Device, ViewMut};
 
@@ -19,7 +19,7 @@ pub fn multiply_adds(
     factor: f32,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("y", &y)])?;
+    given(device, &[("y", &y, y.len())])?;
     let blocks = int("blocks", rows_of("y", y.len(), 256)?)?;
     match blocks {
         0 => Ok(()),

@@ -1,6 +1,6 @@
 //! Softmax cross-entropy against class indices.
 
-use super::{Store, each, int, product, same_device, warps};
+use super::{Store, each, given, int, product, warps};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -25,7 +25,8 @@ impl Targets {
     }
 }
 
-/// `probs = softmax(logits)` row by row, and `nll = -ln probs[target]`, in nats.
+/// `probs = softmax(logits)` row by row, and `nll = -ln probs[target]`, in nats. A row with a logit that is NaN or +∞, or
+/// of which every logit is -∞, gives NaN, as on the CPU; a class with -∞ among others is merely unlikely.
 ///
 /// # Errors
 /// [`CudaError::Length`] if there is not one row a target, [`CudaError::Call`], [`CudaError::OtherDevice`].
@@ -37,20 +38,17 @@ pub fn forward(
     nll: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
     let (ids, classes) = (targets.ids.view(), targets.classes);
-    same_device(
-        device,
-        &[
-            ("logits", &logits),
-            ("targets", &ids),
-            ("probs", &probs),
-            ("nll", &nll),
-        ],
-    )?;
     let rows = ids.len();
     let n = product("logits", &[rows, classes])?;
-    CudaError::check("logits", n, logits.len())?;
-    CudaError::check("probs", n, probs.len())?;
-    CudaError::check("nll", rows, nll.len())?;
+    given(
+        device,
+        &[
+            ("logits", &logits, n),
+            ("targets", &ids, rows),
+            ("probs", &probs, n),
+            ("nll", &nll, rows),
+        ],
+    )?;
     let arguments = Arguments::new()
         .view(logits)
         .view(ids)
@@ -75,13 +73,15 @@ pub fn backward(
     store: Store,
 ) -> Result<(), CudaError> {
     let (ids, classes) = (targets.ids.view(), targets.classes);
-    same_device(
-        device,
-        &[("probs", &probs), ("targets", &ids), ("dlogits", &dlogits)],
-    )?;
     let n = product("probs", &[ids.len(), classes])?;
-    CudaError::check("probs", n, probs.len())?;
-    CudaError::check("dlogits", n, dlogits.len())?;
+    given(
+        device,
+        &[
+            ("probs", &probs, n),
+            ("targets", &ids, ids.len()),
+            ("dlogits", &dlogits, n),
+        ],
+    )?;
     let arguments = Arguments::new()
         .view(probs)
         .view(ids)
@@ -99,8 +99,7 @@ pub fn backward(
 /// # Errors
 /// [`CudaError::Length`] if `mean` is not one value, [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn mean(device: &Device, x: View<'_, f32>, mean: ViewMut<'_, f32>) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("mean", &mean)])?;
-    CudaError::check("mean", 1, mean.len())?;
+    given(device, &[("x", &x, x.len()), ("mean", &mean, 1)])?;
     device.launch(
         "mean_of",
         (1, 1),

@@ -1,6 +1,6 @@
 //! Sums over vectors and over columns, in two stages of one fixed order.
 
-use super::{grid_y, halves, int, rows_of, same_device};
+use super::{given, grid_y, halves, int, product, rows_of};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -23,8 +23,13 @@ pub fn dots(
     let mut table = Vec::with_capacity(8 * pairs.len());
     let mut blocks = 0_usize;
     for (a, b) in pairs {
-        same_device(device, &[("first of a pair", a), ("second of a pair", b)])?;
-        CudaError::check("second of a pair", a.len(), b.len())?;
+        given(
+            device,
+            &[
+                ("first of a pair", a, a.len()),
+                ("second of a pair", b, a.len()),
+            ],
+        )?;
         table.extend(
             [a.address(), b.address(), a.len() as u64]
                 .into_iter()
@@ -82,13 +87,21 @@ pub struct ColumnSum<'a> {
 pub fn column_sums(device: &Device, jobs: Vec<ColumnSum<'_>>) -> Result<(), CudaError> {
     let mut table = Vec::with_capacity(12 * jobs.len());
     let (mut blocks, mut parts, mut widest, mut count) = (0_usize, 0_usize, 0_usize, 0_usize);
-    for job in jobs.iter().filter(|job| !job.y.is_empty()) {
-        same_device(device, &[("x", &job.x), ("y", &job.y)])?;
-        let cols = job.y.len();
-        let rows = rows_of("x of column sums", job.x.len(), cols)?;
+    for job in &jobs {
+        let (n, cols) = (job.x.len(), job.y.len());
+        let rows = rows_of("x of column sums", n, cols)?;
+        given(
+            device,
+            &[
+                ("x of column sums", &job.x, n),
+                ("column sums", &job.y, cols),
+            ],
+        )?;
         if let Some(times) = &job.times {
-            same_device(device, &[("factor of column sums", times)])?;
-            CudaError::check("factor of column sums", job.x.len(), times.len())?;
+            given(device, &[("factor of column sums", times, n)])?;
+        }
+        if cols == 0 {
+            continue;
         }
         let longs = [
             job.x.address(),
@@ -104,32 +117,28 @@ pub fn column_sums(device: &Device, jobs: Vec<ColumnSum<'_>>) -> Result<(), Cuda
         table.extend([int("rows", rows)?, width, width, job.store.add()]);
         table.extend(first);
         blocks += rows.div_ceil(256) * cols.div_ceil(256);
-        parts += rows.div_ceil(256) * cols;
+        parts += product("partial sums", &[rows.div_ceil(256), cols])?;
         widest = widest.max(cols);
         count += 1;
     }
     if count == 0 {
         return Ok(());
     }
-    let table = Buffer::from_slice(device, &table)?;
     int("partial sums", parts)?;
-    let mut parts = Buffer::<f32>::uninitialised(device, parts)?;
-    if blocks > 0 {
-        let arguments = Arguments::new()
-            .view(table.view())
-            .int(int("jobs", count)?)
-            .view_mut(&parts.view_mut());
-        device.launch(
-            "column_parts",
-            (int("blocks of column sums", blocks)?, 1),
-            256,
-            &arguments,
-        )?;
-    }
+    let all = int("blocks of column sums", blocks)?;
     let grid = (
         int("columns", widest.div_ceil(256))?,
         grid_y("column sums", count)?,
     );
+    let table = Buffer::from_slice(device, &table)?;
+    let mut parts = Buffer::<f32>::uninitialised(device, parts)?;
+    if blocks > 0 {
+        let arguments = Arguments::new()
+            .view(table.view())
+            .int(grid.1)
+            .view_mut(&parts.view_mut());
+        device.launch("column_parts", (all, 1), 256, &arguments)?;
+    }
     device.launch(
         "column_sums",
         grid,

@@ -1,6 +1,6 @@
 //! Values one by one.
 
-use super::{Dropout, Store, each, int, mask, rows_of, same_device};
+use super::{Dropout, Store, each, given, int, mask, rows_of, within};
 use crate::driver::Arguments;
 use crate::{CudaError, Device, View, ViewMut};
 
@@ -9,7 +9,7 @@ use crate::{CudaError, Device, View, ViewMut};
 /// # Errors
 /// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn fill(device: &Device, value: f32, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
-    same_device(device, &[("y", &y)])?;
+    given(device, &[("y", &y, y.len())])?;
     each(
         device,
         "fill",
@@ -23,7 +23,7 @@ pub fn fill(device: &Device, value: f32, y: ViewMut<'_, f32>) -> Result<(), Cuda
 /// # Errors
 /// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn scale(device: &Device, factor: f32, y: ViewMut<'_, f32>) -> Result<(), CudaError> {
-    same_device(device, &[("y", &y)])?;
+    given(device, &[("y", &y, y.len())])?;
     each(
         device,
         "scale",
@@ -42,8 +42,7 @@ pub fn add_scaled(
     x: View<'_, f32>,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("y", &y)])?;
-    CudaError::check("x", y.len(), x.len())?;
+    given(device, &[("x", &x, y.len()), ("y", &y, y.len())])?;
     let arguments = Arguments::new()
         .view(x)
         .view_mut(&y)
@@ -63,7 +62,7 @@ pub fn add_into(device: &Device, x: View<'_, f32>, y: ViewMut<'_, f32>) -> Resul
 /// `y = a + x ⊙ mask`, with all of `x` without a mask.
 ///
 /// # Errors
-/// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a rate that is not above zero,
+/// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a rate outside of (0, 1],
 /// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn sum(
     device: &Device,
@@ -72,9 +71,10 @@ pub fn sum(
     x: View<'_, f32>,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("a", &a), ("x", &x), ("y", &y)])?;
-    CudaError::check("a", y.len(), a.len())?;
-    CudaError::check("x", y.len(), x.len())?;
+    given(
+        device,
+        &[("a", &a, y.len()), ("x", &x, y.len()), ("y", &y, y.len())],
+    )?;
     let (rate, key) = mask(dropout)?;
     let arguments = Arguments::new()
         .view(a)
@@ -97,8 +97,7 @@ pub fn masked(
     y: ViewMut<'_, f32>,
     store: Store,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("y", &y)])?;
-    CudaError::check("x", y.len(), x.len())?;
+    given(device, &[("x", &x, y.len()), ("y", &y, y.len())])?;
     let (rate, key) = mask(dropout)?;
     let arguments = Arguments::new()
         .view(x)
@@ -119,8 +118,7 @@ pub fn tanh_forward(
     x: View<'_, f32>,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("y", &y)])?;
-    CudaError::check("x", y.len(), x.len())?;
+    given(device, &[("x", &x, y.len()), ("y", &y, y.len())])?;
     each(
         device,
         "tanh_forward",
@@ -140,9 +138,14 @@ pub fn tanh_backward(
     dx: ViewMut<'_, f32>,
     store: Store,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("y", &y), ("dy", &dy), ("dx", &dx)])?;
-    CudaError::check("y", dx.len(), y.len())?;
-    CudaError::check("dy", dx.len(), dy.len())?;
+    given(
+        device,
+        &[
+            ("y", &y, dx.len()),
+            ("dy", &dy, dx.len()),
+            ("dx", &dx, dx.len()),
+        ],
+    )?;
     let arguments = Arguments::new()
         .view(y)
         .view(dy)
@@ -164,8 +167,14 @@ pub fn scale_columns(
     y: ViewMut<'_, f32>,
     store: Store,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("factor", &factor), ("y", &y)])?;
-    CudaError::check("y", x.len(), y.len())?;
+    given(
+        device,
+        &[
+            ("x", &x, x.len()),
+            ("factor", &factor, factor.len()),
+            ("y", &y, x.len()),
+        ],
+    )?;
     rows_of("x", x.len(), factor.len())?;
     let cols = int("columns", factor.len())?;
     let arguments = Arguments::new()
@@ -181,15 +190,22 @@ pub fn scale_columns(
 /// `average = keep average + (1 - keep) x`: an exponential moving average.
 ///
 /// # Errors
-/// [`CudaError::Length`] if there are not as many, [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if there are not as many, [`CudaError::Setting`] for a share outside of [0, 1],
+/// [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn moving_average(
     device: &Device,
     keep: f32,
     x: View<'_, f32>,
     average: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("average", &average)])?;
-    CudaError::check("x", average.len(), x.len())?;
+    given(
+        device,
+        &[
+            ("x", &x, average.len()),
+            ("average", &average, average.len()),
+        ],
+    )?;
+    within("keep of an average", keep, 0.0..=1.0, "in [0, 1]")?;
     let n = average.len();
     let arguments = Arguments::new()
         .view(x)
@@ -210,8 +226,11 @@ pub fn running_mean(
     x: View<'_, f32>,
     mean: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("mean", &mean)])?;
-    CudaError::check("x", mean.len(), x.len())?;
+    given(
+        device,
+        &[("x", &x, mean.len()), ("mean", &mean, mean.len())],
+    )?;
+    within("share of an average", share, 0.0..=1.0, "in [0, 1]")?;
     let n = mean.len();
     each(
         device,

@@ -1,6 +1,6 @@
 //! Rows of tables: embeddings, and rows picked out of a matrix.
 
-use super::{Store, each, int, product, same_device};
+use super::{Placed, Store, each, given, int, product};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -91,12 +91,23 @@ impl Index {
         self.ids.view()
     }
 
-    /// Width of the rows of an output of this length.
-    fn width(&self, what: &'static str, len: usize, table: usize) -> Result<usize, CudaError> {
-        let width = table.checked_div(self.entries).unwrap_or(0);
-        CudaError::check("table", product("table", &[width, self.entries])?, table)?;
-        CudaError::check(what, product("rows", &[width, self.len()])?, len)?;
-        Ok(width)
+    /// Checks a table and its picked rows; their width.
+    fn width(
+        &self,
+        device: &Device,
+        (what, rows): (&'static str, &dyn Placed),
+        table: &dyn Placed,
+    ) -> Result<u32, CudaError> {
+        let width = table.values().checked_div(self.entries).unwrap_or(0);
+        given(
+            device,
+            &[
+                ("table", table, product("table", &[width, self.entries])?),
+                (what, rows, product("rows", &[width, self.len()])?),
+                ("index", &self.ids, self.len()),
+            ],
+        )?;
+        int("width", width)
     }
 }
 
@@ -111,19 +122,17 @@ pub fn forward(
     y: ViewMut<'_, f32>,
     store: Store,
 ) -> Result<(), CudaError> {
-    let ids = index.ids.view();
-    same_device(device, &[("table", &table), ("indices", &ids), ("y", &y)])?;
-    let d = index.width("y", y.len(), table.len())?;
+    let width = index.width(device, ("y", &y), &table)?;
     let arguments = Arguments::new()
         .view(table)
-        .view(ids)
+        .view(index.ids())
         .view_mut(&y)
         .long(y.len());
     each(
         device,
         "embedding_forward",
         y.len(),
-        &arguments.int(int("width", d)?).int(store.add()),
+        &arguments.int(width).int(store.add()),
     )
 }
 
@@ -139,38 +148,26 @@ pub fn backward(
     dtable: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
     let (list, starts) = (index.list.view(), index.starts.view());
-    same_device(
-        device,
-        &[("dy", &dy), ("indices", &list), ("dtable", &dtable)],
-    )?;
-    let d = index.width("dy", dy.len(), dtable.len())?;
+    let width = index.width(device, ("dy", &dy), &dtable)?;
+    let d = width as usize;
+    let across = super::grid_y("width in blocks", d.div_ceil(256))?;
     if dy.is_empty() {
         return Ok(());
     }
-    let (width, count) = (int("width", d)?, starts.len() - 1);
-    let across = super::grid_y("width in blocks", d.div_ceil(256))?;
-    let mut parts = Buffer::<f32>::uninitialised(device, product("partial sums", &[count, d])?)?;
+    let pieces = starts.len() - 1;
+    let mut parts = Buffer::<f32>::uninitialised(device, product("partial sums", &[pieces, d])?)?;
+    let (pieces, used) = (int("pieces", pieces)?, int("entries", index.used.len())?);
     let arguments = Arguments::new()
         .view(dy)
         .view(list)
         .view(starts)
         .view_mut(&parts.view_mut())
         .int(width);
-    device.launch(
-        "embedding_parts",
-        (int("pieces", count)?, across),
-        256,
-        &arguments,
-    )?;
+    device.launch("embedding_parts", (pieces, across), 256, &arguments)?;
     let arguments = Arguments::new()
         .view(parts.view())
         .view(index.used.view())
         .view(index.pieces.view());
     let arguments = arguments.view_mut(&dtable).int(width);
-    device.launch(
-        "embedding_sums",
-        (int("entries", index.used.len())?, across),
-        256,
-        &arguments,
-    )
+    device.launch("embedding_sums", (used, across), 256, &arguments)
 }

@@ -3,7 +3,7 @@
 //! `c (+)= epilogue(alpha a b)` for each of a table of jobs, in one launch. Each value is one chain of fused
 //! multiply-adds over k, in order, whatever the sizes: the same bits for any tile and any other jobs beside it.
 
-use super::{Activation, Store, halves, int, product, same_device};
+use super::{Activation, Store, given, halves, int, product, same_device};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -208,20 +208,15 @@ impl<'a> Job<'a> {
         )?;
         match &self.rows {
             None => CudaError::check("rows of a", m, self.a.rows)?,
-            Some(rows) => {
-                same_device(device, &[("picked rows", rows)])?;
-                CudaError::check("picked rows of a", m, rows.len())?;
-            }
+            Some(rows) => given(device, &[("picked rows of a", rows, m)])?,
         }
         CudaError::check("rows of b", k, self.b.rows)?;
         CudaError::check("columns of b", n, self.b.cols)?;
         if let Some(bias) = &self.epilogue.bias {
-            same_device(device, &[("bias", bias)])?;
-            CudaError::check("bias", n, bias.len())?;
+            given(device, &[("bias", bias, n)])?;
         }
         if let Some(weight) = &self.epilogue.row_weight {
-            same_device(device, &[("weights of rows", weight)])?;
-            CudaError::check("weights of rows", m, weight.len())?;
+            given(device, &[("weights of rows", weight, m)])?;
         }
         let beside = |what, values: &ViewMut<'_, f32>| {
             same_device(device, &[(what, values)])?;

@@ -23,8 +23,8 @@ extern "C" __global__ void layer_norm_forward(const float *x, const float *gamma
     const float rstd = 1.0f / sqrtf(fold_row(whole, rest, d) / (float)d + eps);
     for (int i = lane; i < d; i += 32) y[i] = (x[i] - mean) * rstd * gamma[i] + beta[i];
     if (lane == 0) {
-        stats[2 * row] = mean;
-        stats[2 * row + 1] = rstd;
+        stats[2 * (i64)row] = mean;
+        stats[2 * (i64)row + 1] = rstd;
     }
 }
 
@@ -36,7 +36,7 @@ extern "C" __global__ void layer_norm_backward(const float *x, const float *gamm
     x += (i64)row * d;
     dy += (i64)row * d;
     dx += (i64)row * d;
-    const float mean = stats[2 * row], rstd = stats[2 * row + 1];
+    const float mean = stats[2 * (i64)row], rstd = stats[2 * (i64)row + 1];
     const int whole_d = d / 32 * 32;
     float whole_a = 0.0f, rest_a = 0.0f, whole_b = 0.0f, rest_b = 0.0f;
     for (int i = lane; i < whole_d; i += 32) {
@@ -63,9 +63,9 @@ extern "C" __global__ void layer_norm_parts(const float *x, const float *stats, 
     if (col >= d) return;
     const int end = first + 256 < rows ? first + 256 : rows;
     float g = 0.0f, b = 0.0f;
-    for (int row = first; row < end; row++) {
-        float up = dy[(i64)row * d + col];
-        g += up * ((x[(i64)row * d + col] - stats[2 * row]) * stats[2 * row + 1]);
+    for (i64 row = first; row < end; row++) {
+        float up = dy[row * d + col];
+        g += up * ((x[row * d + col] - stats[2 * row]) * stats[2 * row + 1]);
         b += up;
     }
     parts[(i64)blockIdx.y * 2 * d + col] = g;

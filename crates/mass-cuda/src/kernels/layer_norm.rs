@@ -1,13 +1,14 @@
 //! Layer normalisation over the last axis.
 
-use super::{Store, grid_y, int, rows_of, same_device, warps};
+use super::{Store, given, grid_y, int, product, rows_of, warps, within};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
 /// `y = (x - mean) rstd ⊙ gamma + beta` for each row of `d`; `stats: [rows, 2]` receives mean and rstd of each row.
 ///
 /// # Errors
-/// [`CudaError::Length`] if lengths do not fit, [`CudaError::Call`], [`CudaError::OtherDevice`].
+/// [`CudaError::Length`] if lengths do not fit, [`CudaError::Setting`] for an `eps` that is negative or not finite,
+/// [`CudaError::TooLarge`], [`CudaError::Call`], [`CudaError::OtherDevice`].
 pub fn forward(
     device: &Device,
     x: View<'_, f32>,
@@ -17,31 +18,27 @@ pub fn forward(
     y: ViewMut<'_, f32>,
     stats: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("x", &x),
-            ("gamma", &gamma),
-            ("beta", &beta),
-            ("y", &y),
-            ("stats", &stats),
-        ],
-    )?;
     let d = gamma.len();
     let rows = rows_of("x", x.len(), d)?;
-    CudaError::check("beta", d, beta.len())?;
-    CudaError::check("y", x.len(), y.len())?;
-    CudaError::check("stats", 2 * rows, stats.len())?;
+    within("eps", eps, 0.0..=f32::MAX, "finite and not negative")?;
+    given(
+        device,
+        &[
+            ("x", &x, x.len()),
+            ("gamma", &gamma, d),
+            ("beta", &beta, d),
+            ("y", &y, x.len()),
+            ("stats", &stats, 2 * rows),
+        ],
+    )?;
+    let (n, width) = (int("rows", rows)?, int("width", d)?);
     let arguments = Arguments::new()
         .view(x)
         .view(gamma)
         .view(beta)
         .view_mut(&y)
         .view_mut(&stats);
-    let arguments = arguments
-        .int(int("rows", rows)?)
-        .int(int("width", d)?)
-        .float(eps);
+    let arguments = arguments.int(n).int(width).float(eps);
     warps(device, "layer_norm_forward", rows, &arguments)
 }
 
@@ -60,27 +57,31 @@ pub fn backward(
     dgamma: ViewMut<'_, f32>,
     dbeta: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[("x", &x), ("gamma", &gamma), ("stats", &stats), ("dy", &dy)],
-    )?;
-    same_device(
-        device,
-        &[("dx", &dx), ("dgamma", &dgamma), ("dbeta", &dbeta)],
-    )?;
     let d = gamma.len();
     let rows = rows_of("x", x.len(), d)?;
-    CudaError::check("stats", 2 * rows, stats.len())?;
-    for (what, len) in [("dy", dy.len()), ("dx", dx.len())] {
-        CudaError::check(what, x.len(), len)?;
-    }
-    for (what, len) in [("dgamma", dgamma.len()), ("dbeta", dbeta.len())] {
-        CudaError::check(what, d, len)?;
-    }
+    given(
+        device,
+        &[
+            ("x", &x, x.len()),
+            ("gamma", &gamma, d),
+            ("stats", &stats, 2 * rows),
+            ("dy", &dy, x.len()),
+            ("dx", &dx, x.len()),
+            ("dgamma", &dgamma, d),
+            ("dbeta", &dbeta, d),
+        ],
+    )?;
+    let (n, width) = (int("rows", rows)?, int("width", d)?);
+    let blocks = rows.div_ceil(256);
+    let (across, down) = (
+        int("width", d.div_ceil(256))?,
+        grid_y("blocks of rows", blocks)?,
+    );
     if rows == 0 {
         return Ok(());
     }
-    let (n, width) = (int("rows", rows)?, int("width", d)?);
+    let mut parts =
+        Buffer::<f32>::uninitialised(device, product("partial sums", &[blocks, 2, d])?)?;
     let arguments = Arguments::new()
         .view(x)
         .view(gamma)
@@ -89,9 +90,6 @@ pub fn backward(
         .view_mut(&dx);
     let arguments = arguments.int(n).int(width).int(store.add());
     warps(device, "layer_norm_backward", rows, &arguments)?;
-    let blocks = rows.div_ceil(256);
-    let across = int("width", d.div_ceil(256))?;
-    let mut parts = Buffer::<f32>::uninitialised(device, blocks * 2 * d)?;
     let arguments = Arguments::new()
         .view(x)
         .view(stats)
@@ -99,16 +97,11 @@ pub fn backward(
         .view_mut(&parts.view_mut())
         .int(n)
         .int(width);
-    device.launch(
-        "layer_norm_parts",
-        (across, grid_y("blocks of rows", blocks)?),
-        256,
-        &arguments,
-    )?;
+    device.launch("layer_norm_parts", (across, down), 256, &arguments)?;
     let arguments = Arguments::new()
         .view(parts.view())
         .view_mut(&dgamma)
         .view_mut(&dbeta);
-    let arguments = arguments.int(int("blocks of rows", blocks)?).int(width);
+    let arguments = arguments.int(down).int(width);
     device.launch("layer_norm_sums", (across, 1), 256, &arguments)
 }

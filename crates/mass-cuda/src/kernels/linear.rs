@@ -2,7 +2,7 @@
 
 use super::dots::{ColumnSum, column_sums};
 use super::gemm::{Epilogue, Job, Matrix, MatrixMut, run};
-use super::{Store, rows_of};
+use super::{Placed, Store, given, product, rows_of};
 use crate::{CudaError, Device, View, ViewMut};
 
 /// `y[n, out] = x[n, inp] wᵀ + b`.
@@ -18,8 +18,10 @@ pub fn forward(
     y: ViewMut<'_, f32>,
     (inp, out): (usize, usize),
 ) -> Result<(), CudaError> {
-    let n = whole(x, w, (inp, out))?;
-    CudaError::check("y", n * out, y.len())?;
+    let n = rows(device, ("x", &x, inp), ("y", &y, out), ("w", &w))?;
+    if let Some(b) = &b {
+        given(device, &[("b", b, out)])?;
+    }
     let mut job = Job::new(
         Matrix::new(x, n, inp)?,
         Matrix::new(w, out, inp)?.t(),
@@ -44,8 +46,7 @@ pub fn backward_input(
     (inp, out): (usize, usize),
     store: Store,
 ) -> Result<(), CudaError> {
-    let n = whole(dy, w, (out, inp))?;
-    CudaError::check("dx", n * inp, dx.len())?;
+    let n = rows(device, ("dy", &dy, out), ("dx", &dx, inp), ("w", &w))?;
     let job = Job::new(
         Matrix::new(dy, n, out)?,
         Matrix::new(w, out, inp)?,
@@ -67,9 +68,10 @@ pub fn backward_weight(
     (inp, out): (usize, usize),
     store: Store,
 ) -> Result<(), CudaError> {
-    let n = rows_of("x", x.len(), inp)?;
-    CudaError::check("dy", n * out, dy.len())?;
-    CudaError::check("dw", out * inp, dw.len())?;
+    let n = rows(device, ("x", &x, inp), ("dy", &dy, out), ("dw", &dw))?;
+    if let Some(db) = &db {
+        given(device, &[("db", db, out)])?;
+    }
     let job = Job::new(
         Matrix::new(dy, n, out)?.t(),
         Matrix::new(x, n, inp)?,
@@ -90,11 +92,21 @@ pub fn backward_weight(
     }
 }
 
-fn whole(
-    x: View<'_, f32>,
-    w: View<'_, f32>,
-    (width, other): (usize, usize),
+/// Checks what is given, of which the first says how many rows there are.
+fn rows(
+    device: &Device,
+    (first, x, width): (&'static str, &dyn Placed, usize),
+    (second, y, other): (&'static str, &dyn Placed, usize),
+    (matrix, w): (&'static str, &dyn Placed),
 ) -> Result<usize, CudaError> {
-    CudaError::check("w", width * other, w.len())?;
-    rows_of("rows of a linear layer", x.len(), width)
+    let n = rows_of(first, x.values(), width)?;
+    given(
+        device,
+        &[
+            (first, x, x.values()),
+            (second, y, product(second, &[n, other])?),
+            (matrix, w, product(matrix, &[width, other])?),
+        ],
+    )?;
+    Ok(n)
 }

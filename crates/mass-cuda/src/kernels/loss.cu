@@ -1,6 +1,7 @@
 // Losses: a warp a row, eight rows a block.
 
-// probs = softmax(logits), nll = -ln probs[target]
+// probs = softmax(logits), nll = -ln probs[target]. The largest begins below every number: a row of which all are -inf is
+// NaN.
 extern "C" __global__ void cross_entropy_forward(const float *logits, const u32 *targets, float *probs, float *nll,
                                                  int rows, int classes) {
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -8,7 +9,7 @@ extern "C" __global__ void cross_entropy_forward(const float *logits, const u32 
     logits += (i64)row * classes;
     probs += (i64)row * classes;
     const float picked = logits[targets[row]];
-    float most = LOWEST;
+    float most = -INFINITE;
     for (int i = lane; i < classes; i += 32) most = logits[i] > most ? logits[i] : most;
     most = warp_max(most);
     const int whole_n = classes / 32 * 32;

@@ -8,6 +8,7 @@ typedef long long i64;
 
 #define FULL 0xffffffffu
 #define LOWEST (-3.40282347e+38f)
+#define INFINITE __uint_as_float(0x7f800000u)
 
 // e^x: Cody-Waite range reduction and a polynomial of degree 6; under about 1e-38 flushed up to that value.
 __device__ float exp_of(float x) {

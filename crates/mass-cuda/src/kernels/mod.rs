@@ -1,9 +1,10 @@
-//! The kernels, each behind a function that checks every length before the launch. What they compute is what the
+//! The kernels, each behind a function that checks all it is given before the first launch. What they compute is what the
 //! functions of the same names in mass-model's `kernels` and `ops` compute, in the same order of sums where that
 //! makes sense.
 //!
-//! Every function takes the device first, and refuses views that lie on another one. All work goes to the device's
-//! one stream: a function returns when its kernels are launched, and what they do wrong shows at a later call.
+//! Every function takes the device first, and refuses views that lie on another one ([`Device::open`] twice gives two:
+//! each has a stream of its own). All work goes to the device's one stream: a function returns when its kernels are
+//! launched, and what they do wrong shows at a later call.
 
 pub mod attention;
 pub mod ceiling;
@@ -22,7 +23,7 @@ pub mod rows;
 pub mod squared_error;
 
 use crate::driver::Arguments;
-use crate::{CudaError, Device, Value, View, ViewMut};
+use crate::{Buffer, CudaError, Device, Value, View, ViewMut};
 
 /// What becomes of the values that are there before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,24 +74,44 @@ pub struct Dropout {
 fn mask(dropout: Option<Dropout>) -> Result<(f32, u64), CudaError> {
     match dropout {
         None => Ok((0.0, 0)),
-        Some(Dropout { rate, key }) if rate > 0.0 => Ok((rate, key)),
+        Some(Dropout { rate, key }) if rate > 0.0 && rate <= 1.0 => Ok((rate, key)),
         Some(Dropout { rate, .. }) => Err(CudaError::Setting {
             what: "rate of dropout",
             got: rate.to_string(),
-            wanted: "a number above 0",
+            wanted: "a number above 0 and at most 1",
         }),
     }
 }
 
-/// A size that kernels count in 32 bits.
+/// Refuses a setting that is NaN or outside of a range.
+fn within(
+    what: &'static str,
+    value: f32,
+    range: std::ops::RangeInclusive<f32>,
+    wanted: &'static str,
+) -> Result<(), CudaError> {
+    match range.contains(&value) {
+        true => Ok(()),
+        false => Err(CudaError::Setting {
+            what,
+            got: value.to_string(),
+            wanted,
+        }),
+    }
+}
+
+/// The largest size that kernels count in 32 bits: below 2³¹ by more than any kernel's step, so that a count may be
+/// rounded up to whole steps, and a loop end one step past it, within 31 bits.
+const LARGEST: usize = (1 << 31) - (1 << 16);
+
+/// A size that kernels count in 32 bits. What they make of several such sizes, they count in 64.
 fn int(what: &'static str, size: usize) -> Result<u32, CudaError> {
-    let most = i32::MAX as usize;
     match u32::try_from(size) {
-        Ok(n) if size <= most => Ok(n),
+        Ok(n) if size <= LARGEST => Ok(n),
         _ => Err(CudaError::TooLarge {
             what,
             got: size,
-            most,
+            most: LARGEST,
         }),
     }
 }
@@ -126,26 +147,41 @@ fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize, CudaErr
 /// Anything that lies on a device.
 trait Placed {
     fn place(&self) -> &Device;
+    fn values(&self) -> usize;
 }
 
-impl<T: Value> Placed for View<'_, T> {
-    fn place(&self) -> &Device {
-        self.device()
-    }
+macro_rules! placed {
+    ($($t:ty)*) => {$(
+        impl<T: Value> Placed for $t {
+            fn place(&self) -> &Device {
+                self.device()
+            }
+            fn values(&self) -> usize {
+                self.len()
+            }
+        }
+    )*};
 }
-
-impl<T: Value> Placed for ViewMut<'_, T> {
-    fn place(&self) -> &Device {
-        self.device()
-    }
-}
+placed!(View<'_, T> ViewMut<'_, T> Buffer<T>);
 
 /// Refuses what lies elsewhere.
 fn same_device(device: &Device, all: &[(&'static str, &dyn Placed)]) -> Result<(), CudaError> {
-    match all.iter().find(|(_, view)| view.place() != device) {
+    match all.iter().find(|(_, one)| one.place() != device) {
         None => Ok(()),
         Some((what, _)) => Err(CudaError::OtherDevice { what }),
     }
+}
+
+/// Refuses what lies elsewhere or has not as many values as it must have. Every function does this with all that it is
+/// given before it launches anything: what is refused has changed nothing.
+fn given(device: &Device, all: &[(&'static str, &dyn Placed, usize)]) -> Result<(), CudaError> {
+    for &(what, one, _) in all {
+        same_device(device, &[(what, one)])?;
+    }
+    for &(what, one, wanted) in all {
+        CudaError::check(what, wanted, one.values())?;
+    }
+    Ok(())
 }
 
 /// Values of an elementwise kernel that a block handles.
@@ -181,4 +217,46 @@ fn grid_y(what: &'static str, n: usize) -> Result<u32, CudaError> {
 /// The two halves of an address or a long number, for structures.
 fn halves(word: u64) -> [u32; 2] {
     [word as u32, (word >> 32) as u32]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_kernels_stay_within_31_bits_rounded_up_to_any_step() {
+        assert_eq!(int("n", LARGEST).unwrap() as usize, LARGEST);
+        for n in [LARGEST + 1, 1 << 31, (1 << 32) + 1, usize::MAX] {
+            let refused = int("n", n).unwrap_err();
+            let (what, got, most) = ("n", n, LARGEST);
+            assert_eq!(refused, CudaError::TooLarge { what, got, most });
+        }
+        // The widest step of a loop, and of a launch, is that of the sums of inner products: 256 pieces of 64.
+        for step in [8, 32, 128, 256, 1024, 256 * 64] {
+            assert!(i32::try_from(LARGEST.next_multiple_of(step) + step).is_ok());
+        }
+    }
+
+    #[test]
+    fn products_of_sizes_do_not_wrap_around() {
+        assert_eq!(product("n", &[3, 0, usize::MAX]).unwrap(), 0);
+        assert!(product("n", &[1 << 32, 1 << 32]).is_err());
+        assert!(product("n", &[usize::MAX, 2, 0]).is_err());
+        assert_eq!(rows_of("x", 0, usize::MAX).unwrap(), 0);
+        assert!(rows_of("x", 1, usize::MAX).is_err());
+        assert!(rows_of("x", 1, 0).is_err());
+        assert_eq!(rows_of("x", 0, 0).unwrap(), 0);
+    }
+
+    #[test]
+    fn rates_and_ranges_have_ends() {
+        let of = |rate| mask(Some(Dropout { rate, key: 3 }));
+        assert_eq!(mask(None).unwrap(), (0.0, 0));
+        assert_eq!(of(1.0).unwrap(), (1.0, 3));
+        assert_eq!(of(f32::MIN_POSITIVE).unwrap(), (f32::MIN_POSITIVE, 3));
+        for rate in [0.0, -0.0, -1.0, 1.0_f32.next_up(), f32::NAN, f32::INFINITY] {
+            assert!(matches!(of(rate), Err(CudaError::Setting { .. })), "{rate}");
+        }
+        assert!(within("x", f32::NAN, f32::MIN..=f32::MAX, "finite").is_err());
+    }
 }

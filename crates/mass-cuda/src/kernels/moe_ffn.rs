@@ -10,7 +10,7 @@
 
 use super::dots::{ColumnSum, column_sums};
 use super::gemm::{Job, Matrix, MatrixMut, Then, run};
-use super::{Activation, Store, each, int, product, rows, rows_of, same_device, warps};
+use super::{Activation, Placed, Store, each, given, int, product, rows, rows_of, warps};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -109,20 +109,32 @@ impl Hidden {
         })
     }
 
-    fn check(&self, shape: FfnShape, assignments: usize) -> Result<(), CudaError> {
-        let n = assignments * shape.hidden;
-        CudaError::check("hidden activations", n, self.h.len())?;
-        let of = |b: &Option<Buffer<f32>>| b.as_ref().map_or(0, Buffer::len);
-        CudaError::check(
-            "slopes",
-            if shape.keeps_slopes() { n } else { 0 },
-            of(&self.by_pre),
-        )?;
-        CudaError::check(
-            "factors",
-            if shape.gated { n } else { 0 },
-            of(&self.by_factor),
-        )
+    fn check(&self, device: &Device, shape: FfnShape, assignments: usize) -> Result<(), CudaError> {
+        let n = product("hidden activations", &[assignments, shape.hidden])?;
+        given(device, &[("hidden activations", &self.h, n)])?;
+        for (what, wanted, slopes) in [
+            ("slopes", shape.keeps_slopes(), &self.by_pre),
+            ("factors", shape.gated, &self.by_factor),
+        ] {
+            match slopes {
+                Some(slopes) if wanted => given(device, &[(what, slopes, n)])?,
+                Some(slopes) => CudaError::check(what, 0, slopes.len())?,
+                None => CudaError::check(what, if wanted { n } else { 0 }, 0)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a factor on the activation where none belongs, and the lack of one.
+fn factor_there(what: &'static str, there: bool, gated: bool) -> Result<(), CudaError> {
+    match there == gated {
+        true => Ok(()),
+        false => Err(CudaError::Setting {
+            what,
+            got: there.to_string(),
+            wanted: "there where the shape is gated, and only there",
+        }),
     }
 }
 
@@ -140,7 +152,7 @@ struct Layer<'a> {
 impl<'a> Layer<'a> {
     fn new(
         device: &'a Device,
-        x: usize,
+        x: &dyn Placed,
         experts: &'a [ExpertWeights<'a>],
         plan: Grouped<'a>,
         shape: FfnShape,
@@ -148,81 +160,75 @@ impl<'a> Layer<'a> {
         let FfnShape {
             dim, hidden, gated, ..
         } = shape;
-        let (Grouped { expert_offsets, .. }, matrix) =
-            (plan, product("matrix of an expert", &[dim, hidden])?);
-        same_device(
-            device,
-            &[
-                ("plan's tokens", &plan.tokens),
-                ("plan's weights", &plan.weights),
-            ],
-        )?;
-        same_device(
-            device,
-            &[
-                ("plan's offsets", &plan.token_offsets),
-                ("plan's assignments", &plan.token_assignments),
-            ],
-        )?;
-        let tokens = rows_of("x", x, dim)?;
-        CudaError::check(
-            "offsets of experts",
-            experts.len() + 1,
-            expert_offsets.len(),
-        )?;
-        let on_device = plan.expert_offsets_on_device.len();
-        if on_device < expert_offsets.len() {
+        let Grouped { expert_offsets, .. } = plan;
+        let matrix = product("matrix of an expert", &[dim, hidden])?;
+        let tokens = rows_of("x", x.values(), dim)?;
+        let ends = experts.len() + 1;
+        CudaError::check("offsets of experts", ends, expert_offsets.len())?;
+        let on_device = plan.expert_offsets_on_device;
+        if on_device.len() < ends {
             return Err(CudaError::Length {
                 what: "offsets of experts on the device",
-                wanted: expert_offsets.len(),
-                got: on_device,
+                wanted: ends,
+                got: on_device.len(),
             });
         }
-        let assigned = plan.tokens.len();
-        CudaError::check(
-            "plan's assignments",
-            expert_offsets[experts.len()] as usize,
-            assigned,
-        )?;
-        CudaError::check("plan's weights", assigned, plan.weights.len())?;
-        CudaError::check(
-            "plan's assignments of tokens",
-            assigned,
-            plan.token_assignments.len(),
-        )?;
-        CudaError::check(
-            "plan's offsets of tokens",
-            tokens + 1,
-            plan.token_offsets.len(),
-        )?;
-        if let Some(e) = expert_offsets.windows(2).position(|w| w[0] > w[1]) {
+        let falls = expert_offsets.windows(2).position(|w| w[0] > w[1]);
+        let wrong = match falls {
+            Some(e) => Some(format!("falling at expert {e}")),
+            None if expert_offsets[0] != 0 => Some(format!("{} at first", expert_offsets[0])),
+            None => None,
+        };
+        if let Some(got) = wrong {
             return Err(CudaError::Setting {
                 what: "offsets of experts",
-                got: format!("falling at expert {e}"),
-                wanted: "rising",
+                got,
+                wanted: "0 at first, and rising",
             });
         }
+        let assigned = expert_offsets[experts.len()] as usize;
+        given(
+            device,
+            &[
+                ("x", x, x.values()),
+                ("plan's tokens", &plan.tokens, assigned),
+                ("plan's weights", &plan.weights, assigned),
+                ("plan's offsets of tokens", &plan.token_offsets, tokens + 1),
+                (
+                    "plan's assignments of tokens",
+                    &plan.token_assignments,
+                    assigned,
+                ),
+                (
+                    "offsets of experts on the device",
+                    &on_device,
+                    on_device.len(),
+                ),
+            ],
+        )?;
         for e in experts {
-            let up = e.up.map_or([matrix, hidden], |(w, b)| [w.len(), b.len()]);
-            let parts = [
-                ("w1", matrix, e.w1.len()),
-                ("b1", hidden, e.b1.len()),
-                ("w2", matrix, e.w2.len()),
-                ("b2", dim, e.b2.len()),
-            ];
-            for (what, wanted, got) in parts
-                .into_iter()
-                .chain([("w3", matrix, up[0]), ("b3", hidden, up[1])])
-            {
-                CudaError::check(what, wanted, got)?;
+            factor_there("an expert's factor", e.up.is_some(), gated)?;
+            given(
+                device,
+                &[
+                    ("w1", &e.w1, matrix),
+                    ("b1", &e.b1, hidden),
+                    ("w2", &e.w2, matrix),
+                    ("b2", &e.b2, dim),
+                ],
+            )?;
+            if let Some((w, b)) = &e.up {
+                given(device, &[("w3", w, matrix), ("b3", b, hidden)])?;
             }
-            if e.up.is_some() != gated {
-                return Err(CudaError::Setting {
-                    what: "an expert's factor",
-                    got: format!("{}", e.up.is_some()),
-                    wanted: "there where the shape is gated, and only there",
-                });
-            }
+        }
+        for (what, size) in [
+            ("tokens", tokens),
+            ("assignments", assigned),
+            ("experts", experts.len()),
+            ("width", dim),
+            ("hidden width", hidden),
+        ] {
+            int(what, size)?;
         }
         let loads = expert_offsets
             .windows(2)
@@ -237,6 +243,12 @@ impl<'a> Layer<'a> {
             assigned,
             loads,
         })
+    }
+
+    /// A row of so many values for each assignment.
+    fn room(&self, width: usize) -> Result<Buffer<f32>, CudaError> {
+        let n = product("rows of assignments", &[self.assigned, width])?;
+        Buffer::uninitialised(self.device, n)
     }
 
     fn segments<'v>(
@@ -312,9 +324,8 @@ pub fn forward(
     kept: Option<&mut Hidden>,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("y", &y)])?;
-    let layer = Layer::new(device, x.len(), experts, plan, shape)?;
-    CudaError::check("y", x.len(), y.len())?;
+    let layer = Layer::new(device, &x, experts, plan, shape)?;
+    given(device, &[("y", &y, x.len())])?;
     let FfnShape {
         dim,
         hidden,
@@ -324,14 +335,10 @@ pub fn forward(
     let mut unkept = None;
     let (h, mut by_pre, mut by_factor) = match kept {
         Some(kept) => {
-            kept.check(shape, layer.assigned)?;
+            kept.check(device, shape, layer.assigned)?;
             (&mut kept.h, kept.by_pre.as_mut(), kept.by_factor.as_mut())
         }
-        None => (
-            unkept.insert(Buffer::uninitialised(device, layer.assigned * hidden)?),
-            None,
-            None,
-        ),
+        None => (unkept.insert(layer.room(hidden)?), None, None),
     };
     let input = Matrix::new(x, layer.tokens, dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
@@ -369,7 +376,7 @@ pub fn forward(
         }
         run(device, &jobs)?;
     }
-    let mut outputs = Buffer::uninitialised(device, layer.assigned * dim)?;
+    let mut outputs = layer.room(dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
     for (e, c) in layer
         .segments(outputs.view_mut(), dim)?
@@ -406,26 +413,45 @@ pub fn backward(
     gradients: &mut [Option<ExpertGradients<'_>>],
     d_weights: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("x", &x),
-            ("dy", &dy),
-            ("dx", &dx),
-            ("d_weights", &d_weights),
-        ],
-    )?;
-    let layer = Layer::new(device, x.len(), experts, plan, shape)?;
-    kept.check(shape, layer.assigned)?;
-    CudaError::check("dy", x.len(), dy.len())?;
-    CudaError::check("dx", x.len(), dx.len())?;
-    CudaError::check("d_weights", layer.assigned, d_weights.len())?;
-    CudaError::check("gradients of experts", experts.len(), gradients.len())?;
+    let layer = Layer::new(device, &x, experts, plan, shape)?;
     let FfnShape { dim, hidden, .. } = shape;
     let assigned = layer.assigned;
+    kept.check(device, shape, assigned)?;
+    given(
+        device,
+        &[
+            ("dy", &dy, x.len()),
+            ("dx", &dx, x.len()),
+            ("d_weights", &d_weights, assigned),
+        ],
+    )?;
+    CudaError::check("gradients of experts", experts.len(), gradients.len())?;
+    let matrix = product("matrix of an expert", &[dim, hidden])?;
+    for g in gradients.iter().flatten() {
+        factor_there(
+            "gradients of an expert's factor",
+            g.up.is_some(),
+            shape.gated,
+        )?;
+        given(
+            device,
+            &[
+                ("gradient of w1", &g.w1, matrix),
+                ("gradient of b1", &g.b1, hidden),
+                ("gradient of w2", &g.w2, matrix),
+                ("gradient of b2", &g.b2, dim),
+            ],
+        )?;
+        if let Some((w, b)) = &g.up {
+            given(
+                device,
+                &[("gradient of w3", w, matrix), ("gradient of b3", b, hidden)],
+            )?;
+        }
+    }
 
     // dh = dy[token] W2 for each assignment.
-    let mut dh = Buffer::<f32>::uninitialised(device, assigned * hidden)?;
+    let mut dh = layer.room(hidden)?;
     let upstream = Matrix::new(dy, layer.tokens, dim)?;
     let mut jobs = Vec::with_capacity(experts.len());
     for (e, c) in layer
@@ -446,7 +472,7 @@ pub fn backward(
     let relu = kept.by_pre.is_none();
     let by_pre = match kept.by_pre.as_mut() {
         Some(slopes) => slopes,
-        None => unkept.insert(Buffer::uninitialised(device, assigned * hidden)?),
+        None => unkept.insert(layer.room(hidden)?),
     };
     let biases: Vec<u64> = experts.iter().map(|e| e.b2.address()).collect();
     let biases = Buffer::from_slice(device, &biases)?;
@@ -477,7 +503,7 @@ pub fn backward(
     // dx, by way of each assignment's.
     let by_pre = by_pre.view();
     let by_factor = kept.by_factor.as_ref().map(Buffer::view);
-    let mut dxs = Buffer::<f32>::uninitialised(device, assigned * dim)?;
+    let mut dxs = layer.room(dim)?;
     let firsts = experts.iter().map(|e| (by_pre, e.w1)).collect::<Vec<_>>();
     let seconds = experts
         .iter()
@@ -502,7 +528,7 @@ pub fn backward(
     // Inputs and weighted upstream gradients of each assignment, for the gradients of the weights.
     let mut xs = dxs;
     rows::gather(device, x, plan.tokens, None, xs.view_mut(), dim)?;
-    let mut dys = Buffer::<f32>::uninitialised(device, assigned * dim)?;
+    let mut dys = layer.room(dim)?;
     rows::gather(
         device,
         dy,
@@ -538,17 +564,8 @@ pub fn backward(
                 g.up.as_mut().map(|(w, b)| (w.reborrow(), b.reborrow())),
             ),
         ];
-        if parts[2].4.is_some() != shape.gated {
-            return Err(CudaError::Setting {
-                what: "gradients of an expert's factor",
-                got: format!("{}", !shape.gated),
-                wanted: "there where the shape is gated, and only there",
-            });
-        }
         for (left, l, right, r, to) in parts {
             let Some((w, b)) = to else { continue };
-            CudaError::check("gradient of a matrix", l * r, w.len())?;
-            CudaError::check("gradient of a bias", l, b.len())?;
             if load == 0 && store == Store::Add {
                 continue;
             }

@@ -1,6 +1,6 @@
 //! One AdamW update over any number of parameters.
 
-use super::{halves, int, same_device};
+use super::{given, halves, int, within};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -48,33 +48,22 @@ pub struct Update<'a> {
 /// parameters in one launch.
 ///
 /// # Errors
-/// [`CudaError::Length`] if the four views of a parameter differ, [`CudaError::OutOfMemory`], [`CudaError::Call`],
-/// [`CudaError::OtherDevice`]; before the launch nothing is changed.
+/// [`CudaError::Length`] if the four views of a parameter differ, [`CudaError::Setting`] for a number of the step that is
+/// NaN or infinite or a correction outside of (0, 1], [`CudaError::OutOfMemory`], [`CudaError::Call`], [`CudaError::OtherDevice`]; before the launch nothing is changed.
 pub fn adamw(device: &Device, updates: &mut [Update<'_>]) -> Result<(), CudaError> {
     let mut table = Vec::with_capacity(24 * updates.len());
     let (mut blocks, mut count) = (0_usize, 0_usize);
-    for u in updates
-        .iter()
-        .filter(|u| !(u.theta.is_empty() && u.gradient.is_empty()))
-    {
-        same_device(
+    for u in updates.iter() {
+        let (n, s) = (u.theta.len(), u.step);
+        given(
             device,
             &[
-                ("theta", &u.theta),
-                ("gradient", &u.gradient),
-                ("m", &u.first),
-                ("v", &u.second),
+                ("theta", &u.theta, n),
+                ("gradient", &u.gradient, n),
+                ("first moment", &u.first, n),
+                ("second moment", &u.second, n),
             ],
         )?;
-        let n = u.theta.len();
-        for (what, len) in [
-            ("gradient", u.gradient.len()),
-            ("first moment", u.first.len()),
-            ("second moment", u.second.len()),
-        ] {
-            CudaError::check(what, n, len)?;
-        }
-        let s = u.step;
         let longs = [
             u.theta.address(),
             u.gradient.address(),
@@ -94,6 +83,20 @@ pub fn adamw(device: &Device, updates: &mut [Update<'_>]) -> Result<(), CudaErro
             s.bias2,
             s.gradient_scale,
         ];
+        for value in floats {
+            within("number of a step", value, f32::MIN..=f32::MAX, "finite")?;
+        }
+        for value in [s.bias1, s.bias2] {
+            within(
+                "correction of a bias",
+                value,
+                f32::MIN_POSITIVE..=1.0,
+                "in (0, 1]",
+            )?;
+        }
+        if n == 0 {
+            continue;
+        }
         table.extend(longs.into_iter().flat_map(halves));
         table.extend(floats.map(f32::to_bits));
         table.extend([int("blocks of an update", blocks)?, 0]);

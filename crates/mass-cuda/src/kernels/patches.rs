@@ -1,6 +1,6 @@
 //! Tokens of an image: class token, embedded patches, and the positions of both.
 
-use super::{Store, each, int, product, same_device};
+use super::{Placed, Store, each, given, int, product, within};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -44,7 +44,8 @@ impl Interpolation {
     /// `taps[i]` lists the places, of `places`, whose positions patch i takes, with their weights.
     ///
     /// # Errors
-    /// [`CudaError::Index`] for a place that is not there, [`CudaError::TooLarge`], [`CudaError::OutOfMemory`],
+    /// [`CudaError::Index`] for a place that is not there, [`CudaError::Setting`] for a weight that is NaN or infinite,
+    /// [`CudaError::TooLarge`], [`CudaError::OutOfMemory`],
     /// [`CudaError::Call`].
     pub fn new(
         device: &Device,
@@ -65,6 +66,7 @@ impl Interpolation {
                 position: patch,
                 len: places,
             })?;
+            within("weight of a place", weight, f32::MIN..=f32::MAX, "finite")?;
             list.push((patch, weight));
         }
         Ok(Self {
@@ -75,29 +77,49 @@ impl Interpolation {
         })
     }
 
-    fn images(
+    /// Checks the arrays of a pass, and room for what all images have in common.
+    fn sizes(
         &self,
-        embedded: usize,
-        tokens: usize,
-        class: usize,
-        positions: usize,
-    ) -> Result<usize, CudaError> {
-        let d = class;
-        CudaError::check(
-            "positions",
-            product("positions", &[self.places + 1, d])?,
-            positions,
-        )?;
+        device: &Device,
+        embedded: &dyn Placed,
+        tokens: &dyn Placed,
+        class: &dyn Placed,
+        positions: &dyn Placed,
+    ) -> Result<Sizes, CudaError> {
+        let (d, rows) = (class.values(), self.patches + 1);
         let image = product("patches", &[self.patches, d])?;
-        let images = embedded.checked_div(image).unwrap_or(0);
-        CudaError::check("embedded patches", images * image, embedded)?;
-        CudaError::check(
-            "tokens",
-            product("tokens", &[images, self.patches + 1, d])?,
-            tokens,
+        let images = embedded.values().checked_div(image).unwrap_or(0);
+        given(
+            device,
+            &[
+                ("class token", class, d),
+                (
+                    "positions",
+                    positions,
+                    product("positions", &[self.places + 1, d])?,
+                ),
+                ("embedded patches", embedded, images * image),
+                ("tokens", tokens, product("tokens", &[images, rows, d])?),
+                ("interpolation", &self.to.starts, self.patches + 1),
+                ("interpolation", &self.from.starts, self.places + 1),
+            ],
         )?;
-        Ok(images)
+        Ok(Sizes {
+            images: int("images", images)?,
+            rows: int("tokens of an image", rows)?,
+            d: int("width", d)?,
+            common: Buffer::uninitialised(device, product("tokens of an image", &[rows, d])?)?,
+        })
     }
+}
+
+/// What a pass works with.
+struct Sizes {
+    images: u32,
+    rows: u32,
+    d: u32,
+    /// `[rows, d]`
+    common: Buffer<f32>,
 }
 
 /// `y: [images, 1 + patches, d]`: the class token, then the embedded patches, plus the position of each.
@@ -116,18 +138,12 @@ pub fn forward(
     grid: &Interpolation,
     y: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("embedded", &embedded),
-            ("class", &class),
-            ("positions", &positions),
-            ("y", &y),
-        ],
-    )?;
-    grid.images(embedded.len(), y.len(), class.len(), positions.len())?;
-    let (d, rows) = (int("width", class.len())?, grid.patches + 1);
-    let mut common = Buffer::<f32>::uninitialised(device, rows * class.len())?;
+    let Sizes {
+        rows,
+        d,
+        mut common,
+        ..
+    } = grid.sizes(device, &embedded, &y, &class, &positions)?;
     let Taps {
         starts,
         others,
@@ -153,7 +169,7 @@ pub fn forward(
         device,
         "patches_forward",
         y.len(),
-        &arguments.int(int("tokens", rows)?).int(d),
+        &arguments.int(rows).int(d),
     )
 }
 
@@ -169,25 +185,16 @@ pub fn backward(
     dclass: ViewMut<'_, f32>,
     dpositions: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("dy", &dy),
-            ("dembedded", &dembedded),
-            ("dclass", &dclass),
-            ("dpositions", &dpositions),
-        ],
-    )?;
-    let images = grid.images(dembedded.len(), dy.len(), dclass.len(), dpositions.len())?;
-    let (d, rows) = (int("width", dclass.len())?, grid.patches + 1);
+    let Sizes {
+        images,
+        rows,
+        d,
+        mut common,
+    } = grid.sizes(device, &dembedded, &dy, &dclass, &dpositions)?;
     let n = dembedded.len();
     let arguments = Arguments::new().view(dy).view_mut(&dembedded).long(n);
-    let arguments = arguments
-        .int(int("patches", grid.patches)?)
-        .int(d)
-        .int(store.add());
+    let arguments = arguments.int(rows - 1).int(d).int(store.add());
     each(device, "patches_backward", n, &arguments)?;
-    let mut common = Buffer::<f32>::uninitialised(device, rows * dclass.len())?;
     let arguments = Arguments::new()
         .view(dy)
         .view_mut(&common.view_mut())
@@ -196,7 +203,7 @@ pub fn backward(
         device,
         "patches_common_backward",
         common.len(),
-        &arguments.int(int("images", images)?),
+        &arguments.int(images),
     )?;
     let Taps {
         starts,

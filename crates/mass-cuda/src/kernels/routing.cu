@@ -179,9 +179,10 @@ extern "C" __global__ void group_count(const float *chosen, const u32 *counts, c
     }
 }
 
-// One block. Turns counts into what comes before; outcome = expert offsets, then the first bad token.
-extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *first_bad, u32 *outcome, int blocks,
-                                      int k) {
+// One block. Turns counts into what comes before; outcome = expert offsets, the first bad token, the number of experts
+// in use.
+extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *first_bad, const u32 *in_use,
+                                      u32 *outcome, int blocks, int k) {
     for (int e = threadIdx.x; e < k; e += 256) {
         u32 before = 0;
         for (int b = 0; b < blocks; b++) {
@@ -203,6 +204,9 @@ extern "C" __global__ void group_scan(u32 *by_block, u32 *of_tokens, const u32 *
             if (wrong == FULL) wrong = first_bad[b];
         }
         outcome[k + 1] = wrong;
+        u32 available = 0;
+        for (int e = 0; e < k; e++) available += in_use == 0 || in_use[e] != 0 ? 1 : 0;
+        outcome[k + 2] = available;
     }
 }
 
@@ -270,10 +274,10 @@ extern "C" __global__ void thresholds_backward(const float *scores, const float 
                                                float *dthresholds, int k) {
     __shared__ float sums[256];
     const int expert = blockIdx.x;
-    const u32 from = expert_offsets[expert], to = expert_offsets[expert + 1];
-    const u32 piece = (to - from + 255) / 256;
+    const i64 from = expert_offsets[expert], to = expert_offsets[expert + 1];
+    const i64 piece = (to - from + 255) / 256;
     float sum = 0.0f;
-    for (u32 a = from + threadIdx.x * piece; a < from + (threadIdx.x + 1) * piece && a < to; a++)
+    for (i64 a = from + threadIdx.x * piece; a < from + (threadIdx.x + 1) * piece && a < to; a++)
         if (scores[tokens[a] * (i64)k + expert] > 0.0f) sum += d_weights[a] * weights[a];
     sums[threadIdx.x] = sum;
     __syncthreads();

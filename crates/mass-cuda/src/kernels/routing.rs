@@ -1,7 +1,7 @@
 //! From logits to a routing plan and back, as mass-routing does it: same ties, same order.
 
 use super::moe_ffn::Grouped;
-use super::{int, product, rows_of, same_device};
+use super::{given, grid_y, int, product, rows_of};
 use crate::driver::Arguments;
 use crate::{Buffer, CudaError, Device, View, ViewMut};
 
@@ -74,6 +74,35 @@ impl Plan {
         self.tokens.len()
     }
 
+    /// Checks that the arrays, which anybody may have changed, are those of a plan.
+    fn check(&self, device: &Device) -> Result<(), CudaError> {
+        let (n, k, assigned) = (self.num_tokens, self.num_experts, self.num_assignments());
+        let offsets = &self.expert_offsets_on_device;
+        given(
+            device,
+            &[
+                ("plan's tokens", &self.tokens, assigned),
+                ("plan's weights", &self.weights, assigned),
+                ("plan's offsets of tokens", &self.token_offsets, n + 1),
+                (
+                    "plan's assignments of tokens",
+                    &self.token_assignments,
+                    assigned,
+                ),
+                ("plan's experts of tokens", &self.token_experts, assigned),
+                ("plan's scores", &self.scores, product("scores", &[n, k])?),
+                (
+                    "plan's offsets of experts",
+                    offsets,
+                    offsets.len().max(k + 1),
+                ),
+            ],
+        )?;
+        int("tokens", n)?;
+        int("experts", k)?;
+        Ok(())
+    }
+
     /// What the layer's kernels need.
     pub fn grouped(&self) -> Grouped<'_> {
         Grouped {
@@ -92,8 +121,8 @@ impl Plan {
 ///
 /// # Errors
 /// [`CudaError::NonFiniteLogit`] for a logit in use that is NaN or infinite, [`CudaError::Setting`] for a mass
-/// outside (0, 1] or a `k` outside 1..=experts (that as many are in use is the caller's concern),
-/// [`CudaError::Length`], [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`],
+/// outside (0, 1] or a `k` outside 1..=experts, [`CudaError::AllExpertsMasked`] if none is in use and
+/// [`CudaError::TooFewExperts`] if fewer than `k` are, even without tokens, [`CudaError::Length`], [`CudaError::TooLarge`], [`CudaError::OutOfMemory`], [`CudaError::Call`],
 /// [`CudaError::OtherDevice`].
 pub fn route(
     device: &Device,
@@ -102,10 +131,11 @@ pub fn route(
     in_use: Option<View<'_, u32>>,
     router: Router<'_>,
 ) -> Result<Plan, CudaError> {
-    same_device(device, &[("logits", &logits)])?;
     check(device, experts, in_use, router)?;
     let n = rows_of("logits", logits.len(), experts)?;
+    given(device, &[("logits", &logits, logits.len())])?;
     let (tokens, k) = (int("tokens", n)?, int("experts", experts)?);
+    grid_y("experts in blocks", experts.div_ceil(256))?;
     let cells = product("logits", &[n, experts])?;
     if u32::try_from(cells).is_err() {
         return Err(CudaError::TooLarge {
@@ -131,6 +161,8 @@ pub fn route(
             .view_mut(&bad.view_mut());
         by_token("routing_softmax", &arguments.int(tokens).int(k))
     };
+    // Of a top-k router, how many experts must be in use.
+    let mut least = 1;
     let rule = match router {
         Router::TopP { p, renormalise } => {
             softmax(&mut scores, &mut bad)?;
@@ -157,6 +189,7 @@ pub fn route(
             k: want,
             renormalise,
         } => {
+            least = want;
             softmax(&mut scores, &mut bad)?;
             let arguments = Arguments::new()
                 .view(logits)
@@ -197,7 +230,17 @@ pub fn route(
             Rule::StraightThrough
         }
     };
-    group(device, (n, experts), &chosen, &counts, &bad, scores, rule)
+    let there = (in_use, least);
+    group(
+        device,
+        (n, experts),
+        there,
+        &chosen,
+        &counts,
+        &bad,
+        scores,
+        rule,
+    )
 }
 
 fn check(
@@ -211,8 +254,7 @@ fn check(
         return wrong("number of experts", "0".into(), "at least 1");
     }
     if let Some(in_use) = &in_use {
-        same_device(device, &[("experts in use", in_use)])?;
-        CudaError::check("experts in use", experts, in_use.len())?;
+        given(device, &[("experts in use", in_use, experts)])?;
     }
     match router {
         Router::TopP { p, .. } if !(p > 0.0 && p <= 1.0) => {
@@ -223,18 +265,17 @@ fn check(
             k.to_string(),
             "from 1 to the number of experts",
         ),
-        Router::TopAny { bounds, .. } => {
-            same_device(device, &[("bounds", &bounds)])?;
-            CudaError::check("bounds", experts, bounds.len())
-        }
+        Router::TopAny { bounds, .. } => given(device, &[("bounds", &bounds, experts)]),
         _ => Ok(()),
     }
 }
 
-/// Groups the chosen by expert.
+/// Groups the chosen by expert, if as many as `least` are in use.
+#[allow(clippy::too_many_arguments)]
 fn group(
     device: &Device,
     (n, experts): (usize, usize),
+    (in_use, least): (Option<View<'_, u32>>, usize),
     chosen: &Buffer<f32>,
     counts: &Buffer<u32>,
     bad: &Buffer<u32>,
@@ -245,9 +286,10 @@ fn group(
     let blocks = n.div_ceil(256);
     let grid = (
         blocks as u32,
-        super::grid_y("experts in blocks", experts.div_ceil(256))?,
+        grid_y("experts in blocks", experts.div_ceil(256))?,
     );
-    let mut by_block = Buffer::<u32>::uninitialised(device, blocks * experts)?;
+    let cells = product("experts in blocks", &[blocks, experts])?;
+    let mut by_block = Buffer::<u32>::uninitialised(device, cells)?;
     let mut of_tokens = Buffer::<u32>::uninitialised(device, blocks)?;
     let mut first_bad = Buffer::<u32>::uninitialised(device, blocks)?;
     if n > 0 {
@@ -263,17 +305,28 @@ fn group(
             .int(k);
         device.launch("group_count", grid, 256, &arguments)?;
     }
-    let mut outcome = Buffer::<u32>::uninitialised(device, experts + 2)?;
+    let mut outcome = Buffer::<u32>::uninitialised(device, experts + 3)?;
     let arguments = Arguments::new()
         .view_mut(&by_block.view_mut())
         .view_mut(&of_tokens.view_mut())
-        .view(first_bad.view());
+        .view(first_bad.view())
+        .view_or_null(in_use);
     let arguments = arguments
         .view_mut(&outcome.view_mut())
         .int(blocks as u32)
         .int(k);
     device.launch("group_scan", (1, 1), 256, &arguments)?;
     let mut expert_offsets = outcome.to_vec()?;
+    let available = expert_offsets.pop().map_or(0, |count| count as usize);
+    if available == 0 {
+        return Err(CudaError::AllExpertsMasked { experts });
+    }
+    if available < least {
+        return Err(CudaError::TooFewExperts {
+            k: least,
+            available,
+        });
+    }
     if let Some(token) = expert_offsets.pop().filter(|&token| token != u32::MAX) {
         return Err(CudaError::NonFiniteLogit {
             token: token as usize,
@@ -336,16 +389,14 @@ pub fn backward(
     d_weights: View<'_, f32>,
     dlogits: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
+    plan.check(device)?;
+    given(
         device,
         &[
-            ("d_weights", &d_weights),
-            ("dlogits", &dlogits),
-            ("plan", &plan.weights.view()),
+            ("d_weights", &d_weights, plan.num_assignments()),
+            ("dlogits", &dlogits, plan.scores.len()),
         ],
     )?;
-    CudaError::check("d_weights", plan.num_assignments(), d_weights.len())?;
-    CudaError::check("dlogits", plan.num_tokens * plan.num_experts, dlogits.len())?;
     if plan.num_tokens == 0 {
         return Ok(());
     }
@@ -381,14 +432,7 @@ pub fn backward_thresholds(
     bounds: View<'_, f32>,
     dthresholds: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
-        device,
-        &[
-            ("d_weights", &d_weights),
-            ("bounds", &bounds),
-            ("dthresholds", &dthresholds),
-        ],
-    )?;
+    plan.check(device)?;
     if plan.rule != Rule::StraightThrough {
         return Err(CudaError::Setting {
             what: "router of the plan",
@@ -396,9 +440,14 @@ pub fn backward_thresholds(
             wanted: "top-any, which alone has thresholds",
         });
     }
-    CudaError::check("d_weights", plan.num_assignments(), d_weights.len())?;
-    CudaError::check("bounds", plan.num_experts, bounds.len())?;
-    CudaError::check("dthresholds", plan.num_experts, dthresholds.len())?;
+    given(
+        device,
+        &[
+            ("d_weights", &d_weights, plan.num_assignments()),
+            ("bounds", &bounds, plan.num_experts),
+            ("dthresholds", &dthresholds, plan.num_experts),
+        ],
+    )?;
     let arguments = Arguments::new()
         .view(plan.scores.view())
         .view(plan.weights.view())

@@ -1,6 +1,6 @@
 //! Rows of a matrix, picked and weighted.
 
-use super::{each, int, rows_of, same_device};
+use super::{each, given, int, rows_of};
 use crate::driver::Arguments;
 use crate::{CudaError, Device, View, ViewMut};
 
@@ -18,12 +18,14 @@ pub fn gather(
     y: ViewMut<'_, f32>,
     cols: usize,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("x", &x), ("rows", &rows), ("y", &y)])?;
     rows_of("x", x.len(), cols)?;
-    CudaError::check("rows", rows_of("y", y.len(), cols)?, rows.len())?;
+    let n = rows_of("y", y.len(), cols)?;
+    given(
+        device,
+        &[("x", &x, x.len()), ("rows", &rows, n), ("y", &y, y.len())],
+    )?;
     if let Some(weights) = &weights {
-        same_device(device, &[("weights", weights)])?;
-        CudaError::check("weights", rows.len(), weights.len())?;
+        given(device, &[("weights", weights, n)])?;
     }
     let arguments = Arguments::new()
         .view(x)

@@ -1,6 +1,6 @@
 //! Squared error against values.
 
-use super::{Store, each, same_device};
+use super::{Store, each, given};
 use crate::driver::Arguments;
 use crate::{CudaError, Device, View, ViewMut};
 
@@ -15,29 +15,23 @@ pub fn forward(
     residuals: ViewMut<'_, f32>,
     squares: ViewMut<'_, f32>,
 ) -> Result<(), CudaError> {
-    same_device(
+    let n = x.len();
+    given(
         device,
         &[
-            ("x", &x),
-            ("targets", &targets),
-            ("residuals", &residuals),
-            ("squares", &squares),
+            ("x", &x, n),
+            ("targets", &targets, n),
+            ("residuals", &residuals, n),
+            ("squares", &squares, n),
         ],
     )?;
-    for (what, len) in [
-        ("targets", targets.len()),
-        ("residuals", residuals.len()),
-        ("squares", squares.len()),
-    ] {
-        CudaError::check(what, x.len(), len)?;
-    }
     let arguments = Arguments::new()
         .view(x)
         .view(targets)
         .view_mut(&residuals)
         .view_mut(&squares)
-        .long(x.len());
-    each(device, "squared_error_forward", x.len(), &arguments)
+        .long(n);
+    each(device, "squared_error_forward", n, &arguments)
 }
 
 /// `dx = upstream 2 residuals / n`, the gradient of the mean of the squares, or the same added to it.
@@ -51,9 +45,8 @@ pub fn backward(
     dx: ViewMut<'_, f32>,
     store: Store,
 ) -> Result<(), CudaError> {
-    same_device(device, &[("residuals", &residuals), ("dx", &dx)])?;
     let n = residuals.len();
-    CudaError::check("dx", n, dx.len())?;
+    given(device, &[("residuals", &residuals, n), ("dx", &dx, n)])?;
     let arguments = Arguments::new().view(residuals).view_mut(&dx).long(n);
     let arguments = arguments.float(upstream).float(n as f32).int(store.add());
     each(device, "squared_error_backward", n, &arguments)

@@ -1,4 +1,4 @@
-use mass_cuda::kernels::attention::{AttentionShape, Sequences, backward, forward};
+use mass_cuda::kernels::attention::{self, AttentionShape, Sequences, backward, forward};
 use mass_cuda::kernels::{Dropout, Store};
 use mass_cuda::{Buffer, CudaError};
 
@@ -143,6 +143,7 @@ fn check(offsets: &[usize], keys: Option<&[bool]>, shape: AttentionShape) {
 
 #[test]
 fn ragged_sequences_masks_and_dropout() {
+    on_device!();
     let offsets = [0, 1, 1, 38, 138, 141];
     let mut keys: Vec<bool> = (0..141).map(|i| i % 5 != 2).collect();
     keys[138..].fill(false);
@@ -174,7 +175,8 @@ fn ragged_sequences_masks_and_dropout() {
 
 #[test]
 fn every_width_of_head() {
-    for width in [1, 16, 17, 32, 40, 64, 65, 128] {
+    on_device!();
+    for width in [1, 16, 17, 32, 40, 64, 65, 128, 129, 192, 250, 256] {
         for causal in [false, true] {
             check(
                 &[0, 70, 71],
@@ -192,6 +194,7 @@ fn every_width_of_head() {
 
 #[test]
 fn what_makes_no_sense_is_refused() {
+    on_device!();
     let device = device();
     for offsets in [&[][..], &[1, 2], &[0, 3, 2]] {
         assert!(matches!(
@@ -228,10 +231,10 @@ fn what_makes_no_sense_is_refused() {
     assert!(matches!(run(shape(3, 4)), Err(CudaError::Setting { .. })));
     assert!(matches!(run(shape(0, 4)), Err(CudaError::Setting { .. })));
     assert!(matches!(
-        run(shape(1, 129)),
+        run(shape(1, 257)),
         Err(CudaError::TooLarge {
-            got: 129,
-            most: 128,
+            got: 257,
+            most: 256,
             ..
         })
     ));
@@ -242,6 +245,7 @@ fn what_makes_no_sense_is_refused() {
 /// As on the CPU: what a diverged model computes must not look like a result.
 #[test]
 fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
+    on_device!();
     let (n, dim) = (5, 8);
     let shape = AttentionShape {
         heads: 1,
@@ -266,5 +270,76 @@ fn a_value_that_is_not_a_number_is_not_one_that_is_not_seen() {
             }
             vec![vec![0.0]]
         });
+    }
+}
+
+/// Scores of minus infinity: a row that sees nothing else has no distribution, whatever comes in other tiles; among others
+/// they count for nothing. A row that sees no key gives zeros.
+#[test]
+fn rows_of_which_every_score_is_minus_infinity_are_nan() {
+    on_device!();
+    let dim = 8;
+    for (n, first_seen) in [(3, 2), (150, 100), (200, 3)] {
+        let shape = AttentionShape {
+            heads: 1,
+            dim,
+            causal: true,
+            dropout: None,
+        };
+        // Queries of ones; keys whose product with them overflows before `first_seen`, except for row 1, which may not be
+        // attended to, nor may row 0.
+        let mut qkv = values(n * 3 * dim, 3);
+        for (row, values) in qkv.chunks_mut(3 * dim).enumerate() {
+            values[..dim].fill(1.0);
+            if row < first_seen {
+                values[dim..2 * dim].fill(-1e38);
+            }
+        }
+        for masked in [false, true] {
+            let keys: Vec<bool> = (0..n)
+                .map(|row| !masked || row >= first_seen.min(2))
+                .collect();
+            let results = every_schedule(|device| {
+                let x = Buffer::from_slice(device, &qkv).unwrap();
+                let sequences = Sequences::new(device, &[0, n], masked.then_some(&keys)).unwrap();
+                let empty = |n| Buffer::<f32>::uninitialised(device, n).unwrap();
+                let (mut y, mut kept, mut d) = (empty(n * dim), empty(2 * n), empty(3 * n * dim));
+                let (to, sums) = (y.view_mut(), kept.view_mut());
+                attention::forward(device, x.view(), &sequences, shape, to, sums).unwrap();
+                attention::backward(
+                    device,
+                    x.view(),
+                    &sequences,
+                    shape,
+                    y.view(),
+                    kept.view(),
+                    y.view(),
+                    (d.view_mut(), Store::Replace),
+                )
+                .unwrap();
+                let (y, d) = (y.to_vec().unwrap(), d.to_vec().unwrap());
+                // Marked, because no NaN may come out of a run.
+                let mark = |v: &[f32]| {
+                    v.iter()
+                        .map(|v| if v.is_nan() { 9e9 } else { *v })
+                        .collect()
+                };
+                vec![mark(&y), mark(&d)]
+            });
+            for (row, y) in results[0].chunks(dim).enumerate() {
+                let blind = !keys[..=row].contains(&true);
+                let nothing = row < first_seen && !blind;
+                let queries = &results[1][3 * row * dim..][..dim];
+                assert!(
+                    y.iter().all(|v| (*v == 9e9) == nothing),
+                    "{n} {masked} {row}: {y:?}"
+                );
+                assert!(
+                    queries.iter().all(|v| (*v == 9e9) == nothing),
+                    "{n} {masked} {row}"
+                );
+                assert!(!blind || y == [0.0; 8], "{n} {masked} {row}: {y:?}");
+            }
+        }
     }
 }

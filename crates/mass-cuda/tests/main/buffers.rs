@@ -4,6 +4,7 @@ use super::emulator::{Word, device, get};
 
 #[test]
 fn values_go_there_and_back() {
+    on_device!();
     let device = device();
     let numbers: Vec<u32> = (0..1000).collect();
     let mut buffer = Buffer::from_slice(&device, &numbers).unwrap();
@@ -56,6 +57,7 @@ fn values_go_there_and_back() {
 
 #[test]
 fn views_do_not_leave_their_buffer() {
+    on_device!();
     let device = device();
     let mut buffer = Buffer::<f32>::zeros(&device, 5).unwrap();
     let view: View<'_, f32> = buffer.view();
@@ -81,6 +83,7 @@ fn views_do_not_leave_their_buffer() {
 
 #[test]
 fn what_is_uninitialised_is_nan_and_everything_is_freed() {
+    on_device!();
     let device = device();
     let (live, bytes) = (
         get(Word::Allocations) - get(Word::Freed),
@@ -112,6 +115,7 @@ fn what_is_uninitialised_is_nan_and_everything_is_freed() {
 
 #[test]
 fn the_device_says_what_it_is() {
+    on_device!();
     let device = device();
     assert_eq!(Device::count().unwrap(), 1);
     assert_eq!((device.ordinal(), device.compute_capability()), (0, (9, 0)));

@@ -20,6 +20,7 @@ fn factor(rate: f32, key: u64, i: u32) -> f32 {
 
 #[test]
 fn values_one_by_one() {
+    on_device!();
     for n in LENGTHS {
         let (a, x) = (values(n, 1), values(n, 2));
         let results = every_schedule(|device| {
@@ -77,6 +78,7 @@ fn values_one_by_one() {
 
 #[test]
 fn masks_are_those_of_the_host() {
+    on_device!();
     for n in LENGTHS {
         let (a, x) = (values(n, 1), values(n, 2));
         for (rate, key) in [(0.1, 0x1234_5678_9abc_def0), (0.5, 7), (1.0, 3)] {
@@ -123,6 +125,7 @@ fn masks_are_those_of_the_host() {
 
 #[test]
 fn columns_are_scaled() {
+    on_device!();
     for (rows, cols) in [(0, 3), (1, 1), (7, 13), (100, 33)] {
         let (x, f, before) = (
             values(rows * cols, 1),
@@ -150,6 +153,7 @@ fn columns_are_scaled() {
 
 #[test]
 fn lengths_and_rates_are_checked() {
+    on_device!();
     let device = device();
     let (x, mut y) = (
         Buffer::<f32>::zeros(&device, 4).unwrap(),
@@ -180,6 +184,7 @@ fn lengths_and_rates_are_checked() {
 
 #[test]
 fn chains_of_multiply_adds_are_made() {
+    on_device!();
     use mass_cuda::kernels::ceiling::{CHAINS, multiply_adds};
     let results = every_schedule(|device| {
         let mut y = Buffer::uninitialised(device, 512).unwrap();

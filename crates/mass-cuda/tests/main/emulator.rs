@@ -1,6 +1,7 @@
 //! How tests steer the emulated driver, and what it counted: a file of words, see emu/README.md.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use mass_cuda::Device;
@@ -27,10 +28,24 @@ fn real() -> bool {
     std::env::var_os("MASS_CUDA_REAL").is_some()
 }
 
+/// Whether a device was promised: the emulated one by `cargo xtask cuda-emu`, which sets `EMU_CONTROL`, or a real one by
+/// `MASS_CUDA_REAL`. If it then is not there, tests fail.
+pub(crate) fn there() -> bool {
+    let promised = real() || std::env::var_os("EMU_CONTROL").is_some();
+    if !promised {
+        let thread = std::thread::current();
+        let test = thread.name().unwrap_or("a test");
+        // Not by `eprintln!`, which the harness hides where a test passes.
+        let _ = writeln!(
+            std::io::stderr(),
+            "{test} was NOT RUN: it needs a device, which `cargo xtask cuda-emu` emulates"
+        );
+    }
+    promised
+}
+
 fn file() -> File {
-    let path = std::env::var_os("EMU_CONTROL").expect(
-        "these tests run under `cargo xtask cuda-emu`, or some on a GPU with MASS_CUDA_REAL=1",
-    );
+    let path = std::env::var_os("EMU_CONTROL").expect("steers the emulated device only");
     let mut options = File::options();
     options
         .read(true)

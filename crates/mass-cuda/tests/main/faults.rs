@@ -80,6 +80,7 @@ fn results(text: &str) -> Vec<&str> {
 
 #[test]
 fn a_kernel_without_fault_is_right_under_every_schedule() {
+    on_device!();
     let text = run("no_fault", 0);
     let wanted = format!("{:?}", (0..64).rev().map(|i| i as f32).collect::<Vec<_>>());
     assert_eq!(results(&text), [wanted.as_str(); 3], "{text}");
@@ -87,6 +88,7 @@ fn a_kernel_without_fault_is_right_under_every_schedule() {
 
 #[test]
 fn missing_barriers_give_nans_or_other_values() {
+    on_device!();
     for kernel in ["missing_barrier", "missing_second_barrier"] {
         let text = run(kernel, 0);
         let all = results(&text);
@@ -99,6 +101,7 @@ fn missing_barriers_give_nans_or_other_values() {
 
 #[test]
 fn races_for_shared_memory_are_errors_whatever_the_schedule_makes_of_them() {
+    on_device!();
     for (kernel, races) in [
         ("missing_barrier", true),
         ("missing_second_barrier", true),
@@ -116,6 +119,7 @@ fn races_for_shared_memory_are_errors_whatever_the_schedule_makes_of_them() {
 
 #[test]
 fn accesses_outside_of_an_allocation_are_errors() {
+    on_device!();
     for (kernel, n, wanted) in [
         (
             "reads_past_the_end",
@@ -150,6 +154,7 @@ fn accesses_outside_of_an_allocation_are_errors() {
 
 #[test]
 fn values_nobody_wrote_are_nan() {
+    on_device!();
     for kernel in ["leaves_values_unwritten", "reads_shared_memory_unwritten"] {
         let text = run(kernel, 0);
         assert!(
@@ -161,6 +166,7 @@ fn values_nobody_wrote_are_nan() {
 
 #[test]
 fn threads_that_wait_for_each_other_in_vain_are_an_error() {
+    on_device!();
     for (kernel, wanted) in [
         (
             "barrier_for_some",
@@ -185,6 +191,7 @@ fn threads_that_wait_for_each_other_in_vain_are_an_error() {
 
 #[test]
 fn a_stale_module_is_refused() {
+    on_device!();
     device();
     let renamed = EMBEDDED.replacen(".entry fill(", ".entry filled(", 1);
     let more = format!("{EMBEDDED}\n.visible .entry another()\n{{ ret; }}\n");
@@ -200,6 +207,7 @@ fn a_stale_module_is_refused() {
 
 #[test]
 fn a_failed_launch_makes_every_later_call_an_error() {
+    on_device!();
     let device = device();
     let mut x = Buffer::from_slice(&device, &[1.0_f32, 2.0]).unwrap();
     set(Word::FailLaunch, 2);
@@ -221,6 +229,7 @@ fn a_failed_launch_makes_every_later_call_an_error() {
 
 #[test]
 fn memory_that_does_not_suffice_is_an_error_that_says_how_much() {
+    on_device!();
     let device = device();
     set(Word::Memory, 4096);
     let held = Buffer::<f32>::zeros(&device, 512).unwrap();

@@ -34,6 +34,7 @@ const SIZES: [(usize, usize, usize); 11] = [
 
 #[test]
 fn every_transposition_tile_and_store_gives_the_product_and_the_same_bits() {
+    on_device!();
     for (m, n, k) in SIZES {
         for layout in 0..4 {
             let (a_t, b_t) = (layout & 1 == 1, layout & 2 == 2);
@@ -88,6 +89,7 @@ fn every_transposition_tile_and_store_gives_the_product_and_the_same_bits() {
 
 #[test]
 fn ragged_jobs_with_strides_and_picked_rows_are_one_launch() {
+    on_device!();
     // Segments as experts have: empty, one row, a prime, beyond a tile.
     let (k, n, loads) = (45, 70, [13_usize, 0, 1, 140, 31]);
     let total: usize = loads.iter().sum();
@@ -209,6 +211,7 @@ fn biased<'a>(
 
 #[test]
 fn activations_gates_and_their_slopes() {
+    on_device!();
     let (m, n, k) = (37, 67, 21);
     let (a, b, up, bias) = (
         values(m * k, 1),
@@ -287,6 +290,7 @@ fn activations_gates_and_their_slopes() {
 
 #[test]
 fn linear_layers_forward_and_backward() {
+    on_device!();
     for (n, inp, out) in [(1, 3, 5), (300, 33, 17), (64, 64, 64)] {
         let (x, w, b, dy) = (
             values(n * inp, 1),
@@ -358,6 +362,7 @@ fn linear_layers_forward_and_backward() {
 
 #[test]
 fn what_does_not_fit_is_refused_before_the_launch() {
+    on_device!();
     let device = device();
     let buffer = Buffer::from_slice(&device, &values(12, 1)).unwrap();
     let mut other = Buffer::<f32>::zeros(&device, 12).unwrap();
@@ -392,6 +397,7 @@ fn what_does_not_fit_is_refused_before_the_launch() {
 
 #[test]
 fn views_that_begin_anywhere_give_the_bits_of_those_that_begin_at_the_buffers_start() {
+    on_device!();
     // Four values are read at a time only where they begin at a multiple of sixteen bytes.
     let (m, n, k) = (40, 36, 24);
     let (a, b) = (values(m * k, 1), values(k * n, 2));

@@ -5,6 +5,7 @@ use super::emulator::{close, device, every_schedule, values, wide};
 
 #[test]
 fn cross_entropy_and_its_gradient() {
+    on_device!();
     for (rows, classes) in [(1, 1), (3, 2), (17, 50), (9, 257)] {
         let logits: Vec<f32> = values(rows * classes, 1).iter().map(|x| 20.0 * x).collect();
         let targets: Vec<u32> = (0..rows).map(|i| ((i * 7 + 1) % classes) as u32).collect();
@@ -86,6 +87,7 @@ fn cross_entropy_and_its_gradient() {
 
 #[test]
 fn means_of_many_values() {
+    on_device!();
     let x = values(300_001, 9);
     let results = every_schedule(|device| {
         let (x, mut mean) = (
@@ -105,6 +107,7 @@ fn means_of_many_values() {
 
 #[test]
 fn squared_error_and_its_gradient() {
+    on_device!();
     for n in [0, 1, 1500] {
         let (x, t) = (values(n, 1), values(n, 2));
         let results = every_schedule(|device| {
@@ -126,5 +129,45 @@ fn squared_error_and_its_gradient() {
             results[1],
             r.iter().map(|r| share(r) + share(r)).collect::<Vec<_>>()
         );
+    }
+}
+
+/// As on the CPU, whose largest logit begins at minus infinity.
+#[test]
+fn rows_without_a_distribution_are_nan_and_others_are_not() {
+    on_device!();
+    let device = device();
+    for classes in [1, 2, 31, 32, 33, 70] {
+        // All masked by value, one that is not a number, one infinite, all but one masked, the lowest numbers, usual.
+        let mut logits = vec![vec![0.5_f32; classes]; 6];
+        logits[0].fill(f32::NEG_INFINITY);
+        logits[1][classes - 1] = f32::NAN;
+        logits[2][classes / 2] = f32::INFINITY;
+        logits[3].fill(f32::NEG_INFINITY);
+        logits[3][classes / 2] = -3.0;
+        logits[4].fill(f32::MIN);
+        let flat = logits.concat();
+        let x = Buffer::from_slice(&device, &flat).unwrap();
+        let at = vec![(classes / 2) as u32; 6];
+        let targets = cross_entropy::Targets::new(&device, &at, classes).unwrap();
+        let mut probs = Buffer::<f32>::zeros(&device, flat.len()).unwrap();
+        let mut nll = Buffer::<f32>::zeros(&device, 6).unwrap();
+        let sums = nll.view_mut();
+        cross_entropy::forward(&device, x.view(), &targets, probs.view_mut(), sums).unwrap();
+        let (probs, nll) = (probs.to_vec().unwrap(), nll.to_vec().unwrap());
+        for (row, p) in probs.chunks(classes).enumerate() {
+            let wrong = row < 3;
+            assert_eq!(nll[row].is_nan(), wrong, "{classes} classes, row {row}");
+            assert!(
+                p.iter().all(|p| p.is_nan() == wrong),
+                "{classes} classes, row {row}: {p:?}"
+            );
+            let sum: f32 = p.iter().sum();
+            assert!(
+                wrong || (sum - 1.0).abs() < 1e-5,
+                "{classes} classes, row {row}: {sum}"
+            );
+        }
+        assert_eq!((probs[3 * classes + classes / 2], nll[3]), (1.0, 0.0));
     }
 }

@@ -1,4 +1,16 @@
-//! Tests that need a device are behind the feature `emulated`: `cargo xtask cuda-emu` runs them.
+//! Tests that need a device are behind the feature `emulated`: `cargo xtask cuda-emu` runs them. Without that command,
+//! and without a GPU that was asked for, they say so and do nothing: `cargo test --all-features` needs neither a driver
+//! nor a compiler.
+
+/// Ends a test where there is no device to run it on, and says so.
+#[cfg(feature = "emulated")]
+macro_rules! on_device {
+    () => {
+        if !crate::emulator::there() {
+            return;
+        }
+    };
+}
 
 mod without_driver;
 
@@ -14,6 +26,10 @@ mod emulator;
 mod faults;
 #[cfg(feature = "emulated")]
 mod gemm;
+#[cfg(feature = "emulated")]
+mod given;
+#[cfg(feature = "emulated")]
+mod limits;
 #[cfg(feature = "emulated")]
 mod losses;
 #[cfg(feature = "emulated")]

@@ -287,6 +287,7 @@ fn pass(
 
 #[test]
 fn mixtures_forward_and_backward() {
+    on_device!();
     for (n, dim, hidden, experts) in [
         (0, 4, 4, 2),
         (1, 1, 1, 1),
@@ -340,6 +341,7 @@ fn mixtures_forward_and_backward() {
 
 #[test]
 fn emulated_failures_anywhere_are_error_values_and_leave_no_memory() {
+    on_device!();
     let shape = FfnShape {
         dim: 8,
         hidden: 12,
@@ -377,6 +379,7 @@ fn emulated_failures_anywhere_are_error_values_and_leave_no_memory() {
 
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
+    on_device!();
     let device = device();
     let shape = FfnShape {
         dim: 4,

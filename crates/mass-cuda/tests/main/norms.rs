@@ -8,6 +8,7 @@ const EPS: f32 = 1e-5;
 
 #[test]
 fn layer_norm_forward_and_backward() {
+    on_device!();
     for (rows, d) in [(0, 4), (1, 1), (9, 31), (300, 64), (257, 300)] {
         let (x, gamma, beta, dy) = (
             values(rows * d, 1),
@@ -131,6 +132,7 @@ fn host_dot(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn inner_products_of_segments_have_the_hosts_bits() {
+    on_device!();
     let lengths = [0, 1, 33, 4096, 4097, 100_003, (1 << 18) + 5];
     let all: Vec<(Vec<f32>, Vec<f32>)> = lengths
         .iter()
@@ -175,6 +177,7 @@ fn inner_products_of_segments_have_the_hosts_bits() {
 
 #[test]
 fn columns_are_summed_by_jobs() {
+    on_device!();
     let shapes = [(0, 5), (1, 1), (256, 3), (700, 300), (257, 257)];
     let xs: Vec<Vec<f32>> = shapes.iter().map(|&(r, c)| values(r * c, 5)).collect();
     let results = every_schedule(|device| {

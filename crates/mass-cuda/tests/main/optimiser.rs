@@ -32,6 +32,7 @@ fn host(theta: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: AdamWStep
 
 #[test]
 fn many_parameters_in_one_launch_get_the_hosts_bits() {
+    on_device!();
     let lengths = [3_usize, 0, 1024, 1, 5000];
     let parameters: Vec<[Vec<f32>; 4]> = lengths
         .iter()
@@ -78,6 +79,7 @@ fn many_parameters_in_one_launch_get_the_hosts_bits() {
 
 #[test]
 fn lengths_are_checked() {
+    on_device!();
     let device = device();
     let buffer = |n| Buffer::<f32>::zeros(&device, n).unwrap();
     let (mut theta, g, mut m, mut v) = (buffer(4), buffer(4), buffer(3), buffer(4));

@@ -1,7 +1,9 @@
 use mass_cuda::kernels::routing::{Plan, Router, backward, backward_thresholds, route};
 use mass_cuda::{Buffer, CudaError, Device};
 use mass_routing::ndarray::ArrayView2;
-use mass_routing::{AnyRouter, Combine, Router as _, RoutingPlan, TopAny, TopK, TopP};
+use mass_routing::{
+    AnyRouter, Combine, Router as _, RoutingError, RoutingPlan, TopAny, TopK, TopP,
+};
 
 use super::emulator::{close, device, every_schedule, values};
 
@@ -127,6 +129,7 @@ fn tied(n: usize, k: usize) -> Vec<f32> {
 
 #[test]
 fn plans_are_those_of_the_host() {
+    on_device!();
     for (n, k) in [
         (0, 3),
         (1, 1),
@@ -231,6 +234,7 @@ fn compare(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: 
 
 #[test]
 fn gradients_of_weights_reach_the_logits() {
+    on_device!();
     let (n, k) = (300, 9);
     let logits: Vec<f32> = values(n * k, 6).iter().map(|x| 3.0 * x).collect();
     let thresholds: Vec<f32> = (0..k).map(|e| 0.3 * e as f32 - 1.0).collect();
@@ -316,6 +320,7 @@ fn gradients_of_weights_reach_the_logits() {
 
 #[test]
 fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
+    on_device!();
     let device = device();
     let (n, k) = (600, 5);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -357,7 +362,12 @@ fn logits_that_are_not_finite_and_settings_that_make_no_sense_are_refused() {
 }
 
 /// mass-routing itself, with the same settings.
-fn host(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: &Kind) -> RoutingPlan {
+fn try_host(
+    logits: &[f32],
+    used: Option<&[bool]>,
+    (n, k): (usize, usize),
+    kind: &Kind,
+) -> Result<RoutingPlan, RoutingError> {
     let combine = |renormalise: &bool| match renormalise {
         true => Combine::Renormalised,
         false => Combine::Raw,
@@ -373,12 +383,13 @@ fn host(logits: &[f32], used: Option<&[bool]>, (n, k): (usize, usize), kind: &Ki
     };
     let mut plan = RoutingPlan::default();
     let logits = ArrayView2::from_shape((n, k), logits).unwrap();
-    router.route(logits, used, &mut plan).unwrap();
-    plan
+    router.route(logits, used, &mut plan)?;
+    Ok(plan)
 }
 
 #[test]
 fn plans_are_those_of_mass_routing() {
+    on_device!();
     let device = device();
     for (n, k) in [(1, 1), (33, 3), (512, 16), (300, 40), (100, 128), (64, 200)] {
         let masked: Vec<bool> = (0..k).map(|e| e % 3 != 1).collect();
@@ -401,7 +412,7 @@ fn plans_are_those_of_mass_routing() {
                         continue;
                     }
                     let plan = routed(&device, &logits, used, k, kind).unwrap();
-                    let host = host(&logits, used, (n, k), kind);
+                    let host = try_host(&logits, used, (n, k), kind).unwrap();
                     assert_eq!(plan.expert_offsets, host.expert_offsets(), "{n} {k}");
                     assert_eq!(plan.tokens.to_vec().unwrap(), host.tokens());
                     assert_eq!(plan.token_offsets.to_vec().unwrap(), host.token_offsets());
@@ -425,5 +436,49 @@ fn plans_are_those_of_mass_routing() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn masks_that_leave_too_few_experts_are_refused_as_by_mass_routing() {
+    on_device!();
+    let device = device();
+    let k = 5;
+    let refused = |n: usize, used: &[bool], kind: &Kind| {
+        let logits = values(n * k, 4);
+        let host = try_host(&logits, Some(used), (n, k), kind).unwrap_err();
+        let error = routed(&device, &logits, Some(used), k, kind).unwrap_err();
+        match error {
+            CudaError::AllExpertsMasked { experts } => {
+                assert_eq!(host, RoutingError::AllExpertsMasked { experts });
+            }
+            CudaError::TooFewExperts { k, available } => {
+                assert_eq!(host, RoutingError::TooFewExperts { k, available });
+            }
+            other => panic!("{n} tokens: {other}"),
+        }
+        assert_eq!(error.to_string(), host.to_string());
+    };
+    for n in [0, 1, 300] {
+        for kind in [
+            Kind::TopP(0.5, false),
+            Kind::TopP(1.0, true),
+            Kind::TopK(1, true),
+            Kind::TopK(3, false),
+            Kind::TopAny(vec![0.0; k], false),
+            Kind::TopAny(vec![0.0; k], true),
+        ] {
+            refused(n, &[false; 5], &kind);
+        }
+        refused(n, &[true, false, false, false, true], &Kind::TopK(3, true));
+        let enough = [true, false, true, false, true];
+        routed(
+            &device,
+            &values(n * k, 4),
+            Some(&enough),
+            k,
+            &Kind::TopK(3, true),
+        )
+        .unwrap();
     }
 }

@@ -7,6 +7,7 @@ use super::emulator::{close, device, every_schedule, values, wide};
 
 #[test]
 fn embeddings_forward_and_backward() {
+    on_device!();
     for (entries, d, n) in [(1, 1, 1), (7, 33, 300), (50, 300, 129), (3, 8, 0)] {
         let (table, other) = (values(entries * d, 1), values(entries * d, 2));
         let dy = values(n * d, 3);
@@ -60,6 +61,7 @@ fn embeddings_forward_and_backward() {
 
 #[test]
 fn rows_are_gathered_with_weights() {
+    on_device!();
     let (n, cols) = (37, 19);
     let (x, w) = (values(10 * cols, 1), values(n, 2));
     let picked: Vec<u32> = (0..n).map(|i| (i * 7 % 10) as u32).collect();
@@ -91,6 +93,7 @@ fn rows_are_gathered_with_weights() {
 
 #[test]
 fn tokens_of_images_forward_and_backward() {
+    on_device!();
     for (images, patches, places, d) in [(3, 6, 4, 17), (2, 4, 4, 64), (0, 2, 2, 3)] {
         let taps: Vec<Vec<(usize, f32)>> = (0..patches)
             .map(|i| {
@@ -174,4 +177,10 @@ fn tokens_of_images_forward_and_backward() {
             len: 2
         }
     );
+    for weight in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        assert!(matches!(
+            Interpolation::new(&device(), &[vec![(0, 1.0), (1, weight)]], 2),
+            Err(CudaError::Setting { .. })
+        ));
+    }
 }

@@ -35,14 +35,14 @@ fn no_driver_is_an_error_value() {
         assert_eq!(Device::count().unwrap_err(), error);
         return;
     }
-    // Neither an emulated driver nor, on a machine with a GPU, the real one: libraries are looked for in an empty
-    // place.
-    if std::path::Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
-        return;
+    // Under the names of a driver, whether or not there is one, there is nothing that can be opened.
+    let folder = Folder::new("none");
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        std::fs::write(folder.0.join(name), "no library").unwrap();
     }
     let (good, text) = again(
         "without_driver::no_driver_is_an_error_value",
-        &[("LD_LIBRARY_PATH", "/nonexistent")],
+        &[("LD_LIBRARY_PATH", folder.0.to_str().unwrap())],
     );
     assert!(good, "{text}");
     assert!(
@@ -51,6 +51,42 @@ fn no_driver_is_an_error_value() {
     );
 }
 
+/// Where a process is to look for libraries first.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let name = format!("mass-cuda-{}-{name}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A library that this process has opened: any will do that is no driver, but for libc, of which there should be one.
+#[cfg(target_os = "linux")]
+fn some_library() -> std::path::PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let paths = maps
+        .lines()
+        .filter_map(|line| Some(&line[line.find('/')?..]));
+    let library = paths.into_iter().find(|path| {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        name.contains(".so")
+            && !["libc.", "ld-", "libcuda"]
+                .iter()
+                .any(|no| name.starts_with(no))
+    });
+    library.expect("Rust's unwinder is a library").into()
+}
+
+#[cfg(target_os = "linux")]
 #[test]
 fn a_library_that_is_no_driver_is_an_error_value() {
     if std::env::var_os(CASE).is_some() {
@@ -59,28 +95,37 @@ fn a_library_that_is_no_driver_is_an_error_value() {
         assert!(matches!(error, CudaError::NoDriver { ref missing } if missing.contains("cuInit")));
         return;
     }
-    let folder = std::env::temp_dir().join(format!("mass-cuda-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("empty.c"), "int nothing;\n").unwrap();
-    let library = folder.join("libcuda.so");
-    let built = Command::new("gcc")
-        .args(["-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(folder.join("empty.c"))
-        .status();
-    assert!(built.unwrap().success());
-    let path = folder.to_str().unwrap();
+    let folder = Folder::new("other");
+    std::fs::copy(some_library(), folder.0.join("libcuda.so")).unwrap();
     let (good, text) = again(
         "without_driver::a_library_that_is_no_driver_is_an_error_value",
-        &[("LD_LIBRARY_PATH", path)],
+        &[("LD_LIBRARY_PATH", folder.0.to_str().unwrap())],
     );
-    std::fs::remove_dir_all(&folder).unwrap();
     assert!(good, "{text}");
+    assert!(text.contains("lacks cuInit"), "{text}");
+}
+
+/// One program runs with and without a GPU.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_library_of_cuda_is_linked() {
+    if std::env::var_os(CASE).is_some() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let ours = maps.lines().find(|line| line.contains("libc."));
+        println!("<{}>", ours.is_some());
+        for library in ["libcuda", "libcudart", "libcublas", "libnvrtc", "libnvidia"] {
+            assert!(!maps.contains(library), "{library}");
+        }
+        return;
+    }
+    let (good, text) = again("without_driver::no_library_of_cuda_is_linked", &[]);
+    assert!(good && text.contains("<true>"), "{text}");
 }
 
 #[cfg(feature = "emulated")]
 #[test]
 fn drivers_and_devices_that_will_not_do_are_told_apart() {
+    on_device!();
     if let Some(case) = std::env::var_os(CASE) {
         let _ = case;
         println!(
