@@ -14,10 +14,10 @@ pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 
 /// How the probabilities of a token's selected experts become its routing weights.
 ///
-/// The choice decides what the gate learns from, see [`RoutingPlan::backward`]. Renormalised weights depend on the logits of the
+/// The choice decides the weights, and what the gate learns from: see [`RoutingPlan::backward`]. Renormalised weights depend on the logits of the
 /// selected experts alone, and the weight of a token with **one** expert is 1 whatever its logits: no gradient reaches the gate
-/// from such a token. A gate of renormalised top-1 routing stays where it began; choose raw weights there, two experts a token, or
-/// a loss on the routing. [`Router::gate_gradient`](crate::Router::gate_gradient) says which routers are meant, and
+/// from such a token. A gate of renormalised top-1 routing stays where it began; choose straight-through or raw weights
+/// there, two experts a token, or a loss on the routing. [`Router::gate_gradient`](crate::Router::gate_gradient) says which routers are meant, and
 /// [`RoutingPlan::tokens_teaching_gate`] how many tokens of a batch do teach the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(
@@ -33,6 +33,15 @@ pub enum Combine {
     /// there are two or more.
     #[default]
     Renormalised,
+    /// Weights as [`Renormalised`](Self::Renormalised) has them, gradients as [`Raw`](Self::Raw) has them: the straight-through
+    /// estimator ([Bengio et al. 2013](https://arxiv.org/abs/1308.3432)). The output of a token with one expert is not scaled down,
+    /// and the gate learns from it all the same; the gradient of the logits is then not that of the weights.
+    StraightThrough,
+}
+
+impl Combine {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Renormalised, Self::StraightThrough];
 }
 
 /// How the weights of a plan depend on the logits: all that a backward pass has to know.
@@ -43,8 +52,10 @@ pub(crate) enum WeightRule {
     Softmax,
     /// `w = r / sum of the selected r`.
     Renormalised,
-    /// `w = 1 / k`; the gradient takes the derivative of the sigmoid score where active (the plan's scores are zero elsewhere).
+    /// The same weights; the gradient is that of `w = r`.
     StraightThrough,
+    /// `w = 1 / k`; the gradient takes the derivative of the sigmoid score where active (the plan's scores are zero elsewhere).
+    TopAny,
     /// Given from outside; nothing is known.
     Given,
 }
@@ -248,11 +259,10 @@ impl RoutingPlan {
 
     /// Whether [`probabilities`](Self::probabilities) holds a row per token.
     pub fn has_probabilities(&self) -> bool {
-        self.rule != WeightRule::StraightThrough
-            && self.scores.len() == self.num_tokens * self.num_experts
+        self.rule != WeightRule::TopAny && self.scores.len() == self.num_tokens * self.num_experts
     }
 
-    /// Number of tokens from which a gradient can reach the gate: with raw weights those with an expert, with renormalised weights
+    /// Number of tokens from which a gradient can reach the gate: with raw or straight-through weights those with an expert, with renormalised weights
     /// those with at least two, with top-any those with an expert whose score passes its threshold. 0 if it is not known how the
     /// weights depend on the logits.
     ///
@@ -262,9 +272,9 @@ impl RoutingPlan {
         let several = self.in_use.iter().filter(|&&used| used).count() > 1;
         (0..self.num_tokens)
             .filter(|&t| match self.rule {
-                WeightRule::Softmax => several && self.k(t) > 0,
+                WeightRule::Softmax | WeightRule::StraightThrough => several && self.k(t) > 0,
                 WeightRule::Renormalised => self.k(t) > 1,
-                WeightRule::StraightThrough => {
+                WeightRule::TopAny => {
                     let own = self.token_offsets[t] as usize..self.token_offsets[t + 1] as usize;
                     let experts = &self.token_experts[own];
                     experts
@@ -357,9 +367,9 @@ impl RoutingPlan {
         Ok(())
     }
 
-    /// The score of an active expert under [`WeightRule::StraightThrough`]; zero if it is not active.
+    /// The score of an active expert under [`WeightRule::TopAny`]; zero if it is not active.
     pub(crate) fn active_score(&self, token: usize, e: usize) -> f32 {
-        if self.rule == WeightRule::StraightThrough {
+        if self.rule == WeightRule::TopAny {
             self.scores[token * self.num_experts + e]
         } else {
             0.0

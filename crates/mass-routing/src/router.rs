@@ -33,7 +33,7 @@ pub enum GateGradient {
     /// [`RoutingPlan::tokens_teaching_gate`].
     FromSeveralExperts,
     /// From none: one expert a token with renormalised weights, each of them 1 whatever the logits. The gate learns from losses on
-    /// the routing alone; raw weights or a second expert mend it.
+    /// the routing alone; straight-through or raw weights or a second expert mend it.
     Never,
 }
 
@@ -41,7 +41,7 @@ impl GateGradient {
     /// Of a router that takes `k` experts for every token, or a number that differs.
     pub(crate) fn of(combine: Combine, k: Option<usize>) -> Self {
         match (combine, k) {
-            (Combine::Raw, _) => Self::Always,
+            (Combine::Raw | Combine::StraightThrough, _) => Self::Always,
             (Combine::Renormalised, Some(1)) => Self::Never,
             (Combine::Renormalised, _) => Self::FromSeveralExperts,
         }

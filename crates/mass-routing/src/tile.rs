@@ -188,7 +188,7 @@ impl Tile {
         let doubtful = s.or_m32s(s.equal_f32s(broken, one), s.not_m32s(sure));
         let factor = match combine {
             Combine::Raw => one,
-            Combine::Renormalised => s.div_f32s(one, sum),
+            Combine::Renormalised | Combine::StraightThrough => s.div_f32s(one, sum),
         };
         let put = |to: &mut Lanes, value| M::Simd::as_mut_simd_f32s(to).0[part] = value;
         put(

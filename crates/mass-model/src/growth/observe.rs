@@ -1,7 +1,7 @@
 //! What a layer's gradients and routing say of its experts.
 
 use mass_expand::{ExpertObservation, RoutingObservation};
-use mass_routing::RoutingPlan;
+use mass_routing::{GateGradient, RoutingPlan};
 
 use super::GradientNorm;
 use crate::error::ModelError;
@@ -158,9 +158,15 @@ pub fn routing_entropies(plan: &RoutingPlan) -> Result<Vec<Option<f64>>, ModelEr
 pub(super) fn observe_routing(layer: &MoeLayer, plan: &RoutingPlan) -> RoutingObservation {
     let learns_otherwise =
         !layer.config().losses.is_empty() || layer.experts().iter().any(|e| e.threshold.is_some());
+    // Straight-through weights are 1 too, and the gate learns from the probability behind them.
+    let through = layer.router().gate_gradient() == GateGradient::Always;
+    let probabilities = plan.probabilities();
     let weight_of_first = |t: usize| {
-        let assignment = plan.token_assignments()[plan.token_offsets()[t] as usize];
-        plan.weights()[assignment as usize]
+        let first = plan.token_offsets()[t] as usize;
+        if through && plan.has_probabilities() {
+            return probabilities[(t, plan.token_experts()[first] as usize)];
+        }
+        plan.weights()[plan.token_assignments()[first] as usize]
     };
     let constant = (0..plan.num_tokens())
         .filter(|&t| plan.k(t) == 1 && (weight_of_first(t) - 1.0).abs() < 1e-6)

@@ -14,12 +14,12 @@ impl RoutingPlan {
     /// Whether [`backward`](Self::backward) can run at all, so that this is known when the plan is made.
     ///
     /// # Errors
-    /// [`RoutingError::ProbabilitiesNotKept`] for raw weights in a plan made without probabilities;
+    /// [`RoutingError::ProbabilitiesNotKept`] for raw or straight-through weights in a plan made without probabilities;
     /// [`RoutingError::GradientUnknown`] for a plan made from assignments alone.
     pub fn check_backward(&self) -> Result<(), RoutingError> {
         match self.rule {
             _ if self.num_assignments() == 0 => Ok(()),
-            WeightRule::Softmax if !self.has_probabilities() => {
+            WeightRule::Softmax | WeightRule::StraightThrough if !self.has_probabilities() => {
                 Err(RoutingError::ProbabilitiesNotKept)
             }
             WeightRule::Given => Err(RoutingError::GradientUnknown),
@@ -35,6 +35,7 @@ impl RoutingPlan {
     /// - raw weights: `dlogit_e += r_e (g_e - sum_j r_j g_j)`, non-zero for every expert in use;
     /// - renormalised weights `w`: `dlogit_e += w_e (g_e - sum_{j selected} w_j g_j)`, zero for experts not selected, and zero
     ///   altogether for a token with one expert;
+    /// - straight-through weights: as raw weights;
     /// - top-any: `dlogit_e += g_e s_e (1 - s_e) / k` with the sigmoid score `s`, the straight-through rule of
     ///   [`TopAny`](crate::TopAny).
     ///
@@ -139,24 +140,20 @@ impl Task for Rows<'_> {
                 &plan.token_assignments[own.clone()],
                 &plan.token_experts[own],
             );
-            let dot: f32 = assignments
-                .iter()
-                .map(|&a| plan.weights[a as usize] * d_weights[a as usize])
-                .sum();
             match plan.rule {
-                WeightRule::Softmax => {
-                    match (plan.score_row(t), row.as_slice_mut()) {
-                        (Some(r), Some(row)) => {
-                            row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot);
-                        }
-                        (Some(r), None) => row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot),
-                        (None, _) => {}
+                WeightRule::Softmax | WeightRule::StraightThrough => {
+                    let Some(r) = plan.score_row(t) else { continue };
+                    let of = |(&a, &e): (&u32, &u32)| r[e as usize] * d_weights[a as usize];
+                    let dot: f32 = assignments.iter().zip(experts).map(of).sum();
+                    match row.as_slice_mut() {
+                        Some(row) => row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot),
+                        None => row.iter_mut().zip(r).for_each(|(d, r)| *d -= r * dot),
                     }
-                    for (&a, &e) in assignments.iter().zip(experts) {
-                        row[e as usize] += plan.weights[a as usize] * d_weights[a as usize];
+                    for own in assignments.iter().zip(experts) {
+                        row[*own.1 as usize] += of(own);
                     }
                 }
-                WeightRule::StraightThrough => {
+                WeightRule::TopAny => {
                     let Some(s) = plan.score_row(t) else { continue };
                     for (&a, &e) in assignments.iter().zip(experts) {
                         let s = s[e as usize];
@@ -165,6 +162,8 @@ impl Task for Rows<'_> {
                     }
                 }
                 WeightRule::Renormalised => {
+                    let of = |&a: &u32| plan.weights[a as usize] * d_weights[a as usize];
+                    let dot: f32 = assignments.iter().map(of).sum();
                     for (&a, &e) in assignments.iter().zip(experts) {
                         row[e as usize] += plan.weights[a as usize] * (d_weights[a as usize] - dot);
                     }

@@ -450,13 +450,14 @@ impl Combine {
         match self {
             Self::Raw => WeightRule::Softmax,
             Self::Renormalised => WeightRule::Renormalised,
+            Self::StraightThrough => WeightRule::StraightThrough,
         }
     }
 
     /// Turns probabilities of the selected experts into weights.
     #[inline(always)]
     pub(crate) fn apply(self, weights: &mut [f32]) {
-        if self == Self::Renormalised {
+        if self != Self::Raw {
             let sum: f32 = weights.iter().sum();
             // All selected probabilities may have underflowed (top-k after a hugely dominant expert was masked by a bias).
             if sum > 0.0 {

@@ -24,7 +24,7 @@ const DEEPEST: usize = 16;
 ///
 /// | text | settings left out |
 /// |---|---|
-/// | `top_p:p=0.5` | `combine=renormalised`, as for all that have it; the other is `raw` |
+/// | `top_p:p=0.5` | `combine=renormalised`, as for all that have it; others: `raw`, `straight_through` |
 /// | `top_k:k=2` | |
 /// | `top_any:experts=8` | `experts=0`, see [`RouterConfig::TopAny`] |
 /// | `bias_balanced:k=2,rate=0.001` | `rate=0.001` |
@@ -88,8 +88,11 @@ impl FromStr for RouterConfig {
             None => Ok(Combine::default()),
             Some("raw") => Ok(Combine::Raw),
             Some("renormalised") => Ok(Combine::Renormalised),
+            Some("straight_through") => Ok(Combine::StraightThrough),
             Some(other) => {
-                let what = format!("combine is `{other}`; it is `raw` or `renormalised`");
+                let what = format!(
+                    "combine is `{other}`; it is `raw`, `renormalised` or `straight_through`"
+                );
                 Err(refuse(what))
             }
         };
@@ -168,6 +171,7 @@ impl fmt::Display for RouterConfig {
         let name = |combine: &Combine| match combine {
             Combine::Raw => "raw",
             Combine::Renormalised => "renormalised",
+            Combine::StraightThrough => "straight_through",
         };
         match self {
             Self::TopP { p, combine } => write!(f, "top_p:p={p},combine={}", name(combine)),

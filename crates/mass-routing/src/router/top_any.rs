@@ -168,7 +168,7 @@ impl Router for TopAny {
             });
         }
         let bounds: Vec<f32> = self.thresholds.iter().map(|&g| sigmoid(g)).collect();
-        let rule = WeightRule::StraightThrough;
+        let rule = WeightRule::TopAny;
         let batch = Batch {
             logits,
             mask,

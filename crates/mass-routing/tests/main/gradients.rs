@@ -122,6 +122,38 @@ proptest! {
         }
     }
 
+    /// Straight-through weights are those of the renormalised, and their gradient is that of raw weights with the same upstream.
+    #[test]
+    fn straight_through(logits in matrix(5, 9, 2.0), upstream in matrix(5, 9, 1.0), p in 0.2_f32..0.95) {
+        let mask = [true, true, false, true, true, true, true, false, true];
+        for mask in [None, Some(&mask[..])] {
+            let of = |combine: Combine| -> Vec<Box<dyn Router>> {
+                vec![
+                    Box::new(TopP::new(p, combine).unwrap()),
+                    Box::new(TopK::new(1, combine).unwrap()),
+                    Box::new(TopK::new(3, combine).unwrap()),
+                    Box::new(BiasBalanced::new(2, 1e-3, combine).unwrap()),
+                    Box::new(ExpertChoice::new(1.0, combine).unwrap()),
+                ]
+            };
+            let [raw, renormalised, through] = Combine::ALL.map(of);
+            for ((mut raw, mut renormalised), mut through) in raw.into_iter().zip(renormalised).zip(through) {
+                let plans = [&mut raw, &mut renormalised, &mut through].map(|r| plan_of(r.as_mut(), logits.view(), mask));
+                prop_assert_eq!(plans[2].weights(), plans[1].weights());
+                prop_assert!(same_selection(&plans[2], &plans[0]));
+                let d_weights: Vec<f32> = plans[0].experts().zip(plans[0].tokens()).map(|(e, &t)| upstream[(t as usize, e as usize)]).collect();
+                let gradients = [(&raw, &plans[0]), (&through, &plans[2])].map(|(router, plan)| {
+                    let mut gradient = Array2::zeros(logits.dim());
+                    router.backward(plan, &d_weights, &mut gradient.view_mut()).unwrap();
+                    gradient
+                });
+                prop_assert_eq!(&gradients[0], &gradients[1]);
+                prop_assert_eq!(plans[2].tokens_teaching_gate(), plans[0].tokens_teaching_gate());
+                prop_assert_eq!(through.gate_gradient(), raw.gate_gradient());
+            }
+        }
+    }
+
     /// Straight-through: the gradient is that of `sum upstream (s - G) / k` over the active pairs with k held fixed.
     #[test]
     fn top_any(cosines in matrix(6, 5, 1.0), upstream in matrix(6, 5, 1.0), thresholds in proptest::collection::vec(-0.5_f32..0.5, 5)) {

@@ -10,26 +10,28 @@ use serde_json::{Value, json};
 
 /// One of every kind.
 fn all() -> Vec<RouterConfig> {
-    let combine = Combine::Raw;
-    let mut all = vec![
-        RouterConfig::TopP { p: 0.3, combine },
-        RouterConfig::TopK { k: 2, combine },
-        RouterConfig::TopAny { experts: 3 },
-        RouterConfig::BiasBalanced {
-            k: 1,
-            rate: 0.02,
-            combine,
-        },
-        RouterConfig::TargetK {
-            target: 1.5,
-            p: 0.4,
-            combine,
-        },
-        RouterConfig::ExpertChoice {
-            capacity: 1.1,
-            combine,
-        },
-    ];
+    let of = |combine| {
+        [
+            RouterConfig::TopP { p: 0.3, combine },
+            RouterConfig::TopK { k: 2, combine },
+            RouterConfig::TopAny { experts: 3 },
+            RouterConfig::BiasBalanced {
+                k: 1,
+                rate: 0.02,
+                combine,
+            },
+            RouterConfig::TargetK {
+                target: 1.5,
+                p: 0.4,
+                combine,
+            },
+            RouterConfig::ExpertChoice {
+                capacity: 1.1,
+                combine,
+            },
+        ]
+    };
+    let mut all: Vec<_> = Combine::ALL.into_iter().flat_map(of).collect();
     let noisy = |(i, inner): (usize, &RouterConfig)| RouterConfig::Noisy {
         std: 0.25,
         seed: 7 + i as u64,
