@@ -374,14 +374,15 @@ impl Mass {
             json!({ "absolute": 1.0 }),
         )]);
         let rules: &[(&str, Value)] = match self.variant {
-            Variant::Ours => &[
+            Variant::Calibrated => &[
                 (
                     "controller.trigger",
                     json!({ "schedule": { "first": "20 %", "every": "20 %" } }),
                 ),
                 ("controller.stop.held_out.wait", json!(3)),
             ],
-            _ => &[
+            Variant::Ours => &[],
+            Variant::Paper | Variant::Reference => &[
                 ("controller.watch.expert.windowed_z.alpha", json!(0.5)),
                 ("controller.watch.expert.windowed_z.warmup", json!(10)),
                 ("controller.watch.expert.windowed_z.window", json!(10)),
@@ -411,11 +412,12 @@ impl Mass {
     }
 
     /// What routes: the router that was chosen, or Top-p with the variant's weights. The paper takes probabilities as they are,
-    /// its code renormalises.
+    /// its code renormalises; ours does too, but for the gradient.
     fn router(&self) -> RouterConfig {
         let combine = match self.variant {
             Variant::Paper => Combine::Raw,
-            Variant::Reference | Variant::Ours => Combine::Renormalised,
+            Variant::Reference | Variant::Calibrated => Combine::Renormalised,
+            Variant::Ours => Combine::StraightThrough,
         };
         let own = RouterConfig::TopP { p: self.p, combine };
         self.router.clone().unwrap_or(own)
@@ -447,6 +449,7 @@ fn rules(
     let of = match variant {
         Variant::Paper => ControllerParams::paper,
         Variant::Reference => ControllerParams::reference,
+        Variant::Calibrated => ControllerParams::calibrated,
         Variant::Ours => ControllerParams::ours,
     };
     let mut config = GrowerConfig::new(of(layers, experts, experts_max, steps));
@@ -555,12 +558,12 @@ fn check_router(
         ));
     }
     if layer.router().gate_gradient() == GateGradient::Never {
-        let what = "one expert a token with renormalised weights teaches the gate nothing; add combine=raw, or take more experts";
+        let what = "one expert a token with renormalised weights teaches the gate nothing; add combine=straight_through or combine=raw, or take more experts";
         return refuse(what.into());
     }
     let bisects = |g: &GrowerConfig| matches!(g.controller.operator, SplitOperator::Bisect(_));
     if config.gate != GateConfig::Linear && growth.is_some_and(bisects) {
-        let what = "its gate is not linear, so MASS's variant `ours` cannot bisect its experts; choose --variant paper or reference";
+        let what = "its gate is not linear, so MASS's variants `calibrated` and `ours` cannot bisect its experts; choose --variant paper or reference";
         return refuse(what.into());
     }
     Ok(())
@@ -609,9 +612,16 @@ mod tests {
         let code = ControllerParams::reference(2, 6, 16, 2000);
         let renormalised = Combine::Renormalised;
         assert_eq!(of(Variant::Reference), (renormalised, fc1, sum, code));
+        let calibrated = ControllerParams::calibrated(2, 6, 16, 2000);
+        let expected = (renormalised, all, mean, calibrated);
+        assert_eq!(of(Variant::Calibrated), expected);
         let ours = ControllerParams::ours(2, 6, 16, 2000);
-        assert_eq!(of(Variant::Ours), (renormalised, all, mean, ours));
-        assert!(mass(Variant::Ours).needs_probe() && !mass(Variant::Paper).needs_probe());
+        assert_eq!(
+            of(Variant::Ours),
+            (Combine::StraightThrough, all, mean, ours)
+        );
+        let probing = Variant::ALL.map(|v| mass(v).needs_probe());
+        assert_eq!(probing, [false, false, true, false]);
     }
 
     #[test]
@@ -619,7 +629,10 @@ mod tests {
         for (method, name) in [
             (Method::Dense, "dense/seed3"),
             (Method::Gmoe { experts: 6 }, "gmoe/K6/k1/seed3"),
-            (mass(Variant::Ours), "mass/ours/p 0.5, live 60 %/K6/seed3"),
+            (
+                mass(Variant::Calibrated),
+                "mass/calibrated/p 0.5, live 60 %/K6/seed3",
+            ),
         ] {
             assert_eq!(key(&method), name);
         }
@@ -694,9 +707,9 @@ mod tests {
 
     /// Runs of the lengths that GLUE's small tasks and the domains of PACS have leave room to judge whoever is split.
     #[test]
-    fn short_runs_of_ours_can_split_and_judge() {
+    fn short_runs_of_calibrated_rules_can_split_and_judge() {
         for (steps, ready) in [(148, 72), (200, 72), (217, 72), (780, 87), (5000, 200)] {
-            let rules = mass(Variant::Ours).growth(2, steps, 0, |_| ());
+            let rules = mass(Variant::Calibrated).growth(2, steps, 0, |_| ());
             let controller = rules.unwrap().unwrap().controller;
             let reach = controller.check_reachable().unwrap().reach();
             assert_eq!(reach.first_split, Some(ready), "{steps}");
@@ -724,12 +737,13 @@ mod tests {
                 Variant::Paper,
                 "takes 7 experts a token, and the pool begins with 6",
             ),
-            ("top_k:k=1", Variant::Paper, "add combine=raw"),
+            ("top_k:k=1", Variant::Paper, "add combine=straight_through"),
             (
                 "noisy:std=0.1/bias_balanced:k=1",
                 Variant::Paper,
-                "add combine=raw",
+                "add combine=straight_through",
             ),
+            ("top_any", Variant::Calibrated, "cannot bisect"),
             ("top_any", Variant::Ours, "cannot bisect"),
             ("noisy:std=0.1/top_any", Variant::Paper, "behind noise"),
         ] {
@@ -739,7 +753,7 @@ mod tests {
         for (router, variant) in [
             ("top_k:k=4", Variant::Paper),
             ("top_any", Variant::Reference),
-            ("bias_balanced:k=1,combine=raw", Variant::Ours),
+            ("bias_balanced:k=1,combine=raw", Variant::Calibrated),
         ] {
             let method = routed(router, variant);
             method.check().unwrap();
@@ -791,9 +805,9 @@ mod tests {
         assert_eq!(dynmoe.gate, cosine);
         assert_eq!(dynmoe.router, RouterConfig::TopAny { experts });
         let p = 0.5;
-        let ours = of(mass(Variant::Ours)).unwrap();
+        let calibrated = of(mass(Variant::Calibrated)).unwrap();
         let combine = Combine::Renormalised;
-        assert_eq!(ours.router, RouterConfig::TopP { p, combine });
-        assert!(ours.gate == GateConfig::Linear && ours.losses.is_empty());
+        assert_eq!(calibrated.router, RouterConfig::TopP { p, combine });
+        assert!(calibrated.gate == GateConfig::Linear && calibrated.losses.is_empty());
     }
 }

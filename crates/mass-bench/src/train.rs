@@ -292,7 +292,7 @@ mod tests {
             "--method gmoe",
             "--method static --router noisy:std=0.2/target_k:target=1.5,p=0.9,combine=raw",
             "--method schedule",
-            "--method schedule --variant ours --steps 60",
+            "--method schedule --variant calibrated --steps 60",
         ] {
             let choices: Vec<&str> = choices.split(' ').collect();
             with_task(&choices, |task, method, _| {

@@ -86,8 +86,8 @@ fn cost(c: &mut Criterion) {
                 ControllerParams::reference(LAYERS, experts, experts, steps),
             ),
             (
-                "ours",
-                ControllerParams::ours(LAYERS, experts, experts, steps),
+                "calibrated",
+                ControllerParams::calibrated(LAYERS, experts, experts, steps),
             ),
         ] {
             let mut controller = kept_open(params).check().unwrap();
@@ -109,7 +109,7 @@ fn cost(c: &mut Criterion) {
 }
 
 fn saving(c: &mut Criterion) {
-    let mut controller = kept_open(ControllerParams::ours(LAYERS, 16, 16, 10_000))
+    let mut controller = kept_open(ControllerParams::calibrated(LAYERS, 16, 16, 10_000))
         .check()
         .unwrap();
     let (mut noise, mut buffer) = (1, Vec::new());

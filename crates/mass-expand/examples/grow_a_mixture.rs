@@ -45,7 +45,7 @@ fn losses(pool: &[Expert], batch: &Batch, out: Option<ExpertId>) -> Vec<f64> {
 
 fn main() -> Result<(), ExpandError> {
     let rng = &mut ChaCha8Rng::seed_from_u64(0);
-    let params = ControllerParams::ours(1, 2, 16, 20_000).with_schedule(100, 100);
+    let params = ControllerParams::calibrated(1, 2, 16, 20_000).with_schedule(100, 100);
     let mut controller = params.check()?;
     let mut random = || Array1::random_using(3, StandardNormal, rng);
     let start = |&id: &ExpertId| (id, Array1::zeros(3), random());

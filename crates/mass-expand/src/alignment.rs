@@ -8,7 +8,7 @@
 //! `paper` and `reference` use `delta = 0.001` whatever the shape. For two random directions in `n = h d` dimensions
 //! `c` is close to normal with standard deviation `1 / sqrt(n)`, so the fixed threshold lets almost every random
 //! direction pass in a large matrix and almost none in a small one. [`AlignmentThreshold::Scaled`], `delta = c0 / sqrt(h d)`, lets
-//! the same fraction pass at every size; no variant uses it, since `ours` has no such test.
+//! the same fraction pass at every size; no variant uses it: `calibrated` and `ours` have no such test.
 
 use serde::{Deserialize, Serialize};
 

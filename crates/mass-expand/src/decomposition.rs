@@ -8,7 +8,7 @@
 //! In the step of a duplication the newcomer gets the source's full gradient and the source keeps the aligned part.
 //! `paper` projects the first matrix as a whole; `reference` projects the first matrix and the gate row, each row by
 //! row, and leaves the second matrix and the biases alone (for a gate row, one row is the whole matrix, up to the
-//! 1e-12). `ours` keeps this for `clone` and needs none of it for `bisect`, whose halves differ from the start.
+//! 1e-12). `calibrated` and `ours` need none of it: they `bisect`, whose halves differ from the start.
 
 use serde::{Deserialize, Serialize};
 

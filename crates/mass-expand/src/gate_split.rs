@@ -10,7 +10,7 @@
 //! `2 strength` apart one standard deviation from it.
 //!
 //! # Which variant does what
-//! `paper` and `reference` copy the row and let the mass double. `ours` offers the offset for `clone`, and `bisect`.
+//! `paper` and `reference` copy the row and let the mass double. `clone` can have the offset, and there is `bisect`.
 
 use ndarray::ArrayView2;
 use rand_chacha::ChaCha8Rng;

@@ -11,7 +11,7 @@
 //!
 //! # Which variant does what
 //! `paper` takes the mean, `reference` the sum, both with weight 0.01 and only while the layer may still expand. The
-//! sum grows with the number of pairs, the mean does not; `ours` takes the mean.
+//! sum grows with the number of pairs, the mean does not; `calibrated` and `ours` take the mean.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ use crate::{ExpandError, sweep};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reduction {
-    /// Mean over the pairs (`paper`, `ours`).
+    /// Mean over the pairs (`paper`, `calibrated`, `ours`).
     Mean,
     /// Sum over the pairs (`reference`).
     Sum,

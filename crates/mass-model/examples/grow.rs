@@ -46,7 +46,7 @@ fn main() -> Result<(), ModelError> {
         decay: Decay::Linear,
     };
 
-    let mut controller = ControllerParams::ours(1, 3, 8, STEPS).with_schedule(100, 100);
+    let mut controller = ControllerParams::calibrated(1, 3, 8, STEPS).with_schedule(100, 100);
     controller.choice = Choice::MostLoaded;
     controller.phase.live_until = STEPS;
     let mut grower = Grower::new(GrowerConfig::new(controller))?;

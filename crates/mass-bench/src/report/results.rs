@@ -124,7 +124,7 @@ impl Results {
 pub struct Run {
     /// Method: mass, dense, erm, static, dynmoe, gmoe, or an ablation by name.
     pub method: String,
-    /// Variant of the method's rules: paper, reference, ours.
+    /// Variant of the method's rules: paper, reference, calibrated, ours.
     pub variant: Option<String>,
     /// What tells runs of one method apart besides the other fields, such as `live 30 %`.
     pub setting: Option<String>,

@@ -1,9 +1,9 @@
 //! The ablation study: every ingredient of growth apart, beside static pools of the same size and routing.
 //!
-//! All pools here route by Top-p of mass 0.5 with raw weights, so that a token has about one expert and its gate learns from it. What
-//! is compared at the same number of experts then has the same number of experts a token. The grown pool splits on a schedule, the
-//! expert with the largest share of the loss, by a bisection whose boundary is soft, and gives the newcomer the moments of its source;
-//! each ablation changes one of these.
+//! The pools that grow here are those of the variant `ours`, at most 20 experts, with Top-p of mass 0.5, so that a token has about one
+//! expert; each ablation changes one rule. Beside them are static pools with the same routing or with weights of another kind, and
+//! the paper's method with its own ablations. What is compared at the same number of experts has the same number of experts a
+//! token.
 
 use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
@@ -12,17 +12,23 @@ use super::plan::Plan;
 use super::synthetic::{Synthetic, TASKS};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Pool};
+use crate::method::{Mass, Method, Pool, named};
 
 /// Experts at the start and at most.
 const EXPERTS: (usize, usize) = (5, 20);
 
-/// Steps at which the pool grows: from 3 % of 2000 on, every nine steps, so that fifteen newcomers are there by a tenth of the run.
-const FIRST: &str = "3 %";
-const EVERY: u64 = 9;
-
-/// How sharp the boundary of a bisection is: see [`BisectParams`](mass_expand::BisectParams).
-const STRENGTH: f64 = 1.5;
+/// The paper's method and its ablations.
+const PAPER: [&str; 9] = [
+    "mass",
+    "detector_only",
+    "alignment_only",
+    "plain_cloning",
+    "no_redundancy_loss",
+    "no_stop",
+    "inherit_moments",
+    "schedule",
+    "random_expert",
+];
 
 /// The plan of a preset: fresh data, and in `full` three finite sets, where a run is judged at its best held-out step.
 ///
@@ -36,24 +42,34 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         Preset::Full | Preset::Paper => (Synthetic::fresh(args, finite), 5),
     };
     let mut methods: Vec<Method> = Vec::new();
-    for experts in [5, 8, 12, 16, 20, 32] {
+    let statics = [5, 8, 12, 16, 20, 32].map(|experts| (experts, Combine::Renormalised));
+    let others = [Combine::StraightThrough, Combine::Raw].map(|combine| (EXPERTS.1, combine));
+    for (experts, combine) in statics.into_iter().chain(others) {
         methods.push(Method::Static {
             experts,
             k: 1,
-            router: Some(top_p(0.5, Combine::Raw)),
+            router: Some(top_p(combine)),
         });
     }
     methods.extend(ablations().into_iter().map(Method::Mass));
+    let pool = Pool {
+        experts: EXPERTS.0,
+        experts_max: EXPERTS.1,
+        k: 2,
+        p: 0.5,
+        live_percent: Some(30),
+    };
+    for name in PAPER {
+        methods.extend(
+            named(name, &pool, Some(Variant::Paper))
+                .into_iter()
+                .flatten(),
+        );
+    }
     Ok(Plan {
         family,
         methods,
-        pool: Pool {
-            experts: EXPERTS.0,
-            experts_max: EXPERTS.1,
-            k: 2,
-            p: 0.5,
-            live_percent: Some(30),
-        },
+        pool,
         seeds,
         variant: None,
     })
@@ -64,13 +80,13 @@ pub(super) fn is_own(name: &str) -> bool {
     ablations().iter().any(|m| m.ablation == name)
 }
 
-fn top_p(p: f32, combine: Combine) -> RouterConfig {
-    RouterConfig::TopP { p, combine }
+fn top_p(combine: Combine) -> RouterConfig {
+    RouterConfig::TopP { p: 0.5, combine }
 }
 
-/// Splits from [`FIRST`] on, every so many steps.
-fn schedule(every: u64) -> Value {
-    json!({ "schedule": { "first": FIRST, "every": every } })
+/// Splits from `first` on, every so many steps, several on steps in a row.
+fn schedule(first: u64, every: u64, splits: u64) -> Value {
+    json!({ "schedule": { "first": first, "every": every, "splits": splits } })
 }
 
 /// A bisection of that strength along that direction.
@@ -90,66 +106,69 @@ fn prune(price: f64) -> Value {
     })
 }
 
-/// Growth on a schedule, and what differs from it in one rule or two.
+/// The variant `ours`, and what differs from it in one rule.
 fn ablations() -> Vec<Mass> {
     const OPERATOR: &str = "controller.operator";
     const CHOICE: &str = "controller.choice";
     const TRIGGER: &str = "controller.trigger";
     const PRUNING: &str = "controller.pruning";
-    let grow = |name: &str, rule: Option<(&str, Value)>| {
-        let rules = [
-            (TRIGGER, schedule(EVERY)),
-            (OPERATOR, bisect(STRENGTH, "principal")),
-            ("controller.moments", json!("inherit")),
-            ("controller.stop", json!("never")),
-        ];
-        let rules = rules.into_iter().chain(rule);
-        Mass {
-            router: Some(top_p(0.5, Combine::Raw)),
-            ablation: name.to_owned(),
-            experts_max: EXPERTS.1,
-            live_percent: Some(60),
-            overrides: rules
-                .map(|(rule, value)| (rule.to_owned(), value))
-                .collect(),
-            ..Mass::new(Variant::Ours, 0.5, EXPERTS.0)
-        }
+    let grow = |name: &str, rule: Option<(&str, Value)>| Mass {
+        ablation: name.to_owned(),
+        experts_max: EXPERTS.1,
+        overrides: rule.map(|(at, v)| (at.to_owned(), v)).into_iter().collect(),
+        ..Mass::new(Variant::Ours, 0.5, EXPERTS.0)
+    };
+    let sized = |name, experts_max| Mass {
+        experts_max,
+        ..grow(name, None)
+    };
+    let routed = |name, router| Mass {
+        router: Some(router),
+        ..grow(name, None)
+    };
+    // Growth that takes longer than a tenth of the run.
+    let late = |name, trigger| Mass {
+        live_percent: Some(60),
+        ..grow(name, Some((TRIGGER, trigger)))
+    };
+    let top_1 = RouterConfig::TopK {
+        k: 1,
+        combine: Combine::StraightThrough,
     };
     let mut all = vec![
         grow("grow", None),
-        Mass {
-            experts_max: 12,
-            ..grow("grow_to_12", None)
-        },
-        Mass {
-            experts_max: 32,
-            ..grow("grow_to_32", Some((TRIGGER, schedule(5))))
-        },
-        Mass {
-            router: Some(top_p(0.5, Combine::Renormalised)),
-            ..grow("renormalised", None)
-        },
+        sized("grow_to_12", 12),
+        sized("grow_to_32", 32),
+        routed("renormalised", top_p(Combine::Renormalised)),
+        routed("raw", top_p(Combine::Raw)),
+        routed("top_1", top_1),
+        late("from_3_percent", schedule(60, 9, 1)),
+        late("slowly", schedule(60, 36, 1)),
+        late(
+            "on_plateau",
+            json!({ "plateau": { "patience": 20, "threshold": 0.01 } }),
+        ),
     ];
-    for (name, strength) in [("a_0.3", 0.3), ("a_0.75", 0.75), ("a_3", 3.0), ("a_6", 6.0)] {
+    for (name, strength) in [("a_0.3", 0.3), ("a_1.5", 1.5), ("a_3", 3.0), ("a_6", 6.0)] {
         all.push(grow(name, Some((OPERATOR, bisect(strength, "principal")))));
     }
     let rules = [
-        ("random_direction", OPERATOR, bisect(STRENGTH, "random")),
-        ("gate_direction", OPERATOR, bisect(STRENGTH, "gate_row")),
+        ("random_direction", OPERATOR, bisect(0.75, "random")),
+        ("gate_direction", OPERATOR, bisect(0.75, "gate_row")),
         ("clone_rowwise", OPERATOR, clone(&json!("rowwise"), false)),
         ("clone_plain", OPERATOR, clone(&Value::Null, false)),
         ("clone_half_mass", OPERATOR, clone(&Value::Null, true)),
         ("split_most_loaded", CHOICE, json!("most_loaded")),
+        ("split_least_used", CHOICE, json!("least_used")),
+        ("split_entropy", CHOICE, json!("routing_entropy")),
         ("split_random", CHOICE, json!("random")),
         ("moments_zero", "controller.moments", json!("zero")),
-        ("no_redundancy_term", "redundancy_weight", json!(0.0)),
-        ("all_at_once", TRIGGER, schedule(1)),
-        ("slowly", TRIGGER, schedule(36)),
+        ("without_redundancy_term", "redundancy_weight", json!(0.0)),
+        ("five_at_once", TRIGGER, schedule(10, 10, 5)),
+        ("all_at_once", TRIGGER, schedule(10, 15, 15)),
         ("prune_0", PRUNING, prune(0.0)),
         ("prune_0.0005", PRUNING, prune(0.0005)),
-        ("prune_0.001", PRUNING, prune(0.001)),
         ("prune_0.002", PRUNING, prune(0.002)),
-        ("prune_0.004", PRUNING, prune(0.004)),
     ];
     all.extend(rules.map(|(name, rule, value)| grow(name, Some((rule, value)))));
     all
@@ -181,20 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn growth_ends_within_a_tenth_of_the_run() {
-        let last = |m: &Mass| {
-            let growth = Method::Mass(m.clone()).growth(1, 2000, 0, |_| ());
-            growth.unwrap().unwrap().controller.trigger
-        };
-        let all = ablations();
-        assert_eq!(
-            last(&all[0]),
-            mass_expand::Trigger::Schedule {
-                first: 60,
-                every: EVERY,
-                splits: 1
-            }
-        );
-        assert!(60 + EVERY * (EXPERTS.1 - EXPERTS.0 - 1) as u64 <= 200);
+    fn ours_grows_within_a_tenth_of_the_run() {
+        let growth = Method::Mass(ablations().remove(0)).growth(1, 2000, 0, |_| ());
+        let reach = growth.unwrap().unwrap().controller.reach();
+        assert_eq!(reach.first_split, Some(10));
+        assert_eq!(reach.end, 200);
     }
 }

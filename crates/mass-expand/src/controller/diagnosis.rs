@@ -287,7 +287,7 @@ impl Controller {
     /// # Examples
     /// ```
     /// use mass_expand::{ControllerParams, Diagnosis, RoutingObservation};
-    /// let mut controller = ControllerParams::ours(1, 4, 8, 2000).check()?;
+    /// let mut controller = ControllerParams::calibrated(1, 4, 8, 2000).check()?;
     /// for _ in 0..10 {
     ///     let routing = RoutingObservation { tokens: 100, assignments: 396, constant: 0 };
     ///     controller.observe_routing(0, &routing)?;

@@ -10,7 +10,7 @@
 //!
 //! # Which variant does what
 //!
-//! | rule | `paper` | `reference` | `ours` | why ours differs |
+//! | rule | `paper` | `reference` | `calibrated` | why it differs |
 //! |---|---|---|---|---|
 //! | watched | each expert's norm | each expert's norm (first matrix) | loss, layer's pooled norm, each expert's norm | at a change of distribution the loss moves by far more than one expert's norm |
 //! | detector | windowed z, `p <= alpha` | windowed z, `p < alpha` | calibrated CUSUM | the windowed scores are not independent, so their alpha is no false-alarm rate |
@@ -22,6 +22,9 @@
 //! | detectors after a removal | kept | kept | who inherits the tokens, layer and loss start afresh | the removal moves what they watch |
 //! | expert without tokens | norm 0 | norm 0 | not observed | a zero is no norm of a gradient |
 //! | stop | gamma failed same-batch checks in a row | same-batch checks with patience, failed newcomer removed | held-out probe with margin and standard error, also after the phase | the same-batch check did not fire even with newcomers nearly dead |
+//!
+//! `ours` watches nothing: [`ControllerParams::ours`] has what it does, and when to take it. The other three are for data that may
+//! change, and for the paper's claims.
 //!
 //! # What can go wrong without an error
 //!
@@ -36,7 +39,7 @@
 //! streams are few and not in step: an expert without tokens is not observed, single ones start afresh after a split or a
 //! removal, `paper` and `reference` watch by another rule, and the level is divided among `k_max` experts from the start so that
 //! it does not move when one is born. There is also little to win. A bank takes 39 ns a stream and update where a detector of
-//! its own takes 50 (lagged reference; `docs/statistics.md` of the repository), and the whole of `ours` 0.13 µs a step and
+//! its own takes 50 (lagged reference; `docs/statistics.md` of the repository), and the whole of `calibrated` 0.13 µs a step and
 //! expert (this crate's README): at 32 experts 4 µs, which a bank would bring to 3.8, of training steps that take milliseconds
 //! at the least. A bank is for watching more streams than one model has experts.
 //!

@@ -13,7 +13,7 @@ use crate::{AlignmentThreshold, BisectParams, Decomposition, ExpandError};
 pub enum Trigger {
     /// A detector's alarm and a passed alignment test (`paper`, `reference`).
     DetectorAndAlignment,
-    /// A detector's alarm alone (`ours`; ablation).
+    /// A detector's alarm alone (`calibrated`; ablation).
     DetectorOnly,
     /// A passed alignment test alone (ablation).
     AlignmentOnly,
@@ -78,7 +78,7 @@ pub enum Choice {
     TriggeredLowestIndex,
     /// Among the triggered, the smallest marginal p-value of its own detector.
     TriggeredSmallestP,
-    /// Of all, the largest share of the loss (`ours`); needs `loss_share`.
+    /// Of all, the largest share of the loss (`calibrated`, `ours`); needs `loss_share`.
     LossShare,
     /// Of all, the most tokens.
     MostLoaded,
@@ -127,7 +127,7 @@ pub enum AfterSplit {
     Keep,
     /// The source's count starts again and its windows stay (`reference`).
     ResetSourceCount,
-    /// The source's detector, the layer's and the loss's all start afresh (`ours`): the split itself moves what they
+    /// The source's detector, the layer's and the loss's all start afresh (`calibrated`): the split itself moves what they
     /// watch, and would otherwise raise the next alarm. After a removal those of the layer, of the loss and of the experts
     /// that inherit the tokens do: the other half of the latest split that the removed expert took part in, if it is still
     /// there. Without one, and where an unused expert goes, whose gate is not given back, they are all to whom its tokens
@@ -141,7 +141,7 @@ pub enum AfterSplit {
 pub enum Unused {
     /// A norm of zero (`paper`, `reference`). Not with a detector of logarithms.
     ObserveZero,
-    /// A gap: it learns nothing, and the next norm is not predicted from the last ([`Detector::skip`](mass_cpd::Detector::skip); `ours`).
+    /// A gap: it learns nothing, and the next norm is not predicted from the last ([`Detector::skip`](mass_cpd::Detector::skip); `calibrated`).
     Skip,
 }
 
@@ -167,7 +167,7 @@ pub enum StopRule {
         /// Expansions without a check (1 for language, 0 for vision).
         checks_after_expansions: u64,
     },
-    /// `ours`: `wait` steps after each split the newest expert is masked on a held-out probe set. It has failed unless
+    /// `calibrated`: `wait` steps after each split the newest expert is masked on a held-out probe set. It has failed unless
     /// `difference - z * standard_error > margin`. Until it has been checked the layer does not split again. A check that
     /// falls due after the phase is made all the same, and at the latest on the run's last step
     /// ([`ControllerParams::steps`]).
@@ -238,7 +238,7 @@ pub struct PruneRedundant {
 
 /// Unchecked parameters of a [`Controller`]; [`check`](Self::check) makes the controller.
 ///
-/// Begin with [`paper`](Self::paper), [`reference`](Self::reference) or [`ours`](Self::ours) and change what should
+/// Begin with [`paper`](Self::paper), [`reference`](Self::reference), [`calibrated`](Self::calibrated) or [`ours`](Self::ours) and change what should
 /// differ: every field is public, every rule can be had with every other.
 ///
 /// # Examples

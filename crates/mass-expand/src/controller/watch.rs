@@ -13,7 +13,7 @@ pub enum Level {
     /// Every detector has the full `alpha` (`paper`, `reference`).
     PerStream,
     /// `alpha` is divided: equally among the kinds that are watched, and within a kind equally among its streams, with
-    /// `k_max` experts counted in every layer (`ours`). By the union bound the chance that any of them raises a false
+    /// `k_max` experts counted in every layer (`calibrated`). By the union bound the chance that any of them raises a false
     /// alarm within the horizon is then at most the largest `alpha` given.
     Shared,
 }

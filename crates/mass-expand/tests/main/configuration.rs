@@ -60,8 +60,8 @@ fn a_field_that_does_not_exist_is_refused_in_every_configuration() {
     let mut all = vec![
         ControllerParams::paper(2, 3, 6, 1000),
         ControllerParams::reference(2, 3, 6, 1000),
-        ControllerParams::ours(2, 3, 6, 1000).continual(0.01, 500),
-        ControllerParams::ours(2, 3, 6, 1000).with_schedule(5, 5),
+        ControllerParams::calibrated(2, 3, 6, 1000).continual(0.01, 500),
+        ControllerParams::calibrated(2, 3, 6, 1000).with_schedule(5, 5),
         ControllerParams::paper(2, 3, 6, 1000).on_plateau(50, 0.01),
         ControllerParams {
             trigger: Trigger::Schedule {

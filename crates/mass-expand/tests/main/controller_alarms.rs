@@ -112,10 +112,10 @@ fn a_split_names_the_stream_that_raised_the_alarm_and_its_p_value() {
             level: Level::Shared,
         }
     };
-    let ours = |watch| ControllerParams {
+    let calibrated = |watch| ControllerParams {
         watch,
         choice: Choice::LossShare,
-        ..ControllerParams::ours(1, 3, 6, 1000)
+        ..ControllerParams::calibrated(1, 3, 6, 1000)
     };
     type Jump = fn(&mut [ExpertObservation], &mut f64);
     let cases: [(Watch, Jump, Watched, Option<u32>); 4] = [
@@ -146,7 +146,7 @@ fn a_split_names_the_stream_that_raised_the_alarm_and_its_p_value() {
         ),
     ];
     for (watch, jump, watched, flagged) in cases {
-        let (split, trigger, flags) = first_split(&ours(watch), jump);
+        let (split, trigger, flags) = first_split(&calibrated(watch), jump);
         let (source, stream, expert, p_value, p_horizon) = cause(split, trigger);
         assert_eq!((source, stream, expert), (0, Some(watched), flagged));
         assert_eq!((p_value, p_horizon), p_of(&flags, watched, flagged));
@@ -158,7 +158,7 @@ fn a_split_names_the_stream_that_raised_the_alarm_and_its_p_value() {
         score_limit: None,
         ..detector()
     };
-    let at_once = ours(Watch {
+    let at_once = calibrated(Watch {
         expert: Some(unlimited.into()),
         layer: Some(unlimited.into()),
         loss: Some(unlimited.into()),
@@ -427,7 +427,7 @@ fn tokens_that_come_back_raise_no_alarm() {
                 patience: 9,
                 remove: true,
             },
-            ..ControllerParams::ours(1, 3, 6, 2000)
+            ..ControllerParams::calibrated(1, 3, 6, 2000)
         };
         params.watch = Watch::experts(detector());
         params.choice = Choice::LossShare;

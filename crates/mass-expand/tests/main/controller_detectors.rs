@@ -83,9 +83,9 @@ fn step(
 /// A shared level is divided by the kinds watched, the layers, and for an expert by the most that a layer may have.
 #[test]
 fn a_shared_level_is_divided_among_all_streams_that_there_may_be() {
-    let ours = ControllerParams::ours(2, 3, 6, 1000);
+    let calibrated = ControllerParams::calibrated(2, 3, 6, 1000);
     let shares = [0.05 / 36.0, 0.05 / 6.0, 0.05 / 3.0];
-    assert_levels(&ours.check().unwrap(), shares);
+    assert_levels(&calibrated.check().unwrap(), shares);
 
     let others: [AnyDetectorParams; 2] = [
         WindowedZParams::paper(10, 20, 0.05).into(),
@@ -104,15 +104,15 @@ fn a_shared_level_is_divided_among_all_streams_that_there_may_be() {
         };
         let params = ControllerParams {
             watch,
-            ..ours.clone()
+            ..calibrated.clone()
         };
         assert_levels(&params.check().unwrap(), shares);
     }
 
-    let mut two_kinds = ours.clone();
+    let mut two_kinds = calibrated.clone();
     two_kinds.watch.expert = None;
     assert_levels(&two_kinds.check().unwrap(), [0.0, 0.05 / 4.0, 0.05 / 2.0]);
-    let mut per_stream = ours;
+    let mut per_stream = calibrated;
     per_stream.watch.level = Level::PerStream;
     assert_levels(&per_stream.check().unwrap(), [0.05; 3]);
 }
@@ -130,7 +130,7 @@ fn splits_and_removals_start_afresh_only_what_the_rule_names() {
         let params = ControllerParams {
             choice: Choice::TriggeredLowestIndex,
             after_split,
-            ..ControllerParams::ours(2, 3, 6, 1000).alignment_only()
+            ..ControllerParams::calibrated(2, 3, 6, 1000).alignment_only()
         };
         let mut controller = params.check().unwrap();
         for at in 0..=70 {
@@ -251,7 +251,7 @@ fn an_alarm_of_one_layer_splits_in_that_layer_alone() {
             loss: None,
             level: Level::Shared,
         },
-        ..ControllerParams::ours(2, 3, 6, 1000)
+        ..ControllerParams::calibrated(2, 3, 6, 1000)
     };
     let mut controller = params.check().unwrap();
     let figures = Figures::new(3);

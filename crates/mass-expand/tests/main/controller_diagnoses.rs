@@ -33,7 +33,7 @@ fn noise(step: u64, expert: u32) -> f64 {
 
 #[test]
 fn a_split_out_of_reach_is_named_and_refused_with_its_numbers() {
-    let full = ControllerParams::ours(1, 8, 8, 2000);
+    let full = ControllerParams::calibrated(1, 8, 8, 2000);
     for (params, ready, end, room, text) in [
         (
             ControllerParams::paper(1, 8, 16, 500),
@@ -43,14 +43,14 @@ fn a_split_out_of_reach_is_named_and_refused_with_its_numbers() {
             "before step 59",
         ),
         (
-            ControllerParams::ours(2, 6, 8, 200),
+            ControllerParams::calibrated(2, 6, 8, 200),
             Some(72),
             60,
             2,
             "before step 72",
         ),
         (
-            ControllerParams::ours(1, 6, 8, 2000).with_schedule(600, 5),
+            ControllerParams::calibrated(1, 6, 8, 2000).with_schedule(600, 5),
             Some(600),
             600,
             2,
@@ -74,8 +74,8 @@ fn a_split_out_of_reach_is_named_and_refused_with_its_numbers() {
     for params in [
         ControllerParams::paper(1, 8, 16, 2000),
         ControllerParams::reference(1, 8, 16, 2000),
-        ControllerParams::ours(2, 6, 8, 2000),
-        ControllerParams::ours(2, 6, 8, 300),
+        ControllerParams::calibrated(2, 6, 8, 2000),
+        ControllerParams::calibrated(2, 6, 8, 300),
     ] {
         assert_eq!(params.check_reachable().unwrap().diagnoses(), []);
     }
@@ -90,7 +90,7 @@ fn a_check_out_of_reach_is_named_and_refused_with_its_numbers() {
         patience: 1,
         remove: true,
     };
-    let mut last_step = ControllerParams::ours(1, 6, 8, 100).with_schedule(99, 1);
+    let mut last_step = ControllerParams::calibrated(1, 6, 8, 100).with_schedule(99, 1);
     (last_step.phase.live_until, last_step.stop) = (100, held_out);
     let mut late = ControllerParams::paper(1, 6, 8, 1000).with_schedule(98, 5);
     late.stop = StopRule::Consecutive { gamma: 1 };
@@ -319,7 +319,7 @@ fn a_pair_is_still_named_once_its_newcomer_has_been_removed() {
 #[test]
 fn tokens_that_select_every_expert_are_named_and_so_is_a_gate_without_gradient() {
     let routed = |assignments, constant| {
-        let mut controller = ControllerParams::ours(2, 4, 8, 2000).check().unwrap();
+        let mut controller = ControllerParams::calibrated(2, 4, 8, 2000).check().unwrap();
         let routing = RoutingObservation {
             tokens: 100,
             assignments,
@@ -367,7 +367,7 @@ fn tokens_that_select_every_expert_are_named_and_so_is_a_gate_without_gradient()
         assert!((active_per_token - assignments as f64 / 100.0).abs() < 1e-9);
     }
     // Of one expert a token has no choice, and of a few steps nothing is said.
-    let mut one = ControllerParams::ours(1, 1, 8, 2000).check().unwrap();
+    let mut one = ControllerParams::calibrated(1, 1, 8, 2000).check().unwrap();
     let routing = RoutingObservation {
         tokens: 9,
         assignments: 9,
@@ -377,14 +377,14 @@ fn tokens_that_select_every_expert_are_named_and_so_is_a_gate_without_gradient()
         one.observe_routing(0, &routing).unwrap();
     }
     assert_eq!(one.diagnoses(), []);
-    let mut few = ControllerParams::ours(1, 4, 8, 2000).check().unwrap();
+    let mut few = ControllerParams::calibrated(1, 4, 8, 2000).check().unwrap();
     few.observe_routing(0, &routing).unwrap();
     assert_eq!(few.diagnoses(), []);
 }
 
 #[test]
 fn routing_that_cannot_be_is_refused_and_changes_nothing() {
-    let mut controller = ControllerParams::ours(1, 4, 8, 2000).check().unwrap();
+    let mut controller = ControllerParams::calibrated(1, 4, 8, 2000).check().unwrap();
     let before = controller.clone();
     let routing = |tokens, assignments, constant| RoutingObservation {
         tokens,

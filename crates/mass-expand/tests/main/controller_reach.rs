@@ -152,7 +152,7 @@ fn our_waits_fit_the_run() {
         (2000, 50, 201),
         (100_000, 50, 201),
     ] {
-        let params = ControllerParams::ours(2, 6, 8, steps);
+        let params = ControllerParams::calibrated(2, 6, 8, steps);
         let StopRule::HeldOut { wait: found, .. } = params.stop else {
             panic!("{:?}", params.stop);
         };
@@ -287,9 +287,9 @@ fn live_steps_are_those_foretold() {
     for params in [
         ControllerParams::paper(1, 2, 4, 2000),
         ControllerParams::reference(1, 2, 4, 1000),
-        ControllerParams::ours(1, 2, 4, 700),
-        ControllerParams::ours(1, 2, 4, 300),
-        ControllerParams::ours(1, 2, 4, 200),
+        ControllerParams::calibrated(1, 2, 4, 700),
+        ControllerParams::calibrated(1, 2, 4, 300),
+        ControllerParams::calibrated(1, 2, 4, 200),
         ControllerParams::paper(1, 2, 4, 500),
         late,
     ] {

@@ -90,7 +90,7 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
         said.starts_with(&format!("layer 0, expert {which}: gradient_norm")),
         "{said}"
     );
-    let mut controller = ControllerParams::ours(1, 2, 4, 100).check().unwrap();
+    let mut controller = ControllerParams::calibrated(1, 2, 4, 100).check().unwrap();
     let mut experts = observation(controller.active(0));
     experts[1].loss_share = None;
     assert!(matches!(
@@ -266,8 +266,8 @@ fn parameters_out_of_range_are_refused() {
     }
     good().check().unwrap();
     ControllerParams::reference(2, 6, 8, 5000).check().unwrap();
-    ControllerParams::ours(2, 6, 8, 5000).check().unwrap();
-    ControllerParams::ours(2, 6, 8, 5000)
+    ControllerParams::calibrated(2, 6, 8, 5000).check().unwrap();
+    ControllerParams::calibrated(2, 6, 8, 5000)
         .continual(0.01, 1000)
         .check()
         .unwrap();
@@ -326,7 +326,7 @@ fn hostile_states_are_refused() {
 
 #[test]
 fn figures_beyond_the_detectors_change_nothing() {
-    let mut controller = ControllerParams::ours(1, 2, 4, 1000).check().unwrap();
+    let mut controller = ControllerParams::calibrated(1, 2, 4, 1000).check().unwrap();
     Figures::new(0).begin(&mut controller, 0).unwrap();
     controller.finish_step().unwrap();
     let before = serde_json::to_string(&controller).unwrap();
@@ -342,7 +342,7 @@ fn figures_beyond_the_detectors_change_nothing() {
     }
     Figures::new(0).begin(&mut controller, 1).unwrap();
     // A detector of logarithms, of whichever kind, cannot be fed zeros.
-    let mut params = ControllerParams::ours(1, 2, 4, 1000);
+    let mut params = ControllerParams::calibrated(1, 2, 4, 1000);
     params.unused = Unused::ObserveZero;
     params.watch.expert = Some(mass_cpd::AnyDetectorParams::TrainingMonitor(
         mass_cpd::TrainingMonitorParams {

@@ -338,7 +338,7 @@ fn a_jump_of_the_loss_splits_and_its_event_says_why() {
     };
     let params = ControllerParams {
         watch,
-        ..ControllerParams::ours(2, 3, 6, 1000)
+        ..ControllerParams::calibrated(2, 3, 6, 1000)
     };
     let mut controller = params.check().unwrap();
     let figures = Figures {
@@ -644,7 +644,9 @@ fn a_zero_gradient_does_not_pass_the_alignment_test_and_is_not_asked_about() {
 /// All margins beyond f32's precision: the cross-entropy of a small batch is exactly zero. That ends no run.
 #[test]
 fn a_loss_of_zero_has_no_logarithm_and_is_no_rise() {
-    let mut controller = ControllerParams::ours(1, 3, 6, 10_000).check().unwrap();
+    let mut controller = ControllerParams::calibrated(1, 3, 6, 10_000)
+        .check()
+        .unwrap();
     for (step, loss) in [1.0, 0.0, 0.5, 0.0].into_iter().enumerate() {
         let experts = observation(controller.active(0));
         begin_with(&mut controller, step as u64, loss, &[experts]).unwrap();

@@ -76,7 +76,7 @@ fn the_references_settings_are_those_of_the_released_code() {
     assert_eq!(ControllerParams::reference(2, 6, 16, 2000), reference);
 }
 
-/// `ours` watches all three kinds of stream for sudden rises, bisects, checks on held-out data and re-warms.
+/// `calibrated` watches all three kinds of stream for sudden rises, bisects, checks on held-out data and re-warms.
 #[test]
 fn our_settings_are_the_documented_ones() {
     let detector = CalibratedCusumParams {
@@ -98,7 +98,7 @@ fn our_settings_are_the_documented_ones() {
         warmup: 200,
         after_alarm: AfterAlarm::Relearn,
     };
-    let ours = ControllerParams {
+    let calibrated = ControllerParams {
         phase: Phase {
             live_from: 0,
             live_until: 600,
@@ -124,7 +124,7 @@ fn our_settings_are_the_documented_ones() {
         },
         ..paper()
     };
-    assert_eq!(ControllerParams::ours(2, 6, 16, 2000), ours);
+    assert_eq!(ControllerParams::calibrated(2, 6, 16, 2000), calibrated);
 }
 
 /// Warm-up and window are 5 % and 9 % of the steps but at least 30 and 60; the phase has at least one step.
@@ -151,4 +151,42 @@ fn shares_of_the_steps_have_their_least_values() {
             );
         }
     }
+}
+
+/// `ours` grows to its maximum in the first tenth of a run, however long that is, unless the tenth has not a step for each newcomer.
+#[test]
+fn ours_grows_early_and_to_its_maximum() {
+    for (steps, experts, k_max) in [
+        (2000, 5, 20),
+        (2000, 5, 120),
+        (100_000, 4, 16),
+        (300, 6, 16),
+        (20, 3, 8),
+        (2, 2, 4),
+    ] {
+        let params = ControllerParams::ours(2, experts, k_max, steps);
+        let room = (k_max - experts) as u64;
+        let Trigger::Schedule {
+            first,
+            every,
+            splits: 1,
+        } = params.trigger
+        else {
+            panic!("{:?}", params.trigger);
+        };
+        let last = first + (room - 1) * every;
+        assert!(last < params.phase.live_until, "{steps}");
+        if steps / 10 >= room + steps / 200 {
+            assert!(params.phase.live_until <= steps / 10, "{steps}");
+        }
+        params.check().unwrap();
+    }
+    let params = ControllerParams::ours(1, 5, 20, 2000);
+    assert_eq!(params.moments, Moments::Inherit);
+    assert_eq!(params.stop, StopRule::Never);
+    assert_eq!(params.choice, Choice::LossShare);
+    let SplitOperator::Bisect(bisect) = params.operator else {
+        panic!("{:?}", params.operator);
+    };
+    assert_eq!(bisect.strength, 0.75);
 }

@@ -29,8 +29,8 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
             GradientNorm::Fc1,
         ),
         (
-            "ours",
-            ControllerParams::ours(1, experts, experts + 1, STEPS),
+            "calibrated",
+            ControllerParams::calibrated(1, experts, experts + 1, STEPS),
             GradientNorm::AllParameters,
         ),
     ] {

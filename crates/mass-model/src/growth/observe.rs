@@ -1,7 +1,7 @@
 //! What a layer's gradients and routing say of its experts.
 
 use mass_expand::{ExpertObservation, RoutingObservation};
-use mass_routing::{GateGradient, RoutingPlan};
+use mass_routing::{GateGradient, Router, RoutingPlan};
 
 use super::GradientNorm;
 use crate::error::ModelError;

@@ -54,10 +54,12 @@ fn train(
 fn a_gate_that_learns_nothing_and_a_p_that_chooses_nothing_are_named() {
     let top_k = |k, combine| RouterConfig::TopK { k, combine };
     let top_p = |p, combine| RouterConfig::TopP { p, combine };
-    let (raw, renormalised) = (Combine::Raw, Combine::Renormalised);
+    let [raw, renormalised, through] = Combine::ALL;
     let cases = [
         (top_k(1, renormalised), true, false),
         (top_k(1, raw), false, false),
+        (top_k(1, through), false, false),
+        (top_p(0.01, through), false, false),
         (top_k(2, renormalised), false, false),
         (top_p(0.01, renormalised), true, false),
         (top_p(0.01, raw), false, false),

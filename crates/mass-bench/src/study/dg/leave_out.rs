@@ -96,7 +96,7 @@ impl<'a> LeaveOut<'a> {
             if split.probe.len() < 2 {
                 return Err(BenchError::Usage(format!(
                     "{key}: the source domains of {} are too small to keep two training images for judging newcomers by, which \
-                     MASS's variant `ours` does; --methods or --variant leave it out",
+                     MASS's variant `calibrated` does; --methods or --variant leave it out",
                     set.name
                 )));
             }

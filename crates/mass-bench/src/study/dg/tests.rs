@@ -53,7 +53,7 @@ fn rules_are_those_of_vision_and_short_runs_shorten_them() {
             assert_eq!((rules.k_max, rules.experts), (8, vec![6, 6]));
         }
     }
-    for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
+    for variant in Variant::ALL {
         for steps in [80, 200, 5000] {
             growth(variant, steps).controller.check().unwrap();
         }
@@ -167,14 +167,14 @@ fn sets_and_models_that_are_too_small_are_refused_beforehand() {
         }
     };
     let gmoe = || Method::Gmoe { experts: 3 };
-    let ours = || Method::Mass(mass(Variant::Ours));
-    for method in [Method::Dense, gmoe(), ours()] {
+    let judged = || Method::Mass(mass(Variant::Calibrated));
+    for method in [Method::Dense, gmoe(), judged()] {
         check(method, &set(12, 8, 8)).unwrap();
     }
     // Of 10 blocks the mixtures would be the seventh and the ninth.
     assert_eq!(mixture_blocks(10), [6, 8]);
     check(Method::Dense, &set(10, 8, 8)).unwrap();
-    for method in [gmoe(), ours()] {
+    for method in [gmoe(), judged()] {
         let refused = check(method, &set(10, 8, 8)).unwrap_err();
         assert_eq!(refused.exit_code(), 2);
         assert!(refused.to_string().contains("[6, 8]"), "{refused}");
@@ -195,7 +195,7 @@ fn sets_and_models_that_are_too_small_are_refused_beforehand() {
     let mut two = set(12, 8, 8);
     two.images = DomainImages::read(dir.path(), 8, BadImages::Refuse, None).unwrap();
     check(gmoe(), &two).unwrap();
-    let refused = check(ours(), &two).unwrap_err();
+    let refused = check(judged(), &two).unwrap_err();
     assert_eq!(refused.exit_code(), 2);
     assert!(
         refused.to_string().contains("judging newcomers"),

@@ -76,9 +76,10 @@ fn every_method_resumes_to_the_same_bits() {
         of("gmoe"),
         mass(Variant::Paper),
         mass(Variant::Reference),
+        mass(Variant::Calibrated),
         mass(Variant::Ours),
         routed(
-            mass(Variant::Ours),
+            mass(Variant::Calibrated),
             "bias_balanced:k=1,rate=0.01,combine=raw",
         ),
         routed(
@@ -119,7 +120,7 @@ fn a_chosen_router_names_the_run_and_any_method_may_be_named() {
     assert!(text.contains("cannot bisect"), "{text}");
     runs(&["--router", "top_any", "--variant", "paper"]).unwrap();
     let text = refused(&["--router", "top_k:k=1"]);
-    assert!(text.contains("add combine=raw"), "{text}");
+    assert!(text.contains("add combine=straight_through"), "{text}");
     // Nobody is asked to route otherwise.
     runs(&["--router", "top_k:k=1", "--methods", "dense,dynmoe,gmoe"]).unwrap();
     // What the preset does not list has its pools, whatever the study calls the dense model.
@@ -132,8 +133,8 @@ fn a_chosen_router_names_the_run_and_any_method_may_be_named() {
         ]
     );
     assert_eq!(
-        keys(&["--methods", "schedule", "--variant", "ours"]),
-        ["schedule/ours/p 0.5, live 90 %/STS-B/K3/seed0"]
+        keys(&["--methods", "schedule", "--variant", "calibrated"]),
+        ["schedule/calibrated/p 0.5, live 90 %/STS-B/K3/seed0"]
     );
 }
 
@@ -151,7 +152,7 @@ fn quick_has_one_variant_and_that_which_is_asked_for() {
     };
     assert_eq!(variants("quick", ""), "paper");
     assert_eq!(variants("quick", "--variant ours"), "ours");
-    assert_eq!(variants("full", ""), "paper reference ours");
+    assert_eq!(variants("full", ""), "paper reference calibrated ours");
     assert_eq!(variants("full", "--variant reference"), "reference");
 }
 
@@ -196,11 +197,12 @@ fn methods_that_judge_newcomers_hold_out_a_probe_that_they_are_not_trained_on() 
         let task = FineTune::new(&family, &data, method, (0, 3)).unwrap();
         std::ptr::eq(task.examples(), rest)
     };
-    assert!(held_out(&mass(Variant::Ours)));
+    assert!(held_out(&mass(Variant::Calibrated)));
     for method in [
         Method::Dense,
         mass(Variant::Paper),
         mass(Variant::Reference),
+        mass(Variant::Ours),
     ] {
         assert!(!held_out(&method));
     }
