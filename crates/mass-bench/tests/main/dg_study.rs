@@ -137,7 +137,7 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     );
     let patches = fs::read_dir(one.join("patches")).unwrap();
     let patches: Vec<_> = patches.map(|e| e.unwrap().path()).collect();
-    assert_eq!(patches.len(), 5, "every method but ERM: {patches:?}");
+    assert_eq!(patches.len(), 6, "every method but ERM: {patches:?}");
     for dir in patches {
         routed_patches(&dir);
     }
