@@ -5,6 +5,7 @@ mod configurations;
 mod data_check;
 mod dg_data;
 mod dg_study;
+mod documents;
 mod dynmoe;
 mod ginc;
 mod glue_data;
