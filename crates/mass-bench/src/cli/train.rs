@@ -90,7 +90,7 @@ pub struct TrainArgs {
     #[serde(skip)]
     pub fresh: bool,
     /// Whose expansion rules
-    #[arg(long, value_enum, default_value_t = Variant::Paper)]
+    #[arg(long, value_enum, default_value_t = Variant::Ours)]
     pub variant: Variant,
     /// Share of the text, at its end, that is never trained on
     #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]

@@ -387,8 +387,8 @@ mod tests {
         };
         let own = runs(&[]).unwrap();
         let chosen = runs(&["--router", "expert_choice:capacity=1.5"]).unwrap();
-        // 4 sizes of the static pool, each with up to 4 k, and MASS with two p, each in 5 ways.
-        assert_eq!((own.len(), chosen.len()), (4 * 4 - 1 + 10, 4 + 5));
+        // 4 sizes of the static pool, each with up to 4 k, and MASS with two p, each in 6 ways.
+        assert_eq!((own.len(), chosen.len()), (4 * 4 - 1 + 12, 4 + 6));
         for planned in &chosen {
             let key = planned.run.key().to_string();
             assert!(key.contains("expert_choice:capacity=1.5"), "{key}");

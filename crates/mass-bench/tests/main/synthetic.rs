@@ -55,7 +55,7 @@ fn on_few_tokens_a_run_counts_as_it_was_at_its_best() {
         "--task",
         "51k",
         "--methods",
-        "grow_to_12,prune_0.001",
+        "grow_to_12,prune_0.002",
     ];
     smoke(dir.path(), &more);
     let looks: Vec<Value> = lines(dir.path(), "metrics.jsonl");

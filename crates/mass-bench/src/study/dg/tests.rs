@@ -216,7 +216,7 @@ fn every_method_resumes_to_the_same_bits() {
     let set = plan.family.read("sample", &mut ctx).unwrap();
     let set = plan.family.prepare(set, &mut ctx).unwrap();
     let runs = plan.runs(&args).unwrap();
-    assert_eq!(runs.len(), 7);
+    assert_eq!(runs.len(), 8);
     for planned in runs {
         let task = LeaveOut::new(&plan.family, &set, &planned).unwrap();
         // Before a score, at one, and after one whose model may be the selected one.
