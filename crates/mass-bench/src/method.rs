@@ -97,8 +97,11 @@ pub struct Pool {
     pub live_percent: Option<u64>,
 }
 
+/// MASS itself, no ablation of it.
+pub(crate) const MASS: &str = "mass";
+
 /// What `--methods` may name in every study, beside [`ABLATIONS`]; `erm` is another name of `dense`.
-pub const METHODS: &[&str] = &["mass", "static", "dense", "erm", "dynmoe", "gmoe"];
+pub const METHODS: &[&str] = &[MASS, "static", "dense", "erm", "dynmoe", "gmoe"];
 
 /// Ablations of MASS and baselines of growth by name: each differs from its variant (the paper's, unless another is asked for)
 /// in these rules, as JSON.
@@ -164,7 +167,7 @@ pub fn named(name: &str, pool: &Pool, variant: Option<Variant>) -> Option<Vec<Me
             experts_max,
         },
         "gmoe" => Method::Gmoe { experts },
-        "mass" => {
+        MASS => {
             let all = Variant::ALL.into_iter();
             let asked = all.filter(|v| variant.is_none_or(|asked| asked == *v));
             return Some(asked.map(|v| Method::Mass(mass(v))).collect());
@@ -191,7 +194,7 @@ impl Method {
             Self::Static { .. } => "static",
             Self::DynMoe { .. } => "dynmoe",
             Self::Gmoe { .. } => "gmoe",
-            Self::Mass(m) if m.ablation.is_empty() => "mass",
+            Self::Mass(m) if m.ablation.is_empty() => MASS,
             Self::Mass(m) => &m.ablation,
         }
     }
@@ -317,13 +320,17 @@ impl Method {
         })
     }
 
-    /// Refuses what no run can have, before results of an earlier run are replaced: rules that do not exist, and a chosen router
-    /// that teaches its gate nothing, that the pool is too small for, or whose pool cannot be split.
+    /// Refuses what no run can have, before results of an earlier run are replaced: rules that do not exist or contradict each
+    /// other, and a chosen router that teaches its gate nothing, that the pool is too small for, or whose pool cannot be split.
     ///
     /// # Errors
     /// [`BenchError::Usage`]: what is wrong, and what to choose instead.
     pub fn check(&self) -> Result<(), BenchError> {
         let growth = self.growth(1, 1000, 0, |_| ())?;
+        if let Some(growth) = &growth {
+            let refuse = |e| BenchError::Usage(format!("{}: {e}", self.name()));
+            growth.controller.check().map_err(refuse)?;
+        }
         match self {
             Self::Static {
                 experts,
@@ -529,6 +536,11 @@ fn gate(router: &RouterConfig) -> GateConfig {
     }
 }
 
+/// Whether the gate of a router is linear, so that an expert's row in it can be bisected.
+pub(crate) fn gate_is_linear(router: &RouterConfig) -> bool {
+    gate(router) == GateConfig::Linear
+}
+
 /// Reads `--router`.
 pub(crate) fn parse_router(text: &str) -> Result<RouterConfig, RoutingError> {
     let router: RouterConfig = text.parse()?;
@@ -703,6 +715,13 @@ mod tests {
         });
         let refused = wrong.check().unwrap_err().to_string();
         assert!(refused.contains("controller.magic"), "{refused}");
+        // Nothing is watched that a detector could raise an alarm on.
+        let blind = named("detector_only", &POOL, Some(Variant::Ours)).unwrap();
+        let refused = blind[0].check().unwrap_err().to_string();
+        assert!(
+            refused.starts_with("detector_only: ") && refused.contains("watched"),
+            "{refused}"
+        );
     }
 
     /// Runs of the lengths that GLUE's small tasks and the domains of PACS have leave room to judge whoever is split.

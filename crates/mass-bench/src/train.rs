@@ -9,9 +9,9 @@ use serde_json::json;
 
 use crate::BenchError;
 use crate::batch::TokenBatch;
-use crate::cli::{RunContext, TrainArgs};
+use crate::cli::{RunContext, TrainArgs, Variant};
 use crate::language::{Language, dense, judge, with};
-use crate::method::{Mass, Method, Pool, named};
+use crate::method::{MASS, Mass, Method, Pool, gate_is_linear, named};
 use crate::report::{Header, ResultStore, Results, Run};
 use crate::task::Recipe;
 use crate::text::{ByteText, TextError, VOCAB, bits_per_byte};
@@ -97,7 +97,12 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
         p: args.p as f32,
         live_percent: Some(LIVE_PERCENT),
     };
-    let found = named(&args.method, &pool, Some(args.variant));
+    let bisects = args.router.as_ref().is_none_or(gate_is_linear);
+    let own = match args.method.as_str() {
+        MASS if bisects => Variant::Ours,
+        _ => Variant::Paper,
+    };
+    let found = named(&args.method, &pool, Some(args.variant.unwrap_or(own)));
     let Some(mut method) = found.and_then(|found| found.into_iter().next()) else {
         return Err(crate::method::unknown(&args.method));
     };
@@ -313,6 +318,21 @@ mod tests {
         let args = arguments(path, &["--method", "magic"]);
         let refused = method(&args).unwrap_err().to_string();
         assert!(refused.contains("unknown method `magic`"), "{refused}");
+    }
+
+    #[test]
+    fn ours_is_what_a_text_is_trained_by_where_it_can_be() {
+        let variant = |choices: &[&str]| {
+            let (method, _) = method(&arguments(std::path::Path::new("text"), choices)).unwrap();
+            method.check().unwrap();
+            method.run(0).variant.unwrap()
+        };
+        assert_eq!(variant(&[]), "ours");
+        assert_eq!(variant(&["--router", "top_k:k=2"]), "ours");
+        assert_eq!(variant(&["--variant", "reference"]), "reference");
+        // Cosines cannot be bisected, and ablations are of the paper's rules.
+        assert_eq!(variant(&["--router", "top_any"]), "paper");
+        assert_eq!(variant(&["--method", "detector_only"]), "paper");
     }
 
     #[test]

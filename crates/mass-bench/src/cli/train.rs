@@ -6,12 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::reproduce::{existing, not_a_file};
 use super::{Variant, all_threads, within};
+use crate::method::MASS;
 use crate::report::Existing;
 use crate::{BenchError, method};
 
 /// The method unless another is named.
-const MASS: &str = "mass";
-
 fn mass() -> String {
     MASS.into()
 }
@@ -89,9 +88,10 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     #[serde(skip)]
     pub fresh: bool,
-    /// Whose expansion rules
-    #[arg(long, value_enum, default_value_t = Variant::Ours)]
-    pub variant: Variant,
+    /// Whose expansion rules [default: ours; for ablations, and for routers whose experts cannot be bisected: paper]
+    #[arg(long, value_enum)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<Variant>,
     /// Share of the text, at its end, that is never trained on
     #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]
     pub held_out: f64,
