@@ -102,7 +102,7 @@ impl ControllerParams {
         }
     }
 
-    /// What this project found to learn best, and the rules to begin with where the data do not change: the pool grows to `k_max`
+    /// The best way to grow that this project has found where the data do not change: the pool grows to `k_max`
     /// while the learning rate still rises. From 0.5 % of `steps` on, every 0.1 % (or as often as it takes to be done in a tenth), the
     /// expert with the largest share of the loss is [bisected](crate::bisect()) by a soft boundary, and the newcomer has its source's
     /// moments. Nothing is watched, and nothing has to be held out.
