@@ -202,7 +202,7 @@ fn bad_arguments_exit_2_with_one_line() {
         refused(&given, at, &[part]);
     };
     train(&["--p", "1e-50"], "p");
-    train(&["--steps", "900000000"], "window");
+    train(&["--variant", "paper", "--steps", "900000000"], "window");
     // Nothing was left behind by a refused command.
     let left = std::fs::read_dir(at).expect("the directory").count();
     assert_eq!(left, 1);
