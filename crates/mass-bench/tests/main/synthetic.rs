@@ -185,8 +185,20 @@ fn train_reports_bits_per_byte_and_leaves_a_checkpoint() {
     std::fs::write(&text, sentences).unwrap();
     let out = dir.path().join("out");
     let sizes = [
-        "--dim", "32", "--hidden", "32", "--layers", "1", "--seq", "32", "--batch", "8", "--steps",
+        "--dim",
+        "32",
+        "--hidden",
+        "32",
+        "--layers",
+        "1",
+        "--seq",
+        "32",
+        "--batch",
+        "8",
+        "--steps",
         "60",
+        "--variant",
+        "paper",
     ];
     let mut arguments = vec![
         "train",
