@@ -14,11 +14,11 @@ pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 
 /// How the probabilities of a token's selected experts become its routing weights.
 ///
-/// The choice decides the weights, and what the gate learns from: see [`RoutingPlan::backward`]. Renormalised weights depend on the logits of the
-/// selected experts alone, and the weight of a token with **one** expert is 1 whatever its logits: no gradient reaches the gate
-/// from such a token. A gate of renormalised top-1 routing stays where it began; choose straight-through or raw weights
-/// there, two experts a token, or a loss on the routing. [`Router::gate_gradient`](crate::Router::gate_gradient) says which routers are meant, and
-/// [`RoutingPlan::tokens_teaching_gate`] how many tokens of a batch do teach the gate.
+/// The choice decides the weights, and what the gate learns from: see [`RoutingPlan::backward`]. Renormalised weights depend on the
+/// logits of the selected experts alone, and the weight of a token with **one** expert is 1 whatever its logits: no gradient
+/// reaches the gate from such a token. A gate of renormalised top-1 routing stays where it began; choose straight-through or raw
+/// weights there, two experts a token, or a loss on the routing. [`Router::gate_gradient`](crate::Router::gate_gradient) says
+/// which routers are meant, and [`RoutingPlan::tokens_teaching_gate`] how many tokens of a batch do teach the gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(
     feature = "serde",
@@ -262,9 +262,9 @@ impl RoutingPlan {
         self.rule != WeightRule::TopAny && self.scores.len() == self.num_tokens * self.num_experts
     }
 
-    /// Number of tokens from which a gradient can reach the gate: with raw or straight-through weights those with an expert, with renormalised weights
-    /// those with at least two, with top-any those with an expert whose score passes its threshold. 0 if it is not known how the
-    /// weights depend on the logits.
+    /// Number of tokens from which a gradient can reach the gate: with raw or straight-through weights those with an expert, with
+    /// renormalised weights those with at least two, with top-any those with an expert whose score passes its threshold. 0 if it
+    /// is not known how the weights depend on the logits.
     ///
     /// A batch where this is 0 teaches the gate nothing (losses on the routing aside), see [`Combine`].
     pub fn tokens_teaching_gate(&self) -> usize {

@@ -79,7 +79,7 @@ impl Controller {
             loss_alarm = Alarm::of(Watched::Loss, None, &outcome);
         }
 
-        let keep = 1.0 - 1.0 / self.params.averaging_steps;
+        let keep = self.params.kept_share();
         let mut outcomes: Vec<Option<Step>> = Vec::new();
         for (index, observed) in observation.layers.iter().enumerate() {
             let open = !self.ended && self.layers[index].stopped.is_none();

@@ -238,8 +238,8 @@ pub struct PruneRedundant {
 
 /// Unchecked parameters of a [`Controller`]; [`check`](Self::check) makes the controller.
 ///
-/// Begin with [`paper`](Self::paper), [`reference`](Self::reference), [`calibrated`](Self::calibrated) or [`ours`](Self::ours) and change what should
-/// differ: every field is public, every rule can be had with every other.
+/// Begin with [`paper`](Self::paper), [`reference`](Self::reference), [`calibrated`](Self::calibrated) or [`ours`](Self::ours)
+/// and change what should differ: every field is public, every rule can be had with every other.
 ///
 /// # Examples
 /// ```
@@ -292,6 +292,11 @@ pub struct ControllerParams {
 }
 
 impl ControllerParams {
+    /// What an exponential average over [`averaging_steps`](Self::averaging_steps) keeps of itself in a step.
+    pub(super) fn kept_share(&self) -> f64 {
+        1.0 - 1.0 / self.averaging_steps
+    }
+
     /// Checks every parameter and makes the controller.
     ///
     /// # Errors

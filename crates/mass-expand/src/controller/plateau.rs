@@ -59,7 +59,7 @@ impl Controller {
         else {
             return (false, false);
         };
-        let keep = 1.0 - 1.0 / self.params.averaging_steps;
+        let keep = self.params.kept_share();
         let plateau = self.plateau.get_or_insert_default();
         plateau.observe(step, loss, keep, threshold);
         let live = in_phase && step.saturating_sub(plateau.since) >= patience;
