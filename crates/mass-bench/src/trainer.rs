@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use mass_expand::ExpertId;
-use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
-use mass_model::growth::{Grower, Mixtures};
+use mass_model::growth::{Grower, Mixtures, pair_figures};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
+use mass_model::{ModelError, TrainPass};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -16,7 +16,7 @@ use crate::BenchError;
 use crate::dynmoe::DynMoe;
 use crate::method::Method;
 use crate::prefetch::{Prefetched, prefetch};
-use crate::report::{Expansion, MetricLine, Run, expansions, peak_rss_mib};
+use crate::report::{Decisions, Expansion, MetricLine, PairSums, Run, expansions, peak_rss_mib};
 use crate::task::{Finished, Task};
 
 /// Batches made ahead.
@@ -43,6 +43,8 @@ struct Saved<P> {
     metrics: Vec<MetricLine>,
     events: Vec<Value>,
     expansions: Vec<Expansion>,
+    #[serde(default)]
+    pairs: PairSums,
     progress: P,
     /// The run has ended before its last step.
     stopped: bool,
@@ -103,6 +105,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             metrics: Vec::new(),
             events: Vec::new(),
             expansions: Vec::new(),
+            pairs: PairSums::default(),
             progress: T::Progress::default(),
             stopped: false,
             tokens: 0,
@@ -223,6 +226,7 @@ impl<'t, T: Task> Trainer<'t, T> {
         let (model, optimizer, saved) = (&mut self.model, &mut self.optimizer, &mut self.saved);
         let mut pass = task.pass(model, batch, step)?;
         model.adapt(&pass.layers)?;
+        look_at_pairs(step, model, &mut pass, &saved.expansions, &mut saved.pairs)?;
         if let Some(grower) = &mut saved.grower {
             let losses = |model: &T::Model, on, masked| task.losses(model, batch, on, masked);
             let events = grower.step(step, model, optimizer, &mut pass, losses)?;
@@ -311,6 +315,11 @@ impl<'t, T: Task> Trainer<'t, T> {
         let saved = self.saved;
         let Saved { tokens, wall_s, .. } = saved;
         let controller = saved.grower.as_ref().map(Grower::controller);
+        let decisions = controller.map(|c| {
+            let moe = self.model.mixture(0).config();
+            let found = Decisions::of(&saved.events, c.params(), (moe.hidden, moe.dim));
+            found.map_err(|e| BenchError::failed("counting what tests said", e))
+        });
         let mut run = Run {
             steps: Some(self.step),
             tokens: Some(tokens),
@@ -318,6 +327,8 @@ impl<'t, T: Task> Trainer<'t, T> {
             wall_s: Some(wall_s),
             tokens_per_s: (wall_s > 0.0).then(|| tokens as f64 / wall_s),
             expansions: saved.expansions,
+            pairs: saved.pairs.means(),
+            decisions: decisions.transpose()?.flatten(),
             diagnoses: controller.map_or_else(Vec::new, |c| c.diagnoses()),
             ..self.run
         };
@@ -360,6 +371,27 @@ impl<'t, T: Task> Trainer<'t, T> {
         let layers = 0..self.model.mixtures();
         layers.map(|l| self.model.mixture(l).ids()).collect()
     }
+}
+
+/// Adds the figures of this step's pairs: those that were split so many steps ago, and whose halves are both there.
+fn look_at_pairs<M: Mixtures>(
+    step: u64,
+    model: &M,
+    pass: &mut TrainPass,
+    splits: &[Expansion],
+    sums: &mut PairSums,
+) -> Result<(), ModelError> {
+    for split in splits {
+        let age = step - split.step;
+        let layer = model.mixture(split.layer);
+        let [source, new] = [split.source, split.new].map(|e| ExpertId(e as u32));
+        let there = |id| layer.ids().contains(id);
+        if PairSums::looks_at(age) && [source, new].iter().all(there) {
+            let (trace, gradients) = (&pass.layers[split.layer], &mut pass.gradients);
+            sums.add(age, &pair_figures(layer, trace, gradients, source, new)?);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,12 +8,13 @@
 //! ```
 
 mod observe;
+mod pairs;
 mod shift;
 mod split;
 
 use mass_expand::{
     Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, LayerObservation,
-    Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule, alignment,
+    Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
     redundancy_gradient,
 };
 use mass_routing::Router;
@@ -28,6 +29,8 @@ use crate::param::join;
 use crate::pass::{Masked, TrainPass};
 pub use observe::{observe, routing_entropies};
 use observe::{observe_routing, observe_with};
+use pairs::fc1_cosine;
+pub use pairs::{PairFigures, pair_figures};
 pub use shift::GateShift;
 pub use split::{remove_expert, split_expert};
 
@@ -242,17 +245,9 @@ impl Grower {
         while let Some(request) = requests.pop() {
             let answer = match request {
                 Request::Alignment { layer, expert } => {
-                    let moe = model.mixture(layer);
+                    let (moe, trace) = (model.mixture(layer), &pass.layers[layer]);
                     let place = moe.index_of(expert)?;
-                    let load = pass.layers[layer].plan.load(place);
-                    let fc1 = &moe.experts()[place].network.fc1.0;
-                    let gradient = fc1.find_gradient(&mut pass.gradients)?;
-                    let cosine = match gradient {
-                        Some(gradient) => alignment(gradient, fc1.values())?.cosine,
-                        // An expert without tokens has none.
-                        None if load == 0 => alignment(&vec![0.0; fc1.len()], fc1.values())?.cosine,
-                        None => return Err(ModelError::NoGradient(format!("expert {expert}"))),
-                    };
+                    let cosine = fc1_cosine(moe, trace, &mut pass.gradients, place)?;
                     Answer::Alignment {
                         layer,
                         expert,

@@ -20,6 +20,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod decisions;
 mod expansions;
 mod html;
 mod join;
@@ -27,6 +28,7 @@ mod lines;
 mod machine;
 mod over_tasks;
 mod paired;
+mod pairs;
 mod paper;
 mod published;
 mod results;
@@ -37,6 +39,7 @@ mod table;
 
 use std::path::PathBuf;
 
+pub use decisions::Decisions;
 pub use expansions::expansions;
 pub use html::report_html;
 pub use join::join;
@@ -44,6 +47,8 @@ pub use lines::{EventLine, MetricLine};
 pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
 pub use over_tasks::{OverTasks, over_tasks};
 pub use paired::{Comparison, Paired, comparisons, paired};
+pub use pairs::PairMeans;
+pub(crate) use pairs::PairSums;
 pub use paper::{Reported, reported};
 pub use results::{Expansion, Header, Part, Results, Run, RunKey};
 pub use store::{Existing, ResultStore};

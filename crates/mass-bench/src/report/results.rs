@@ -4,7 +4,7 @@ use std::fmt;
 use mass_expand::{Diagnosis, Watched};
 use serde::{Deserialize, Serialize};
 
-use super::{Comparison, Machine, Summary, comparisons, summarise};
+use super::{Comparison, Decisions, Machine, PairMeans, Summary, comparisons, summarise};
 
 /// What a results.json is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,6 +181,12 @@ pub struct Run {
     pub machine: Option<Machine>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,
+    /// What the tests of the controller said; of a pool that has some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decisions: Option<Decisions>,
+    /// How far the halves of splits have come apart, by steps since the split.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pairs: Vec<PairMeans>,
     /// Known ways to fail that the controller of a pool that grows saw in this run.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub diagnoses: Vec<Diagnosis>,

@@ -9,7 +9,7 @@ use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
 
 use super::plan::Plan;
-use super::synthetic::{Synthetic, TASKS};
+use super::synthetic::{Synthetic, TASKS, on_plateau};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::method::{Mass, Method, Pool, named};
@@ -144,10 +144,7 @@ fn ablations() -> Vec<Mass> {
         routed("top_1", top_1),
         late("from_3_percent", schedule(60, 9, 1)),
         late("slowly", schedule(60, 36, 1)),
-        late(
-            "on_plateau",
-            json!({ "plateau": { "patience": 20, "threshold": 0.01 } }),
-        ),
+        late("on_plateau", on_plateau()),
     ];
     for (name, strength) in [("a_0.3", 0.3), ("a_1.5", 1.5), ("a_3", 3.0), ("a_6", 6.0)] {
         all.push(grow(name, Some((OPERATOR, bisect(strength, "principal")))));

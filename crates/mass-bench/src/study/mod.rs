@@ -7,6 +7,7 @@ pub mod ablation;
 pub mod dg;
 pub mod glue;
 pub mod plan;
+pub mod sensitivity;
 pub mod synthetic;
 mod weights;
 
@@ -92,6 +93,16 @@ pub const STUDIES: &[Study] = &[
         run: |args, ctx| ablation::plan(args)?.run(args, ctx),
     },
     Study {
+        name: "sensitivity",
+        about: "GINC: the paper's method by each of its settings",
+        tasks: synthetic::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |_| Inputs::NONE,
+        check: |args| sensitivity::plan(args)?.check(args),
+        run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
+    },
+    Study {
         name: "glue",
         about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
         tasks: glue::TASKS,
@@ -121,7 +132,7 @@ pub const STUDIES: &[Study] = &[
 pub fn list() -> String {
     let lines = STUDIES
         .iter()
-        .map(|s| format!("  {:10} {}\n", s.name, s.about));
+        .map(|s| format!("  {:11} {}\n", s.name, s.about));
     format!("Studies:\n{}", lines.collect::<String>())
 }
 

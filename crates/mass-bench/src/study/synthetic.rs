@@ -6,8 +6,8 @@
 use mass_model::lm::LanguageModel;
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
-    LabelUsage, LabelWeighting, RoutingError, RoutingPlan, jensen_shannon_divergence,
-    normalized_mutual_information,
+    Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
+    jensen_shannon_divergence, normalized_mutual_information,
 };
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ use crate::batch::TokenBatch;
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::ginc::{BayesFilter, Corpus, Ginc, GincParams, Windows, bayes_floor};
 use crate::language::{Language, dense, judge, with};
-use crate::method::{Mass, Method, Pool};
+use crate::method::{Mass, Method, Overrides, Pool};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
@@ -94,7 +94,6 @@ fn size_of(set: &str) -> (usize, Option<(usize, usize)>) {
 /// # Errors
 /// None: nothing has to be there.
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
-    let all: &[&str] = &TASKS[..3];
     let quick = Synthetic::fresh(args, &TASKS[..1]);
     let mass = |variant, p, live_percent| Mass {
         live_percent,
@@ -109,29 +108,26 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         mass(Variant::Calibrated, 0.9, None),
         mass(Variant::Ours, 0.5, None),
     ];
-    let every = || {
-        let mut every = Vec::new();
-        for p in [0.5, 0.9] {
-            for variant in Variant::ALL {
-                every.push(mass(variant, p, None));
-                if matches!(variant, Variant::Paper | Variant::Reference) {
-                    every.push(mass(variant, p, Some(30)));
-                }
-            }
-        }
-        every
-    };
     let pools: &[usize] = &[5, 10, 15, 20];
     let all_k: &[usize] = &[1, 2, 4, 8];
     let (family, seeds, pools, k, mass) = match args.preset {
         Preset::Smoke => (quick.smoke(), 1, &[3, 6][..], &[2][..], smoke_mass()),
         Preset::Quick => (quick, 2, pools, &[2][..], quick_mass),
-        Preset::Full => (Synthetic { sets: all, ..quick }, 5, pools, all_k, every()),
+        Preset::Full => (
+            Synthetic {
+                sets: TASKS,
+                ..quick
+            },
+            5,
+            pools,
+            all_k,
+            every(),
+        ),
         Preset::Paper => {
             let family = Synthetic {
                 steps: 10_000,
                 documents: 1000,
-                sets: all,
+                sets: TASKS,
                 ..quick
             };
             (family, 5, pools, all_k, every())
@@ -151,6 +147,14 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         p: 0.5,
         live_percent: Some(30),
     };
+    if matches!(args.preset, Preset::Full | Preset::Paper) {
+        methods.extend(pools.iter().flat_map(|&experts| pools_by_top_p(experts)));
+        let (experts, experts_max) = (pool.experts, pool.experts_max);
+        methods.push(Method::DynMoe {
+            experts,
+            experts_max,
+        });
+    }
     methods.extend(mass.into_iter().map(Method::Mass));
     Ok(Plan {
         family,
@@ -159,6 +163,48 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         seeds,
         variant: None,
     })
+}
+
+/// Static pools that route as those that grow do.
+fn pools_by_top_p(experts: usize) -> [Method; 2] {
+    let combine = Combine::Renormalised;
+    [0.5, 0.9].map(|p| Method::Static {
+        experts,
+        k: 1,
+        router: Some(RouterConfig::TopP { p, combine }),
+    })
+}
+
+/// Every variant from 3, 5 and 8 experts on, and from 5 with more experts a token; `paper` and `reference` live for longer too, and
+/// `ours` that grows on plateaus of the loss.
+fn every() -> Vec<Mass> {
+    let mut every = Vec::new();
+    for (experts, p) in [(3, 0.5), (5, 0.5), (8, 0.5), (5, 0.9)] {
+        let mass = |variant, live_percent| Mass {
+            live_percent,
+            experts_max: 20,
+            ..Mass::new(variant, p, experts)
+        };
+        for variant in Variant::ALL {
+            every.push(mass(variant, None));
+            if matches!(variant, Variant::Paper | Variant::Reference) {
+                every.push(mass(variant, Some(30)));
+            }
+        }
+    }
+    every.push(Mass {
+        live_percent: Some(60),
+        label: "on plateaus".to_owned(),
+        overrides: Overrides::from([("controller.trigger".to_owned(), on_plateau())]),
+        experts_max: 20,
+        ..Mass::new(Variant::Ours, 0.5, 5)
+    });
+    every
+}
+
+/// A split whenever the training loss has not fallen by a hundredth in 20 steps.
+pub(super) fn on_plateau() -> Value {
+    json!({ "plateau": { "patience": 20, "threshold": 0.01 } })
 }
 
 /// Thresholds that a run too short to learn anything still passes: a check that splits are wired up.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn run(arguments: &[&str]) -> Output {
     let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
@@ -115,6 +115,26 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
         } else {
             assert!(run["detection_live_steps"].is_u64());
         }
+        // Pairs are looked at from the step after their split on; alignment is tested by variants that ask for it.
+        let pairs = run["pairs"].as_array().map_or(&[][..], Vec::as_slice);
+        let splits = run["expansions"].as_array().unwrap();
+        assert_eq!(pairs.is_empty(), splits.is_empty(), "{run}");
+        if let Some(first) = pairs.first() {
+            assert_eq!(
+                (&first["age"], &first["pairs"]),
+                (&json!(1), &json!(splits.len()))
+            );
+            assert!(
+                first["gate_cosine"].is_f64() && first["new_share"].is_f64(),
+                "{run}"
+            );
+        }
+        let tests = run["decisions"]["tests"].as_u64().unwrap_or(0);
+        let tested = ["paper", "reference"]
+            .map(|v| run["variant"] == v)
+            .contains(&true);
+        assert_eq!(tests > 0, tested, "{run}");
+        assert!(run["decisions"]["passed"].as_u64().unwrap_or(0) <= tests);
     }
     let splits: usize = runs
         .iter()

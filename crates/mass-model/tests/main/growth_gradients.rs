@@ -9,7 +9,7 @@ use mass_expand::{
     redundancy_gradient,
 };
 use mass_model::growth::{
-    GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, split_expert,
+    GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, pair_figures, split_expert,
 };
 use mass_model::lm::{LanguageModel, LanguageModelConfig, Masked};
 use mass_model::nn::{GateConfig, MoeLayer};
@@ -293,6 +293,72 @@ fn an_expert_is_split_by_the_cosine_of_its_own_first_matrix() {
         same("split", &split, &eligible[..eligible.len().min(1)]);
         assert_eq!(model.mixture(l).ids().len(), 3 + split.len());
     }
+}
+
+/// Alignment, overlap, share and gate rows of two experts, token by token; and of a clone that has had no step of its own.
+#[test]
+fn figures_of_a_pair_are_those_of_its_gradients_tokens_and_rows() {
+    let combine = Combine::Renormalised;
+    let config = crate::growing::config(RouterConfig::TopK { k: 2, combine });
+    let (tokens, targets) = batch(0);
+    let [source, other] = [ExpertId(2), ExpertId(0)];
+    let mut overlaps = Vec::new();
+    for seed in 0..12 {
+        let model = LanguageModel::new(&config, &mut seeded_rng(seed)).unwrap();
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        for (l, trace) in pass.layers.iter().enumerate() {
+            let (moe, plan) = (model.mixture(l), &trace.plan);
+            let found = pair_figures(moe, trace, &mut pass.gradients, source, other).unwrap();
+            let (mut both, mut either, mut own, mut theirs) = (0, 0, 0, 0);
+            for t in 0..plan.num_tokens() {
+                let (from, to) = (plan.token_offsets()[t], plan.token_offsets()[t + 1]);
+                let chosen = &plan.token_experts()[from as usize..to as usize];
+                let has = |id: ExpertId| usize::from(chosen.contains(&id.0));
+                let (a, b) = (has(source), has(other));
+                (own, theirs) = (own + a, theirs + b);
+                (both, either) = (both + a * b, either + (a | b));
+            }
+            let of = |n: usize, all: usize| Some(n as f64 / all as f64);
+            assert_eq!(found.routing_overlap, of(both, either));
+            assert_eq!(found.new_share, of(theirs, own + theirs));
+            overlaps.extend(found.routing_overlap);
+            let mut cosine = |id: ExpertId| {
+                let fc1 = &moe.experts()[id.0 as usize].network.fc1.0;
+                let gradient = fc1.find_gradient(&mut pass.gradients).unwrap()?;
+                alignment(gradient, fc1.values()).unwrap().cosine
+            };
+            assert_eq!(found.source_cosine, cosine(source));
+            assert_eq!(found.new_cosine, cosine(other));
+            let row = |id: ExpertId| moe.experts()[id.0 as usize].gate.values();
+            let rows = alignment(row(source), row(other)).unwrap().cosine;
+            assert_eq!(found.gate_cosine, rows);
+        }
+    }
+    assert!(
+        overlaps.iter().any(|o| *o > 0.0 && *o < 1.0),
+        "{overlaps:?}"
+    );
+
+    let mut model = LanguageModel::new(&config, &mut seeded_rng(0)).unwrap();
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let (trace, gradients) = (&pass.layers[0], &mut pass.gradients);
+    let moe = model.mixture_mut(0);
+    let nobody = pair_figures(moe, trace, gradients, source, ExpertId(9));
+    assert!(matches!(nobody, Err(ModelError::NoSuchExpert(9))));
+    let operator = SplitOperator::Clone {
+        decomposition: None,
+        preserve_mass: false,
+    };
+    let newcomer = split_expert(moe, source, operator, trace, gradients)
+        .unwrap()
+        .newcomer;
+    // It has no tokens yet in what was traced.
+    let before = pair_figures(moe, trace, gradients, source, newcomer);
+    assert!(matches!(before, Err(ModelError::Shape { .. })));
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let (moe, trace) = (model.mixture(0), &pass.layers[0]);
+    let twins = pair_figures(moe, trace, &mut pass.gradients, source, newcomer).unwrap();
+    assert!((twins.gate_cosine.unwrap() - 1.0).abs() < 1e-6);
 }
 
 /// A pool of which an expert of each layer was split at step 0 and one at step 5, after one more step that splits nothing.

@@ -1,0 +1,75 @@
+use mass_expand::{ExpertId, alignment};
+
+use crate::error::ModelError;
+use crate::gradients::CpuGradients;
+use crate::nn::MoeLayer;
+use crate::pass::LayerTrace;
+
+/// How far the two halves of a split have come apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PairFigures {
+    /// `cos(G, W)` of the first matrix of the expert that was split; `None` if it got no gradient.
+    pub source_cosine: Option<f64>,
+    /// The same of the newcomer.
+    pub new_cosine: Option<f64>,
+    /// Tokens that both have over tokens that either has (Jaccard); `None` if neither has any.
+    pub routing_overlap: Option<f64>,
+    /// The newcomer's part of all tokens that the two have, counting one twice that both have; `None` likewise.
+    pub new_share: Option<f64>,
+    /// Cosine of the two gate rows; `None` if one is zero.
+    pub gate_cosine: Option<f64>,
+}
+
+/// The figures of a pair in one step: gradients before they are applied, and what the router did with the step's tokens.
+///
+/// # Errors
+/// [`ModelError::NoSuchExpert`] if the layer has no such expert, [`ModelError::Shape`] if it has other experts than when it was
+/// traced, [`ModelError::NoGradient`] if the gradients are not those of that pass.
+pub fn pair_figures(
+    layer: &MoeLayer,
+    trace: &LayerTrace,
+    gradients: &mut CpuGradients,
+    source: ExpertId,
+    newcomer: ExpertId,
+) -> Result<PairFigures, ModelError> {
+    let plan = &trace.plan;
+    let (traced, experts) = (plan.num_experts(), layer.experts().len());
+    if traced != experts {
+        return Err(ModelError::shape("experts traced", &[experts], &[traced]));
+    }
+    let [a, b] = [layer.index_of(source)?, layer.index_of(newcomer)?];
+    // Tokens of an expert are in ascending order, each once.
+    let [of_a, of_b] = [a, b].map(|e| &plan.tokens()[plan.segment(e)]);
+    let both = of_a
+        .iter()
+        .filter(|t| of_b.binary_search(t).is_ok())
+        .count();
+    let loads = of_a.len() + of_b.len();
+    let of_loads = |n: usize, all: usize| (loads > 0).then(|| n as f64 / all as f64);
+    let [row, other] = [a, b].map(|e| layer.experts()[e].gate.values());
+    Ok(PairFigures {
+        source_cosine: fc1_cosine(layer, trace, gradients, a)?,
+        new_cosine: fc1_cosine(layer, trace, gradients, b)?,
+        routing_overlap: of_loads(both, loads - both),
+        new_share: of_loads(of_b.len(), loads),
+        gate_cosine: alignment(row, other)?.cosine,
+    })
+}
+
+/// `cos(G, W)` of the first matrix of the expert at a place; `None` if either is zero, as the gradient is of one without tokens.
+pub(super) fn fc1_cosine(
+    layer: &MoeLayer,
+    trace: &LayerTrace,
+    gradients: &mut CpuGradients,
+    place: usize,
+) -> Result<Option<f64>, ModelError> {
+    let fc1 = &layer.experts()[place].network.fc1.0;
+    match fc1.find_gradient(gradients)? {
+        Some(gradient) => Ok(alignment(gradient, fc1.values())?.cosine),
+        None if trace.plan.load(place) == 0 => Ok(None),
+        None => {
+            let expert = layer.ids()[place];
+            Err(ModelError::NoGradient(format!("expert {expert}")))
+        }
+    }
+}
