@@ -7,6 +7,7 @@ pub mod ablation;
 pub mod dg;
 pub mod glue;
 pub mod plan;
+pub mod regime;
 pub mod sensitivity;
 pub mod synthetic;
 mod weights;
@@ -91,6 +92,16 @@ pub const STUDIES: &[Study] = &[
         inputs: |_| Inputs::NONE,
         check: |args| ablation::plan(args)?.check(args),
         run: |args, ctx| ablation::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "regime",
+        about: "GINC: where, if anywhere, static pools have the losses that the paper reports",
+        tasks: regime::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |_| Inputs::NONE,
+        check: |args| regime::plan(args)?.check(args),
+        run: |args, ctx| regime::plan(args)?.run(args, ctx),
     },
     Study {
         name: "sensitivity",

@@ -48,8 +48,10 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         }),
     });
     let mut settings = one_at_a_time();
-    if args.preset != Preset::Quick {
-        settings.extend(grid());
+    match args.preset {
+        Preset::Smoke => settings.truncate(2),
+        Preset::Quick => {}
+        Preset::Full | Preset::Paper => settings.extend(grid()),
     }
     Ok(Plan {
         family,

@@ -43,10 +43,33 @@ const EMBEDDING_STD: f32 = 0.3;
 const SEQ: usize = 64;
 const BATCH: usize = 16;
 
+/// What is trained, and how.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Regime {
+    /// Width of the model, and of an expert.
+    pub(super) dim: usize,
+    pub(super) hidden: usize,
+    /// Largest learning rate.
+    pub(super) peak: f64,
+    pub(super) steps: u64,
+}
+
+impl Regime {
+    /// That of every study but the one that looks for others.
+    pub(super) const BASE: Self = Self {
+        dim: 64,
+        hidden: 32,
+        peak: 1e-2,
+        steps: 2000,
+    };
+}
+
 /// GINC in several vocabularies, with so much of it to train on and to be scored on.
 #[derive(Debug, Clone)]
 pub struct Synthetic {
-    steps: u64,
+    pub(super) regime: Regime,
+    /// Sets of a vocabulary of 50 that are trained on in another regime.
+    pub(super) regimes: &'static [(&'static str, Regime)],
     documents: usize,
     document_length: usize,
     windows_per_concept: usize,
@@ -60,7 +83,8 @@ impl Synthetic {
     /// The data of the presets `quick` and `full`: so many that no batch comes twice.
     pub(super) fn fresh(args: &ReproduceArgs, sets: &'static [&'static str]) -> Self {
         Self {
-            steps: 2000,
+            regime: Regime::BASE,
+            regimes: &[],
             documents: 400,
             document_length: 10_240,
             windows_per_concept: 100,
@@ -72,7 +96,10 @@ impl Synthetic {
     /// The data of the preset `smoke`.
     pub(super) fn smoke(self) -> Self {
         Self {
-            steps: 120,
+            regime: Regime {
+                steps: 120,
+                ..self.regime
+            },
             documents: 20,
             document_length: 2048,
             windows_per_concept: 8,
@@ -85,7 +112,7 @@ impl Synthetic {
 fn size_of(set: &str) -> (usize, Option<(usize, usize)>) {
     match FINITE.iter().find(|(name, _)| *name == set) {
         Some((_, documents)) => (50, Some((*documents, 1024))),
-        None => (vocab_of(set).unwrap_or_default(), None),
+        None => (vocab_of(set).unwrap_or(50), None),
     }
 }
 
@@ -125,7 +152,10 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         ),
         Preset::Paper => {
             let family = Synthetic {
-                steps: 10_000,
+                regime: Regime {
+                    steps: 10_000,
+                    ..Regime::BASE
+                },
                 documents: 1000,
                 sets: TASKS,
                 ..quick
@@ -258,7 +288,7 @@ impl Family for Synthetic {
 
     fn settings(&self) -> Result<Value, BenchError> {
         Ok(json!({
-            "steps": self.steps,
+            "steps": self.regime.steps,
             "documents": self.documents,
             "document_length": self.document_length,
             "windows_per_concept": self.windows_per_concept,
@@ -317,8 +347,11 @@ impl Family for Synthetic {
         data: &'a Data,
         planned: &'a Planned,
     ) -> Result<Language<'a>, BenchError> {
-        let (seed, steps) = (planned.run.seed, self.steps);
-        let mut model = dense(data.vocab, SEQ, 64, 32);
+        let set = &planned.assignment.set;
+        let other = self.regimes.iter().find(|(name, _)| name == set);
+        let regime = other.map_or(self.regime, |(_, regime)| *regime);
+        let (seed, steps) = (planned.run.seed, regime.steps);
+        let mut model = dense(data.vocab, SEQ, regime.dim, regime.hidden);
         model.embedding_std = EMBEDDING_STD;
         Ok(Language {
             model: with(model, &planned.method, seed),
@@ -332,7 +365,7 @@ impl Family for Synthetic {
                     groups: Vec::new(),
                 },
                 schedule: Schedule {
-                    peak: 1e-2,
+                    peak: regime.peak,
                     warmup: 50.min(steps / 4),
                     steps,
                     floor: 0.1,
@@ -433,9 +466,16 @@ mod tests {
         };
         let own = runs(&[]).unwrap();
         let chosen = runs(&["--router", "expert_choice:capacity=1.5"]).unwrap();
-        // 4 sizes of the static pool, each with up to 4 k, and MASS with two p, each in 6 ways.
-        assert_eq!((own.len(), chosen.len()), (4 * 4 - 1 + 12, 4 + 6));
+        // 4 sizes of the static pool, each with up to 4 k and two p; DynMoE; MASS from three sizes in 6 ways, from one with another
+        // p, and on plateaus.
+        assert_eq!(
+            (own.len(), chosen.len()),
+            (4 * 4 - 1 + 8 + 1 + 25, 4 + 1 + 19)
+        );
         for planned in &chosen {
+            if matches!(planned.method, Method::DynMoe { .. }) {
+                continue;
+            }
             let key = planned.run.key().to_string();
             assert!(key.contains("expert_choice:capacity=1.5"), "{key}");
             let moe = planned

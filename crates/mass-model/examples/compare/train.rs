@@ -30,8 +30,14 @@ const TRANSFORMER: [usize; 8] = [64, 128, 4, 64, 32, 12, 256, 2];
 type Transformer = (LanguageModel, Vec<u32>, Vec<u32>, usize);
 
 /// The one-layer transformer with a batch.
-pub(crate) fn transformer_parts() -> Result<Transformer, Box<dyn Error>> {
-    let [vocab, dim, heads, seq, batch, experts, hidden, k] = TRANSFORMER;
+fn transformer_parts() -> Result<Transformer, Box<dyn Error>> {
+    let [.., experts, hidden, _] = TRANSFORMER;
+    transformer_of(experts, hidden)
+}
+
+/// The same with another pool.
+pub(crate) fn transformer_of(experts: usize, hidden: usize) -> Result<Transformer, Box<dyn Error>> {
+    let [vocab, dim, heads, seq, batch, _, _, k] = TRANSFORMER;
     let router = RouterConfig::TopK {
         k,
         combine: Combine::Renormalised,
