@@ -373,7 +373,8 @@ impl Controller {
         }
         for (index, layer) in self.layers.iter().enumerate() {
             found.extend(self.not_judged(index));
-            let scheduled = matches!(self.params.trigger, Trigger::Schedule { .. });
+            let first = self.params.trigger_in(false);
+            let scheduled = matches!(first, Trigger::Schedule { .. });
             if let Some(step) = layer.signs.first_trigger
                 && !scheduled
                 && self.signs.first_live == Some(step)

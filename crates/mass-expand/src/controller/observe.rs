@@ -54,12 +54,12 @@ impl Controller {
         }
 
         let detects = matches!(
-            self.params.trigger,
+            self.trigger(),
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment
         );
         let any_open = self.layers.iter().any(|layer| layer.stopped.is_none());
         let mut live = any_open
-            && match self.params.trigger {
+            && match self.trigger() {
                 Trigger::Plateau { .. } => plateau_live,
                 _ => in_phase && !detects,
             };
@@ -277,13 +277,15 @@ impl Controller {
         scheduled: bool,
         pending: &mut Pending,
     ) -> Result<(), ExpandError> {
-        let all = match self.params.trigger {
-            Trigger::Schedule { .. } | Trigger::Plateau { .. } => scheduled,
+        let all = match self.trigger() {
+            Trigger::Schedule { .. }
+            | Trigger::ScheduleThenDetector { .. }
+            | Trigger::Plateau { .. } => scheduled,
             Trigger::AlignmentOnly => true,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => layer_alarm.is_some(),
         };
         let by_detector = matches!(
-            self.params.trigger,
+            self.trigger(),
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment
         );
         let open = &mut pending.layers[index];
@@ -332,7 +334,7 @@ impl Controller {
             return;
         }
         if let Some(delta) = open.delta {
-            let every = self.params.trigger != Trigger::AlignmentOnly;
+            let every = self.trigger() != Trigger::AlignmentOnly;
             for candidate in &open.candidates {
                 let drifted = candidate.cosine.is_some_and(|c| c.abs() < delta);
                 if every || drifted {
@@ -439,7 +441,7 @@ impl Controller {
 
     pub(super) fn tests_alignment(&self) -> bool {
         matches!(
-            self.params.trigger,
+            self.trigger(),
             Trigger::DetectorAndAlignment | Trigger::AlignmentOnly
         )
     }
@@ -469,6 +471,7 @@ impl Controller {
             return false;
         };
         let passed = |step| timetable.passed(step);
-        passed(step) > self.last_step.map_or(0, passed)
+        matches!(self.trigger(), Trigger::Schedule { .. })
+            && passed(step) > self.last_step.map_or(0, passed)
     }
 }

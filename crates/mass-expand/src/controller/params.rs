@@ -35,6 +35,27 @@ pub enum Trigger {
         #[serde(default = "one", skip_serializing_if = "is_one")]
         splits: u64,
     },
+    /// A schedule of single splits in the first phase, and alarms in the continual one, which has to be there: grow while
+    /// everything is new, then when the data change. Leave room for the second below [`ControllerParams::k_max`] by a
+    /// [`Phase::live_until`] that ends the first early.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_expand::{ControllerParams, Trigger};
+    /// let mut params = ControllerParams::ours(1, 5, 20, 10_000).continual(0.05, 9000);
+    /// params.trigger = Trigger::ScheduleThenDetector { first: 50, every: 10 };
+    /// params.phase.live_until = 50 + 7 * 10; // splits at 50, 60, .. 110: 12 experts
+    /// let reach = params.reach();
+    /// assert_eq!((reach.first_split, reach.end), (Some(50), 10_000));
+    /// # params.check()?;
+    /// # Ok::<(), mass_expand::ExpandError>(())
+    /// ```
+    ScheduleThenDetector {
+        /// First step.
+        first: u64,
+        /// Steps from one split to the next, at least 1.
+        every: u64,
+    },
     /// The training loss has stopped falling (baseline; as `ReduceLROnPlateau` lowers a learning rate, with the threshold in
     /// nats): every expert is then a candidate.
     ///

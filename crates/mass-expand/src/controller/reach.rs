@@ -58,6 +58,7 @@ impl ControllerParams {
         let run_ends = self.steps.unwrap_or(u64::MAX);
         let phase = &self.phase;
         let mut reach = self.reach_within(
+            self.trigger_in(false),
             (0, phase.live_from),
             phase.live_until.min(run_ends),
             &self.watch,
@@ -66,7 +67,8 @@ impl ControllerParams {
             && phase.live_until < run_ends
         {
             let begins = phase.live_until;
-            let later = self.reach_within((begins, begins), run_ends, continual);
+            let trigger = self.trigger_in(true);
+            let later = self.reach_within(trigger, (begins, begins), run_ends, continual);
             reach = Reach {
                 end: run_ends,
                 last_split: later.last_split.or(reach.last_split),
@@ -106,9 +108,17 @@ impl ControllerParams {
     }
 
     /// Of detectors, or a plateau's patience, that begin at `begins`, while splits may happen from `live_from` and before `end`.
-    fn reach_within(&self, (begins, live_from): (u64, u64), end: u64, watch: &Watch) -> Reach {
-        let ready = match self.trigger {
-            Trigger::Schedule { .. } => self.timetable().and_then(|t| t.due_from(live_from)),
+    fn reach_within(
+        &self,
+        trigger: Trigger,
+        (begins, live_from): (u64, u64),
+        end: u64,
+        watch: &Watch,
+    ) -> Reach {
+        let ready = match trigger {
+            Trigger::Schedule { .. } | Trigger::ScheduleThenDetector { .. } => {
+                self.timetable().and_then(|t| t.due_from(live_from))
+            }
             Trigger::Plateau { patience, .. } => begins.checked_add(patience),
             Trigger::AlignmentOnly => Some(live_from),
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => watch
@@ -118,9 +128,9 @@ impl ControllerParams {
         let first_split = ready
             .map(|ready| ready.max(live_from))
             .filter(|&at| at < end && self.room() > 0);
-        let last_split = first_split.and_then(|_| match self.timetable() {
-            Some(timetable) => timetable.due_until(end - 1),
-            None => Some(end - 1),
+        let last_split = first_split.and_then(|_| match (trigger, self.timetable()) {
+            (Trigger::Schedule { .. }, Some(timetable)) => timetable.due_until(end - 1),
+            _ => Some(end - 1),
         });
         Reach {
             ready,
@@ -178,18 +188,25 @@ impl ControllerParams {
 
     /// The earliest step of the split that is `more` after one at `at`.
     fn later_split(&self, at: u64, more: u64) -> Option<u64> {
-        let gap = match self.trigger {
-            Trigger::Schedule { .. } => return self.timetable()?.after(at, more),
+        let continual = at >= self.phase.live_until;
+        let watch = match &self.phase.continual {
+            Some(watch) if continual => watch,
+            _ => &self.watch,
+        };
+        let gap = match self.trigger_in(continual) {
+            Trigger::Schedule { .. } | Trigger::ScheduleThenDetector { .. } => {
+                return self.timetable()?.after(at, more);
+            }
             Trigger::Plateau { patience, .. } => patience,
             Trigger::AlignmentOnly => 1,
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment => {
                 // Whoever is not started afresh may raise the next alarm at once.
                 let others =
-                    self.watch.expert.is_some() && self.experts.iter().any(|&experts| experts > 1);
+                    watch.expert.is_some() && self.experts.iter().any(|&experts| experts > 1);
                 if self.after_split != AfterSplit::Rewarm || others {
                     1
                 } else {
-                    self.watch.observations_needed().unwrap_or(u64::MAX)
+                    watch.observations_needed().unwrap_or(u64::MAX)
                 }
             }
         };

@@ -219,6 +219,11 @@ impl Controller {
         Ok(())
     }
 
+    /// The trigger in force.
+    pub(super) fn trigger(&self) -> Trigger {
+        self.params.trigger_in(self.continual)
+    }
+
     /// The detectors in force.
     pub(super) fn watch(&self) -> &super::Watch {
         match &self.params.phase.continual {

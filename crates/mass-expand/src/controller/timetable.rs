@@ -11,13 +11,26 @@ pub(super) struct Timetable {
 }
 
 impl ControllerParams {
+    /// What [`Trigger::ScheduleThenDetector`] is in the first phase or in the continual one; any other trigger is itself in both.
+    pub(super) fn trigger_in(&self, continual: bool) -> Trigger {
+        match self.trigger {
+            Trigger::ScheduleThenDetector { .. } if continual => Trigger::DetectorOnly,
+            Trigger::ScheduleThenDetector { first, every } => Trigger::Schedule {
+                first,
+                every,
+                splits: 1,
+            },
+            trigger => trigger,
+        }
+    }
+
     /// The schedule, if that is the trigger. What [`check`](Self::check) refuses is read as the nearest that it takes.
     pub(super) fn timetable(&self) -> Option<Timetable> {
         let Trigger::Schedule {
             first,
             every,
             splits,
-        } = self.trigger
+        } = self.trigger_in(false)
         else {
             return None;
         };

@@ -69,7 +69,7 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
         "finite and at least 1",
     )?;
     params.alignment.validate()?;
-    match params.trigger {
+    match params.trigger_in(false) {
         Trigger::Schedule { every, splits, .. } => {
             at_least_one("every", every)?;
             require(
@@ -86,13 +86,20 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
             at_least_one("patience", patience)?;
             not_negative("threshold", threshold)?;
         }
-        Trigger::DetectorAndAlignment | Trigger::DetectorOnly | Trigger::AlignmentOnly => {}
+        _ => {}
     }
     stop(&params.stop)?;
     pruning(params)?;
-    watch(params, &params.watch)?;
+    watch(params, &params.watch, false)?;
+    if params.phase.continual.is_none()
+        && matches!(params.trigger, Trigger::ScheduleThenDetector { .. })
+    {
+        return Err(ExpandError::Empty {
+            what: "continual phase, which the trigger needs",
+        });
+    }
     if let Some(continual) = &params.phase.continual {
-        watch(params, continual)?;
+        watch(params, continual, true)?;
     }
     Ok(())
 }
@@ -144,9 +151,9 @@ fn pruning(params: &ControllerParams) -> Result<(), ExpandError> {
     Ok(())
 }
 
-fn watch(params: &ControllerParams, watch: &Watch) -> Result<(), ExpandError> {
+fn watch(params: &ControllerParams, watch: &Watch, continual: bool) -> Result<(), ExpandError> {
     let detects = matches!(
-        params.trigger,
+        params.trigger_in(continual),
         Trigger::DetectorOnly | Trigger::DetectorAndAlignment
     );
     if detects && watch.kinds() == 0 {

@@ -143,6 +143,8 @@ impl ControllerParams {
                 ..BisectParams::default()
             }),
             moments: Moments::Inherit,
+            // Of no effect unless something is watched later on.
+            after_split: AfterSplit::Rewarm,
             stop: StopRule::Never,
             ..Self::paper(layers, experts, k_max, steps)
         }

@@ -439,6 +439,43 @@ fn continual_mode_starts_afresh_with_its_own_budget_and_opens_what_was_stopped()
     assert_eq!(controller.stopped(0), Some(StopReason::Maximum));
 }
 
+/// A schedule that ends with the first phase: afterwards the continual phase's alarms split, and nothing else does.
+#[test]
+fn after_its_schedule_a_pool_waits_for_an_alarm() {
+    let windowed = Watch::experts(WindowedZParams::paper(10, 10, 0.001));
+    let mut params = ControllerParams {
+        trigger: Trigger::ScheduleThenDetector { first: 2, every: 3 },
+        phase: Phase {
+            live_from: 0,
+            live_until: 8,
+            continual: Some(windowed),
+        },
+        ..every_step(2, 10)
+    };
+    let mut split_at = Vec::new();
+    let mut controller = params.check().unwrap();
+    assert_eq!(controller.reach().first_split, Some(2));
+    for step in 0..60 {
+        let mut experts = observation(controller.active(0));
+        // Norms that jitter, and rise for good at step 40.
+        for expert in &mut experts {
+            expert.gradient_norm = 1.0 + 0.01 * (step % 3) as f64 + f64::from(u8::from(step >= 40));
+        }
+        begin_with(&mut controller, step, 1.0, &[experts]).unwrap();
+        let actions = controller.finish_step().unwrap();
+        split_at.extend(sources(&actions).iter().map(|_| step));
+    }
+    assert_eq!(split_at[..2], [2, 5]);
+    assert!(
+        split_at.len() > 2 && split_at[2..].iter().all(|at| *at >= 40),
+        "{split_at:?}"
+    );
+    params.phase.continual = None;
+    assert!(matches!(params.check(), Err(ExpandError::Empty { .. })));
+    params.trigger = Trigger::ScheduleThenDetector { first: 2, every: 0 };
+    assert!(params.check().is_err());
+}
+
 #[test]
 fn experts_without_tokens_are_pruned_but_not_the_young_and_not_the_last() {
     let pruning = Pruning {
