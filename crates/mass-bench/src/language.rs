@@ -22,6 +22,20 @@ pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + S
 /// Scores a trained model.
 pub type Judge<'a> = Box<dyn Fn(&LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
 
+/// Writes what became of the kinds of data of a stream into a run, from their losses at its ends.
+pub type Tell<'a> =
+    Box<dyn Fn(&LanguageModel, &[(u64, Vec<f64>)], &mut Run) -> Result<(), BenchError> + Sync + 'a>;
+
+/// Data that change in the course of a run.
+pub struct Stream<'a> {
+    /// Numbers of steps after which a part of it ends, the last that of the run.
+    pub ends: Vec<u64>,
+    /// Held-out data of each kind.
+    pub kinds: &'a [TokenBatch],
+    /// What is said of it at the end of the run.
+    pub tell: Tell<'a>,
+}
+
 /// Predicting the next token.
 pub struct Language<'a> {
     /// The model.
@@ -39,6 +53,8 @@ pub struct Language<'a> {
     /// Sequences that are looked at every so many steps; the run counts as it was when their loss was lowest. `None`: as it is at
     /// the end.
     pub validation: Option<(u64, &'a TokenBatch)>,
+    /// How the data change; `None` if they do not.
+    pub stream: Option<Stream<'a>>,
 }
 
 /// A run as it was when it did best on held-out data.
@@ -50,6 +66,15 @@ pub struct Best {
     test: f64,
     active: f64,
     experts: usize,
+}
+
+/// What looks on the way leave.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Looks {
+    best: Option<Best>,
+    /// Losses by kind of data at the ends of a stream's parts.
+    ends: Vec<(u64, Vec<f64>)>,
 }
 
 /// A pre-norm decoder of one block whose dense network is a pool of one expert, which every token takes as it is.
@@ -85,7 +110,7 @@ pub(crate) fn with(
 impl Task for Language<'_> {
     type Model = LanguageModel;
     type Batch = TokenBatch;
-    type Progress = Option<Best>;
+    type Progress = Looks;
 
     fn recipe(&self) -> &Recipe {
         &self.recipe
@@ -143,17 +168,26 @@ impl Task for Language<'_> {
         &self,
         model: &LanguageModel,
         step: u64,
-        best: &mut Option<Best>,
+        looks: &mut Looks,
     ) -> Result<Option<Scored>, BenchError> {
+        if let Some(stream) = self.stream.as_ref().filter(|s| s.ends.contains(&step)) {
+            let losses = stream.kinds.iter().map(|kind| Ok(scored(model, kind)?.0));
+            let losses = losses.collect::<Result<Vec<f64>, BenchError>>()?;
+            let extra = [("loss_by_kind".to_owned(), json!(losses))];
+            looks.ends.push((step, losses));
+            return Ok(Some(Scored {
+                extra: extra.into_iter().collect(),
+                ..Scored::default()
+            }));
+        }
+        let best = &mut looks.best;
         let due = self
             .validation
             .filter(|(every, _)| step.is_multiple_of(*every));
         let Some((_, held_out)) = due else {
             return Ok(None);
         };
-        let scored = model.score(&held_out.inputs, &held_out.targets, held_out.length, None);
-        let (nll, _) = scored.map_err(|e| BenchError::failed("scoring held-out data", e))?;
-        let validation = mean(&nll);
+        let validation = scored(model, held_out)?.0;
         let mut test = None;
         if best.is_none_or(|b| validation < b.validation) {
             let mut run = Run::new("", 0);
@@ -180,12 +214,15 @@ impl Task for Language<'_> {
     fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
         run.experts = experts(end.model);
         (self.judge)(end.model, run)?;
-        if let Some(best) = end.progress {
+        if let Some(best) = &end.progress.best {
             run.test_loss = Some(best.test);
             run.active_per_token = Some(best.active);
             run.experts = Some(best.experts);
         }
-        Ok(())
+        match &self.stream {
+            Some(stream) => (stream.tell)(end.model, &end.progress.ends, run),
+            None => Ok(()),
+        }
     }
 }
 
@@ -194,6 +231,16 @@ fn experts(model: &LanguageModel) -> Option<usize> {
     use mass_model::growth::Mixtures;
     let layers = 0..model.mixtures();
     layers.map(|l| model.mixture(l).ids().len()).max()
+}
+
+/// Mean loss on a batch, and what every mixture layer did with it.
+pub(crate) fn scored(
+    model: &LanguageModel,
+    batch: &TokenBatch,
+) -> Result<(f64, Vec<LayerTrace>), BenchError> {
+    let scored = model.score(&batch.inputs, &batch.targets, batch.length, None);
+    let (nll, layers) = scored.map_err(|e| BenchError::failed("scoring held-out data", e))?;
+    Ok((mean(&nll), layers))
 }
 
 /// Scores a model on some batches, telling `each` what every mixture layer did with a batch, and writes mean loss and mean experts
@@ -207,11 +254,9 @@ pub(crate) fn judge(
     let (mut total, mut tokens) = (0.0, 0);
     let (mut assignments, mut routed) = (0, 0);
     for (index, batch) in batches.enumerate() {
-        let (nll, layers) = model
-            .score(&batch.inputs, &batch.targets, batch.length, None)
-            .map_err(|e| BenchError::failed("scoring held-out data", e))?;
-        total += mean(&nll) * nll.len() as f64;
-        tokens += nll.len();
+        let (loss, layers) = scored(model, &batch)?;
+        total += loss * batch.tokens() as f64;
+        tokens += batch.tokens();
         for layer in &layers {
             assignments += layer.plan.num_assignments();
             routed += layer.plan.num_tokens();

@@ -208,6 +208,7 @@ fn task<'a>(
             Ok(())
         }),
         validation: None,
+        stream: None,
     }
 }
 

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mass_expand::Watched;
 
@@ -133,6 +133,9 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
         notes.push(format!("  {}: {}", run.key(), list.join("; ")));
     }
     notes.extend(tests_by_method(&results.runs));
+    if results.study == "continual" {
+        notes.extend(metrics_by_method(&results.runs));
+    }
     if results.runs.iter().any(|r| !r.diagnoses.is_empty()) {
         notes.push("Diagnoses (known ways to fail that the controller saw):".into());
     }
@@ -145,14 +148,7 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
 
 /// "mass/paper/p 0.5, live 30 %/K5: 812 alarms, 30 of 801 alignment tests passed (3.7 %; random directions 3.6 %)", over all seeds.
 fn tests_by_method(runs: &[Run]) -> Vec<String> {
-    let mut methods: Vec<(String, Vec<&Decisions>)> = Vec::new();
-    for (run, decisions) in runs.iter().filter_map(|r| Some((r, r.decisions.as_ref()?))) {
-        let name = run.key().without_seed();
-        match methods.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, all)) => all.push(decisions),
-            None => methods.push((name, vec![decisions])),
-        }
-    }
+    let methods = by_method(runs, |run| run.decisions.as_ref());
     let line = |(name, all): (String, Vec<&Decisions>)| {
         let sum = |of: fn(&Decisions) -> usize| all.iter().map(|d| of(d)).sum::<usize>();
         let (alarms, tests, passed) = (sum(|d| d.alarms), sum(|d| d.tests), sum(|d| d.passed));
@@ -168,6 +164,43 @@ fn tests_by_method(runs: &[Run]) -> Vec<String> {
         format!("  {name}: {alarms} alarms{tested}")
     };
     methods.into_iter().map(line).collect()
+}
+
+/// "static/appear/K5: forgetting -0.012, new_loss 1.912, old_loss 1.899", means over seeds.
+fn metrics_by_method(runs: &[Run]) -> Vec<String> {
+    let line = |(name, all): (String, Vec<&BTreeMap<String, f64>>)| {
+        let names: BTreeSet<&String> = all.iter().flat_map(|metrics| metrics.keys()).collect();
+        let means = names.into_iter().map(|metric| {
+            let values: Vec<f64> = all.iter().filter_map(|m| m.get(metric)).copied().collect();
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            let of = match values.len() {
+                n if n < all.len() => format!(" (in {n} of {})", all.len()),
+                _ => String::new(),
+            };
+            format!("{metric} {mean:.3}{of}")
+        });
+        format!("  {name}: {}", means.collect::<Vec<_>>().join(", "))
+    };
+    by_method(runs, |run| Some(&run.metrics))
+        .into_iter()
+        .map(line)
+        .collect()
+}
+
+/// What runs have, those that differ by their seed together.
+fn by_method<'r, T>(
+    runs: &'r [Run],
+    has: impl Fn(&'r Run) -> Option<&'r T>,
+) -> Vec<(String, Vec<&'r T>)> {
+    let mut methods: Vec<(String, Vec<&T>)> = Vec::new();
+    for (run, own) in runs.iter().filter_map(|run| Some((run, has(run)?))) {
+        let name = run.key().without_seed();
+        match methods.iter_mut().find(|(other, _)| *other == name) {
+            Some((_, all)) => all.push(own),
+            None => methods.push((name, vec![own])),
+        }
+    }
+    methods
 }
 
 /// " (loss)", " (expert 4)": the stream whose alarm set a split off.

@@ -4,6 +4,7 @@
 //! here with its plan and a line in [`STUDIES`]; the runs are made, kept and gone on with as those of any other.
 
 pub mod ablation;
+pub mod continual;
 pub mod dg;
 pub mod glue;
 pub mod plan;
@@ -112,6 +113,19 @@ pub const STUDIES: &[Study] = &[
         inputs: |_| Inputs::NONE,
         check: |args| sensitivity::plan(args)?.check(args),
         run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "continual",
+        about: "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
+        tasks: continual::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |preset| Inputs {
+            data: matches!(preset, Preset::Full | Preset::Paper),
+            ..Inputs::NONE
+        },
+        check: |args| continual::plan(args)?.check(args),
+        run: |args, ctx| continual::plan(args)?.run(args, ctx),
     },
     Study {
         name: "glue",

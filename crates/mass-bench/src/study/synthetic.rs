@@ -3,7 +3,7 @@
 //! Every run trains the same one-layer causal transformer on the same documents and is scored on the same windows; what
 //! differs is the pool of experts and how tokens are routed.
 
-use mass_model::lm::LanguageModel;
+use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
     Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
@@ -33,15 +33,15 @@ const FINITE: [(&str, usize); 3] = [("51k", 50), ("410k", 400), ("1.6m", 1600)];
 const LOOK: u64 = 100;
 
 /// Seed of the documents and windows, the same for every run.
-const DATA_SEED: u64 = 2512;
+pub(super) const DATA_SEED: u64 = 2512;
 
 /// Spread of the embeddings at the start. At this learning rate the loss depends on it (K = 20, k = 2, seed 0, 2000 steps:
 /// 1.871 at 0.1, 1.814 at 0.2, 1.799 at 0.3, 1.821 at 0.5, 1.834 at 1), the same for every method.
 const EMBEDDING_STD: f32 = 0.3;
 
 /// Sequence length, and batch of sequences.
-const SEQ: usize = 64;
-const BATCH: usize = 16;
+pub(super) const SEQ: usize = 64;
+pub(super) const BATCH: usize = 16;
 
 /// What is trained, and how.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,6 +62,37 @@ impl Regime {
         peak: 1e-2,
         steps: 2000,
     };
+
+    /// The model, with a network in place of its mixture.
+    pub(super) fn model(&self, vocab: usize) -> LanguageModelConfig {
+        LanguageModelConfig {
+            embedding_std: EMBEDDING_STD,
+            ..dense(vocab, SEQ, self.dim, self.hidden)
+        }
+    }
+
+    pub(super) fn recipe(&self) -> Recipe {
+        let steps = self.steps;
+        Recipe {
+            adamw: AdamWConfig {
+                beta1: 0.9,
+                beta2: 0.99,
+                eps: 1e-8,
+                weight_decay: 0.01,
+                clip_norm: None,
+                groups: Vec::new(),
+            },
+            schedule: Schedule {
+                peak: self.peak,
+                warmup: 50.min(steps / 4),
+                steps,
+                floor: 0.1,
+                decay: Decay::Linear,
+            },
+            log_every: 20,
+            checkpoint_every: 500.min(steps / 3).max(1),
+        }
+    }
 }
 
 /// GINC in several vocabularies, with so much of it to train on and to be scored on.
@@ -350,35 +381,16 @@ impl Family for Synthetic {
         let set = &planned.assignment.set;
         let other = self.regimes.iter().find(|(name, _)| name == set);
         let regime = other.map_or(self.regime, |(_, regime)| *regime);
-        let (seed, steps) = (planned.run.seed, regime.steps);
-        let mut model = dense(data.vocab, SEQ, regime.dim, regime.hidden);
-        model.embedding_std = EMBEDDING_STD;
+        let seed = planned.run.seed;
         Ok(Language {
-            model: with(model, &planned.method, seed),
-            recipe: Recipe {
-                adamw: AdamWConfig {
-                    beta1: 0.9,
-                    beta2: 0.99,
-                    eps: 1e-8,
-                    weight_decay: 0.01,
-                    clip_norm: None,
-                    groups: Vec::new(),
-                },
-                schedule: Schedule {
-                    peak: regime.peak,
-                    warmup: 50.min(steps / 4),
-                    steps,
-                    floor: 0.1,
-                    decay: Decay::Linear,
-                },
-                log_every: 20,
-                checkpoint_every: 500.min(steps / 3).max(1),
-            },
+            model: with(regime.model(data.vocab), &planned.method, seed),
+            recipe: regime.recipe(),
             seed,
             draw: Box::new(move |step| Ok(data.corpus.batch(seed, step, BATCH, SEQ)?)),
             probe: &data.probe,
             judge: Box::new(|model, run| evaluate(model, data, run)),
             validation: data.validation.as_ref().map(|batch| (LOOK, batch)),
+            stream: None,
         })
     }
 }

@@ -1,0 +1,440 @@
+//! The continual study: kinds of data that appear after the expansion phase, or follow one another.
+//!
+//! Every run trains the model of the synthetic study on data that change. Pools that grow early, or whose detectors stay on with a
+//! false-alarm budget of their own, are beside static pools and DynMoE. What is asked: how soon after a change a pool grows, how
+//! often before it, what becomes of the loss on old and new kinds, and which experts the newest kind got.
+
+use mass_expand::ControllerParams;
+use mass_model::growth::Mixtures;
+use mass_model::lm::LanguageModel;
+use mass_routing::{Combine, RouterConfig};
+use serde_json::{Value, json};
+
+use super::plan::{Assignment, Family, Plan, Planned};
+use super::synthetic::{BATCH, DATA_SEED, Regime, SEQ};
+use crate::BenchError;
+use crate::batch::{TokenBatch, draw};
+use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
+use crate::fnv::Fnv;
+use crate::ginc::{Ginc, GincParams, Windows};
+use crate::glue::GlueError;
+use crate::glue::data::{Dataset, Example};
+use crate::glue::task::Task as GlueTask;
+use crate::language::{Language, Stream, judge, scored, with};
+use crate::method::{Mass, Method, Overrides, Pool};
+use crate::report::Run;
+use crate::rng::{Purpose, stream};
+use crate::sweep::Side;
+
+/// What `--task` may name: a concept that appears among four others, one that takes their place, five one after another; and
+/// sentences of four tasks of GLUE, read as bytes, one task after another.
+pub const TASKS: &[&str] = &["appear", "switch", "stream", "texts"];
+
+/// A part of a run: where it ends, in percent, and the kinds of data that it has.
+type Part = (u64, &'static [usize]);
+
+/// The parts of each task's runs.
+const PARTS: [&[Part]; 4] = [
+    &[(50, &[0, 1, 2, 3]), (100, &[0, 1, 2, 3, 4])],
+    &[(50, &[0, 1, 2, 3]), (100, &[4])],
+    &[(20, &[0]), (40, &[1]), (60, &[2]), (80, &[3]), (100, &[4])],
+    &[(25, &[0]), (50, &[1]), (75, &[2]), (100, &[3])],
+];
+
+/// The kinds of text: examples of grammar books, pairs from the news, premises of inference, captions and headlines.
+const TEXTS: [GlueTask; 4] = [
+    GlueTask::Cola,
+    GlueTask::Mrpc,
+    GlueTask::Rte,
+    GlueTask::Stsb,
+];
+
+/// Held-out windows of each kind.
+const WINDOWS: usize = 100;
+
+/// Data that change.
+#[derive(Debug)]
+pub struct Continual {
+    args: ReproduceArgs,
+    regime: Regime,
+    tokens: usize,
+    tasks: Vec<&'static str>,
+}
+
+/// The plan of a preset.
+///
+/// # Errors
+/// None: nothing has to be there.
+pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
+    let (steps, tokens, seeds, tasks) = match args.preset {
+        Preset::Smoke => (120, 20_000, 1, &TASKS[1..2]),
+        Preset::Quick => (2000, 1_000_000, 2, &TASKS[..3]),
+        Preset::Full | Preset::Paper => (4000, 2_000_000, 5, TASKS),
+    };
+    let asked = TASKS.iter().find(|t| args.task.as_deref() == Some(**t));
+    let pool = Pool {
+        experts: 5,
+        experts_max: 20,
+        k: 2,
+        p: 0.5,
+        live_percent: Some(100),
+    };
+    let statics = [5, 12, 20].map(|experts| Method::Static {
+        experts,
+        k: 1,
+        router: Some(RouterConfig::TopP {
+            p: pool.p,
+            combine: Combine::Renormalised,
+        }),
+    });
+    let dynmoe = Method::DynMoe {
+        experts: pool.experts,
+        experts_max: pool.experts_max,
+    };
+    let grown = grown(&pool, steps).into_iter().map(Method::Mass);
+    Ok(Plan {
+        family: Continual {
+            regime: Regime {
+                steps,
+                ..Regime::BASE
+            },
+            tokens,
+            tasks: asked.map_or_else(|| tasks.to_vec(), |task| vec![*task]),
+            args: args.clone(),
+        },
+        methods: statics.into_iter().chain([dynmoe]).chain(grown).collect(),
+        pool,
+        seeds,
+        variant: None,
+    })
+}
+
+/// The paper's rule and its code's as they are meant, and live to the end; `calibrated` and `ours` as they are, and with alarms
+/// that go on. `ours` leaves itself room for them: it grows to 12 first.
+fn grown(pool: &Pool, steps: u64) -> Vec<Mass> {
+    let confined = |variant| Mass {
+        live_percent: None,
+        ..Mass::of(variant, pool)
+    };
+    let with = |label: &str, variant, rules: &[(&str, Value)]| Mass {
+        label: label.to_owned(),
+        overrides: rules
+            .iter()
+            .map(|(at, value)| ((*at).to_owned(), value.clone()))
+            .collect::<Overrides>(),
+        ..confined(variant)
+    };
+    // What is left after the first phase, in which a false alarm has this chance.
+    let alarms = json!(ControllerParams::calibrated_watch(0.05, steps * 9 / 10));
+    let continual = ("controller.phase.continual", alarms);
+    let (first, every) = ((steps / 200).max(1), (steps / 1000).max(1));
+    let schedule = json!({ "schedule_then_detector": { "first": first, "every": every } });
+    vec![
+        confined(Variant::Paper),
+        Mass::of(Variant::Paper, pool),
+        Mass::of(Variant::Reference, pool),
+        confined(Variant::Calibrated),
+        with("alarms go on", Variant::Calibrated, &[continual.clone()]),
+        Mass {
+            experts_max: 12,
+            ..with("to 12", Variant::Ours, &[])
+        },
+        confined(Variant::Ours),
+        with(
+            "12, then by alarms",
+            Variant::Ours,
+            &[
+                continual,
+                ("controller.unused", json!("skip")),
+                ("controller.trigger", schedule),
+                ("controller.phase.live_until", json!(first + 7 * every)),
+            ],
+        ),
+    ]
+}
+
+/// What a task's runs are trained and scored on.
+pub struct Data {
+    parts: &'static [Part],
+    vocab: usize,
+    /// Documents of each part, and how long one is.
+    documents: Vec<(Vec<u32>, usize)>,
+    kinds: Vec<TokenBatch>,
+    probe: TokenBatch,
+    digest: Option<u64>,
+}
+
+impl Family for Continual {
+    type Data = Data;
+    type Task<'a> = Language<'a>;
+
+    const SIDE: Side = Side::BySide;
+
+    fn settings(&self) -> Result<Value, BenchError> {
+        Ok(json!({ "steps": self.regime.steps, "tokens": self.tokens, "windows": WINDOWS }))
+    }
+
+    fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
+        let assignment = |task: &&str| Assignment {
+            set: (*task).to_owned(),
+            task: Some((*task).to_owned()),
+            ..Assignment::default()
+        };
+        Ok(self.tasks.iter().map(assignment).collect())
+    }
+
+    fn there(&self, set: &str) -> Result<(), BenchError> {
+        if set != "texts" {
+            return Ok(());
+        }
+        let data = self.data_dir()?;
+        let files = TEXTS.iter().flat_map(|task| Dataset::files(data, *task));
+        match files.into_iter().find(|f| !f.is_file()) {
+            Some(path) => Err(BenchError::Glue(GlueError::Io {
+                path,
+                source: std::io::ErrorKind::NotFound.into(),
+            })),
+            None => Ok(()),
+        }
+    }
+
+    fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {
+        let task = TASKS.iter().position(|t| *t == set).unwrap_or(0);
+        let parts = PARTS[task];
+        match set {
+            "texts" => self.texts(parts),
+            _ => self.concepts(parts),
+        }
+    }
+
+    fn digest(&self, data: &Data) -> Option<u64> {
+        data.digest
+    }
+
+    fn task<'a>(
+        &'a self,
+        data: &'a Data,
+        planned: &'a Planned,
+    ) -> Result<Language<'a>, BenchError> {
+        let (seed, steps) = (planned.run.seed, self.regime.steps);
+        let end = |(percent, _): &Part| steps * percent / 100;
+        let ends: Vec<u64> = data.parts.iter().map(end).collect();
+        let part_of = ends.clone();
+        Ok(Language {
+            model: with(self.regime.model(data.vocab), &planned.method, seed),
+            recipe: self.regime.recipe(),
+            seed,
+            draw: Box::new(move |step| {
+                let part = part_of.partition_point(|end| *end <= step);
+                let (tokens, length) = &data.documents[part.min(part_of.len() - 1)];
+                Ok(draw(tokens, *length, seed, step, BATCH, SEQ))
+            }),
+            probe: &data.probe,
+            judge: Box::new(|model, run| {
+                judge(model, run, data.kinds.iter().cloned(), |_, _| Ok(())).map(drop)
+            }),
+            validation: None,
+            stream: Some(Stream {
+                ends,
+                kinds: &data.kinds,
+                tell: Box::new(|model, ends, run| tell(data, model, ends, run)),
+            }),
+        })
+    }
+}
+
+impl Continual {
+    fn data_dir(&self) -> Result<&std::path::Path, BenchError> {
+        self.args.data.as_deref().ok_or_else(|| {
+            BenchError::Usage(
+                "continual, task texts, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/glue/<Task>/{train,dev}.tsv, or \
+                 --task appear, switch or stream, which need none"
+                    .into(),
+            )
+        })
+    }
+
+    /// Concepts of GINC.
+    fn concepts(&self, parts: &'static [Part]) -> Result<Data, BenchError> {
+        const LENGTH: usize = 1024;
+        let vocab = 50;
+        let ginc = Ginc::generate(&GincParams::new(vocab).check()?);
+        let mut documents = Vec::with_capacity(parts.len());
+        for (i, (_, kinds)) in parts.iter().enumerate() {
+            let mut rng = stream(DATA_SEED, Purpose::Training, i as u64);
+            let number = (self.tokens / LENGTH).max(1);
+            let corpus = ginc.sample_corpus_of(kinds, number, LENGTH, &mut rng)?;
+            documents.push((corpus.tokens().to_vec(), LENGTH));
+        }
+        let sample = |windows, purpose| {
+            Windows::sample(&ginc, windows, SEQ, &mut stream(DATA_SEED, purpose, 0))
+        };
+        let windows = sample(WINDOWS, Purpose::Evaluation)?;
+        let kind = |kind: usize| windows.batch(kind * WINDOWS..(kind + 1) * WINDOWS);
+        // To judge newcomers by: of what there is at first.
+        let probe = sample(WINDOWS / 5, Purpose::Probe)?;
+        let probe = probe.batch(0..parts[0].1.len() * (WINDOWS / 5));
+        Ok(Data {
+            parts,
+            vocab,
+            documents,
+            kinds: (0..ginc.concepts()).map(kind).collect(),
+            probe,
+            digest: None,
+        })
+    }
+
+    /// Sentences as bytes: to train on those of training sets, held out those of development sets.
+    fn texts(&self, parts: &'static [Part]) -> Result<Data, BenchError> {
+        let mut digest = Fnv::default();
+        let (mut documents, mut kinds, mut probes) = (Vec::new(), Vec::new(), Vec::new());
+        for task in TEXTS {
+            let data = Dataset::read(self.data_dir()?, task)?;
+            let train = bytes(&data.train);
+            let held_out: Vec<u8> = data.dev.iter().flat_map(|(_, dev)| bytes(dev)).collect();
+            let few = |what: &str, found: usize| BenchError::Input {
+                path: Dataset::files(std::path::Path::new(""), task)[0].clone(),
+                problem: format!("{found} bytes of {what} text are too few for this study"),
+            };
+            if train.len() <= SEQ {
+                return Err(few("training", train.len()));
+            }
+            let mut windows = held_out.chunks_exact(SEQ + 1);
+            let mut batch = |rows| {
+                let mut batch = TokenBatch::with_capacity(rows, SEQ);
+                windows.by_ref().take(rows).for_each(|w| batch.push(w));
+                (batch.rows == rows).then_some(batch)
+            };
+            let taken = (batch(WINDOWS), batch(WINDOWS / 5));
+            let (Some(kind), Some(probe)) = taken else {
+                return Err(few("held-out", held_out.len()));
+            };
+            (kinds.push(kind), probes.push(probe));
+            for text in [&train, &held_out] {
+                digest.eat(&(text.len() as u64).to_le_bytes());
+                digest.eat(text);
+            }
+            let length = train.len();
+            documents.push((train.into_iter().map(u32::from).collect(), length));
+        }
+        Ok(Data {
+            parts,
+            vocab: crate::text::VOCAB,
+            documents,
+            kinds,
+            probe: probes.swap_remove(0),
+            digest: Some(digest.0),
+        })
+    }
+}
+
+/// Sentences, one a line.
+fn bytes(examples: &[Example]) -> Vec<u8> {
+    let mut text = Vec::new();
+    for example in examples {
+        for sentence in std::iter::once(&example.first).chain(&example.second) {
+            text.extend_from_slice(sentence.as_bytes());
+            text.push(b'\n');
+        }
+    }
+    text
+}
+
+/// Writes into a run's `metrics`, with `L_c` the loss on kind c, nats a token:
+///
+/// - `new_loss`, `old_loss`: `L_c` at the end, of the kinds that only the last part has, and the mean of the others.
+/// - `forgetting`: mean over the others of `L_c` at the end less `L_c` when the last part before it that has c ended.
+/// - `splits_before`, `splits_after` the first change, and `delay`, the steps from it to the next split if there is one.
+/// - `new_on_newcomers`, `old_on_newcomers`: the part of the routed slots of new and old kinds that experts born after the first
+///   change have.
+fn tell(
+    data: &Data,
+    model: &LanguageModel,
+    ends: &[(u64, Vec<f64>)],
+    run: &mut Run,
+) -> Result<(), BenchError> {
+    let Some((first_change, _)) = ends.first() else {
+        return Ok(());
+    };
+    let (_, at_end) = &ends[ends.len() - 1];
+    let before = &data.parts[..data.parts.len() - 1];
+    let last_with = |kind| before.iter().rposition(|(_, kinds)| kinds.contains(&kind));
+    let (mut old, mut new, mut lost) = (Vec::new(), Vec::new(), Vec::new());
+    for kind in 0..data.kinds.len() {
+        match last_with(kind) {
+            Some(part) => {
+                old.push(kind);
+                lost.push(at_end[kind] - ends[part].1[kind]);
+            }
+            None => new.push(kind),
+        }
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let losses = |kinds: &[usize]| mean(&kinds.iter().map(|k| at_end[*k]).collect::<Vec<_>>());
+    let later = |e: &&crate::report::Expansion| e.step >= *first_change;
+    let after = run.expansions.iter().filter(later).count();
+    let mut metrics = vec![
+        ("old_loss", losses(&old)),
+        ("new_loss", losses(&new)),
+        ("forgetting", mean(&lost)),
+        ("splits_before", (run.expansions.len() - after) as f64),
+        ("splits_after", after as f64),
+    ];
+    if let Some(next) = run.expansions.iter().find(later) {
+        metrics.push(("delay", (next.step - first_change) as f64));
+    }
+    if after > 0 {
+        let young: Vec<usize> = run.expansions.iter().filter(later).map(|e| e.new).collect();
+        let share = |kinds: &[usize]| share_of(&young, kinds, data, model);
+        metrics.push(("new_on_newcomers", share(&new)?));
+        metrics.push(("old_on_newcomers", share(&old)?));
+    }
+    let named = metrics
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value));
+    run.metrics.extend(named);
+    Ok(())
+}
+
+/// The part of the routed slots of some kinds that some experts have.
+fn share_of(
+    experts: &[usize],
+    kinds: &[usize],
+    data: &Data,
+    model: &LanguageModel,
+) -> Result<f64, BenchError> {
+    let (mut theirs, mut all) = (0, 0);
+    for kind in kinds {
+        for (l, layer) in scored(model, &data.kinds[*kind])?.1.iter().enumerate() {
+            all += layer.plan.num_assignments();
+            let ids = model.mixture(l).ids().iter().enumerate();
+            let young = ids.filter(|(_, id)| experts.contains(&(id.0 as usize)));
+            theirs += young
+                .map(|(place, _)| layer.plan.load(place))
+                .sum::<usize>();
+        }
+    }
+    Ok(theirs as f64 / all as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_has_rules_of_its_own_and_every_task_ends_with_the_run() {
+        let args = ReproduceArgs::parsed(&["continual", "--preset", "full"]);
+        let plan = plan(&args).unwrap();
+        let runs = plan.runs(&args).unwrap();
+        assert_eq!(runs.len(), 4 * 5 * 12);
+        for method in plan.methods(&args).unwrap() {
+            if let Some(rules) = method.growth(1, 4000, 0, |_| ()).unwrap() {
+                rules.controller.check_reachable().unwrap();
+            }
+        }
+        for parts in PARTS {
+            assert!(parts.is_sorted_by(|a, b| a.0 < b.0));
+            assert_eq!(parts.last().unwrap().0, 100);
+        }
+    }
+}
