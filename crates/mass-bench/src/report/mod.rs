@@ -20,7 +20,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod curves;
+mod elbow;
 mod expansions;
+mod frontier;
+mod growth;
 mod html;
 mod join;
 mod lines;
@@ -38,7 +42,6 @@ mod table;
 use std::path::PathBuf;
 
 pub use expansions::expansions;
-pub use html::report_html;
 pub use join::join;
 pub use lines::{EventLine, MetricLine};
 pub use machine::{Machine, peak_rss_mib, reset_peak_rss};

@@ -491,9 +491,10 @@ fn report_plots_what_metrics_hold() {
     }
     store.push(mass(0, 1.9)).expect("a run");
     let html = read(dir.path(), "report.html");
-    assert_eq!(html.matches("<svg").count(), 2);
-    assert_eq!(html.matches("<polyline").count(), 2);
-    assert!(html.contains("Bayes 1.335"));
+    // The loss; how the pool grew is told by events, of which there are none. And the two of the frontier.
+    assert_eq!(html.matches("<figure>").count(), 3);
+    assert_eq!(html.matches("class=\"line\"").count(), 1);
+    assert!(html.contains("Bayes floor 1.335"));
     // Thinned: not one point a step.
     assert!(html.len() < 30_000, "{}", html.len());
 
@@ -525,9 +526,139 @@ fn report_plots_what_metrics_hold() {
         store.push(run).expect("a run");
     }
     let html = read(dir.path(), "report.html");
-    assert_eq!(html.matches("<polyline").count(), 2);
-    assert!(html.contains(": a</text>") && html.contains(": b</text>"));
-    assert!(!html.contains(": c</text>"));
+    assert_eq!(html.matches("class=\"line\"").count(), 2);
+    assert!(html.contains(": a</figcaption>") && html.contains(": b</figcaption>"));
+    assert!(!html.contains(": c</figcaption>"));
     // From 3 to 4, which ticks of 0.2 show.
     assert!(html.contains(">3.2</text>") && html.contains(">3.8</text>"));
+}
+
+/// A directory with every kind of chart.
+pub(crate) fn report_with_everything(dir: &std::path::Path) -> std::path::PathBuf {
+    let dir = dir.join("everything");
+    let mut store = open(&dir, &json!({}), Existing::Refuse).expect("a store");
+    for experts in [5, 10, 15, 20] {
+        for k in [1, 2] {
+            for seed in 0..3 {
+                let loss = 1.7 + 1.0 / experts as f64 - 0.01 * k as f64 + 0.004 * seed as f64;
+                let run = Run {
+                    k: Some(k),
+                    experts_init: Some(experts),
+                    experts: Some(experts),
+                    active_per_token: Some(k as f64),
+                    test_loss: Some(loss),
+                    bayes_loss: Some(1.335),
+                    ..Run::new("static", seed)
+                };
+                store.push(run).expect("a run");
+            }
+        }
+    }
+    for seed in 0..3 {
+        let mut run = mass(seed, 1.8 + 0.01 * seed as f64);
+        let key = run.key().to_string();
+        for step in (0..2000).step_by(20) {
+            let line = MetricLine {
+                run: key.clone(),
+                step,
+                train_loss: Some(4.0 - (step as f64).ln_1p() / 4.0),
+                ..MetricLine::default()
+            };
+            store.metric(&line).expect("a line");
+        }
+        for event in events() {
+            store.event(&key, &event).expect("a line");
+        }
+        run.diagnoses = vec![Diagnosis::NoSplitReachable {
+            ready: Some(72),
+            end: 60,
+            room: 2,
+        }];
+        store.push(run).expect("a run");
+    }
+    dir.join("report.html")
+}
+
+/// Two splits, a removal and the end, and lines that no chart knows.
+fn events() -> Vec<Value> {
+    vec![
+        json!({"step": 61, "layer": 0, "kind": "split", "source": 2, "new": 5, "experts": 6, "watched": "expert", "flagged": 2}),
+        json!({"step": 90, "layer": 0, "kind": "split", "source": 5, "new": 6, "experts": 7}),
+        json!({"step": 95, "layer": 0, "kind": "remove", "expert": 6, "reason": "unused", "experts": 6}),
+        json!({"step": 100, "layer": null, "kind": "stop", "reason": "phase_end"}),
+        json!({"step": null, "kind": "non_finite", "figure": "nmi"}),
+        json!({"kind": "what comes next", "experts": "many"}),
+    ]
+}
+
+/// The charts of a section.
+fn section<'h>(html: &'h str, id: &str) -> &'h str {
+    let found = html.split(&format!("<section id=\"{id}\">")).nth(1);
+    found
+        .unwrap_or_default()
+        .split("</section>")
+        .next()
+        .unwrap_or_default()
+}
+
+#[test]
+fn the_frontier_has_every_method_and_the_elbow_of_static_pools() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let frontier = section(&html, "frontier");
+    assert_eq!(frontier.matches("<figure>").count(), 2);
+    // Against K two lines of four pools and MASS, against k four of two and MASS, each with its deviation.
+    assert_eq!(frontier.matches("class=\"line\"").count(), 2 + 4);
+    let marks = (8 + 1) * 2 + (2 + 1) + (4 + 1);
+    assert_eq!(frontier.matches("class=\"mark\"").count(), marks);
+    assert_eq!(frontier.matches("class=\"ring\"").count(), 2 + 2);
+    assert!(
+        frontier.contains("Bayes floor 1.335")
+            && frontier.contains("static/<wbr>k2: elbow at K 20 (20 in 100 % of draws)")
+    );
+    let store =
+        open(&dir.path().join("everything"), &json!({}), Existing::Resume).expect("a store");
+    let note = "Elbow of static/k1: K 20 (within one standard error of the best: 20; paired bootstrap over 3 seeds: 20 in 100 %)";
+    assert!(
+        table(store.results()).contains(note),
+        "{}",
+        table(store.results())
+    );
+}
+
+#[test]
+fn pools_are_drawn_over_time_with_their_events() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let pools = section(&html, "pools-over-time");
+    assert_eq!(
+        pools.matches("<figure>").count(),
+        1,
+        "static pools have no events"
+    );
+    let names = [
+        "other seeds",
+        "seed 0",
+        "split",
+        "removal",
+        "end of expansion",
+    ];
+    for name in names {
+        assert_eq!(
+            pools.matches(&format!("<span>{name}</span>")).count(),
+            1,
+            "{name}"
+        );
+    }
+    // Two splits, a removal and the end, each beside its sign in the legend.
+    assert_eq!(pools.matches("class=\"sign s2\"").count(), 2);
+    assert_eq!(pools.matches("class=\"mark\"").count(), 4 + 3);
+    let bare = read(&dir.path().join("everything"), "report.html");
+    assert_eq!(bare, html);
+    // Results of a time without events, or of a study without any.
+    std::fs::write(dir.path().join("everything/events.jsonl"), "").expect("a write");
+    mass_bench::report::join(&[dir.path().join("everything")], None).expect("a report");
+    let html = read(&dir.path().join("everything"), "report.html");
+    assert_eq!(section(&html, "pools-over-time"), "");
+    assert!(html.contains("id=\"frontier\""));
 }
