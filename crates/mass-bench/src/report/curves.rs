@@ -49,7 +49,8 @@ pub(super) fn curves(results: &Results, metrics: &[MetricLine]) -> String {
     let keys = Keys::of(results);
     let mut html = String::new();
     for (name, figure, floored) in charts {
-        for (task, mut series) in series_of(&keys, metrics, figure) {
+        let values = metrics.iter().map(|m| (m.run.as_str(), m.step, figure(m)));
+        for (task, mut series) in series_of(&keys, values, true) {
             if name.starts_with("Training") {
                 series.iter_mut().for_each(smooth);
             }
@@ -78,7 +79,7 @@ fn of(line: &MetricLine, name: &str) -> Option<f64> {
 }
 
 /// Which line of which task's plot a run belongs to.
-struct Keys {
+pub(super) struct Keys {
     tasks: Vec<Option<String>>,
     /// Task and name.
     lines: Vec<(usize, String)>,
@@ -87,7 +88,7 @@ struct Keys {
 }
 
 impl Keys {
-    fn of(results: &Results) -> Self {
+    pub(super) fn of(results: &Results) -> Self {
         let mut keys = Self {
             tasks: Vec::new(),
             lines: Vec::new(),
@@ -112,29 +113,32 @@ fn index_of<T: PartialEq>(values: &mut Vec<T>, value: T) -> usize {
     })
 }
 
-/// For each task the lines of its methods, in the order of the results: means over seeds, at the steps that all of them have.
+/// For each task the lines of its methods, in the order of the results: means of values, each with its run and its place; if `shared`
+/// is set, at the places that all seeds have.
 ///
 /// Lines of a single point are left out: they would not show.
-fn series_of(
+pub(super) fn series_of<'r>(
     keys: &Keys,
-    metrics: &[MetricLine],
-    figure: Figure,
+    values: impl Iterator<Item = (&'r str, u64, Option<f64>)>,
+    shared: bool,
 ) -> Vec<(Option<String>, Vec<Series>)> {
-    // Of each line, at each step a sum and how many values it has.
+    // Of each line, at each place a sum and how many values it has.
     let mut sums: Vec<BTreeMap<u64, (f64, usize)>> = vec![BTreeMap::new(); keys.lines.len()];
-    for line in metrics {
-        let value = figure(line).filter(|v| v.is_finite());
-        if let (Some(value), Some(&at)) = (value, keys.runs.get(&line.run)) {
-            let sum = sums[at].entry(line.step).or_default();
+    for (run, place, value) in values {
+        let value = value.filter(|v| v.is_finite());
+        if let (Some(value), Some(&at)) = (value, keys.runs.get(run)) {
+            let sum = sums[at].entry(place).or_default();
             (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
         }
     }
     let mut tasks: Vec<_> = keys.tasks.iter().map(|t| (t.clone(), Vec::new())).collect();
     for ((task, name), sums) in keys.lines.iter().zip(sums) {
         let seeds = sums.values().map(|s| s.1).max().unwrap_or(0);
-        let of_all = sums.into_iter().filter(|(_, (_, n))| *n == seeds);
-        let points: Vec<_> = of_all
-            .map(|(step, (sum, n))| (step as f64, sum / n as f64))
+        let kept = sums
+            .into_iter()
+            .filter(|(_, (_, n))| !shared || *n == seeds);
+        let points: Vec<_> = kept
+            .map(|(place, (sum, n))| (place as f64, sum / n as f64))
             .collect();
         if points.len() > 1 {
             let series = Series::new(name.clone(), Draw::Line, points.into_iter());

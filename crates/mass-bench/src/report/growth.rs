@@ -1,12 +1,15 @@
-//! Charts of events: how pools grow.
+//! Charts of events: how pools grow, what detectors saw of it, and what becomes of pairs.
 
 use std::collections::{BTreeSet, HashMap};
 
+use mass_expand::Watched;
 use serde::Deserialize;
 
+use super::curves::{Keys, series_of};
 use super::summary::groups;
-use super::svg::{Chart, Draw, Point, Series};
+use super::svg::{Chart, Draw, Point, Series, heat_maps, in_parts};
 use super::{Results, Run};
+use crate::method::TRACE;
 
 /// What of a line of events.jsonl is drawn, whatever wrote it.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -18,15 +21,31 @@ pub(super) struct Drawn {
     kind: String,
     /// Experts of the layer afterwards.
     experts: Option<usize>,
+    /// Of a split and of what detectors saw.
+    watched: Option<Watched>,
+    expert: Option<usize>,
+    flagged: Option<usize>,
+    source: Option<usize>,
+    new: Option<usize>,
+    statistic: Option<f64>,
+    /// Of the halves of a split: steps since then.
+    age: Option<u64>,
+    source_cosine: Option<f64>,
+    new_cosine: Option<f64>,
+    routing_overlap: Option<f64>,
+    gate_cosine: Option<f64>,
 }
+
+/// Events of a pool's size.
+const POOL: [&str; 4] = ["split", "add", "remove", "stop"];
 
 /// The events of a file that are drawn; what is not readable is left out.
 pub(super) fn drawn<'l>(lines: impl Iterator<Item = &'l str>) -> Vec<Drawn> {
-    const KINDS: [&str; 4] = ["split", "add", "remove", "stop"];
-    let events = lines.flat_map(serde_json::from_str);
-    events
-        .filter(|e: &Drawn| KINDS.contains(&e.kind.as_str()))
-        .collect()
+    let known = |e: &Drawn| {
+        let kind = e.kind.as_str();
+        POOL.contains(&kind) || matches!(kind, "observation" | "pair")
+    };
+    lines.flat_map(serde_json::from_str).filter(known).collect()
 }
 
 /// Events by the name of their run.
@@ -45,11 +64,18 @@ pub(super) fn by_run(events: &[Drawn]) -> ByRun<'_> {
 pub(super) fn growth(results: &Results, events: &ByRun<'_>) -> String {
     let mut html = String::new();
     for (key, runs) in groups(&results.runs) {
-        let of = |run: &Run| events.get(run.key().to_string().as_str());
-        if runs.iter().all(|run| of(run).is_none()) {
+        let events = |run: &Run| -> Vec<&Drawn> {
+            let all = events
+                .get(run.key().to_string().as_str())
+                .into_iter()
+                .flatten();
+            all.copied()
+                .filter(|e| POOL.contains(&e.kind.as_str()))
+                .collect()
+        };
+        if runs.iter().all(|run| events(run).is_empty()) {
             continue;
         }
-        let events = |run: &Run| of(run).map_or(&[][..], Vec::as_slice);
         let layers: BTreeSet<usize> = runs
             .iter()
             .flat_map(|r| events(r))
@@ -69,7 +95,7 @@ pub(super) fn growth(results: &Results, events: &ByRun<'_>) -> String {
         let one_layer = layers.len() == 1;
         for (place, run) in runs.iter().enumerate().rev() {
             for &layer in layers.iter().filter(|_| one_layer || place == 0) {
-                let Some((steps, signs)) = pool(run, events(run), layer) else {
+                let Some((steps, signs)) = pool(run, &events(run), layer) else {
                     continue;
                 };
                 let (draw, name) = match (place, one_layer) {
@@ -125,4 +151,108 @@ fn pool(run: &Run, events: &[&Drawn], layer: usize) -> Option<(Vec<(f64, f64)>, 
         experts,
     ));
     Some((steps, signs))
+}
+
+/// A chart for each run whose detectors are in the record: their statistics around every split.
+pub(super) fn traces(results: &Results, events: &ByRun<'_>) -> String {
+    let mut html = String::new();
+    for run in &results.runs {
+        let key = run.key().to_string();
+        let of_run = events.get(key.as_str()).map_or(&[][..], Vec::as_slice);
+        let of_kind = |kind: &'static str| of_run.iter().filter(move |e| e.kind == kind);
+        let trace = |split: &&&Drawn| {
+            let points = of_kind("observation")
+                .filter(|seen| seen.is_of(split))
+                .filter_map(|seen| {
+                    let offset = seen.step as f64 - split.step as f64;
+                    Some((offset, seen.statistic?))
+                });
+            let [source, new] =
+                [split.source, split.new].map(|e| e.map_or("?".to_owned(), |e| e.to_string()));
+            let name = format!(
+                "step {}: {source} \u{2192} {new}{}",
+                split.step,
+                split.stream()
+            );
+            Series::new(name, Draw::Line, points)
+        };
+        let mut series: Vec<Series> = of_kind("split").map(|split| trace(&split)).collect();
+        series.retain(|series| series.points.len() > 1);
+        html.push_str(&in_parts(Chart {
+            title: key,
+            x_label: "steps from the split",
+            series,
+            origin: true,
+            ..Chart::default()
+        }));
+    }
+    html
+}
+
+impl Drawn {
+    /// Whether this was seen around a split, of the stream behind it: of its alarm, or of whatever is in the record.
+    fn is_of(&self, split: &Self) -> bool {
+        let stream = match split.watched {
+            Some(_) => (self.watched, self.expert) == (split.watched, split.flagged),
+            None => self.expert.is_none() || self.expert == split.source,
+        };
+        let layer = self.layer.is_none() || self.layer == split.layer;
+        stream && layer && self.step.abs_diff(split.step) <= TRACE
+    }
+
+    /// " (expert 4)", " (loss)": what set a split off.
+    fn stream(&self) -> String {
+        match (self.watched, self.flagged) {
+            (Some(Watched::Expert), Some(expert)) => format!(" (expert {expert})"),
+            (Some(Watched::Layer), _) => " (layer)".to_owned(),
+            (Some(Watched::Loss), _) => " (loss)".to_owned(),
+            _ => String::new(),
+        }
+    }
+}
+
+/// Four charts for each task: what the halves of a split have in common as they grow older, a line for each method.
+pub(super) fn pairs(results: &Results, events: &[Drawn]) -> String {
+    type Figure = fn(&Drawn) -> Option<f64>;
+    let charts: [(&str, Figure); 4] = [
+        ("Source's gradient and weights, |cosine|", |e| {
+            e.source_cosine.map(f64::abs)
+        }),
+        ("Newcomer's gradient and weights, |cosine|", |e| {
+            e.new_cosine.map(f64::abs)
+        }),
+        ("Overlap of the pair's routing", |e| e.routing_overlap),
+        ("Gates of the pair, |cosine|", |e| {
+            e.gate_cosine.map(f64::abs)
+        }),
+    ];
+    let keys = Keys::of(results);
+    let mut html = String::new();
+    for (name, figure) in charts {
+        let pairs = events.iter().filter(|e| e.kind == "pair");
+        let values = pairs.filter_map(|e| Some((e.run.as_str(), e.age?, figure(e))));
+        for (task, series) in series_of(&keys, values, false) {
+            html.push_str(&in_parts(Chart {
+                title: task.map_or(name.to_owned(), |task| format!("{name}: {task}")),
+                x_label: "steps since the split",
+                series,
+                log2: true,
+                ..Chart::default()
+            }));
+        }
+    }
+    html
+}
+
+/// Which experts took what, for each run that was counted.
+pub(super) fn usage(results: &Results) -> String {
+    let of_run = |run: &Run| {
+        let usage = run.usage.as_ref()?;
+        let maps = [
+            ("entities", &usage.entity[..]),
+            ("properties", &usage.property[..]),
+        ];
+        Some(heat_maps(&run.key().to_string(), &maps))
+    };
+    results.runs.iter().filter_map(of_run).collect()
 }

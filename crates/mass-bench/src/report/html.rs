@@ -1,6 +1,6 @@
 use super::curves::curves;
 use super::frontier::frontier;
-use super::growth::{Drawn, by_run, growth};
+use super::growth::{Drawn, by_run, growth, pairs, traces, usage};
 use super::svg::{breakable, escape};
 use super::table::{DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, plus_minus};
 use super::{Comparison, MetricLine, Paired, Results, over_tasks};
@@ -14,10 +14,13 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 /// `metrics` are the lines of metrics.jsonl, in any order, `events` those of events.jsonl.
 pub(super) fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> String {
     let title = escape(&format!("{} ({})", results.study, results.preset));
-    let events = by_run(events);
+    let of_runs = by_run(events);
     let charts = [
         ("Frontier", FRONTIER, frontier(results)),
-        ("Pools over time", GROWTH, growth(results, &events)),
+        ("Pools over time", GROWTH, growth(results, &of_runs)),
+        ("Detectors", DETECTORS, traces(results, &of_runs)),
+        ("Pairs", PAIRS, pairs(results, events)),
+        ("Specialisation", SPECIALISATION, usage(results)),
         ("Curves", CURVES, curves(results, metrics)),
     ];
     let mut parts = vec![("Results", summary(results))];
@@ -57,6 +60,10 @@ const FRONTIER: &str =
     "Means over seeds with standard deviations. Points of one place stand beside each other.";
 const GROWTH: &str =
     "The first seed of each method whose pool changes, with the events of its layer.";
+const DETECTORS: &str = "What the detector behind each split had for a statistic around it, in the first seed of each method.";
+const PAIRS: &str = "What the two halves of a split have in common, by the steps since: means over pairs and seeds.";
+const SPECIALISATION: &str =
+    "Which experts (rows) the slots of each entity and of each property (columns) went to.";
 const CURVES: &str = "Means over seeds.";
 
 /// By what, where, and how much.

@@ -48,7 +48,7 @@ pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
 pub use over_tasks::{OverTasks, over_tasks};
 pub use paired::{Comparison, Paired, comparisons, paired};
 pub use paper::{Reported, reported};
-pub use results::{Expansion, Header, Part, Results, Run, RunKey};
+pub use results::{Expansion, Header, Part, Results, Run, RunKey, Usage};
 pub use store::{Existing, ResultStore};
 pub use summary::{Summary, summarise};
 pub use table::{LEFT_OUT, table};

@@ -462,7 +462,9 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
 fn label(value: f64, length: f64) -> String {
     let largest = value.abs().max(length);
     if value != 0.0 && !(1e-3..1e6).contains(&largest) {
-        return format!("{value:.1e}");
+        let order = |x: f64| x.abs().log10().floor();
+        let digits = (order(value) - order(length) + 1.0).clamp(0.0, 6.0) as usize;
+        return format!("{value:.digits$e}");
     }
     let digits = if length > 0.0 {
         (3.0 - length.log10().floor()).clamp(0.0, 6.0) as usize
@@ -545,7 +547,7 @@ mod tests {
         };
         assert_eq!(with(1.7).y_span(), (1.7, 2.0));
         assert_eq!(with(1.2).y_span(), (1.8, 2.0));
-        assert!(with(1.2).figure().contains(">1.2</text>"));
+        assert!(with(1.2).figure().contains(">1.200</text>"));
     }
 
     #[test]

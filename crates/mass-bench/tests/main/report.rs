@@ -2,7 +2,7 @@
 
 use mass_bench::report::{
     EventLine, Existing, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run,
-    reported, table,
+    Usage, reported, table,
 };
 use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
@@ -566,9 +566,21 @@ pub(crate) fn report_with_everything(dir: &std::path::Path) -> std::path::PathBu
             };
             store.metric(&line).expect("a line");
         }
-        for event in events() {
+        for event in events().into_iter().chain(observations(seed)) {
             store.event(&key, &event).expect("a line");
         }
+        run.usage = (seed == 0).then(|| Usage {
+            entity: (0..12)
+                .map(|e| (0..10).map(|l| f64::from(u8::from(l % 12 == e))).collect())
+                .collect(),
+            property: (0..12)
+                .map(|e| {
+                    (0..10)
+                        .map(|l| if e < 4 { 0.25 } else { 0.0 * l as f64 })
+                        .collect()
+                })
+                .collect(),
+        });
         run.diagnoses = vec![Diagnosis::NoSplitReachable {
             ready: Some(72),
             end: 60,
@@ -589,6 +601,68 @@ fn events() -> Vec<Value> {
         json!({"step": null, "kind": "non_finite", "figure": "nmi"}),
         json!({"kind": "what comes next", "experts": "many"}),
     ]
+}
+
+/// What a first seed's detectors saw of those splits and of nothing else, and pairs, of which the second split's is removed soon.
+fn observations(seed: u64) -> Vec<Value> {
+    let mut lines = Vec::new();
+    for step in (31..=120).filter(|_| seed == 0) {
+        let statistic = (step > 35).then_some(f64::from(step % 7) / 2.0);
+        for expert in [2, 5] {
+            if expert == 2 && step <= 91 || expert == 5 && step > 61 {
+                let line = json!({"step": step, "layer": 0, "kind": "observation", "watched": "expert", "expert": expert,
+                    "value": 0.1, "statistic": statistic, "p_value": null});
+                lines.push(line);
+            }
+        }
+    }
+    for (source, new, oldest) in [(2, 5, 6), (5, 6, 2)] {
+        for age in (0..=oldest).map(|power| 1 << power) {
+            let cosine = -0.5 / f64::from(age);
+            lines.push(json!({"step": 61 + age, "layer": 0, "kind": "pair", "source": source, "new": new, "age": age,
+                "source_cosine": (age > 1).then_some(cosine), "new_cosine": cosine, "routing_overlap": 0.25, "gate_cosine": 0.9}));
+        }
+    }
+    lines
+}
+
+#[test]
+fn detectors_are_drawn_around_each_split_and_pairs_by_age() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let detectors = section(&html, "detectors");
+    assert_eq!(detectors.matches("<figure>").count(), 1, "the first seed's");
+    assert_eq!(detectors.matches("class=\"line\"").count(), 2);
+    assert!(
+        detectors.contains("step 61: 2 \u{2192} 5 (expert 2)")
+            && detectors.contains("step 90: 5 \u{2192} 6<")
+    );
+    // From 25 steps before a split, when there is a statistic, to 30 after it.
+    assert!(detectors.contains(">-20</text>") && detectors.contains(">20</text>"));
+
+    let pairs = section(&html, "pairs");
+    assert_eq!(pairs.matches("<figure>").count(), 4);
+    // Ages as powers of two; sizes of cosines, whatever their sign; the first has no cosine of the source.
+    assert_eq!(pairs.matches(">64</text>").count(), 4);
+    assert_eq!(pairs.matches(">1</text>").count(), 3);
+    assert!(!pairs.contains(">-0.2</text>") && pairs.contains(">0.2</text>"));
+
+    let maps = section(&html, "specialisation");
+    assert_eq!(maps.matches("<figure>").count(), 1);
+    // Ten entities of one expert each, ten properties of four, and the key.
+    assert_eq!(maps.matches("class=\"heat\"").count(), 10 + 40 + 1);
+    let written: Value =
+        serde_json::from_str(&read(&dir.path().join("everything"), "results.json")).expect("JSON");
+    let with_usage = |run: &&Value| run.get("usage").is_some();
+    assert_eq!(
+        written["runs"]
+            .as_array()
+            .expect("runs")
+            .iter()
+            .filter(with_usage)
+            .count(),
+        1
+    );
 }
 
 /// The charts of a section.
