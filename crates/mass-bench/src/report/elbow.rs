@@ -13,6 +13,9 @@ use crate::rng::{Purpose, stream};
 /// Draws of the bootstrap.
 const DRAWS: usize = 2000;
 
+/// Losses by number of experts, then by seed.
+type Pools = BTreeMap<usize, BTreeMap<u64, f64>>;
+
 /// The elbow of the static pools of one task that route alike, by the one-standard-error rule.
 ///
 /// # Formula
@@ -74,8 +77,7 @@ pub(super) fn elbows(results: &Results) -> Vec<Elbow> {
         true => r.metric.map(|m| -m),
         false => r.test_loss,
     };
-    // Losses by number of experts, then by seed.
-    let mut pools: Vec<(RunKey, BTreeMap<usize, BTreeMap<u64, f64>>)> = Vec::new();
+    let mut pools: Vec<(RunKey, Pools)> = Vec::new();
     for (key, runs) in groups(&results.runs) {
         let (Some(experts), "static") = (key.experts_init, key.method.as_str()) else {
             continue;
@@ -102,7 +104,7 @@ pub(super) fn elbows(results: &Results) -> Vec<Elbow> {
         .collect()
 }
 
-fn elbow(key: RunKey, pools: &BTreeMap<usize, BTreeMap<u64, f64>>) -> Option<Elbow> {
+fn elbow(key: RunKey, pools: &Pools) -> Option<Elbow> {
     let first = pools.values().next()?;
     let shared: Vec<u64> = first
         .keys()

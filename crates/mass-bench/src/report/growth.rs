@@ -1,4 +1,4 @@
-//! Charts of events: how pools grow, what detectors saw of it, and what becomes of pairs.
+//! Charts of pools: how they grow, what detectors saw of it, what becomes of pairs, and which experts took what.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::curves::{Keys, series_of};
 use super::summary::groups;
 use super::svg::{Chart, Draw, Point, Series, heat_maps, in_parts};
-use super::{Results, Run};
+use super::{PairMeans, Results, Run};
 use crate::method::TRACE;
 
 /// What of a line of events.jsonl is drawn, whatever wrote it.
@@ -28,12 +28,6 @@ pub(super) struct Drawn {
     source: Option<usize>,
     new: Option<usize>,
     statistic: Option<f64>,
-    /// Of the halves of a split: steps since then.
-    age: Option<u64>,
-    source_cosine: Option<f64>,
-    new_cosine: Option<f64>,
-    routing_overlap: Option<f64>,
-    gate_cosine: Option<f64>,
 }
 
 /// Events of a pool's size.
@@ -43,7 +37,7 @@ const POOL: [&str; 4] = ["split", "add", "remove", "stop"];
 pub(super) fn drawn<'l>(lines: impl Iterator<Item = &'l str>) -> Vec<Drawn> {
     let known = |e: &Drawn| {
         let kind = e.kind.as_str();
-        POOL.contains(&kind) || matches!(kind, "observation" | "pair")
+        kind == "observation" || POOL.contains(&kind)
     };
     lines.flat_map(serde_json::from_str).filter(known).collect()
 }
@@ -211,26 +205,33 @@ impl Drawn {
     }
 }
 
-/// Four charts for each task: what the halves of a split have in common as they grow older, a line for each method.
-pub(super) fn pairs(results: &Results, events: &[Drawn]) -> String {
-    type Figure = fn(&Drawn) -> Option<f64>;
-    let charts: [(&str, Figure); 4] = [
-        ("Source's gradient and weights, |cosine|", |e| {
-            e.source_cosine.map(f64::abs)
+/// Charts for each task of what the halves of splits have in common as they grow older, a line for each method.
+pub(super) fn pairs(results: &Results) -> String {
+    type Figure = fn(&PairMeans) -> Option<f64>;
+    let charts: [(&str, Figure); 5] = [
+        ("Source's gradient and weights, |cosine|", |m| {
+            m.source_alignment
         }),
-        ("Newcomer's gradient and weights, |cosine|", |e| {
-            e.new_cosine.map(f64::abs)
+        ("Newcomer's gradient and weights, |cosine|", |m| {
+            m.new_alignment
         }),
-        ("Overlap of the pair's routing", |e| e.routing_overlap),
-        ("Gates of the pair, |cosine|", |e| {
-            e.gate_cosine.map(f64::abs)
-        }),
+        ("Overlap of the pair's routing", |m| m.routing_overlap),
+        ("Newcomer's part of the pair's tokens", |m| m.new_share),
+        ("Gates of the pair, cosine", |m| m.gate_cosine),
     ];
     let keys = Keys::of(results);
+    let named: Vec<(String, &Run)> = results
+        .runs
+        .iter()
+        .map(|r| (r.key().to_string(), r))
+        .collect();
     let mut html = String::new();
     for (name, figure) in charts {
-        let pairs = events.iter().filter(|e| e.kind == "pair");
-        let values = pairs.filter_map(|e| Some((e.run.as_str(), e.age?, figure(e))));
+        // A mean counts as often as it has pairs.
+        let values = named.iter().flat_map(|(run, r)| {
+            let means = r.pairs.iter();
+            means.flat_map(move |m| std::iter::repeat_n((run.as_str(), m.age, figure(m)), m.pairs))
+        });
         for (task, series) in series_of(&keys, values, false) {
             html.push_str(&in_parts(Chart {
                 title: task.map_or(name.to_owned(), |task| format!("{name}: {task}")),

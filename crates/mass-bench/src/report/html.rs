@@ -14,12 +14,12 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 /// `metrics` are the lines of metrics.jsonl, in any order, `events` those of events.jsonl.
 pub(super) fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> String {
     let title = escape(&format!("{} ({})", results.study, results.preset));
-    let of_runs = by_run(events);
+    let events = by_run(events);
     let charts = [
         ("Frontier", FRONTIER, frontier(results)),
-        ("Pools over time", GROWTH, growth(results, &of_runs)),
-        ("Detectors", DETECTORS, traces(results, &of_runs)),
-        ("Pairs", PAIRS, pairs(results, events)),
+        ("Pools over time", GROWTH, growth(results, &events)),
+        ("Detectors", DETECTORS, traces(results, &events)),
+        ("Pairs", PAIRS, pairs(results)),
         ("Specialisation", SPECIALISATION, usage(results)),
         ("Curves", CURVES, curves(results, metrics)),
     ];
@@ -90,7 +90,17 @@ fn made(results: &Results) -> String {
 
 /// The table of means, what there is to say of it, means over tasks, and comparisons.
 fn summary(results: &Results) -> String {
-    let (header, rows) = cells(results);
+    let (mut header, mut rows) = cells(results);
+    // What tells rows apart is one column here, which stays when the others are scrolled: a telephone has no room for three.
+    let apart = header
+        .iter()
+        .take_while(|name| ["method", "variant", "setting"].contains(&name.as_str()));
+    let apart = apart.count();
+    header.drain(1..apart);
+    for row in &mut rows {
+        let name: Vec<String> = row.drain(..apart).filter(|part| !part.is_empty()).collect();
+        row.insert(0, name.join("/"));
+    }
     let mut html = table("Means over seeds", &header, &rows);
     let facts: String = facts(results)
         .iter()

@@ -4,7 +4,7 @@ use std::fmt;
 use mass_expand::{Diagnosis, Watched};
 use serde::{Deserialize, Serialize};
 
-use super::{Comparison, Machine, Summary, comparisons, summarise};
+use super::{Comparison, Machine, PairMeans, Summary, comparisons, summarise};
 
 /// What a results.json is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -184,6 +184,9 @@ pub struct Run {
     pub usage: Option<Usage>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,
+    /// How far the halves of splits have come apart, by steps since the split.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pairs: Vec<PairMeans>,
     /// Known ways to fail that the controller of a pool that grows saw in this run.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub diagnoses: Vec<Diagnosis>,
