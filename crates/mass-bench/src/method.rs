@@ -79,6 +79,9 @@ pub struct Mass {
     pub overrides: Overrides,
 }
 
+/// Steps before and after a split of which a first seed's record has all that the detector behind it saw.
+pub(crate) const TRACE: u64 = 30;
+
 /// New values of rules by where they stand in a [`GrowerConfig`], such as `controller.alignment.absolute`.
 pub type Overrides = BTreeMap<String, Value>;
 
@@ -305,6 +308,8 @@ impl Method {
         let Self::Mass(m) = self else { return Ok(None) };
         let mut config = rules(m.variant, layers, m.experts, m.experts_max, steps);
         config.controller.seed = seed;
+        // One run of each method says what its detectors saw of every split.
+        config.controller.trace = if seed == 0 { TRACE } else { 0 };
         tune(&mut config);
         m.fit(&mut config, steps);
         overridden(&config, &m.overrides, steps).map(Some)

@@ -1,242 +1,278 @@
-use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write;
+use super::curves::curves;
+use super::frontier::frontier;
+use super::growth::{Drawn, by_run, growth, pairs, traces, usage};
+use super::svg::{breakable, escape};
+use super::table::{DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, plus_minus};
+use super::{Comparison, MetricLine, Paired, Results, by_method, over_tasks};
 
-use super::{
-    MetricLine, Results,
-    svg::{Series, escape, line_plot},
-    table::{cells, notes},
-};
+/// What keeps the page from asking for anything.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\
-color:#222;background:#fff}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .7rem;\
-border-bottom:1px solid #ddd;text-align:left;font-variant-numeric:tabular-nums}svg{width:100%;height:auto}\
-svg text{font-size:11px;fill:#333}svg .title{font-size:13px;font-weight:600}.grid{stroke:#e5e5e5}\
-.level{stroke:#888;stroke-dasharray:4 3}pre{overflow-x:auto}";
-
-/// report.html: the table, plots of loss and expert count over steps, every run. One file, no network.
+/// report.html: tables beside the paper's figures, and charts. One file without a script, that asks no network for anything and is
+/// read on a telephone as on a wide screen.
 ///
-/// `metrics` are the lines of metrics.jsonl, in any order. Each task has plots of its own, with a line for each method and
-/// setting, the mean of its seeds.
-#[must_use]
-pub fn report_html(results: &Results, metrics: &[MetricLine]) -> String {
-    let title = format!("{} ({})", results.study, results.preset);
+/// `metrics` are the lines of metrics.jsonl, in any order, `events` those of events.jsonl.
+pub(super) fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> String {
+    let title = escape(&format!("{} ({})", results.study, results.preset));
+    let events = by_run(events);
+    let charts = [
+        ("Frontier", FRONTIER, frontier(results)),
+        ("Pools over time", GROWTH, growth(results, &events)),
+        ("Detectors", DETECTORS, traces(results, &events)),
+        ("Pairs", PAIRS, pairs(results)),
+        ("Specialisation", SPECIALISATION, usage(results)),
+        ("Curves", CURVES, curves(results, metrics)),
+    ];
+    let mut parts = vec![("Results", summary(results))];
+    for (name, about, figures) in charts {
+        if !figures.is_empty() {
+            let figures = format!("<p>{about}</p>\n<div class=\"figures\">\n{figures}</div>\n");
+            parts.push((name, figures));
+        }
+    }
+    parts.push(("Runs", runs(results)));
+    let id = |name: &str| name.to_lowercase().replace(' ', "-");
+    let links = parts
+        .iter()
+        .map(|(name, _)| format!("<a href=\"#{}\">{name}</a>\n", id(name)));
+    let links: String = links.collect();
+    let part = |(name, html): &(&str, String)| {
+        format!(
+            "<section id=\"{}\">\n<h2>{name}</h2>\n{html}</section>\n",
+            id(name)
+        )
+    };
+    let body: String = parts.iter().map(part).collect();
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n\
+         <style>\n{STYLE}</style>\n</head>\n<body>\n<header>\n<h1>{title}</h1>\n{}</header>\n\
+         <nav aria-label=\"Contents\">\n{links}</nav>\n<main>\n{body}</main>\n</body>\n</html>\n",
+        made(results)
+    )
+}
+
+const STYLE: &str = include_str!("report.css");
+
+const FRONTIER: &str =
+    "Means over seeds with standard deviations. Points of one place stand beside each other.";
+const GROWTH: &str =
+    "The first seed of each method whose pool changes, with the events of its layer.";
+const DETECTORS: &str = "What the detector behind each split had for a statistic around it, in the first seed of each method.";
+const PAIRS: &str = "What the two halves of a split have in common, by the steps since: means over pairs and seeds.";
+const SPECIALISATION: &str =
+    "Which experts (rows) the slots of each entity and of each property (columns) went to.";
+const CURVES: &str = "Means over seeds.";
+
+/// By what, where, and how much.
+fn made(results: &Results) -> String {
+    let machine = &results.machine;
     let mut html = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
-         <meta name=\"viewport\" content=\"width=device-width\"><title>{0}</title>\
-         <style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n\
-         <p>mass-bench {1}; {2}, {3} threads; {4} runs</p>\n",
-        escape(&title),
+        "<p>mass-bench {}; {}, {} threads; {} runs</p>\n",
         escape(&results.version),
-        escape(&results.machine.cpu),
-        results.machine.threads,
+        escape(&machine.cpu),
+        machine.threads,
         results.runs.len()
     );
-    let elsewhere: Vec<_> = results
-        .runs
-        .iter()
-        .filter_map(|r| r.machine.as_ref())
-        .collect();
+    let elsewhere = results.runs.iter().filter_map(|r| r.machine.as_ref());
+    let elsewhere: Vec<_> = elsewhere.collect();
     for (i, machine) in elsewhere.iter().enumerate() {
         if !elsewhere[..i].contains(machine) {
             let runs = elsewhere.iter().filter(|m| *m == machine).count();
             let (cpu, threads) = (escape(&machine.cpu), machine.threads);
-            let _ = writeln!(
-                html,
-                "<p>{runs} of the runs on {cpu}, {threads} threads</p>"
-            );
+            html += &format!("<p>{runs} of the runs on {cpu}, {threads} threads</p>\n");
         }
     }
-    let (header, rows) = cells(results);
-    html.push_str(&html_table(&header, &rows));
-    let notes = notes(results);
-    if !notes.is_empty() {
-        let _ = writeln!(html, "<pre>{}</pre>", escape(&notes.join("\n")));
-    }
+    html
+}
 
-    type Figure = fn(&MetricLine) -> Option<f64>;
-    // Whether the floor of the best possible predictor belongs to it.
-    type Plot<'a> = (&'a str, Figure, bool);
-    // GLUE's losses are means over examples.
-    let [test, training] = match results.study.as_str() {
-        "glue" => [
-            "Development loss",
-            "Training loss (mean of neighbouring lines)",
-        ],
-        "dg" => [
-            "Loss on the target domain (where it was scored)",
-            "Training loss (mean of neighbouring lines)",
-        ],
-        _ => [
-            "Test loss, nats a token",
-            "Training loss, nats a token (mean of neighbouring lines)",
-        ],
-    };
-    let plots: [Plot<'_>; 7] = [
-        (test, |m| m.test_loss, true),
-        ("The task's metric", |m| of(m, "metric"), false),
-        (
-            "Accuracy on what the source domains hold out",
-            |m| of(m, "source_validation"),
-            false,
-        ),
-        (
-            "Accuracy on the target domain (where it was scored)",
-            |m| of(m, "target_accuracy"),
-            false,
-        ),
-        (training, |m| m.train_loss, true),
-        ("Experts", |m| m.experts.map(|e| e as f64), false),
-        ("Experts a token", |m| m.active_per_token, false),
+/// The table of means, what there is to say of it, means over tasks, and comparisons.
+fn summary(results: &Results) -> String {
+    let (mut header, mut rows) = cells(results);
+    // What tells rows apart is one column here, which stays when the others are scrolled: a telephone has no room for three.
+    let apart = header
+        .iter()
+        .take_while(|name| ["method", "variant", "setting"].contains(&name.as_str()));
+    let apart = apart.count();
+    header.drain(1..apart);
+    for row in &mut rows {
+        let name: Vec<String> = row.drain(..apart).filter(|part| !part.is_empty()).collect();
+        row.insert(0, name.join("/"));
+    }
+    let mut html = table("Means over seeds", &header, &rows);
+    let facts: String = facts(results)
+        .iter()
+        .map(|f| format!("<li>{}</li>\n", escape(f)))
+        .collect();
+    if !facts.is_empty() {
+        html += &format!("<ul>\n{facts}</ul>\n");
+    }
+    let means = over_tasks(&results.study, &results.runs);
+    if !means.is_empty() {
+        let header = ["method", "mean over tasks", "paper", "seeds", "tasks"].map(str::to_owned);
+        let row = |m: &super::OverTasks| {
+            vec![
+                m.method.clone(),
+                plus_minus(Some(m.mean), m.std, 3),
+                show(m.reported, 3),
+                m.seeds.to_string(),
+                m.tasks.join(", "),
+            ]
+        };
+        html += &table(
+            "Means over tasks",
+            &header,
+            &means.iter().map(row).collect::<Vec<_>>(),
+        );
+    }
+    if !results.comparisons.is_empty() {
+        html += &comparisons(&results.comparisons);
+    }
+    html
+}
+
+fn comparisons(comparisons: &[Comparison]) -> String {
+    let header = [
+        "method",
+        "against",
+        "pairs of",
+        "difference",
+        "95 % interval",
+        "t",
+        "p",
+        "won",
+        "tied",
+        "lost",
+        "sign test p",
+        "n",
     ];
-    let keys = Keys::of(results);
-    for (name, figure, floored) in plots {
-        for (task, mut series) in series_of(&keys, metrics, figure) {
-            let of_task = results.runs.iter().filter(|r| floored && r.task == task);
-            let floor = of_task.filter_map(|r| r.bayes_loss).reduce(f64::min);
-            let level = floor.map(|floor| (format!("Bayes {floor:.3}"), floor));
+    let row = |c: &Comparison, of: &str, p: &Paired| {
+        let interval = p
+            .interval
+            .map(|[low, high]| format!("{low:+.4} to {high:+.4}"));
+        vec![
+            c.method.clone(),
+            c.against.clone(),
+            of.to_owned(),
+            format!("{:+.4}", p.mean_difference),
+            interval.unwrap_or_default(),
+            show(p.t, 2),
+            show(p.p_value, 2),
+            p.wins.to_string(),
+            p.ties.to_string(),
+            p.losses.to_string(),
+            format!("{:.2}", p.sign_p_value),
+            p.n.to_string(),
+        ]
+    };
+    let rows = comparisons.iter().flat_map(|c| {
+        let by_seed = c.by_seed.as_ref().map(|p| row(c, "means over tasks", p));
+        by_seed.into_iter().chain([row(c, "runs", &c.paired)])
+    });
+    let name = "Paired comparisons by the task's metric";
+    table(name, &header.map(str::to_owned), &rows.collect::<Vec<_>>())
+}
 
-            if name.starts_with("Training") {
-                series.iter_mut().for_each(smooth);
-            }
-            let title = task.map_or(name.to_owned(), |task| format!("{name}: {task}"));
-            let levels: Vec<_> = level.into_iter().collect();
-            html.push_str(&line_plot(&title, "training step", &series, &levels));
-        }
-    }
-
-    html.push_str("<h2>Runs</h2>\n");
+/// Every run, its splits and what was found wrong with it.
+fn runs(results: &Results) -> String {
     let header = [
         "run",
         "K",
         "k",
         "test loss",
         "metric",
-        "expansions",
+        "splits",
         "steps",
         "s",
         "tokens/s",
         "peak MiB",
     ];
-    let show = |v: Option<f64>, digits: usize| v.map_or("".into(), |v| format!("{v:.digits$}"));
-    let rows: Vec<Vec<String>> = results
-        .runs
-        .iter()
-        .map(|r| {
-            vec![
-                r.key().to_string(),
-                r.experts.map_or("".into(), |e| e.to_string()),
-                show(r.active_per_token, 2),
-                show(r.test_loss, 4),
-                show(r.metric, 4),
-                r.expansions.len().to_string(),
-                r.steps.map_or("".into(), |s| s.to_string()),
-                show(r.wall_s, 1),
-                show(r.tokens_per_s, 0),
-                show(r.peak_rss_mib, 0),
-            ]
-        })
-        .collect();
-    html.push_str(&html_table(&header.map(str::to_owned), &rows));
-    html.push_str("</body></html>\n");
+    let rows = results.runs.iter().map(|r| {
+        vec![
+            r.key().to_string(),
+            r.experts.map_or(String::new(), |e| e.to_string()),
+            show(r.active_per_token, 2),
+            show(r.test_loss, 4),
+            show(r.metric, 4),
+            r.expansions.len().to_string(),
+            r.steps.map_or(String::new(), |s| s.to_string()),
+            show(r.wall_s, 1),
+            show(r.tokens_per_s, 0),
+            show(r.peak_rss_mib, 0),
+        ]
+    });
+    let mut html = table(
+        "Every run",
+        &header.map(str::to_owned),
+        &rows.collect::<Vec<_>>(),
+    );
+    for (name, lines) in [
+        (
+            expansion_count(results).unwrap_or_else(|| "Expansions".into()),
+            expansions(results),
+        ),
+        (
+            "Alarms and alignment tests".into(),
+            by_method::tests(&results.runs),
+        ),
+        (
+            "Kinds of data, old and new".into(),
+            match results.study.as_str() {
+                "continual" => by_method::metrics(&results.runs),
+                _ => Vec::new(),
+            },
+        ),
+        (
+            DIAGNOSES.trim_end_matches(':').to_owned(),
+            diagnoses(results),
+        ),
+    ] {
+        if !lines.is_empty() {
+            let line = |(run, of_it): &(String, String)| {
+                format!("<dt>{}</dt><dd>{}</dd>\n", escape(run), escape(of_it))
+            };
+            let lines: String = lines.iter().map(line).collect();
+            html += &format!(
+                "<details>\n<summary>{}</summary>\n<dl>\n{lines}</dl>\n</details>\n",
+                escape(&name)
+            );
+        }
+    }
     html
 }
 
-/// A figure that one study alone has.
-fn of(line: &MetricLine, name: &str) -> Option<f64> {
-    line.extra.get(name).and_then(serde_json::Value::as_f64)
+fn show(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(String::new, |v| format!("{v:.digits$}"))
 }
 
-fn html_table(header: &[String], rows: &[Vec<String>]) -> String {
-    let line = |cells: &[String], tag: &str| {
-        let cells: Vec<String> = cells
-            .iter()
-            .map(|c| format!("<{tag}>{}</{tag}>", escape(c)))
-            .collect();
-        format!("<tr>{}</tr>\n", cells.concat())
+/// A table that scrolls within a box of its own; columns of numbers are set flush right.
+fn table(caption: &str, header: &[String], rows: &[Vec<String>]) -> String {
+    let number = |cell: &String| {
+        cell.is_empty() || cell.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c))
     };
-    let body: String = rows.iter().map(|row| line(row, "td")).collect();
-    format!("<table>\n{}{body}</table>\n", line(header, "th"))
-}
-
-/// Which line of which task's plot a run belongs to.
-struct Keys {
-    tasks: Vec<Option<String>>,
-    /// Task and name.
-    lines: Vec<(usize, String)>,
-    /// Index of the line of each run.
-    runs: HashMap<String, usize>,
-}
-
-impl Keys {
-    fn of(results: &Results) -> Self {
-        let mut keys = Self {
-            tasks: Vec::new(),
-            lines: Vec::new(),
-            runs: HashMap::new(),
-        };
-        for run in &results.runs {
-            let key = run.key();
-            let task = index_of(&mut keys.tasks, key.task.clone());
-            let text = key.to_string();
-            let line = (task, key.over_tasks().without_seed());
-            keys.runs.insert(text, index_of(&mut keys.lines, line));
-        }
-        keys
-    }
-}
-
-/// Where a value stands, at the end if it is new.
-fn index_of<T: PartialEq>(values: &mut Vec<T>, value: T) -> usize {
-    values.iter().position(|v| *v == value).unwrap_or_else(|| {
-        values.push(value);
-        values.len() - 1
-    })
-}
-
-/// For each task the lines of its methods, in the order of the results: means over seeds, at the steps that all of them have.
-///
-/// Lines of a single point are left out: they would not show.
-fn series_of(
-    keys: &Keys,
-    metrics: &[MetricLine],
-    figure: fn(&MetricLine) -> Option<f64>,
-) -> Vec<(Option<String>, Vec<Series>)> {
-    // Of each line, at each step a sum and how many values it has.
-    let mut sums: Vec<BTreeMap<u64, (f64, usize)>> = vec![BTreeMap::new(); keys.lines.len()];
-    for line in metrics {
-        let value = figure(line).filter(|v| v.is_finite());
-        if let (Some(value), Some(&at)) = (value, keys.runs.get(&line.run)) {
-            let sum = sums[at].entry(line.step).or_default();
-            (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
-        }
-    }
-    let mut tasks: Vec<_> = keys.tasks.iter().map(|t| (t.clone(), Vec::new())).collect();
-    for ((task, name), sums) in keys.lines.iter().zip(sums) {
-        let seeds = sums.values().map(|s| s.1).max().unwrap_or(0);
-        let of_all = sums.into_iter().filter(|(_, (_, n))| *n == seeds);
-        let points: Vec<_> = of_all
-            .map(|(step, (sum, n))| (step as f64, sum / n as f64))
+    let numbers: Vec<bool> = (0..header.len())
+        .map(|c| rows.iter().all(|row| number(&row[c])))
+        .collect();
+    let class = |c: usize| if numbers[c] { " class=\"n\"" } else { "" };
+    let head: String = (0..header.len())
+        .map(|c| format!("<th scope=\"col\"{}>{}</th>", class(c), escape(&header[c])))
+        .collect();
+    let row = |row: &Vec<String>| {
+        let cells = row.iter().enumerate().skip(1);
+        let cells: String = cells
+            .map(|(c, cell)| format!("<td{}>{}</td>", class(c), escape(cell)))
             .collect();
-        if points.len() > 1 {
-            let name = name.clone();
-            tasks[*task].1.push(Series { name, points });
-        }
-    }
-    tasks
-}
-
-/// Means over a fiftieth of the line: single batches are noisy.
-fn smooth(series: &mut Series) {
-    let width = series.points.len() / 50;
-    if width > 1 {
-        series.points = series
-            .points
-            .chunks(width)
-            .map(|chunk| {
-                let n = chunk.len() as f64;
-                let sum = chunk.iter().fold((0.0, 0.0), |s, p| (s.0 + p.0, s.1 + p.1));
-                (sum.0 / n, sum.1 / n)
-            })
-            .collect();
-    }
+        format!(
+            "<tr><th scope=\"row\"><span>{}</span></th>{cells}</tr>\n",
+            breakable(&row[0])
+        )
+    };
+    let body: String = rows.iter().map(row).collect();
+    let caption = escape(caption);
+    format!(
+        "<div class=\"scroll\" role=\"region\" aria-label=\"{caption}\" tabindex=\"0\">\n<table>\n<caption>{caption}</caption>\n\
+         <thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+    )
 }

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::growth::drawn;
+use super::html::report_html;
 use super::store::{
     check_owner, io_error, lines_of, merged, old_settings, pretty, read_json, write_atomically,
 };
-use super::{MetricLine, Part, ReportError, Results, Run, report_html};
+use super::{MetricLine, Part, ReportError, Results, Run};
 
 /// What a directory of results holds.
 struct Kept {
@@ -208,7 +210,8 @@ fn write(
             copy(&from.dir.join("patches"), &out.join("patches"))?;
         }
     }
-    write_atomically(&out.join("report.html"), &report_html(results, &metrics))
+    let html = report_html(results, &metrics, &drawn(texts[1].lines()));
+    write_atomically(&out.join("report.html"), &html)
 }
 
 /// Copies a directory, if it is there.

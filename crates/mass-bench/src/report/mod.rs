@@ -20,8 +20,13 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod by_method;
+mod curves;
 mod decisions;
+mod elbow;
 mod expansions;
+mod frontier;
+mod growth;
 mod html;
 mod join;
 mod lines;
@@ -41,7 +46,6 @@ use std::path::PathBuf;
 
 pub use decisions::Decisions;
 pub use expansions::expansions;
-pub use html::report_html;
 pub use join::join;
 pub use lines::{EventLine, MetricLine};
 pub use machine::{Machine, peak_rss_mib, reset_peak_rss};
@@ -50,7 +54,7 @@ pub use paired::{Comparison, Paired, comparisons, paired};
 pub use pairs::PairMeans;
 pub(crate) use pairs::PairSums;
 pub use paper::{Reported, reported};
-pub use results::{Expansion, Header, Part, Results, Run, RunKey};
+pub use results::{Expansion, Header, Part, Results, Run, RunKey, Usage};
 pub use store::{Existing, ResultStore};
 pub use summary::{Summary, summarise};
 pub use table::{LEFT_OUT, table};

@@ -179,6 +179,9 @@ pub struct Run {
     /// Where this run was made, if not where the last of the study's were: a resumed study may have moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<Machine>,
+    /// Which experts took what, of studies that know what is behind a token, for seed 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
     /// Every expansion, in order.
     pub expansions: Vec<Expansion>,
     /// What the tests of the controller said; of a pool that has some.
@@ -190,6 +193,16 @@ pub struct Run {
     /// Known ways to fail that the controller of a pool that grows saw in this run.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub diagnoses: Vec<Diagnosis>,
+}
+
+/// How the slots of each entity and of each property were divided among the experts: a row for each expert, a column for each entity
+/// or property. Columns add up to 1, but for rounding to four digits and for those without a slot.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Experts by entities.
+    pub entity: Vec<Vec<f64>>,
+    /// Experts by properties.
+    pub property: Vec<Vec<f64>>,
 }
 
 /// One expert that became two.

@@ -9,8 +9,10 @@ use serde_json::Value;
 
 use crate::durable;
 
+use super::growth::drawn;
+use super::html::report_html;
 use super::published;
-use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey, report_html};
+use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey};
 
 /// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -272,7 +274,9 @@ impl ResultStore {
     }
 
     fn write_report(&self) -> Result<(), ReportError> {
-        let html = report_html(&self.results, &self.metrics()?);
+        let events = lines_of(&self.dir.join("events.jsonl"))?;
+        let events = drawn(events.iter().map(String::as_str));
+        let html = report_html(&self.results, &self.metrics()?, &events);
         write_atomically(&self.dir.join("report.html"), &html)
     }
 }

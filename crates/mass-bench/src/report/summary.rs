@@ -84,6 +84,14 @@ pub(super) fn mean_std(values: impl Iterator<Item = f64>) -> (Option<f64>, Optio
 /// One [`Summary`] for each group of runs that differ only in seed, in order of first appearance.
 #[must_use]
 pub fn summarise(runs: &[Run]) -> Vec<Summary> {
+    groups(runs)
+        .iter()
+        .map(|(_, runs)| summary_of(runs))
+        .collect()
+}
+
+/// Runs that differ only in seed, in order of first appearance, by their key with the seed 0.
+pub(super) fn groups(runs: &[Run]) -> Vec<(RunKey, Vec<&Run>)> {
     let mut groups: Vec<(RunKey, Vec<&Run>)> = Vec::new();
     for run in runs {
         let key = RunKey {
@@ -95,7 +103,7 @@ pub fn summarise(runs: &[Run]) -> Vec<Summary> {
             None => groups.push((key, vec![run])),
         }
     }
-    groups.iter().map(|(_, runs)| summary_of(runs)).collect()
+    groups
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use mass_expand::Watched;
+use mass_expand::{Diagnosis, Watched};
 
+use super::by_method::{metrics, tests};
+use super::elbow::{Elbow, elbows};
 use super::{
-    Comparison, Decisions, Expansion, OverTasks, Paired, Reported, Results, Run, Summary,
-    over_tasks, reported,
+    Comparison, Expansion, OverTasks, Paired, Results, Run, Summary, over_tasks, reported,
 };
 
 /// Among a run's figures: how many damaged images its set was read without; absent where none was left out.
@@ -27,7 +28,7 @@ pub fn table(results: &Results) -> String {
 /// Header and rows of the summary table, without columns that are empty throughout.
 pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
     type Column = (&'static str, fn(&str, &Summary) -> String);
-    let columns: [Column; 14] = [
+    let columns: [Column; 15] = [
         ("method", |_, s| s.method.clone()),
         ("variant", |_, s| s.variant.clone().unwrap_or_default()),
         ("setting", |_, s| s.setting.clone().unwrap_or_default()),
@@ -41,9 +42,8 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
         ("test loss", |_, s| {
             plus_minus(s.test_loss_mean, s.test_loss_std, 3)
         }),
-        ("paper", |study, s| {
-            reported(study, s).map_or_else(String::new, |r| paper(&r))
-        }),
+        // Beside the figure that it is of.
+        ("paper", |study, s| paper(study, s, s.metric_mean.is_none())),
         ("accuracy", |_, s| {
             plus_minus(s.accuracy_mean, s.accuracy_std, 3)
         }),
@@ -51,6 +51,7 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
             Some(name) => format!("{} {name}", plus_minus(s.metric_mean, s.metric_std, 3)),
             None => plus_minus(s.metric_mean, s.metric_std, 3),
         }),
+        ("paper", |study, s| paper(study, s, s.metric_mean.is_some())),
         ("live steps", |_, s| number(s.detection_live_steps_mean, 0)),
         ("NMI", |_, s| number(s.nmi_mean, 2)),
         ("s/run", |_, s| number(s.wall_s_mean, 1)),
@@ -78,10 +79,37 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
 }
 
 /// What is said once below the table.
-pub(super) fn notes(results: &Results) -> Vec<String> {
-    let mut notes = Vec::new();
+fn notes(results: &Results) -> Vec<String> {
+    let mut notes = facts(results);
+    let means = over_tasks(&results.study, &results.runs);
+    notes.extend(means.iter().map(mean_over_tasks));
+    notes.extend(results.comparisons.iter().flat_map(comparison));
+    if let Some(count) = expansion_count(results) {
+        notes.push(count);
+    }
+    let lines = |lines: Vec<(String, String)>| {
+        lines
+            .into_iter()
+            .map(|(run, of_it)| format!("  {run}: {of_it}"))
+    };
+    notes.extend(lines(expansions(results)));
+    notes.extend(lines(tests(&results.runs)));
+    if results.study == "continual" {
+        notes.extend(lines(metrics(&results.runs)));
+    }
+    let diagnoses = diagnoses(results);
+    if !diagnoses.is_empty() {
+        notes.push(DIAGNOSES.into());
+    }
+    notes.extend(lines(diagnoses));
+    notes
+}
+
+/// What there is to say of all runs together.
+pub(super) fn facts(results: &Results) -> Vec<String> {
+    let mut facts = Vec::new();
     if let Some(part) = &results.part {
-        notes.push(format!(
+        facts.push(format!(
             "Only a part of the study: {part}, {} of {} runs. All figures above and below are of these alone; \
              `cargo xtask report DIR...` joins shards.",
             results.runs.len(),
@@ -96,8 +124,9 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
             same if same == format!("{most:.3}") => same,
             low => format!("{low} to {most:.3}"),
         };
-        notes.push(format!("Bayes floor (no model can do better): {floor}"));
+        facts.push(format!("Bayes floor (no model can do better): {floor}"));
     }
+    facts.extend(elbows(results).iter().map(Elbow::to_string));
     let mut left_out = BTreeMap::new();
     for run in &results.runs {
         if let (Some(task), Some(files)) = (&run.task, run.metrics.get(LEFT_OUT)) {
@@ -106,20 +135,23 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
         }
     }
     for (set, files) in left_out {
-        notes.push(format!("Damaged images left out of {set}: {files}"));
+        facts.push(format!("Damaged images left out of {set}: {files}"));
     }
-    let means = over_tasks(&results.study, &results.runs);
-    notes.extend(means.iter().map(mean_over_tasks));
-    notes.extend(results.comparisons.iter().flat_map(comparison));
+    facts
+}
+
+/// How many splits there were, in a study whose detectors could have set some off.
+pub(super) fn expansion_count(results: &Results) -> Option<String> {
+    let live = |r: &Run| r.detection_live_steps.is_some();
     let expansions: usize = results.runs.iter().map(|r| r.expansions.len()).sum();
-    if results
-        .runs
-        .iter()
-        .any(|r| r.detection_live_steps.is_some())
-    {
-        notes.push(format!("Expansions in all runs: {expansions}"));
-    }
-    for run in results.runs.iter().filter(|r| !r.expansions.is_empty()) {
+    let any = results.runs.iter().any(live);
+    any.then(|| format!("Expansions in all runs: {expansions}"))
+}
+
+/// The splits of each run that has some.
+pub(super) fn expansions(results: &Results) -> Vec<(String, String)> {
+    let runs = results.runs.iter().filter(|r| !r.expansions.is_empty());
+    runs.map(|run| {
         let list: Vec<String> = run
             .expansions
             .iter()
@@ -130,77 +162,22 @@ pub(super) fn notes(results: &Results) -> Vec<String> {
                 format!("step {}: {} -> {}{p}{}", e.step, e.source, e.new, cause(e))
             })
             .collect();
-        notes.push(format!("  {}: {}", run.key(), list.join("; ")));
-    }
-    notes.extend(tests_by_method(&results.runs));
-    if results.study == "continual" {
-        notes.extend(metrics_by_method(&results.runs));
-    }
-    if results.runs.iter().any(|r| !r.diagnoses.is_empty()) {
-        notes.push("Diagnoses (known ways to fail that the controller saw):".into());
-    }
-    for run in &results.runs {
-        let key = run.key();
-        notes.extend(run.diagnoses.iter().map(|d| format!("  {key}: {d}")));
-    }
-    notes
+        (run.key().to_string(), list.join("; "))
+    })
+    .collect()
 }
 
-/// "mass/paper/p 0.5, live 30 %/K5: 812 alarms, 30 of 801 alignment tests passed (3.7 %; random directions 3.6 %)", over all seeds.
-fn tests_by_method(runs: &[Run]) -> Vec<String> {
-    let methods = by_method(runs, |run| run.decisions.as_ref());
-    let line = |(name, all): (String, Vec<&Decisions>)| {
-        let sum = |of: fn(&Decisions) -> usize| all.iter().map(|d| of(d)).sum::<usize>();
-        let (alarms, tests, passed) = (sum(|d| d.alarms), sum(|d| d.tests), sum(|d| d.passed));
-        let tested = if tests > 0 {
-            format!(
-                ", {passed} of {tests} alignment tests passed ({:.1} %; random directions {:.1} %)",
-                100.0 * passed as f64 / tests as f64,
-                100.0 * all[0].by_chance
-            )
-        } else {
-            String::new()
-        };
-        format!("  {name}: {alarms} alarms{tested}")
+/// What stands above [`diagnoses`].
+pub(super) const DIAGNOSES: &str = "Diagnoses (known ways to fail that the controller saw):";
+
+/// What the controllers of growing pools have found wrong, by run.
+pub(super) fn diagnoses(results: &Results) -> Vec<(String, String)> {
+    let of_run = |run: &Run| {
+        let key = run.key().to_string();
+        let with_key = move |d: &Diagnosis| (key.clone(), d.to_string());
+        run.diagnoses.iter().map(with_key).collect::<Vec<_>>()
     };
-    methods.into_iter().map(line).collect()
-}
-
-/// "static/appear/K5: forgetting -0.012, new_loss 1.912, old_loss 1.899", means over seeds.
-fn metrics_by_method(runs: &[Run]) -> Vec<String> {
-    let line = |(name, all): (String, Vec<&BTreeMap<String, f64>>)| {
-        let names: BTreeSet<&String> = all.iter().flat_map(|metrics| metrics.keys()).collect();
-        let means = names.into_iter().map(|metric| {
-            let values: Vec<f64> = all.iter().filter_map(|m| m.get(metric)).copied().collect();
-            let mean = values.iter().sum::<f64>() / values.len() as f64;
-            let of = match values.len() {
-                n if n < all.len() => format!(" (in {n} of {})", all.len()),
-                _ => String::new(),
-            };
-            format!("{metric} {mean:.3}{of}")
-        });
-        format!("  {name}: {}", means.collect::<Vec<_>>().join(", "))
-    };
-    by_method(runs, |run| Some(&run.metrics))
-        .into_iter()
-        .map(line)
-        .collect()
-}
-
-/// What runs have, those that differ by their seed together.
-fn by_method<'r, T>(
-    runs: &'r [Run],
-    has: impl Fn(&'r Run) -> Option<&'r T>,
-) -> Vec<(String, Vec<&'r T>)> {
-    let mut methods: Vec<(String, Vec<&T>)> = Vec::new();
-    for (run, own) in runs.iter().filter_map(|run| Some((run, has(run)?))) {
-        let name = run.key().without_seed();
-        match methods.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, all)) => all.push(own),
-            None => methods.push((name, vec![own])),
-        }
-    }
-    methods
+    results.runs.iter().flat_map(of_run).collect()
 }
 
 /// " (loss)", " (expert 4)": the stream whose alarm set a split off.
@@ -214,8 +191,11 @@ fn cause(e: &Expansion) -> String {
     }
 }
 
-/// "2.15 (K 12.4, k 3.9)", "0.656 (K 9.5 to 12.7, k 2.6 to 3.2)".
-fn paper(reported: &Reported) -> String {
+/// "2.15 (K 12.4, k 3.9)", "0.656 (K 9.5 to 12.7, k 2.6 to 3.2)"; nothing of a figure that another column has.
+fn paper(study: &str, row: &Summary, here: bool) -> String {
+    let Some(reported) = reported(study, row).filter(|_| here) else {
+        return String::new();
+    };
     let range = |name: &str, (low, high): (f64, f64)| {
         if low == high {
             format!("{name} {low}")
@@ -296,7 +276,7 @@ fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(String::new, |v| format!("{v:.digits$}"))
 }
 
-fn plus_minus(mean: Option<f64>, std: Option<f64>, digits: usize) -> String {
+pub(super) fn plus_minus(mean: Option<f64>, std: Option<f64>, digits: usize) -> String {
     match (mean, std) {
         (Some(mean), Some(std)) => format!("{mean:.digits$} ± {std:.digits$}"),
         (mean, _) => number(mean, digits),

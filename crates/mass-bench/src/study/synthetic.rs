@@ -9,6 +9,7 @@ use mass_routing::{
     Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
     jensen_shannon_divergence, normalized_mutual_information,
 };
+use ndarray::ArrayView1;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Plan, Planned};
@@ -18,7 +19,7 @@ use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::ginc::{BayesFilter, Corpus, Ginc, GincParams, Windows, bayes_floor};
 use crate::language::{Language, dense, judge, with};
 use crate::method::{Mass, Method, Overrides, Pool};
-use crate::report::Run;
+use crate::report::{Run, Usage};
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use crate::task::Recipe;
@@ -433,6 +434,26 @@ impl Specialisation {
         })
     }
 
+    /// Which share of each entity's and property's slots each expert got.
+    fn usage(&self) -> Usage {
+        let shares = |usage: &LabelUsage| {
+            let share =
+                |slots: u64, all: u64| (slots as f64 / all.max(1) as f64 * 1e4).round() / 1e4;
+            let counts = usage.counts();
+            let of_expert = |of_labels: ArrayView1<'_, u64>| {
+                let shares = of_labels.iter().zip(counts.rows());
+                shares
+                    .map(|(slots, label)| share(*slots, label.sum()))
+                    .collect()
+            };
+            counts.columns().into_iter().map(of_expert).collect()
+        };
+        Usage {
+            entity: shares(&self.by_entity),
+            property: shares(&self.by_property),
+        }
+    }
+
     /// Mutual information of experts and states.
     fn information(&self) -> Option<f64> {
         normalized_mutual_information(self.by_state.contingency().view()).ok()
@@ -457,6 +478,7 @@ fn evaluate(model: &LanguageModel, data: &Data, run: &mut Run) -> Result<(), Ben
     run.bayes_loss = Some(data.bayes_loss);
     [run.jsd_entity, run.jsd_property] = specialisation.divergences();
     run.nmi = specialisation.information();
+    run.usage = (run.seed == 0).then(|| specialisation.usage());
     Ok(())
 }
 
@@ -525,6 +547,22 @@ mod tests {
             router.route(logits.view(), None, &mut plan).unwrap();
             let mut specialisation = Specialisation::new(&ginc, experts);
             specialisation.record(&plan, &states, &ginc).unwrap();
+            let usage = specialisation.usage();
+            let of = |map: &[Vec<f64>]| (map.len(), map[0].len());
+            assert_eq!(
+                (of(&usage.entity), of(&usage.property)),
+                ((experts, entities), (experts, properties))
+            );
+            // Of each entity a whole, shared by its experts.
+            let of_first: f64 = usage.entity.iter().map(|row| row[0]).sum();
+            assert!((of_first - 1.0).abs() < 1e-3 * experts as f64, "{of_first}");
+            if states.iter().all(|&s| expert(s) == ginc.entity_of(s)) {
+                let one = |e: usize, map: &[Vec<f64>], l: usize| (map[e][l] * 1e4) as i64;
+                assert!((0..experts).all(|e| one(e, &usage.entity, e) == 10_000
+                    && one(e, &usage.entity, (e + 1) % experts) == 0));
+                let part = (1e4 / experts as f64).round() as i64;
+                assert!((0..properties).all(|p| (one(0, &usage.property, p) - part).abs() <= 1));
+            }
             (specialisation.divergences(), specialisation.information())
         };
         let most = |labels: usize| (labels as f64).ln();

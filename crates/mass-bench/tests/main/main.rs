@@ -1,5 +1,7 @@
 //! Tests of `mass-bench` from outside, in one binary: each binary is linked by itself.
 
+#[cfg(feature = "browser")]
+mod browser;
 mod cli;
 mod configurations;
 mod data_check;

@@ -1,8 +1,8 @@
 //! results.json, the line files and the report.
 
 use mass_bench::report::{
-    EventLine, Existing, Expansion, Header, MetricLine, ReportError, ResultStore, Results, Run,
-    reported, table,
+    EventLine, Existing, Expansion, Header, MetricLine, PairMeans, ReportError, ResultStore,
+    Results, Run, Usage, reported, table,
 };
 use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
@@ -491,9 +491,10 @@ fn report_plots_what_metrics_hold() {
     }
     store.push(mass(0, 1.9)).expect("a run");
     let html = read(dir.path(), "report.html");
-    assert_eq!(html.matches("<svg").count(), 2);
-    assert_eq!(html.matches("<polyline").count(), 2);
-    assert!(html.contains("Bayes 1.335"));
+    // The loss; how the pool grew is told by events, of which there are none. And the two of the frontier.
+    assert_eq!(html.matches("<figure>").count(), 3);
+    assert_eq!(html.matches("class=\"line\"").count(), 1);
+    assert!(html.contains("Bayes floor 1.335"));
     // Thinned: not one point a step.
     assert!(html.len() < 30_000, "{}", html.len());
 
@@ -525,9 +526,219 @@ fn report_plots_what_metrics_hold() {
         store.push(run).expect("a run");
     }
     let html = read(dir.path(), "report.html");
-    assert_eq!(html.matches("<polyline").count(), 2);
-    assert!(html.contains(": a</text>") && html.contains(": b</text>"));
-    assert!(!html.contains(": c</text>"));
+    assert_eq!(html.matches("class=\"line\"").count(), 2);
+    assert!(html.contains(": a</figcaption>") && html.contains(": b</figcaption>"));
+    assert!(!html.contains(": c</figcaption>"));
     // From 3 to 4, which ticks of 0.2 show.
     assert!(html.contains(">3.2</text>") && html.contains(">3.8</text>"));
+}
+
+/// A directory with every kind of chart.
+pub(crate) fn report_with_everything(dir: &std::path::Path) -> std::path::PathBuf {
+    let dir = dir.join("everything");
+    let mut store = open(&dir, &json!({}), Existing::Refuse).expect("a store");
+    for experts in [5, 10, 15, 20] {
+        for k in [1, 2] {
+            for seed in 0..3 {
+                let loss = 1.7 + 1.0 / experts as f64 - 0.01 * k as f64 + 0.004 * seed as f64;
+                let run = Run {
+                    k: Some(k),
+                    experts_init: Some(experts),
+                    experts: Some(experts),
+                    active_per_token: Some(k as f64),
+                    test_loss: Some(loss),
+                    bayes_loss: Some(1.335),
+                    ..Run::new("static", seed)
+                };
+                store.push(run).expect("a run");
+            }
+        }
+    }
+    for seed in 0..3 {
+        let mut run = mass(seed, 1.8 + 0.01 * seed as f64);
+        let key = run.key().to_string();
+        for step in (0..2000).step_by(20) {
+            let line = MetricLine {
+                run: key.clone(),
+                step,
+                train_loss: Some(4.0 - (step as f64).ln_1p() / 4.0),
+                ..MetricLine::default()
+            };
+            store.metric(&line).expect("a line");
+        }
+        for event in events().into_iter().chain(observations(seed)) {
+            store.event(&key, &event).expect("a line");
+        }
+        // The second pair is gone after four steps, and the first step has no gradient of the source.
+        run.pairs = (0..=6)
+            .map(|power| PairMeans {
+                age: 1 << power,
+                pairs: if power < 3 { 2 } else { 1 },
+                source_alignment: (power > 0).then(|| 0.4 / f64::from(1 << power)),
+                new_alignment: Some(0.4 / f64::from(1 << power)),
+                routing_overlap: Some(0.25),
+                new_share: Some(0.5),
+                gate_cosine: Some(0.9),
+            })
+            .collect();
+        run.usage = (seed == 0).then(|| Usage {
+            entity: (0..12)
+                .map(|e| (0..10).map(|l| f64::from(u8::from(l % 12 == e))).collect())
+                .collect(),
+            property: (0..12)
+                .map(|e| {
+                    (0..10)
+                        .map(|l| if e < 4 { 0.25 } else { 0.0 * l as f64 })
+                        .collect()
+                })
+                .collect(),
+        });
+        run.diagnoses = vec![Diagnosis::NoSplitReachable {
+            ready: Some(72),
+            end: 60,
+            room: 2,
+        }];
+        store.push(run).expect("a run");
+    }
+    dir.join("report.html")
+}
+
+/// Two splits, a removal and the end, and lines that no chart knows.
+fn events() -> Vec<Value> {
+    vec![
+        json!({"step": 61, "layer": 0, "kind": "split", "source": 2, "new": 5, "experts": 6, "watched": "expert", "flagged": 2}),
+        json!({"step": 90, "layer": 0, "kind": "split", "source": 5, "new": 6, "experts": 7}),
+        json!({"step": 95, "layer": 0, "kind": "remove", "expert": 6, "reason": "unused", "experts": 6}),
+        json!({"step": 100, "layer": null, "kind": "stop", "reason": "phase_end"}),
+        json!({"step": null, "kind": "non_finite", "figure": "nmi"}),
+        json!({"kind": "what comes next", "experts": "many"}),
+    ]
+}
+
+/// What a first seed's detectors saw of those splits.
+fn observations(seed: u64) -> Vec<Value> {
+    let mut lines = Vec::new();
+    for step in (31..=120).filter(|_| seed == 0) {
+        let statistic = (step > 35).then_some(f64::from(step % 7) / 2.0);
+        for expert in [2, 5] {
+            if expert == 2 && step <= 91 || expert == 5 && step > 61 {
+                let line = json!({"step": step, "layer": 0, "kind": "observation", "watched": "expert", "expert": expert,
+                    "value": 0.1, "statistic": statistic, "p_value": null});
+                lines.push(line);
+            }
+        }
+    }
+    lines
+}
+
+#[test]
+fn detectors_are_drawn_around_each_split_and_pairs_by_age() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let detectors = section(&html, "detectors");
+    assert_eq!(detectors.matches("<figure>").count(), 1, "the first seed's");
+    assert_eq!(detectors.matches("class=\"line\"").count(), 2);
+    assert!(
+        detectors.contains("step 61: 2 \u{2192} 5 (expert 2)")
+            && detectors.contains("step 90: 5 \u{2192} 6<")
+    );
+    // From 25 steps before a split, when there is a statistic, to 30 after it.
+    assert!(detectors.contains(">-20</text>") && detectors.contains(">20</text>"));
+
+    let pairs = section(&html, "pairs");
+    assert_eq!(pairs.matches("<figure>").count(), 5);
+    // Ages as powers of two; the first has no gradient of the source.
+    assert_eq!(pairs.matches(">64</text>").count(), 5);
+    let figures: Vec<&str> = pairs.split("<figure>").skip(1).collect();
+    let begins_at_1 = |figure: &str| figure.contains("class=\"m\">1</text>");
+    assert!(!begins_at_1(figures[0]) && figures[1..].iter().all(|f| begins_at_1(f)));
+
+    let maps = section(&html, "specialisation");
+    assert_eq!(maps.matches("<figure>").count(), 1);
+    // Ten entities of one expert each, ten properties of four, and the key.
+    assert_eq!(maps.matches("class=\"heat\"").count(), 10 + 40 + 1);
+    let written: Value =
+        serde_json::from_str(&read(&dir.path().join("everything"), "results.json")).expect("JSON");
+    let with_usage = |run: &&Value| run.get("usage").is_some();
+    assert_eq!(
+        written["runs"]
+            .as_array()
+            .expect("runs")
+            .iter()
+            .filter(with_usage)
+            .count(),
+        1
+    );
+}
+
+/// The charts of a section.
+fn section<'h>(html: &'h str, id: &str) -> &'h str {
+    let found = html.split(&format!("<section id=\"{id}\">")).nth(1);
+    found
+        .unwrap_or_default()
+        .split("</section>")
+        .next()
+        .unwrap_or_default()
+}
+
+#[test]
+fn the_frontier_has_every_method_and_the_elbow_of_static_pools() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let frontier = section(&html, "frontier");
+    assert_eq!(frontier.matches("<figure>").count(), 2);
+    // Against K two lines of four pools and MASS, against k four of two and MASS, each with its deviation.
+    assert_eq!(frontier.matches("class=\"line\"").count(), 2 + 4);
+    let marks = (8 + 1) * 2 + (2 + 1) + (4 + 1);
+    assert_eq!(frontier.matches("class=\"mark\"").count(), marks);
+    assert_eq!(frontier.matches("class=\"ring\"").count(), 2 + 2);
+    assert!(
+        frontier.contains("Bayes floor 1.335")
+            && frontier.contains("static/<wbr>k2: elbow at K 20 (20 in 100 % of draws)")
+    );
+    let store =
+        open(&dir.path().join("everything"), &json!({}), Existing::Resume).expect("a store");
+    let note = "Elbow of static/k1: K 20 (within one standard error of the best: 20; paired bootstrap over 3 seeds: 20 in 100 %)";
+    assert!(
+        table(store.results()).contains(note),
+        "{}",
+        table(store.results())
+    );
+}
+
+#[test]
+fn pools_are_drawn_over_time_with_their_events() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let html = std::fs::read_to_string(report_with_everything(dir.path())).expect("a report");
+    let pools = section(&html, "pools-over-time");
+    assert_eq!(
+        pools.matches("<figure>").count(),
+        1,
+        "static pools have no events"
+    );
+    let names = [
+        "other seeds",
+        "seed 0",
+        "split",
+        "removal",
+        "end of expansion",
+    ];
+    for name in names {
+        assert_eq!(
+            pools.matches(&format!("<span>{name}</span>")).count(),
+            1,
+            "{name}"
+        );
+    }
+    // Two splits, a removal and the end, each beside its sign in the legend.
+    assert_eq!(pools.matches("class=\"sign s2\"").count(), 2);
+    assert_eq!(pools.matches("class=\"mark\"").count(), 4 + 3);
+    let bare = read(&dir.path().join("everything"), "report.html");
+    assert_eq!(bare, html);
+    // Results of a time without events, or of a study without any.
+    std::fs::write(dir.path().join("everything/events.jsonl"), "").expect("a write");
+    mass_bench::report::join(&[dir.path().join("everything")], None).expect("a report");
+    let html = read(&dir.path().join("everything"), "report.html");
+    assert_eq!(section(&html, "pools-over-time"), "");
+    assert!(html.contains("id=\"frontier\""));
 }

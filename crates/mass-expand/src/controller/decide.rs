@@ -181,6 +181,7 @@ impl Controller {
         });
         state.expansions += 1;
         let experts = state.ids.len();
+        self.trace_split(step, layer, source.id, cause);
         self.record(
             step,
             Some(layer),

@@ -78,6 +78,22 @@ pub enum EventKind {
         /// How many observations ago the change is thought to have begun.
         onset_age: Option<u64>,
     },
+    /// What a detector saw within [`ControllerParams::trace`](super::ControllerParams::trace) steps of a split, of the stream behind
+    /// it: that of its alarm; without one the source's own, the layer's or the loss's, whichever is watched first. Those before
+    /// the split come into the record with it, each with its own step, and one that belongs to several splits comes once. Where
+    /// expansion ends, detectors see nothing more.
+    Observation {
+        /// What it watches.
+        watched: Watched,
+        /// The expert, if it watches one.
+        expert: Option<ExpertId>,
+        /// The observation.
+        value: f64,
+        /// The detector's statistic; `None` while it has none.
+        statistic: Option<f64>,
+        /// Marginal p-value of this step.
+        p_value: Option<f64>,
+    },
     /// An alignment test.
     Alignment {
         /// The expert tested.

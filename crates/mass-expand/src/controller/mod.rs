@@ -63,6 +63,7 @@ mod prune;
 mod reach;
 mod state;
 mod timetable;
+mod trace;
 mod validate;
 mod variants;
 mod watch;
@@ -142,6 +143,8 @@ pub struct Controller {
     ended_at: Option<u64>,
     pending: Option<Pending>,
     signs: diagnosis::Signs,
+    #[serde(skip_serializing_if = "trace::Trace::is_empty")]
+    trace: trace::Trace,
     events: Vec<Event>,
 }
 

@@ -9,6 +9,7 @@ use super::event::{EventKind, HoldReason, Watched};
 use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
 use super::params::{StopRule, Trigger, Unused};
 use super::pending::{Alarm, Candidate, LayerPending, Pending, Worth};
+use super::trace::Stream;
 use crate::ExpandError;
 
 impl Controller {
@@ -38,6 +39,7 @@ impl Controller {
         let (plateau_live, plateau) = self.find_plateau(step, observation.loss, in_phase);
         let scheduled = plateau || self.schedule_due(step);
         self.last_step = Some(step);
+        self.trace.forget(step, self.params.trace);
         let mut pending = Pending {
             step,
             layers: vec![LayerPending::default(); self.layers.len()],
@@ -73,9 +75,7 @@ impl Controller {
         {
             let outcome = detector.update(observation.loss)?;
             live |= self.signs.judged(&outcome, in_phase);
-            if outcome.alarm {
-                self.flag(step, None, Watched::Loss, None, observation.loss, &outcome);
-            }
+            self.record_outcome(step, None, Watched::Loss, None, observation.loss, &outcome);
             loss_alarm = Alarm::of(Watched::Loss, None, &outcome);
         }
 
@@ -217,17 +217,8 @@ impl Controller {
                 }
                 let outcome = detector.update(expert.gradient_norm)?;
                 *live |= self.signs.judged(&outcome, in_phase);
-                if outcome.alarm {
-                    let norm = expert.gradient_norm;
-                    self.flag(
-                        step,
-                        Some(index),
-                        Watched::Expert,
-                        Some(expert.id),
-                        norm,
-                        &outcome,
-                    );
-                }
+                let (norm, id) = (expert.gradient_norm, Some(expert.id));
+                self.record_outcome(step, Some(index), Watched::Expert, id, norm, &outcome);
                 outcomes[at] = Some(outcome);
             }
         }
@@ -236,15 +227,14 @@ impl Controller {
         {
             let outcome = detector.update(pooled)?;
             *live |= self.signs.judged(&outcome, in_phase);
-            if outcome.alarm {
-                self.flag(step, Some(index), Watched::Layer, None, pooled, &outcome);
-            }
+            self.record_outcome(step, Some(index), Watched::Layer, None, pooled, &outcome);
             return Ok(Alarm::of(Watched::Layer, None, &outcome));
         }
         Ok(None)
     }
 
-    fn flag(
+    /// Puts an alarm into the record, and keeps the observation for that of a split.
+    fn record_outcome(
         &mut self,
         step: u64,
         layer: Option<usize>,
@@ -253,6 +243,15 @@ impl Controller {
         value: f64,
         outcome: &Step,
     ) {
+        let stream = Stream {
+            layer,
+            watched,
+            expert,
+        };
+        self.observed(step, stream, value, outcome);
+        if !outcome.alarm {
+            return;
+        }
         let kind = EventKind::Flag {
             watched,
             expert,

@@ -310,6 +310,19 @@ pub struct ControllerParams {
     pub pruning: Option<Pruning>,
     /// Seed of [`Choice::Random`].
     pub seed: u64,
+    /// Steps before and after a split of which the record has every observation of the stream behind it
+    /// ([`EventKind::Observation`](super::EventKind::Observation)), at most 1000; 0 for none. Of every stream as many are kept. No split
+    /// depends on it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub trace: u64,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+const fn is_zero(trace: &u64) -> bool {
+    *trace == 0
 }
 
 impl ControllerParams {

@@ -8,6 +8,7 @@ use super::observation::{ExpertObservation, StopReason};
 use super::params::{ControllerParams, Trigger};
 use super::pending::Pending;
 use super::plateau::Plateau;
+use super::trace::Trace;
 use super::{Controller, validate};
 use crate::{ExpandError, ExpertId};
 
@@ -193,6 +194,7 @@ impl Controller {
             ended_at: None,
             pending: None,
             signs: Signs::default(),
+            trace: Trace::default(),
             events: Vec::new(),
         })
     }
@@ -251,6 +253,8 @@ pub(super) struct Stored {
     pending: Option<Pending>,
     #[serde(default)]
     signs: Signs,
+    #[serde(default)]
+    trace: Trace,
     events: Vec<super::Event>,
 }
 
@@ -272,6 +276,7 @@ impl TryFrom<Stored> for Controller {
             ended_at: stored.ended_at,
             pending: stored.pending,
             signs: stored.signs,
+            trace: stored.trace,
             events: stored.events,
         };
         match controller.contradiction() {
@@ -345,6 +350,9 @@ impl Controller {
             {
                 return Some("an average is not finite");
             }
+        }
+        if let Some(reason) = self.trace.contradiction(self) {
+            return Some(reason);
         }
         match &self.pending {
             Some(pending) => pending.contradiction(self),

@@ -68,6 +68,12 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
         params.averaging_steps,
         "finite and at least 1",
     )?;
+    require(
+        params.trace <= 1000,
+        "trace",
+        params.trace as f64,
+        "at most 1000",
+    )?;
     params.alignment.validate()?;
     match params.trigger_in(false) {
         Trigger::Schedule { every, splits, .. } => {

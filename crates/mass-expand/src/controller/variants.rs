@@ -44,6 +44,7 @@ impl ControllerParams {
             stop: StopRule::Consecutive { gamma: 3 },
             pruning: None,
             seed: 0,
+            trace: 0,
         }
     }
 

@@ -48,6 +48,7 @@ fn paper() -> ControllerParams {
         stop: StopRule::Consecutive { gamma: 3 },
         pruning: None,
         seed: 0,
+        trace: 0,
     }
 }
 

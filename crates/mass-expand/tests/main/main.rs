@@ -11,6 +11,7 @@ mod controller_reach;
 mod controller_refusals;
 mod controller_rules;
 mod controller_selection;
+mod controller_trace;
 mod controller_variants;
 mod drive;
 mod golden_controller;
