@@ -134,7 +134,11 @@ fn grown(pool: &Pool, steps: u64) -> Vec<Mass> {
         Mass::of(Variant::Paper, pool),
         Mass::of(Variant::Reference, pool),
         confined(Variant::Calibrated),
-        with("alarms go on", Variant::Calibrated, &[continual.clone()]),
+        with(
+            "alarms go on",
+            Variant::Calibrated,
+            std::slice::from_ref(&continual),
+        ),
         Mass {
             experts_max: 12,
             ..with("to 12", Variant::Ours, &[])
@@ -309,7 +313,8 @@ impl Continual {
             let (Some(kind), Some(probe)) = taken else {
                 return Err(few("held-out", held_out.len()));
             };
-            (kinds.push(kind), probes.push(probe));
+            kinds.push(kind);
+            probes.push(probe);
             for text in [&train, &held_out] {
                 digest.eat(&(text.len() as u64).to_le_bytes());
                 digest.eat(text);
@@ -360,11 +365,11 @@ fn tell(
     let before = &data.parts[..data.parts.len() - 1];
     let last_with = |kind| before.iter().rposition(|(_, kinds)| kinds.contains(&kind));
     let (mut old, mut new, mut lost) = (Vec::new(), Vec::new(), Vec::new());
-    for kind in 0..data.kinds.len() {
+    for (kind, loss) in at_end.iter().enumerate() {
         match last_with(kind) {
             Some(part) => {
                 old.push(kind);
-                lost.push(at_end[kind] - ends[part].1[kind]);
+                lost.push(loss - ends[part].1[kind]);
             }
             None => new.push(kind),
         }
