@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +9,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
-use crate::ops::Activations;
+use crate::ops::Pass;
 use crate::param::{Param, Parameters, join};
 use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
@@ -175,27 +174,26 @@ impl Mlp {
     }
 
     /// Rows `keep` of what follows this sublayer, if they have not been picked before it.
-    pub(crate) fn keep_late<T: Tape<f32, Cpu>>(
+    pub(crate) fn keep_late<P: Pass>(
         &self,
-        output: Activations<T>,
+        pass: &mut P,
+        output: P::Rows,
         keep: Option<&[usize]>,
-    ) -> Result<Activations<T>, ModelError> {
-        match keep.filter(|_| self.mixture().is_some()) {
-            Some(keep) => output.pick_rows(keep),
-            None => Ok(output),
-        }
+    ) -> Result<P::Rows, ModelError> {
+        pass.pick_some(output, keep.filter(|_| self.mixture().is_some()))
     }
 
     /// The forward pass; a mixture appends its trace, and is the mixture layer of that index.
-    pub(crate) fn forward<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
+    ) -> Result<P::Rows, ModelError> {
         match self {
-            Self::Dense(network) => network.run(x),
-            Self::Mixture(layer) => layer.run_traced(x, masked, traces),
+            Self::Dense(network) => network.run(pass, x),
+            Self::Mixture(layer) => layer.run_traced(pass, x, masked, traces),
         }
     }
 }
@@ -207,21 +205,6 @@ pub(crate) enum Wanted {
     /// The first of each sequence, in order: all that a head on the first token reads. The last layer computes no others
     /// once its tokens have attended to each other.
     First,
-}
-
-/// A sublayer's output and the residual that it is to be added to, of which rows `keep` are picked, if given. The output has
-/// no other rows already.
-pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
-    output: Activations<T>,
-    residual: Activations,
-    keep: Option<&[usize]>,
-) -> Result<(Activations<T>, Activations), ModelError> {
-    let Some(keep) = keep else {
-        return Ok((output, residual));
-    };
-    let (output, tape) = output.split_tape();
-    let (residual, tape) = residual.put_tape(tape).pick_rows(keep)?.split_tape();
-    Ok((output.put_tape(tape), residual))
 }
 
 impl Parameters for Mlp {

@@ -38,14 +38,13 @@ mod batch;
 mod config;
 mod layer;
 mod load;
-mod loss;
 mod parameters;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
+use dfdx::prelude::{NoneTape, OwnedTape, PutTape};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
@@ -57,7 +56,7 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
 use crate::nn::{LayerNorm, Linear};
-use crate::ops::{self, Activations};
+use crate::ops::{Activations, Host, Pass};
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
@@ -77,8 +76,8 @@ pub struct BertClassifier {
 }
 
 /// The hidden states of a batch, and what was done on the way to them.
-struct Encoded<T: Tape<f32, Cpu>> {
-    states: Activations<T>,
+struct Encoded<R> {
+    states: R,
     traces: Vec<LayerTrace>,
 }
 
@@ -199,15 +198,15 @@ impl BertClassifier {
         self.config.outputs
     }
 
-    fn encode<T: Tape<f32, Cpu>>(
+    fn encode<P: Pass>(
         &self,
+        pass: &mut P,
         batch: &TextBatch,
         wanted: Wanted,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
-        tape: T,
-        observe: &mut dyn FnMut(&Activations),
-    ) -> Result<Encoded<T>, ModelError> {
+        observe: &mut dyn FnMut(&P::Rows),
+    ) -> Result<Encoded<P::Rows>, ModelError> {
         check_masked(masked, self.mixtures())?;
         let longest = self.config.encoder.max_position_embeddings;
         let (sequences, positions) =
@@ -217,48 +216,56 @@ impl BertClassifier {
             (&self.types, &batch.types),
             (&self.positions, &positions),
         ];
-        let mut x = self.norm.run(ops::embed(&tables, tape)?)?;
+        let x = pass.embedding(&tables)?;
+        let x = self.norm.run(pass, x)?;
         let rate = self.config.encoder.hidden_dropout_prob;
-        x = x.dropout(keys.as_deref_mut().and_then(|k| k.next(rate)))?;
+        let mut x = pass.dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
         let mut traces = Vec::new();
         let first = &sequences.offsets()[..sequences.len()];
         for (i, layer) in self.layers.iter().enumerate() {
-            let (state, tape) = x.split_tape();
-            observe(&state);
-            x = state.put_tape(tape);
+            observe(&x);
             let last = i + 1 == self.layers.len();
             let keep = (last && wanted == Wanted::First).then_some(first);
             let keys = keys.as_deref_mut();
-            x = layer.forward(x, &sequences, keep, masked, keys, &mut traces)?;
+            x = layer.run(pass, x, &sequences, keep, masked, keys, &mut traces)?;
         }
-        let (state, tape) = x.split_tape();
-        observe(&state);
-        Ok(Encoded {
-            states: state.put_tape(tape),
-            traces,
-        })
+        observe(&x);
+        Ok(Encoded { states: x, traces })
     }
 
     /// Logits `[batch, labels]`.
-    fn forward<T: Tape<f32, Cpu>>(
+    fn forward<P: Pass>(
         &self,
+        pass: &mut P,
         batch: &TextBatch,
         masked: Option<Masked>,
         mut keys: Option<&mut DropoutKeys>,
-        tape: T,
-    ) -> Result<(Activations<T>, Vec<LayerTrace>), ModelError> {
+    ) -> Result<(P::Rows, Vec<LayerTrace>), ModelError> {
         let first = Wanted::First;
         let Encoded { states, traces } =
-            self.encode(batch, first, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
-        let pooled = self.pool(states)?;
+            self.encode(pass, batch, first, masked, keys.as_deref_mut(), &mut |_| {})?;
+        let pooled = self.pool(pass, states)?;
         let rate = self.config.encoder.head_dropout();
-        let pooled = pooled.dropout(keys.and_then(|k| k.next(rate)))?;
-        Ok((self.head.run(pooled)?, traces))
+        let pooled = pass.dropout(pooled, keys.and_then(|k| k.next(rate)))?;
+        Ok((self.head.run(pass, pooled)?, traces))
+    }
+
+    /// Mean loss over sequences, and the loss of each.
+    fn loss<P: Pass>(
+        pass: &mut P,
+        logits: P::Rows,
+        targets: Targets<'_>,
+    ) -> Result<(P::Loss, Vec<f32>), ModelError> {
+        match targets {
+            Targets::Classes(classes) => pass.cross_entropy(logits, classes),
+            Targets::Values(values) => pass.mean_squared_error(logits, values),
+        }
     }
 
     /// What the head reads, of the states of first tokens.
-    fn pool<T: Tape<f32, Cpu>>(&self, first: Activations<T>) -> Result<Activations<T>, ModelError> {
-        self.pooler.run(first)?.tanh()
+    fn pool<P: Pass>(&self, pass: &mut P, first: P::Rows) -> Result<P::Rows, ModelError> {
+        let pooled = self.pooler.run(pass, first)?;
+        pass.tanh(pooled)
     }
 
     /// The embeddings' output and each layer's, `[rows, d]` each, without dropout.
@@ -267,9 +274,9 @@ impl BertClassifier {
     /// As [`logits`](Self::logits).
     pub fn hidden_states(&self, batch: &TextBatch) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
-        let mut observe = |x: &Activations| states.push(x.to_vec());
-        let every = Wanted::Every;
-        self.encode(batch, every, None, None, NoneTape, &mut observe)?;
+        let (mut pass, every) = (Host(NoneTape), Wanted::Every);
+        let observe = &mut |x: &Activations| states.push(x.to_vec());
+        self.encode(&mut pass, batch, every, None, None, observe)?;
         Ok(states)
     }
 
@@ -278,9 +285,9 @@ impl BertClassifier {
     /// # Errors
     /// As [`logits`](Self::logits).
     pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
-        let first = Wanted::First;
-        let encoded = self.encode(batch, first, None, None, NoneTape, &mut |_| {})?;
-        Ok(self.pool(encoded.states)?.to_vec())
+        let (mut pass, first) = (Host(NoneTape), Wanted::First);
+        let encoded = self.encode(&mut pass, batch, first, None, None, &mut |_| {})?;
+        Ok(self.pool(&mut pass, encoded.states)?.to_vec())
     }
 
     /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's
@@ -296,10 +303,12 @@ impl BertClassifier {
         targets: Targets<'_>,
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
-        let (logits, layers) = self.forward(batch, None, dropout, OwnedTape::default())?;
-        let (loss, losses) = loss::loss(logits, targets)?;
+        let mut pass = Host(OwnedTape::default());
+        let (logits, layers) = self.forward(&mut pass, batch, None, dropout)?;
+        let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
         let spans = batch.offsets.windows(2).zip(losses);
         let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
+        let loss = loss.put_tape(pass.0);
         let mut pass = TrainPass::new(loss, rows.collect(), layers)?;
         let words = self.words.gradient(&mut pass.gradients)?;
         words[self.padding()].fill(0.0);
@@ -317,7 +326,7 @@ impl BertClassifier {
         batch: &TextBatch,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let (logits, layers) = self.forward(batch, masked, None, NoneTape)?;
+        let (logits, layers) = self.forward(&mut Host(NoneTape), batch, masked, None)?;
         Ok((logits.to_vec(), layers))
     }
 
@@ -332,7 +341,8 @@ impl BertClassifier {
         targets: Targets<'_>,
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
-        let (logits, _) = self.forward(batch, masked, None, NoneTape)?;
-        Ok(loss::loss(logits, targets)?.1)
+        let mut pass = Host(NoneTape);
+        let (logits, _) = self.forward(&mut pass, batch, masked, None)?;
+        Ok(Self::loss(&mut pass, logits, targets)?.1)
     }
 }

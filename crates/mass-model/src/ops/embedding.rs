@@ -16,16 +16,16 @@ use crate::param::Param;
 /// [`ModelError::Index`] for an index past the end of its table.
 pub fn embedding<T: Tape<f32, Cpu>>(
     tables: &[(&Param, &[u32])],
-    tape: T,
+    mut tape: T,
 ) -> Result<Rows<T>, ModelError> {
-    embed(tables, tape)?.into_rows()
+    run(&mut tape, tables)?.into_tensor(tape)
 }
 
 /// [`embedding`]
-pub(crate) fn embed<T: Tape<f32, Cpu>>(
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
     tables: &[(&Param, &[u32])],
-    tape: T,
-) -> Result<Activations<T>, ModelError> {
+) -> Result<Activations, ModelError> {
     let Some(&(first, ids)) = tables.first() else {
         return Err(ModelError::Config("an embedding needs a table".into()));
     };
