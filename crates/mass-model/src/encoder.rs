@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
+use crate::kernels::dropout::{Dropout, DropoutKeys};
 use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
 use crate::ops::Pass;
@@ -125,6 +126,40 @@ macro_rules! classifier {
 }
 pub(crate) use classifier;
 
+/// What goes with the rows through an encoder.
+#[derive(Default)]
+pub(crate) struct Course<'k> {
+    /// An expert that takes no part.
+    pub(crate) masked: Option<Masked>,
+    /// Where masks of dropout come from; nothing is dropped without.
+    pub(crate) keys: Option<&'k mut DropoutKeys>,
+    /// What the mixtures have done so far, bottom first.
+    pub(crate) traces: Vec<LayerTrace>,
+}
+
+impl<'k> Course<'k> {
+    /// With an expert masked, or none.
+    pub(crate) fn masking(masked: Option<Masked>) -> Self {
+        Self {
+            masked,
+            ..Self::default()
+        }
+    }
+
+    /// With dropout, or without.
+    pub(crate) fn dropping(keys: Option<&'k mut DropoutKeys>) -> Self {
+        Self {
+            keys,
+            ..Self::default()
+        }
+    }
+
+    /// The mask of the next dropout operation.
+    pub(crate) fn dropout(&mut self, rate: f32) -> Option<Dropout> {
+        self.keys.as_mut().and_then(|keys| keys.next(rate))
+    }
+}
+
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
 pub(crate) enum Mlp {
@@ -188,12 +223,11 @@ impl Mlp {
         &self,
         pass: &mut P,
         x: P::Rows,
-        masked: Option<Masked>,
-        traces: &mut Vec<LayerTrace>,
+        course: &mut Course<'_>,
     ) -> Result<P::Rows, ModelError> {
         match self {
             Self::Dense(network) => network.run(pass, x),
-            Self::Mixture(layer) => layer.run_traced(pass, x, masked, traces),
+            Self::Mixture(layer) => layer.run_traced(pass, x, course.masked, &mut course.traces),
         }
     }
 }

@@ -154,6 +154,42 @@ impl LanguageModel {
         TrainPass::new(loss.put_tape(pass.0), token_losses, layers)
     }
 
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        let mut pass = crate::ops::Cuda::training(device);
+        let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
+        let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
+        TrainPass::on_device(pass, &loss, token_losses, layers)
+    }
+
+    /// [`score`](Self::score) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn score_on(
+        &self,
+        device: &mass_cuda::Device,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        let mut pass = crate::ops::Cuda::evaluating(device);
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        Ok((pass.cross_entropy(logits, targets)?.1, layers))
+    }
+
     /// Negative log-likelihood of each target, nats, without a tape.
     ///
     /// # Errors

@@ -1,10 +1,8 @@
 use super::BertConfig;
-use crate::encoder::Mlp;
+use crate::encoder::{Course, Mlp};
 use crate::error::ModelError;
-use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
 use crate::ops::{Pass, Sequences};
-use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
 use crate::{mixtures, parameters};
 
@@ -51,21 +49,19 @@ impl BertLayer {
         x: P::Rows,
         sequences: &Sequences,
         keep: Option<&[usize]>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        traces: &mut Vec<LayerTrace>,
+        course: &mut Course<'_>,
     ) -> Result<P::Rows, ModelError> {
         let early = self.mlp.keep_early(keep);
-        let h = x.clone();
+        let keys = course.keys.as_deref_mut();
         let h = self
             .attention
-            .run(pass, h, sequences, early, keys.as_deref_mut())?;
+            .run(pass, x.clone(), sequences, early, keys)?;
         let x = pass.pick_some(x, early)?;
-        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
+        let dropout = course.dropout(self.dropout);
         let h = pass.add(h, x, dropout)?;
         let x = self.attention_norm.run(pass, h)?;
-        let h = self.mlp.run(pass, x.clone(), masked, traces)?;
-        let dropout = keys.and_then(|k| k.next(self.dropout));
+        let h = self.mlp.run(pass, x.clone(), course)?;
+        let dropout = course.dropout(self.dropout);
         let h = pass.add(h, x, dropout)?;
         let h = self.mlp.keep_late(pass, h, keep)?;
         self.ffn_norm.run(pass, h)

@@ -51,7 +51,7 @@ pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
-use crate::encoder::Wanted;
+use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
@@ -73,12 +73,6 @@ pub struct BertClassifier {
     pooler: Linear,
     head: Linear,
     config: ClassifierConfig<BertConfig>,
-}
-
-/// The hidden states of a batch, and what was done on the way to them.
-struct Encoded<R> {
-    states: R,
-    traces: Vec<LayerTrace>,
 }
 
 impl BertClassifier {
@@ -198,16 +192,16 @@ impl BertClassifier {
         self.config.outputs
     }
 
+    /// The hidden states of a batch.
     fn encode<P: Pass>(
         &self,
         pass: &mut P,
         batch: &TextBatch,
         wanted: Wanted,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
+        course: &mut Course<'_>,
         observe: &mut dyn FnMut(&P::Rows),
-    ) -> Result<Encoded<P::Rows>, ModelError> {
-        check_masked(masked, self.mixtures())?;
+    ) -> Result<P::Rows, ModelError> {
+        check_masked(course.masked, self.mixtures())?;
         let longest = self.config.encoder.max_position_embeddings;
         let (sequences, positions) =
             batch.sequences(longest, self.config.encoder.type_vocab_size)?;
@@ -219,18 +213,16 @@ impl BertClassifier {
         let x = pass.embedding(&tables)?;
         let x = self.norm.run(pass, x)?;
         let rate = self.config.encoder.hidden_dropout_prob;
-        let mut x = pass.dropout(x, keys.as_deref_mut().and_then(|k| k.next(rate)))?;
-        let mut traces = Vec::new();
+        let mut x = pass.dropout(x, course.dropout(rate))?;
         let first = &sequences.offsets()[..sequences.len()];
         for (i, layer) in self.layers.iter().enumerate() {
             observe(&x);
             let last = i + 1 == self.layers.len();
             let keep = (last && wanted == Wanted::First).then_some(first);
-            let keys = keys.as_deref_mut();
-            x = layer.run(pass, x, &sequences, keep, masked, keys, &mut traces)?;
+            x = layer.run(pass, x, &sequences, keep, course)?;
         }
         observe(&x);
-        Ok(Encoded { states: x, traces })
+        Ok(x)
     }
 
     /// Logits `[batch, labels]`.
@@ -238,16 +230,13 @@ impl BertClassifier {
         &self,
         pass: &mut P,
         batch: &TextBatch,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-    ) -> Result<(P::Rows, Vec<LayerTrace>), ModelError> {
-        let first = Wanted::First;
-        let Encoded { states, traces } =
-            self.encode(pass, batch, first, masked, keys.as_deref_mut(), &mut |_| {})?;
+        course: &mut Course<'_>,
+    ) -> Result<P::Rows, ModelError> {
+        let states = self.encode(pass, batch, Wanted::First, course, &mut |_| {})?;
         let pooled = self.pool(pass, states)?;
         let rate = self.config.encoder.head_dropout();
-        let pooled = pass.dropout(pooled, keys.and_then(|k| k.next(rate)))?;
-        Ok((self.head.run(pass, pooled)?, traces))
+        let pooled = pass.dropout(pooled, course.dropout(rate))?;
+        self.head.run(pass, pooled)
     }
 
     /// Mean loss over sequences, and the loss of each.
@@ -276,7 +265,7 @@ impl BertClassifier {
         let mut states = Vec::new();
         let (mut pass, every) = (Host(NoneTape), Wanted::Every);
         let observe = &mut |x: &Activations| states.push(x.to_vec());
-        self.encode(&mut pass, batch, every, None, None, observe)?;
+        self.encode(&mut pass, batch, every, &mut Course::default(), observe)?;
         Ok(states)
     }
 
@@ -286,8 +275,9 @@ impl BertClassifier {
     /// As [`logits`](Self::logits).
     pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
         let (mut pass, first) = (Host(NoneTape), Wanted::First);
-        let encoded = self.encode(&mut pass, batch, first, None, None, &mut |_| {})?;
-        Ok(self.pool(&mut pass, encoded.states)?.to_vec())
+        let course = &mut Course::default();
+        let states = self.encode(&mut pass, batch, first, course, &mut |_| {})?;
+        Ok(self.pool(&mut pass, states)?.to_vec())
     }
 
     /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's
@@ -304,12 +294,13 @@ impl BertClassifier {
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
         let mut pass = Host(OwnedTape::default());
-        let (logits, layers) = self.forward(&mut pass, batch, None, dropout)?;
+        let mut course = Course::dropping(dropout);
+        let logits = self.forward(&mut pass, batch, &mut course)?;
         let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
         let spans = batch.offsets.windows(2).zip(losses);
         let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
         let loss = loss.put_tape(pass.0);
-        let mut pass = TrainPass::new(loss, rows.collect(), layers)?;
+        let mut pass = TrainPass::new(loss, rows.collect(), course.traces)?;
         let words = self.words.gradient(&mut pass.gradients)?;
         words[self.padding()].fill(0.0);
         Ok(pass)
@@ -326,8 +317,9 @@ impl BertClassifier {
         batch: &TextBatch,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let (logits, layers) = self.forward(&mut Host(NoneTape), batch, masked, None)?;
-        Ok((logits.to_vec(), layers))
+        let mut course = Course::masking(masked);
+        let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
+        Ok((logits.to_vec(), course.traces))
     }
 
     /// The loss of each sequence, without dropout.
@@ -342,7 +334,7 @@ impl BertClassifier {
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
         let mut pass = Host(NoneTape);
-        let (logits, _) = self.forward(&mut pass, batch, masked, None)?;
+        let logits = self.forward(&mut pass, batch, &mut Course::masking(masked))?;
         Ok(Self::loss(&mut pass, logits, targets)?.1)
     }
 }

@@ -516,7 +516,14 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
         file.check(&second, &[m.len()])?;
         let v = file.take(&second)?;
         fits(&path, first, &name, m.len())?;
-        states.insert(name, ParameterState { m, v, step });
+        states.insert(
+            name,
+            ParameterState {
+                m: m.into(),
+                v: v.into(),
+                step,
+            },
+        );
     }
     file.expect_only(|_| false)?;
     let mut optimizer = AdamW::new(manifest.optimizer).map_err(settings)?;

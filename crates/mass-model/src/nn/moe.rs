@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dfdx::prelude::{Cpu, HasShape, ReshapeTo, Shape, Tape, Tensor, TensorFromVec};
+use dfdx::prelude::{Cpu, HasShape, ReshapeTo, Shape, Tape, Tensor};
 use mass_expand::ExpertId;
 use mass_routing::{AnyRouter, Router, RouterConfig, RoutingError, RoutingPlan};
 use ndarray::ArrayView2;
@@ -14,7 +14,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, Pass, RoutingLoss, Rows, enter, on_tensors};
 use crate::param::{Param, Parameters, join};
-use crate::pass::{LayerTrace, Masked};
+use crate::pass::{GateInput, LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -643,7 +643,7 @@ impl MoeLayer {
             _ => None,
         };
         let (y, plan) = self.route(pass, x.clone(), mask.as_deref())?;
-        let gate_input = Cpu::default().try_tensor_from_vec(pass.values(&x)?, pass.shape(&x))?;
+        let gate_input = GateInput::new(pass.mirror(&x), pass.shape(&x));
         traces.push(LayerTrace { plan, gate_input });
         Ok(y)
     }

@@ -33,14 +33,11 @@ pub fn dropout<T: Tape<f32, Cpu>>(
     }
 }
 
-/// [`add`]
-pub(super) fn run_add<T: Tape<f32, Cpu>>(
-    tape: &mut T,
-    x: Activations,
-    residual: Activations,
-    dropout: Option<Dropout>,
-) -> Result<Activations, ModelError> {
-    let (&(rows, cols), &(other_rows, other_cols)) = (x.shape(), residual.shape());
+/// Refuses rows of different shapes.
+pub(super) fn check(
+    &(rows, cols): &(usize, usize),
+    &(other_rows, other_cols): &(usize, usize),
+) -> Result<(), ModelError> {
     if (rows, cols) != (other_rows, other_cols) {
         return Err(ModelError::shape(
             "residual",
@@ -48,9 +45,21 @@ pub(super) fn run_add<T: Tape<f32, Cpu>>(
             &[other_rows, other_cols],
         ));
     }
+    Ok(())
+}
+
+/// [`add`]
+pub(super) fn run_add<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    residual: Activations,
+    dropout: Option<Dropout>,
+) -> Result<Activations, ModelError> {
+    check(x.shape(), residual.shape())?;
+    let shape = *x.shape();
     let mut sum = Scratch::take(x.len());
     kernel::sum(&residual, dropout, &x, &mut sum);
-    Activations::output(tape, sum, (rows, cols), move |g, dy| {
+    Activations::output(tape, sum, shape, move |g, dy| {
         x.add_gradient(g, |dx, store| kernel::masked(dropout, dy, dx, store))?;
         residual.give_gradient(g, std::mem::take(dy))
     })

@@ -32,14 +32,12 @@ pub fn self_attention<T: Tape<f32, Cpu>>(
     on_tensors(qkv, |pass, qkv| pass.self_attention(qkv, sequences, how))
 }
 
-/// [`self_attention`]
-pub(super) fn run<T: Tape<f32, Cpu>>(
-    tape: &mut T,
-    qkv: Activations,
+/// Rows, and the width that comes out.
+pub(super) fn check(
+    &(n, cols): &(usize, usize),
     sequences: &Sequences,
     how: Attention,
-) -> Result<Activations, ModelError> {
-    let &(n, cols) = qkv.shape();
+) -> Result<(usize, usize), ModelError> {
     let (rows, dim) = (sequences.rows(), cols / 3);
     if n != rows || cols == 0 || !cols.is_multiple_of(3) {
         let what = "packed queries, keys and values";
@@ -51,6 +49,17 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             how.heads
         )));
     }
+    Ok((n, dim))
+}
+
+/// [`self_attention`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    qkv: Activations,
+    sequences: &Sequences,
+    how: Attention,
+) -> Result<Activations, ModelError> {
+    let (n, dim) = check(qkv.shape(), sequences, how)?;
     // Without a tape nothing is kept.
     let longest_kept = if T::OWNS_TAPE {
         attention::LONGEST_KEPT

@@ -8,7 +8,10 @@ use crate::kernels::cross_entropy as kernel;
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::Scratch;
 
-fn check(&(n, classes): &(usize, usize), targets: &[u32]) -> Result<(usize, usize), ModelError> {
+pub(super) fn check(
+    &(n, classes): &(usize, usize),
+    targets: &[u32],
+) -> Result<(usize, usize), ModelError> {
     if n == 0 || targets.len() != n {
         return Err(ModelError::shape("targets", &[n.max(1)], &[targets.len()]));
     }
@@ -54,14 +57,19 @@ pub fn token_losses<T: Tape<f32, Cpu>>(
     Ok(pass.cross_entropy(logits, targets)?.1)
 }
 
+/// The mean, summed in double precision.
+pub(super) fn mean_of(losses: &[f32]) -> f32 {
+    let sum: f64 = losses.iter().map(|&x| f64::from(x)).sum();
+    (sum / losses.len() as f64) as f32
+}
+
 /// The mean of losses. `backward` is put on the tape, if it is one, with the gradient of that mean.
 fn mean<T: Tape<f32, Cpu>>(
     tape: &mut T,
     losses: Vec<f32>,
     backward: impl FnOnce(&mut CpuGradients, f32) -> Result<(), CpuError> + 'static,
 ) -> Result<(Scalar, Vec<f32>), ModelError> {
-    let mean = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
-    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean as f32], ())?;
+    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)], ())?;
     if T::OWNS_TAPE {
         let ghost = loss.ghost();
         tape.add_backward_op(move |g| {
@@ -93,6 +101,23 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     })
 }
 
+pub(super) fn check_values(
+    &(n, width): &(usize, usize),
+    targets: &[f32],
+) -> Result<usize, ModelError> {
+    if width != 1 {
+        let what = format!("a value is the target of a model with one output, not {width}");
+        return Err(ModelError::Config(what));
+    }
+    if targets.len() != n {
+        return Err(ModelError::shape("targets", &[n], &[targets.len()]));
+    }
+    match targets.iter().position(|t| !t.is_finite()) {
+        Some(i) => Err(ModelError::NonFinite(format!("target {i}"))),
+        None => Ok(n),
+    }
+}
+
 /// Mean over rows of `(output - target)²` with `outputs: [n, 1]`, and the value of each row.
 ///
 /// # Errors
@@ -103,17 +128,7 @@ pub(super) fn run_squared_error<T: Tape<f32, Cpu>>(
     outputs: Activations,
     targets: &[f32],
 ) -> Result<(Scalar, Vec<f32>), ModelError> {
-    let &(n, width) = outputs.shape();
-    if width != 1 {
-        let what = format!("a value is the target of a model with one output, not {width}");
-        return Err(ModelError::Config(what));
-    }
-    if targets.len() != n {
-        return Err(ModelError::shape("targets", &[n], &[targets.len()]));
-    }
-    if let Some(i) = targets.iter().position(|t| !t.is_finite()) {
-        return Err(ModelError::NonFinite(format!("target {i}")));
-    }
+    let n = check_values(outputs.shape(), targets)?;
     let pairs = outputs.iter().zip(targets);
     let residuals: Vec<f32> = pairs.map(|(x, t)| x - t).collect();
     let squares: Vec<f32> = residuals.iter().map(|r| r * r).collect();

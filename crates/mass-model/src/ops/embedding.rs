@@ -21,11 +21,8 @@ pub fn embedding<T: Tape<f32, Cpu>>(
     run(&mut tape, tables)?.into_tensor(tape)
 }
 
-/// [`embedding`]
-pub(super) fn run<T: Tape<f32, Cpu>>(
-    tape: &mut T,
-    tables: &[(&Param, &[u32])],
-) -> Result<Activations, ModelError> {
+/// Number of rows, and their width.
+pub(super) fn check(tables: &[(&Param, &[u32])]) -> Result<(usize, usize), ModelError> {
     let Some(&(first, ids)) = tables.first() else {
         return Err(ModelError::Config("an embedding needs a table".into()));
     };
@@ -52,6 +49,15 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             });
         }
     }
+    Ok((n, d))
+}
+
+/// [`embedding`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    tables: &[(&Param, &[u32])],
+) -> Result<Activations, ModelError> {
+    let (n, d) = check(tables)?;
     let mut y = Scratch::take(n * d);
     y.par_chunks_mut(d).enumerate().for_each(|(i, row)| {
         let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));

@@ -9,23 +9,25 @@ use crate::ops::Network;
 use crate::ops::moe::Held;
 
 /// Every row assigned to the one network, with weight one.
-struct Everyone {
+pub(super) struct Everyone {
     expert_offsets: [u32; 2],
     rows: Vec<u32>,
     weights: Vec<f32>,
 }
 
 impl Everyone {
-    fn new(n: usize) -> Self {
-        let last = u32::try_from(n).unwrap_or(u32::MAX);
-        Self {
+    pub(super) fn new(n: usize) -> Result<Self, ModelError> {
+        let Ok(last) = u32::try_from(n) else {
+            return Err(ModelError::Config(format!("{n} rows are too many")));
+        };
+        Ok(Self {
             expert_offsets: [0, last],
             rows: (0..=last).collect(),
             weights: vec![1.0; n],
-        }
+        })
     }
 
-    fn grouped(&self) -> Grouped<'_> {
+    pub(super) fn grouped(&self) -> Grouped<'_> {
         let n = self.weights.len();
         Grouped {
             expert_offsets: &self.expert_offsets,
@@ -61,16 +63,13 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     let (hidden, dim) = network.check("feed-forward network", None)?;
     expect_width("input of a feed-forward network", x.shape(), dim)?;
     let n = x.shape().0;
-    if u32::try_from(n).is_err() {
-        return Err(ModelError::Config(format!("{n} rows are too many")));
-    }
     let shape = FfnShape {
         dim,
         hidden,
         activation,
         gated: network.up.is_some(),
     };
-    let plan = Everyone::new(n);
+    let plan = Everyone::new(n)?;
     let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
     let mut y = Scratch::take(n * dim);
     let (weights, kept) = ([network.weights()], hidden.as_mut());

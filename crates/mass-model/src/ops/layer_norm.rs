@@ -19,6 +19,20 @@ pub fn layer_norm<T: Tape<f32, Cpu>>(
     on_tensors(x, |pass, x| pass.layer_norm(x, gamma, beta, eps))
 }
 
+/// Width of the rows.
+pub(super) fn check(
+    shape: &(usize, usize),
+    gamma: &Param,
+    beta: &Param,
+) -> Result<usize, ModelError> {
+    let d = gamma.len();
+    expect_width("input of layer norm", shape, d)?;
+    match beta.len() == d {
+        true => Ok(d),
+        false => Err(ModelError::shape("layer norm bias", &[d], beta.shape())),
+    }
+}
+
 /// [`layer_norm`]
 pub(super) fn run<T: Tape<f32, Cpu>>(
     tape: &mut T,
@@ -27,11 +41,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     beta: &Param,
     eps: f32,
 ) -> Result<Activations, ModelError> {
-    let d = gamma.len();
-    expect_width("input of layer norm", x.shape(), d)?;
-    if beta.len() != d {
-        return Err(ModelError::shape("layer norm bias", &[d], beta.shape()));
-    }
+    check(x.shape(), gamma, beta)?;
     let shape = *x.shape();
     let mut stats = Scratch::take(2 * shape.0);
     let mut y = Scratch::take(x.len());

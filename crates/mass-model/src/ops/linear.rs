@@ -18,6 +18,22 @@ pub fn linear<T: Tape<f32, Cpu>>(
     on_tensors(x, |pass, x| pass.linear(x, weight, bias))
 }
 
+/// Width of the input and of the output.
+pub(super) fn check(
+    shape: &(usize, usize),
+    weight: &Param,
+    bias: Option<&Param>,
+) -> Result<(usize, usize), ModelError> {
+    let &[out, inp] = weight.shape() else {
+        return Err(ModelError::shape("linear weight", &[0, 0], weight.shape()));
+    };
+    expect_width("input of linear", shape, inp)?;
+    match bias {
+        Some(b) if b.len() != out => Err(ModelError::shape("linear bias", &[out], b.shape())),
+        _ => Ok((inp, out)),
+    }
+}
+
 /// [`linear`]
 pub(super) fn run<T: Tape<f32, Cpu>>(
     tape: &mut T,
@@ -25,15 +41,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     weight: &Param,
     bias: Option<&Param>,
 ) -> Result<Activations, ModelError> {
-    let &[out, inp] = weight.shape() else {
-        return Err(ModelError::shape("linear weight", &[0, 0], weight.shape()));
-    };
-    expect_width("input of linear", x.shape(), inp)?;
-    if let Some(b) = bias
-        && b.len() != out
-    {
-        return Err(ModelError::shape("linear bias", &[out], b.shape()));
-    }
+    let (inp, out) = check(x.shape(), weight, bias)?;
     let n = x.shape().0;
     let mut y = Scratch::take(n * out);
     let values = (weight.values(), bias.map(Param::values));

@@ -9,6 +9,8 @@ mod add;
 mod assemble;
 mod attention;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod feed_forward;
 mod gate;
@@ -27,6 +29,10 @@ pub(crate) use assemble::Taps;
 pub use attention::{Attention, self_attention};
 pub(crate) use cross_entropy::Scalar;
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
+#[cfg(feature = "cuda")]
+pub use cuda::CudaGradients;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{Cuda, CudaLoss};
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
 pub use gate::Gate;

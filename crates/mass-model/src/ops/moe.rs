@@ -5,7 +5,7 @@ use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
-use super::gate::set_thresholds;
+use super::gate::{add, set_thresholds};
 use super::routing_loss::LossGradients;
 use super::{Activations, Gate, Network, Pass, RoutingLoss, Rows, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
@@ -138,7 +138,7 @@ impl TakenExpert {
     }
 }
 
-fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
+pub(super) fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
     Grouped {
         expert_offsets: plan.expert_offsets(),
         tokens: plan.tokens(),
@@ -179,15 +179,13 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     Ok((y.into_tensor(pass.0)?, plan))
 }
 
-/// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
-pub(super) fn run<T: Tape<f32, Cpu>>(
-    tape: &mut T,
-    x: Activations,
+/// The sizes of a layer, if they fit each other and the input.
+pub(super) fn check(
+    input: &(usize, usize),
     experts: &[MoeExpert],
-    (gate, losses): (&Gate, &[RoutingLoss]),
+    gate: &Gate,
     activation: Activation,
-    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
-) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
+) -> Result<FfnShape, ModelError> {
     let Some(first) = experts.first() else {
         return Err(ModelError::Config(
             "a mixture layer needs at least one expert".into(),
@@ -212,9 +210,26 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             ));
         }
     }
-    expect_width("input of a mixture layer", x.shape(), dim)?;
+    expect_width("input of a mixture layer", input, dim)?;
+    Ok(FfnShape {
+        dim,
+        hidden,
+        activation,
+        gated: factor,
+    })
+}
 
-    let n = x.shape().0;
+/// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    experts: &[MoeExpert],
+    (gate, losses): (&Gate, &[RoutingLoss]),
+    activation: Activation,
+    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
+    let shape = check(x.shape(), experts, gate, activation)?;
+    let (n, dim) = *x.shape();
     let gated = gate.logits(&x, experts, (n, dim))?;
     let mut plan = RoutingPlan::default();
     let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
@@ -229,12 +244,6 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     };
     let plan = Arc::new(plan);
 
-    let shape = FfnShape {
-        dim,
-        hidden,
-        activation,
-        gated: factor,
-    };
     let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
     let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
     let mut y = Scratch::take(n * dim);
@@ -278,7 +287,14 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         }
         let given = (&*x, &*d_weights);
         gated
-            .backward(&router, &plan, &losses, given, &mut dx.values, g)
+            .backward(
+                &router,
+                &plan,
+                &losses,
+                given,
+                &mut dx.values,
+                &mut |handle, share| Ok(add(handle, share, g)?),
+            )
             .map_err(into_dfdx)?;
         x.put_gradient(g, dx.values)
     })?;

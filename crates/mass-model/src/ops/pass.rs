@@ -14,6 +14,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::scratch::Scratch;
+use crate::mirror::Mirror;
 use crate::param::Param;
 
 /// Where a layer computes, and whether a backward pass can follow. A layer is written once, over this.
@@ -34,8 +35,8 @@ pub(crate) trait Pass {
     /// Number of rows, and their width.
     fn shape(&self, x: &Self::Rows) -> (usize, usize);
 
-    /// The values of rows, row-major.
-    fn values(&self, x: &Self::Rows) -> Result<Vec<f32>, ModelError>;
+    /// The values of rows, row-major, wherever they lie.
+    fn mirror(&self, x: &Self::Rows) -> Mirror;
 
     /// The sum of one row of each table.
     fn embedding(&mut self, tables: &[(&Param, &[u32])]) -> Result<Self::Rows, ModelError>;
@@ -163,8 +164,8 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
         *x.shape()
     }
 
-    fn values(&self, x: &Activations) -> Result<Vec<f32>, ModelError> {
-        Ok(x.to_vec())
+    fn mirror(&self, x: &Activations) -> Mirror {
+        x.to_vec().into()
     }
 
     fn embedding(&mut self, tables: &[(&Param, &[u32])]) -> Result<Activations, ModelError> {

@@ -24,24 +24,30 @@ pub fn scale_rows<T: Tape<f32, Cpu>>(x: Rows<T>, factor: &Param) -> Result<Rows<
     on_tensors(x, |pass, x| pass.scale_rows(x, factor))
 }
 
+/// Refuses rows that are not there.
+pub(super) fn check_picked(&(n, _): &(usize, usize), picked: &[usize]) -> Result<(), ModelError> {
+    if picked.is_empty() {
+        return Err(ModelError::shape("picked rows", &[1], &[0]));
+    }
+    match picked.iter().position(|&row| row >= n) {
+        Some(position) => Err(ModelError::Index {
+            what: "row",
+            index: u32::try_from(picked[position]).unwrap_or(u32::MAX),
+            position,
+            len: n,
+        }),
+        None => Ok(()),
+    }
+}
+
 /// [`pick_rows`]
 pub(super) fn run_pick<T: Tape<f32, Cpu>>(
     tape: &mut T,
     x: Activations,
     picked: &[usize],
 ) -> Result<Activations, ModelError> {
-    let &(n, d) = x.shape();
-    if picked.is_empty() {
-        return Err(ModelError::shape("picked rows", &[1], &[0]));
-    }
-    if let Some(position) = picked.iter().position(|&row| row >= n) {
-        return Err(ModelError::Index {
-            what: "row",
-            index: u32::try_from(picked[position]).unwrap_or(u32::MAX),
-            position,
-            len: n,
-        });
-    }
+    check_picked(x.shape(), picked)?;
+    let d = x.shape().1;
     let mut y = Scratch::take(picked.len() * d);
     for (y, &row) in y.chunks_exact_mut(d).zip(picked) {
         y.copy_from_slice(&x[row * d..][..d]);

@@ -1,11 +1,9 @@
 use super::VitConfig;
-use crate::encoder::Mlp;
+use crate::encoder::{Course, Mlp};
 use crate::error::ModelError;
-use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
 use crate::ops::{Pass, Sequences};
 use crate::param::Param;
-use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::{Kind, Source};
 use crate::{mixtures, parameters};
 
@@ -59,23 +57,20 @@ impl VitBlock {
         x: P::Rows,
         sequences: &Sequences,
         keep: Option<&[usize]>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        traces: &mut Vec<LayerTrace>,
+        course: &mut Course<'_>,
     ) -> Result<P::Rows, ModelError> {
         let early = self.mlp.keep_early(keep);
         let h = self.norm1.run(pass, x.clone())?;
-        let h = self
-            .attention
-            .run(pass, h, sequences, early, keys.as_deref_mut())?;
+        let keys = course.keys.as_deref_mut();
+        let h = self.attention.run(pass, h, sequences, early, keys)?;
         let h = scaled(pass, h, self.scale1.as_ref())?;
         let x = pass.pick_some(x, early)?;
-        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
+        let dropout = course.dropout(self.dropout);
         let x = pass.add(h, x, dropout)?;
         let h = self.norm2.run(pass, x.clone())?;
-        let h = self.mlp.run(pass, h, masked, traces)?;
+        let h = self.mlp.run(pass, h, course)?;
         let h = scaled(pass, h, self.scale2.as_ref())?;
-        let dropout = keys.and_then(|k| k.next(self.dropout));
+        let dropout = course.dropout(self.dropout);
         let h = pass.add(h, x, dropout)?;
         self.mlp.keep_late(pass, h, keep)
     }

@@ -4,7 +4,7 @@ use dfdx::prelude::{NoneTape, OwnedTape, PutTape};
 
 use super::patches::{interpolation, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
-use crate::encoder::Wanted;
+use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
@@ -23,7 +23,6 @@ struct Entered<R> {
 struct Encoded<R> {
     states: R,
     tokens: usize,
-    traces: Vec<LayerTrace>,
 }
 
 impl VitClassifier {
@@ -33,7 +32,7 @@ impl VitClassifier {
         pass: &mut P,
         pixels: &[f32],
         size: (usize, usize),
-        keys: Option<&mut DropoutKeys>,
+        course: &mut Course<'_>,
     ) -> Result<(P::Rows, usize), ModelError> {
         let side = self.config.encoder.patch_size;
         let (rows, shape) = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
@@ -44,7 +43,7 @@ impl VitClassifier {
         let taps = interpolation(config.grid(), grid, config.position_resampling);
         let x = pass.assemble(embedded, &self.class, &self.positions, taps)?;
         let rate = config.hidden_dropout_prob;
-        let x = pass.dropout(x, keys.and_then(|k| k.next(rate)))?;
+        let x = pass.dropout(x, course.dropout(rate))?;
         Ok((x, 1 + grid.0 * grid.1))
     }
 
@@ -53,11 +52,11 @@ impl VitClassifier {
         &self,
         pass: &mut P,
         batch: ImageBatch<'_>,
-        keys: Option<&mut DropoutKeys>,
+        course: &mut Course<'_>,
     ) -> Result<Entered<P::Rows>, ModelError> {
         let (rows, tokens, blocks) = match batch {
             ImageBatch::Pixels { pixels, size } => {
-                let (rows, tokens) = self.embed(pass, pixels, size, keys)?;
+                let (rows, tokens) = self.embed(pass, pixels, size, course)?;
                 return Ok(Entered {
                     rows,
                     tokens,
@@ -113,18 +112,16 @@ impl VitClassifier {
         entered: Entered<P::Rows>,
         until: usize,
         wanted: Wanted,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
+        course: &mut Course<'_>,
         observe: &mut dyn FnMut(&P::Rows),
     ) -> Result<Encoded<P::Rows>, ModelError> {
-        check_masked(masked, self.mixtures())?;
+        check_masked(course.masked, self.mixtures())?;
         let Entered {
             rows: mut x,
             tokens,
             block: first,
         } = entered;
         let sequences = Sequences::uniform(pass.shape(&x).0 / tokens, tokens)?;
-        let mut traces = Vec::new();
         let starts: Option<&[usize]> = match wanted {
             Wanted::Every => None,
             Wanted::First => Some(&sequences.offsets()[..sequences.len()]),
@@ -133,16 +130,11 @@ impl VitClassifier {
         for (i, block) in blocks.iter().enumerate() {
             observe(&x);
             let keep = starts.filter(|_| i + 1 == blocks.len());
-            let keys = keys.as_deref_mut();
-            x = block.run(pass, x, &sequences, keep, masked, keys, &mut traces)?;
+            x = block.run(pass, x, &sequences, keep, course)?;
         }
         x = pass.pick_some(x, starts.filter(|_| blocks.is_empty()))?;
         observe(&x);
-        Ok(Encoded {
-            states: x,
-            tokens,
-            traces,
-        })
+        Ok(Encoded { states: x, tokens })
     }
 
     /// Logits `[batch, classes]`, and the number of tokens of an image.
@@ -150,12 +142,11 @@ impl VitClassifier {
         &self,
         pass: &mut P,
         batch: ImageBatch<'_>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
+        course: &mut Course<'_>,
     ) -> Result<Encoded<P::Rows>, ModelError> {
-        let entered = self.enter(pass, batch, keys.as_deref_mut())?;
+        let entered = self.enter(pass, batch, course)?;
         let (all, first) = (self.blocks.len(), Wanted::First);
-        let encoded = self.encode(pass, entered, all, first, masked, keys, &mut |_| {})?;
+        let encoded = self.encode(pass, entered, all, first, course, &mut |_| {})?;
         let class = self.norm.run(pass, encoded.states)?;
         Ok(Encoded {
             states: self.head.run(pass, class)?,
@@ -171,8 +162,9 @@ impl VitClassifier {
         observe: &mut dyn FnMut(&Activations),
     ) -> Result<Activations, ModelError> {
         let (mut pass, every) = (Host(NoneTape), Wanted::Every);
-        let entered = self.enter(&mut pass, batch, None)?;
-        let encoded = self.encode(&mut pass, entered, until, every, None, None, observe)?;
+        let course = &mut Course::default();
+        let entered = self.enter(&mut pass, batch, course)?;
+        let encoded = self.encode(&mut pass, entered, until, every, course, observe)?;
         Ok(encoded.states)
     }
 
@@ -242,12 +234,13 @@ impl VitClassifier {
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
         let mut pass = Host(OwnedTape::default());
-        let logits = self.forward(&mut pass, batch, None, dropout)?;
+        let mut course = Course::dropping(dropout);
+        let logits = self.forward(&mut pass, batch, &mut course)?;
         let (loss, losses) = pass.cross_entropy(logits.states, classes)?;
         let rows = losses
             .into_iter()
             .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
-        TrainPass::new(loss.put_tape(pass.0), rows.collect(), logits.traces)
+        TrainPass::new(loss.put_tape(pass.0), rows.collect(), course.traces)
     }
 
     /// Logits `[batch, classes]` without dropout, and what each mixture layer did.
@@ -262,8 +255,9 @@ impl VitClassifier {
         batch: ImageBatch<'_>,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let logits = self.forward(&mut Host(NoneTape), batch, masked, None)?;
-        Ok((logits.states.to_vec(), logits.traces))
+        let mut course = Course::masking(masked);
+        let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
+        Ok((logits.states.to_vec(), course.traces))
     }
 
     /// Cross-entropy of each image, nats, without dropout.
@@ -278,7 +272,7 @@ impl VitClassifier {
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
         let mut pass = Host(NoneTape);
-        let logits = self.forward(&mut pass, batch, masked, None)?;
+        let logits = self.forward(&mut pass, batch, &mut Course::masking(masked))?;
         Ok(pass.cross_entropy(logits.states, classes)?.1)
     }
 }
