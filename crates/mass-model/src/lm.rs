@@ -1,6 +1,6 @@
 //! A causal transformer language model whose feed-forward layers are mixtures of experts.
 
-use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, Tape};
+use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::mixtures::{check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
-use crate::ops::{Host, Pass, Rows, Sequences};
+use crate::ops::{Host, Pass, Rows, Sequences, Training};
 use crate::param::Param;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::{mixtures, parameters};
@@ -148,10 +148,19 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass, ModelError> {
-        let mut pass = Host(OwnedTape::default());
+        self.train(Host(OwnedTape::default()), tokens, targets, seq)
+    }
+
+    fn train<P: Training>(
+        &self,
+        mut pass: P,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
         let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
         let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
-        TrainPass::new(loss.put_tape(pass.0), token_losses, layers)
+        TrainPass::of(pass, loss, token_losses, layers)
     }
 
     /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
@@ -166,10 +175,7 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
-        let mut pass = crate::ops::Cuda::training(device);
-        let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
-        let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
-        TrainPass::on_device(pass, &loss, token_losses, layers)
+        self.train(crate::ops::Cuda::training(device), tokens, targets, seq)
     }
 
     /// [`score`](Self::score) on a device.

@@ -9,6 +9,7 @@ use mass_routing::RoutingPlan;
 use crate::error::ModelError;
 use crate::gradients::CpuGradients;
 use crate::mirror::Mirror;
+use crate::ops::{Training, check_loss};
 
 /// What a mixture layer did in a forward pass.
 #[derive(Clone, Debug)]
@@ -82,10 +83,7 @@ impl TrainPass {
         token_losses: Vec<f32>,
         layers: Vec<LayerTrace>,
     ) -> Result<Self, ModelError> {
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
+        let value = check_loss(loss.array())?;
         Ok(Self {
             loss: value,
             token_losses,
@@ -95,19 +93,19 @@ impl TrainPass {
     }
 }
 
-#[cfg(feature = "cuda")]
-impl TrainPass<crate::ops::CudaGradients> {
-    /// As [`new`](TrainPass::new), on a device.
-    pub(crate) fn on_device(
-        pass: crate::ops::Cuda,
-        loss: &crate::ops::CudaLoss,
+impl<G> TrainPass<G> {
+    /// As [`new`](TrainPass::new), wherever the loss was computed.
+    pub(crate) fn of<P: Training<Gradients = G>>(
+        pass: P,
+        loss: P::Loss,
         token_losses: Vec<f32>,
         layers: Vec<LayerTrace>,
     ) -> Result<Self, ModelError> {
+        let (loss, gradients) = pass.backward(loss)?;
         Ok(Self {
-            loss: loss.0,
+            loss,
             token_losses,
-            gradients: pass.backward(loss)?,
+            gradients,
             layers,
         })
     }

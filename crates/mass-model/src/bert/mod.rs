@@ -44,7 +44,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{NoneTape, OwnedTape, PutTape};
+use dfdx::prelude::{NoneTape, OwnedTape};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
@@ -56,7 +56,8 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
 use crate::nn::{LayerNorm, Linear};
-use crate::ops::{Activations, Host, Pass};
+use crate::ops::{Activations, Host, Pass, Training};
+use crate::optim::Gradients;
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
@@ -293,16 +294,38 @@ impl BertClassifier {
         targets: Targets<'_>,
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
-        let mut pass = Host(OwnedTape::default());
+        self.train(Host(OwnedTape::default()), batch, targets, dropout)
+    }
+
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        self.train(crate::ops::Cuda::training(device), batch, targets, dropout)
+    }
+
+    fn train<P: Training<Gradients: Gradients>>(
+        &self,
+        mut pass: P,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
         let mut course = Course::dropping(dropout);
         let logits = self.forward(&mut pass, batch, &mut course)?;
         let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
         let spans = batch.offsets.windows(2).zip(losses);
         let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
-        let loss = loss.put_tape(pass.0);
-        let mut pass = TrainPass::new(loss, rows.collect(), course.traces)?;
-        let words = self.words.gradient(&mut pass.gradients)?;
-        words[self.padding()].fill(0.0);
+        let mut pass = TrainPass::of(pass, loss, rows.collect(), course.traces)?;
+        pass.gradients.zero(&self.words, self.padding())?;
         Ok(pass)
     }
 
@@ -333,8 +356,33 @@ impl BertClassifier {
         targets: Targets<'_>,
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
-        let mut pass = Host(NoneTape);
-        let logits = self.forward(&mut pass, batch, &mut Course::masking(masked))?;
-        Ok(Self::loss(&mut pass, logits, targets)?.1)
+        self.losses_in(&mut Host(NoneTape), batch, targets, masked)
+    }
+
+    /// [`losses`](Self::losses) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn losses_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let pass = &mut crate::ops::Cuda::evaluating(device);
+        self.losses_in(pass, batch, targets, masked)
+    }
+
+    fn losses_in<P: Pass>(
+        &self,
+        pass: &mut P,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
+        Ok(Self::loss(pass, logits, targets)?.1)
     }
 }

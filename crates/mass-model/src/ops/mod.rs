@@ -30,9 +30,9 @@ pub use attention::{Attention, self_attention};
 pub(crate) use cross_entropy::Scalar;
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
 #[cfg(feature = "cuda")]
-pub use cuda::CudaGradients;
+pub(crate) use cuda::Cuda;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Cuda, CudaLoss};
+pub use cuda::CudaGradients;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
 pub use gate::Gate;
@@ -41,7 +41,7 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use moe::{MoeExpert, moe_ffn};
 pub use network::Network;
-pub(crate) use pass::{Host, Pass};
+pub(crate) use pass::{Host, Pass, Training, check_loss};
 pub use routing_loss::RoutingLoss;
 pub use rows::{pick_rows, scale_rows};
 pub use sequences::Sequences;

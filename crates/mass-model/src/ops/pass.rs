@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dfdx::prelude::{Cpu, Tape};
+use dfdx::prelude::{AsArray, Backward, Cpu, OwnedTape, PutTape, Tape};
 use mass_routing::{AnyRouter, RoutingPlan};
 use ndarray::ArrayView2;
 
@@ -11,6 +11,7 @@ use super::{
     assemble, attention, cross_entropy, embedding, feed_forward, layer_norm, linear, moe, rows,
 };
 use crate::error::ModelError;
+use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::scratch::Scratch;
@@ -143,6 +144,32 @@ pub(crate) trait Pass {
         outputs: Self::Rows,
         targets: &[f32],
     ) -> Result<(Self::Loss, Vec<f32>), ModelError>;
+}
+
+/// A pass that a backward pass can follow.
+pub(crate) trait Training: Pass {
+    /// Gradients of parameters, where the pass has computed.
+    type Gradients;
+
+    /// The value of a loss of this pass, and its gradients.
+    fn backward(self, loss: Self::Loss) -> Result<(f32, Self::Gradients), ModelError>;
+}
+
+impl Training for Host<OwnedTape<f32, Cpu>> {
+    type Gradients = CpuGradients;
+
+    fn backward(self, loss: Scalar) -> Result<(f32, CpuGradients), ModelError> {
+        let value = check_loss(loss.array())?;
+        Ok((value, loss.put_tape(self.0).try_backward()?))
+    }
+}
+
+/// Refuses a loss that nothing can be learnt from.
+pub(crate) fn check_loss(loss: f32) -> Result<f32, ModelError> {
+    match loss.is_finite() {
+        true => Ok(loss),
+        false => Err(ModelError::NonFinite("the training loss".into())),
+    }
 }
 
 /// On the host, with dfdx's tape, or without one.

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use mass_expand::Moments;
 use rayon::prelude::*;
@@ -329,6 +330,10 @@ pub trait Gradients: sealed::Sealed {
     #[doc(hidden)]
     fn take(&mut self, param: &Param) -> Result<Option<Self::Values>, ModelError>;
 
+    /// Makes some values of a parameter's gradient zero, if there is one.
+    #[doc(hidden)]
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError>;
+
     /// Updates a parameter, where its gradient lies.
     #[doc(hidden)]
     fn update(
@@ -354,6 +359,13 @@ impl Gradients for CpuGradients {
 
     fn take(&mut self, param: &Param) -> Result<Option<Vec<f32>>, ModelError> {
         param.take_gradient(self)
+    }
+
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
+        if let Some(gradient) = param.find_gradient(self)? {
+            gradient[which].fill(0.0);
+        }
+        Ok(())
     }
 
     fn update(
@@ -386,6 +398,10 @@ impl Gradients for CudaGradients {
 
     fn take(&mut self, param: &Param) -> Result<Option<Buffer<f32>>, ModelError> {
         Ok(self.take(param))
+    }
+
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
+        self.zero(param, which)
     }
 
     fn update(

@@ -1,6 +1,6 @@
 //! Forward and training passes.
 
-use dfdx::prelude::{NoneTape, OwnedTape, PutTape};
+use dfdx::prelude::{NoneTape, OwnedTape};
 
 use super::patches::{interpolation, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
@@ -9,7 +9,7 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, check_masked};
-use crate::ops::{Activations, Host, Pass, Sequences};
+use crate::ops::{Activations, Host, Pass, Sequences, Training};
 use crate::pass::{LayerTrace, Masked, TrainPass};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
@@ -233,14 +233,38 @@ impl VitClassifier {
         classes: &[u32],
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
-        let mut pass = Host(OwnedTape::default());
+        self.train(Host(OwnedTape::default()), batch, classes, dropout)
+    }
+
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        self.train(crate::ops::Cuda::training(device), batch, classes, dropout)
+    }
+
+    fn train<P: Training>(
+        &self,
+        mut pass: P,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
         let mut course = Course::dropping(dropout);
         let logits = self.forward(&mut pass, batch, &mut course)?;
         let (loss, losses) = pass.cross_entropy(logits.states, classes)?;
         let rows = losses
             .into_iter()
             .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
-        TrainPass::new(loss.put_tape(pass.0), rows.collect(), course.traces)
+        TrainPass::of(pass, loss, rows.collect(), course.traces)
     }
 
     /// Logits `[batch, classes]` without dropout, and what each mixture layer did.
@@ -271,8 +295,33 @@ impl VitClassifier {
         classes: &[u32],
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
-        let mut pass = Host(NoneTape);
-        let logits = self.forward(&mut pass, batch, &mut Course::masking(masked))?;
+        self.losses_in(&mut Host(NoneTape), batch, classes, masked)
+    }
+
+    /// [`losses`](Self::losses) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn losses_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let pass = &mut crate::ops::Cuda::evaluating(device);
+        self.losses_in(pass, batch, classes, masked)
+    }
+
+    fn losses_in<P: Pass>(
+        &self,
+        pass: &mut P,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
         Ok(pass.cross_entropy(logits.states, classes)?.1)
     }
 }

@@ -1,15 +1,18 @@
-//! A language model that trains on a device, against the same one on the host. Without a device, which `cargo xtask cuda-emu`
+//! Models that train on a device, against the same ones on the host. Without a device, which `cargo xtask cuda-emu`
 //! emulates, the tests do nothing and say so.
 
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
+use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::mass_cuda::Device;
 use mass_model::nn::{BlockConfig, MoeConfig};
+use mass_model::ops::CudaGradients;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Activation, Parameters, seeded_rng};
+use mass_model::vit::{ImageBatch, VitClassifier, VitConfig};
+use mass_model::{Activation, DropoutKeys, Param, Parameters, TrainPass, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 /// The device, if one was promised; if it is not there then, the test fails.
@@ -47,10 +50,6 @@ const SEQ: usize = 8;
 const VOCAB: usize = 50;
 
 fn model() -> LanguageModel {
-    let router = RouterConfig::TopP {
-        p: 0.6,
-        combine: Combine::Renormalised,
-    };
     let config = LanguageModelConfig {
         vocab: VOCAB,
         max_seq: SEQ,
@@ -59,7 +58,7 @@ fn model() -> LanguageModel {
         block: BlockConfig {
             heads: 4,
             layer_norm_eps: 1e-5,
-            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, router),
+            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, top_p()),
         },
     };
     LanguageModel::new(&config, &mut seeded_rng(7)).unwrap()
@@ -84,10 +83,120 @@ fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
-fn params(model: &LanguageModel) -> Vec<(String, &mass_model::Param)> {
+fn params<M: Parameters>(model: &M) -> Vec<(String, &Param)> {
     let mut all = Vec::new();
     model.visit("", &mut |name, param| all.push((name, param)));
     all
+}
+
+/// Losses, plans and gradients of two passes, one on the device and one on the host.
+fn same_pass<M: Parameters>(
+    model: &M,
+    there: &TrainPass<CudaGradients>,
+    mut host: TrainPass,
+    tolerance: f32,
+) {
+    assert!((there.loss - host.loss).abs() < tolerance);
+    close("losses", &there.token_losses, &host.token_losses, tolerance);
+    assert_eq!(there.layers.len(), host.layers.len());
+    for (a, b) in there.layers.iter().zip(&host.layers) {
+        assert_eq!(a.plan.tokens(), b.plan.tokens());
+        let (a, b) = (a.gate_input.values(), b.gate_input.values());
+        close("gate input", a, b, tolerance);
+    }
+    for (name, param) in params(model) {
+        let got = there.gradients.of(param).unwrap();
+        let wanted = param.find_gradient(&mut host.gradients).unwrap();
+        match (got, wanted) {
+            (Some(got), Some(wanted)) => close(&name, &got, wanted, tolerance),
+            (got, wanted) => assert!(got.is_none() && wanted.is_none(), "{name}"),
+        }
+    }
+}
+
+fn top_p() -> RouterConfig {
+    RouterConfig::TopP {
+        p: 0.6,
+        combine: Combine::Renormalised,
+    }
+}
+
+#[test]
+fn bert_s_passes_are_the_host_s() {
+    let Some(device) = device() else { return };
+    let config = BertConfig {
+        vocab_size: 12,
+        hidden_size: 8,
+        num_hidden_layers: 3,
+        num_attention_heads: 2,
+        intermediate_size: 16,
+        max_position_embeddings: 8,
+        initializer_range: 0.3,
+        ..BertConfig::default()
+    };
+    for (labels, targets) in [
+        (3, Targets::Classes(&[2, 0, 1])),
+        (1, Targets::Values(&[0.5, -1.0, 2.0])),
+    ] {
+        let mut rng = seeded_rng(4);
+        let mut model = BertClassifier::new(&config, labels, &mut rng).unwrap();
+        // In the middle, and where only first tokens are wanted.
+        for layer in [1, 2] {
+            model.convert(layer, 4, top_p(), &mut rng).unwrap();
+        }
+        let ids = vec![1, 5, 0, 2, 1, 7, 2, 1, 11];
+        let batch = TextBatch::packed(ids, vec![0; 9], vec![0, 4, 7, 9]);
+        let keys = || DropoutKeys::new(1, 2);
+        let host = model.train_pass(&batch, targets, Some(&mut keys()));
+        let there = model.train_pass_on(&device, &batch, targets, Some(&mut keys()));
+        same_pass(&model, &there.unwrap(), host.unwrap(), 1e-4);
+        let host = model.losses(&batch, targets, None).unwrap();
+        let there = model.losses_on(&device, &batch, targets, None).unwrap();
+        close("losses", &there, &host, 1e-4);
+    }
+}
+
+#[test]
+fn a_vision_transformer_s_passes_are_the_host_s() {
+    let Some(device) = device() else { return };
+    let config = VitConfig {
+        hidden_size: 8,
+        num_hidden_layers: 3,
+        num_attention_heads: 2,
+        intermediate_size: 16,
+        image_size: 8,
+        patch_size: 4,
+        layer_scale: Some(0.7),
+        hidden_dropout_prob: 0.1,
+        initializer_range: 0.3,
+        ..VitConfig::default()
+    };
+    let mut rng = seeded_rng(5);
+    let mut model = VitClassifier::new(&config, 5, &mut rng).unwrap();
+    model.convert(2, 4, top_p(), &mut rng).unwrap();
+    // Another size than the model's: positions are interpolated.
+    let pixels: Vec<f32> = (0..2 * 3 * 8 * 12)
+        .map(|i| (i as f32 * 0.1).sin())
+        .collect();
+    let rows = model.features(&pixels, (8, 12), 2).unwrap();
+    let pictures = ImageBatch::Pixels {
+        pixels: &pixels,
+        size: (8, 12),
+    };
+    let features = ImageBatch::Features {
+        rows: &rows,
+        tokens: 7,
+        blocks: 2,
+    };
+    for batch in [pictures, features] {
+        let keys = || DropoutKeys::new(1, 2);
+        let host = model.train_pass(batch, &[3, 1], Some(&mut keys()));
+        let there = model.train_pass_on(&device, batch, &[3, 1], Some(&mut keys()));
+        same_pass(&model, &there.unwrap(), host.unwrap(), 1e-4);
+        let host = model.losses(batch, &[3, 1], None).unwrap();
+        let there = model.losses_on(&device, batch, &[3, 1], None).unwrap();
+        close("losses", &there, &host, 1e-4);
+    }
 }
 
 #[test]
@@ -95,29 +204,11 @@ fn a_training_pass_is_the_host_s() {
     let Some(device) = device() else { return };
     let model = model();
     let (tokens, targets) = batch(0);
-    let mut host = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let host = model.train_pass(&tokens, &targets, SEQ).unwrap();
     let there = model
         .train_pass_on(&device, &tokens, &targets, SEQ)
         .unwrap();
-    assert!((there.loss - host.loss).abs() < 1e-4);
-    close("losses", &there.token_losses, &host.token_losses, 1e-4);
-    for (a, b) in there.layers.iter().zip(&host.layers) {
-        assert_eq!(a.plan.tokens(), b.plan.tokens());
-        close(
-            "gate input",
-            a.gate_input.values(),
-            b.gate_input.values(),
-            1e-4,
-        );
-    }
-    for (name, param) in params(&model) {
-        let got = there.gradients.of(param).unwrap();
-        let wanted = param.find_gradient(&mut host.gradients).unwrap();
-        match (got, wanted) {
-            (Some(got), Some(wanted)) => close(&name, &got, wanted, 1e-4),
-            (got, wanted) => assert!(got.is_none() && wanted.is_none(), "{name}"),
-        }
-    }
+    same_pass(&model, &there, host, 1e-4);
     let scored = model.score(&tokens, &targets, SEQ, None).unwrap().0;
     let there = model
         .score_on(&device, &tokens, &targets, SEQ, None)

@@ -9,12 +9,14 @@ mod pass;
 mod tests;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use dfdx::prelude::UniqueId;
 use mass_cuda::kernels::{Store, elementwise};
 use mass_cuda::{Buffer, CudaError, Device, View, ViewMut};
 
+use super::{Training, check_loss};
 use crate::error::ModelError;
 use crate::param::{Param, ParamHandle};
 
@@ -48,6 +50,14 @@ impl CudaGradients {
     /// Takes a parameter's gradient out.
     pub(crate) fn take(&mut self, param: &Param) -> Option<Buffer<f32>> {
         self.of.remove(&param.handle().id())
+    }
+
+    /// Makes some values of a parameter's gradient zero, if there is one.
+    pub(crate) fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
+        if let Some(gradient) = self.of.get_mut(&param.handle().id()) {
+            gradient.view_mut().range(which)?.clear()?;
+        }
+        Ok(())
     }
 
     /// Lets `write` add to a parameter's gradient, or be the first to write it.
@@ -121,7 +131,7 @@ pub(crate) struct Cuda {
 }
 
 /// A scalar that the backward pass of the tape begins at.
-pub(crate) struct CudaLoss(pub(crate) f32);
+pub(crate) struct CudaLoss(f32);
 
 impl Cuda {
     /// With a tape, for training.
@@ -165,16 +175,13 @@ impl Cuda {
             operation,
         }
     }
+}
 
-    /// The gradients of a loss.
-    ///
-    /// # Errors
-    /// [`ModelError::NonFinite`] if the loss is not a number, [`ModelError::Cuda`] if the device's memory does not suffice, or it
-    /// has failed.
-    pub(crate) fn backward(self, loss: &CudaLoss) -> Result<CudaGradients, ModelError> {
-        if !loss.0.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
+impl Training for Cuda {
+    type Gradients = CudaGradients;
+
+    fn backward(self, loss: CudaLoss) -> Result<(f32, CudaGradients), ModelError> {
+        let loss = check_loss(loss.0)?;
         let tape = self.tape.unwrap_or_default();
         let mut sweep = Sweep {
             rows: tape.iter().map(|_| None).collect(),
@@ -186,7 +193,7 @@ impl Cuda {
         for operation in tape.into_iter().rev() {
             operation(&mut sweep)?;
         }
-        Ok(sweep.params)
+        Ok((loss, sweep.params))
     }
 }
 

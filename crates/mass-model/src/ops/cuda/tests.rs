@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use dfdx::prelude::{Backward, NoneTape, OwnedTape, PutTape};
+use dfdx::prelude::{NoneTape, OwnedTape};
 use mass_cuda::Device;
 use mass_routing::losses::BalanceCount;
 use mass_routing::{Combine, RouterConfig};
@@ -13,7 +13,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{FeedForward, GateConfig, LayerNorm, Linear, MoeConfig, MoeLayer, SelfAttention};
-use crate::ops::{Host, Pass, RoutingLoss, Sequences, Taps};
+use crate::ops::{Host, Pass, RoutingLoss, Sequences, Taps, Training};
 use crate::param::{Param, Parameters};
 use crate::seeded_rng;
 
@@ -50,7 +50,7 @@ enum Operation {
     Linear(Linear),
     LayerNorm(LayerNorm),
     FeedForward(FeedForward),
-    Moe(MoeLayer),
+    Moe(Box<MoeLayer>),
     Attention(SelfAttention, Sequences, bool),
     Scale(Param),
     Pick(Vec<usize>),
@@ -107,12 +107,11 @@ impl Operation {
     }
 }
 
+/// A loss, that of each row, and the rows.
+type Ran<P> = (<P as Pass>::Loss, Vec<f32>, Vec<f32>);
+
 /// The operation between an embedding, whose gradient is that of the operation's input, and a loss.
-fn run<P: Pass>(
-    pass: &mut P,
-    table: &Param,
-    operation: &Operation,
-) -> Result<(P::Loss, Vec<f32>, Vec<f32>), ModelError> {
+fn run<P: Pass>(pass: &mut P, table: &Param, operation: &Operation) -> Result<Ran<P>, ModelError> {
     let ids: Vec<u32> = (0..table.shape()[0] as u32).collect();
     let x = pass.embedding(&[(table, &ids), (table, &ids)])?;
     let y = operation.run(pass, x)?;
@@ -129,13 +128,13 @@ fn compare(what: &str, (n, d): (usize, usize), operation: &Operation) {
 
     let mut pass = Host(OwnedTape::default());
     let (loss, losses, output) = run(&mut pass, &table, operation).unwrap();
-    let mut wanted = loss.put_tape(pass.0).try_backward().unwrap();
+    let mut wanted = pass.backward(loss).unwrap().1;
 
     let mut pass = Cuda::training(&device);
     let (loss, losses_there, there) = run(&mut pass, &table, operation).unwrap();
     close(&format!("{what}: output"), &there, &output);
     close(&format!("{what}: losses"), &losses_there, &losses);
-    let got = pass.backward(&loss).unwrap();
+    let got = pass.backward(loss).unwrap().1;
     for (name, param) in [("input".into(), &table)]
         .into_iter()
         .chain(operation.params())
@@ -270,7 +269,7 @@ fn mixtures_behind_every_router_and_gate() {
                 }
                 let layer = MoeLayer::new(&config, rng).unwrap();
                 let what = format!("{router:?}, {gate:?}, gated {gated}");
-                compare(&what, (19, 6), &Operation::Moe(layer));
+                compare(&what, (19, 6), &Operation::Moe(Box::new(layer)));
             }
         }
     }
@@ -285,12 +284,12 @@ fn squared_errors_of_values() {
     let mut pass = Host(OwnedTape::default());
     let x = pass.embedding(&[(&table, &ids)]).unwrap();
     let (loss, losses) = pass.mean_squared_error(x, &targets).unwrap();
-    let mut wanted = loss.put_tape(pass.0).try_backward().unwrap();
+    let mut wanted = pass.backward(loss).unwrap().1;
     let mut pass = Cuda::training(&device);
     let x = pass.embedding(&[(&table, &ids)]).unwrap();
     let (loss, there) = pass.mean_squared_error(x, &targets).unwrap();
     close("squared errors", &there, &losses);
-    let got = pass.backward(&loss).unwrap().of(&table).unwrap().unwrap();
+    let got = pass.backward(loss).unwrap().1.of(&table).unwrap().unwrap();
     close("gradient", &got, table.gradient(&mut wanted).unwrap());
 }
 
