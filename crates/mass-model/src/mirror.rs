@@ -3,9 +3,9 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, OnceLock};
 
+use crate::error::ModelError;
 #[cfg(feature = "cuda")]
 use {
-    crate::error::ModelError,
     mass_cuda::{Buffer, Device},
     std::sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -16,7 +16,7 @@ use {
 /// values on the host.
 ///
 /// # Panics
-/// Reading panics if the truth lies on a device that has failed; `try_values` gives the error.
+/// Reading panics if the truth lies on a device that has failed; [`try_values`](Self::try_values) gives the error.
 #[derive(Debug)]
 pub struct Mirror {
     host: OnceLock<Arc<Vec<f32>>>,
@@ -47,11 +47,25 @@ impl Mirror {
 
     /// The values on the host, shared: what an operation keeps for its backward pass.
     pub(crate) fn shared(&self) -> &Arc<Vec<f32>> {
-        #[cfg(feature = "cuda")]
         if let Err(error) = self.try_values() {
             panic!("the values cannot be read: {error}");
         }
-        self.host.get().expect("values that lie nowhere else")
+        self.host.get().expect("values that were read")
+    }
+
+    /// The values on the host, copied from a device if they were changed there.
+    ///
+    /// # Errors
+    /// That of the device, if it has failed.
+    pub fn try_values(&self) -> Result<&[f32], ModelError> {
+        #[cfg(feature = "cuda")]
+        if self.host.get().is_none()
+            && let Some(buffer) = &*self.on_device()
+        {
+            let values = buffer.to_vec()?;
+            self.host.get_or_init(|| Arc::new(values));
+        }
+        Ok(self.host.get().map_or(&[], |values| values.as_slice()))
     }
 }
 
@@ -103,21 +117,6 @@ impl Mirror {
             host: OnceLock::new(),
             device: Mutex::new(Some(buffer)),
         }
-    }
-
-    /// The values on the host, copied from the device if they were changed there.
-    ///
-    /// # Errors
-    /// [`ModelError::Cuda`] if the device has failed.
-    pub fn try_values(&self) -> Result<&[f32], ModelError> {
-        if let Some(values) = self.host.get() {
-            return Ok(values);
-        }
-        let values = match &*self.on_device() {
-            Some(buffer) => buffer.to_vec()?,
-            None => Vec::new(),
-        };
-        Ok(self.host.get_or_init(|| Arc::new(values)))
     }
 
     /// The values on a device, copied there if they are not on it yet.

@@ -126,9 +126,17 @@ impl Param {
     /// The values, row-major.
     ///
     /// # Panics
-    /// If they were changed on a device that has failed since.
+    /// If they were changed on a device that has failed since: [`try_values`](Self::try_values) gives the error.
     pub fn values(&self) -> &[f32] {
         &self.values
+    }
+
+    /// [`values`](Self::values), copied from a device if they were changed there.
+    ///
+    /// # Errors
+    /// That of the device, if it has failed.
+    pub fn try_values(&self) -> Result<&[f32], ModelError> {
+        self.values.try_values()
     }
 
     /// The values, shared: what an operation keeps for its backward pass.
@@ -376,6 +384,17 @@ pub trait Parameters {
         self.visit("", &mut |_, p| n += p.len());
         n
     }
+}
+
+/// Copies all values to the host that a device has changed: none of them fails to be read afterwards.
+pub(crate) fn bring_to_host(model: &(impl Parameters + ?Sized)) -> Result<(), ModelError> {
+    let mut outcome = Ok(());
+    model.visit("", &mut |_, p| {
+        if outcome.is_ok() {
+            outcome = p.try_values().map(|_| ());
+        }
+    });
+    outcome
 }
 
 /// Joins a prefix and a name by a dot; either may be empty.

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
+use mass_model::checkpoint::{load_safetensors, save_safetensors};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::mass_cuda::Device;
 use mass_model::nn::{BlockConfig, MoeConfig};
@@ -266,8 +267,21 @@ fn steps_are_the_host_s_and_have_the_same_bits_twice() {
             close(&name, &got.v, &state.v, 1e-4);
         }
     }
-    // What is changed on the host is what the device computes with next.
+    // A file of what the device has changed.
     let (tokens, targets) = batch(9);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    save_safetensors(&file, &there).unwrap();
+    let mut read = model();
+    load_safetensors(&file, &mut read).unwrap();
+    let here = read.score(&tokens, &targets, SEQ, None).unwrap().0;
+    let scores = there
+        .score_on(&device, &tokens, &targets, SEQ, None)
+        .unwrap()
+        .0;
+    close("scores of what was saved", &here, &scores, 1e-4);
+
+    // What is changed on the host is what the device computes with next.
     let mut there = there;
     there.head.weight.values_mut().fill(0.0);
     let scores = there
