@@ -348,8 +348,8 @@ pub(crate) fn emulate(arguments: &[OsString]) -> ExitCode {
 Usage: cargo xtask cuda-emu [--build | --races] [-- ARGUMENTS OF CARGO TEST]
 
 Builds a libcuda.so whose device is the CPU, from the kernels' sources with g++, and runs the tests that need a device on it:
-those that the arguments say, or without arguments mass-cuda's, and these once more on a device that looks for races in shared
-memory. The tests have one thread: the device uses all.
+those that the arguments say, or without arguments mass-cuda's and mass-model's, and mass-cuda's once more on a device that looks
+for races in shared memory. The tests have one thread: the device uses all.
 
   --build   build it only, and print the folder to put into LD_LIBRARY_PATH
   --races   on the device that looks for races only";
@@ -405,23 +405,19 @@ fn run_emulated(what: What, arguments: &[OsString]) -> Outcome<ExitCode> {
     }
     build_driver(&planted, &faults, false)?;
     build_driver(&planted, &faults.join("races"), true)?;
-    let drivers = match what {
-        What::Races => vec![&races],
-        What::Both => vec![&folder, &races],
-        _ => vec![&folder],
+    // Kernels race or do not, whoever calls them: mass-model's tests run on the first device only.
+    let own_tests = "-p mass-cuda --features emulated --test main";
+    let models = "-p mass-model --features cuda --lib --test main cuda::";
+    let own: &[(&PathBuf, &str)] = match what {
+        What::Races => &[(&races, own_tests)],
+        What::Both => &[(&folder, own_tests), (&folder, models), (&races, own_tests)],
+        _ => &[(&folder, own_tests)],
     };
-    for driver in drivers {
+    for &(driver, tests) in own {
         let mut command = cargo();
         command.arg("test").current_dir(root());
         match arguments {
-            [] => command.args([
-                "-p",
-                "mass-cuda",
-                "--features",
-                "emulated",
-                "--test",
-                "main",
-            ]),
+            [] => command.args(tests.split(' ')),
             some => command.args(some),
         };
         let mut path = OsString::from(driver);

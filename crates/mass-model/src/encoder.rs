@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
+use crate::kernels::dropout::{Dropout, DropoutKeys};
 use crate::mixtures::Mixtures;
 use crate::nn::{FeedForward, MoeConfig, MoeLayer};
-use crate::ops::Activations;
+use crate::ops::Pass;
 use crate::param::{Param, Parameters, join};
 use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::Source;
@@ -126,6 +126,40 @@ macro_rules! classifier {
 }
 pub(crate) use classifier;
 
+/// What goes with the rows through an encoder.
+#[derive(Default)]
+pub(crate) struct Course<'k> {
+    /// An expert that takes no part.
+    pub(crate) masked: Option<Masked>,
+    /// Where masks of dropout come from; nothing is dropped without.
+    pub(crate) keys: Option<&'k mut DropoutKeys>,
+    /// What the mixtures have done so far, bottom first.
+    pub(crate) traces: Vec<LayerTrace>,
+}
+
+impl<'k> Course<'k> {
+    /// With an expert masked, or none.
+    pub(crate) fn masking(masked: Option<Masked>) -> Self {
+        Self {
+            masked,
+            ..Self::default()
+        }
+    }
+
+    /// With dropout, or without.
+    pub(crate) fn dropping(keys: Option<&'k mut DropoutKeys>) -> Self {
+        Self {
+            keys,
+            ..Self::default()
+        }
+    }
+
+    /// The mask of the next dropout operation.
+    pub(crate) fn dropout(&mut self, rate: f32) -> Option<Dropout> {
+        self.keys.as_mut().and_then(|keys| keys.next(rate))
+    }
+}
+
 /// Its parameters are named `ffn.` while it is dense and `moe.` once it is a mixture.
 #[derive(Clone, Debug)]
 pub(crate) enum Mlp {
@@ -175,27 +209,25 @@ impl Mlp {
     }
 
     /// Rows `keep` of what follows this sublayer, if they have not been picked before it.
-    pub(crate) fn keep_late<T: Tape<f32, Cpu>>(
+    pub(crate) fn keep_late<P: Pass>(
         &self,
-        output: Activations<T>,
+        pass: &mut P,
+        output: P::Rows,
         keep: Option<&[usize]>,
-    ) -> Result<Activations<T>, ModelError> {
-        match keep.filter(|_| self.mixture().is_some()) {
-            Some(keep) => output.pick_rows(keep),
-            None => Ok(output),
-        }
+    ) -> Result<P::Rows, ModelError> {
+        pass.pick_some(output, keep.filter(|_| self.mixture().is_some()))
     }
 
     /// The forward pass; a mixture appends its trace, and is the mixture layer of that index.
-    pub(crate) fn forward<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
-        masked: Option<Masked>,
-        traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
+        pass: &mut P,
+        x: P::Rows,
+        course: &mut Course<'_>,
+    ) -> Result<P::Rows, ModelError> {
         match self {
-            Self::Dense(network) => network.run(x),
-            Self::Mixture(layer) => layer.run_traced(x, masked, traces),
+            Self::Dense(network) => network.run(pass, x),
+            Self::Mixture(layer) => layer.run_traced(pass, x, course.masked, &mut course.traces),
         }
     }
 }
@@ -207,21 +239,6 @@ pub(crate) enum Wanted {
     /// The first of each sequence, in order: all that a head on the first token reads. The last layer computes no others
     /// once its tokens have attended to each other.
     First,
-}
-
-/// A sublayer's output and the residual that it is to be added to, of which rows `keep` are picked, if given. The output has
-/// no other rows already.
-pub(crate) fn with_residual<T: Tape<f32, Cpu>>(
-    output: Activations<T>,
-    residual: Activations,
-    keep: Option<&[usize]>,
-) -> Result<(Activations<T>, Activations), ModelError> {
-    let Some(keep) = keep else {
-        return Ok((output, residual));
-    };
-    let (output, tape) = output.split_tape();
-    let (residual, tape) = residual.put_tape(tape).pick_rows(keep)?.split_tape();
-    Ok((output.put_tape(tape), residual))
 }
 
 impl Parameters for Mlp {

@@ -56,6 +56,10 @@ pub enum ModelError {
     /// The tensor library failed.
     #[error("tensor library: {0}")]
     Tensor(#[from] CpuError),
+    /// The CUDA device refused its input, ran out of memory or failed.
+    #[cfg(feature = "cuda")]
+    #[error("{0}")]
+    Cuda(#[from] mass_cuda::CudaError),
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

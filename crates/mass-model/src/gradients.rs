@@ -76,6 +76,12 @@ impl Identity {
         }))
     }
 
+    /// The key under which dfdx keeps it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn id(&self) -> UniqueId {
+        self.0.id
+    }
+
     /// Number of values of the gradient.
     pub(crate) fn len(&self) -> usize {
         self.0.len

@@ -10,6 +10,7 @@ pub mod growth;
 pub mod kernels;
 mod lineage;
 pub mod lm;
+mod mirror;
 mod mixtures;
 pub mod nn;
 pub mod ops;
@@ -25,10 +26,13 @@ pub use gradients::CpuGradients;
 pub use kernels::activation::Activation;
 pub use kernels::dropout::{Dropout, DropoutKeys};
 pub use kernels::scratch::release_scratch;
+#[cfg(feature = "cuda")]
+pub use mass_cuda;
+pub use mirror::Mirror;
 #[doc(hidden)]
 pub use param::join;
 pub use param::{Param, Parameters};
-pub use pass::{LayerTrace, Masked, TrainPass};
+pub use pass::{GateInput, LayerTrace, Masked, TrainPass};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;

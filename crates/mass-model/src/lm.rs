@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::mixtures::{check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
-use crate::ops::{self, Activations, Rows, Sequences};
+use crate::ops::{Host, Pass, Rows, Sequences, Training};
 use crate::param::Param;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::{mixtures, parameters};
@@ -102,19 +102,20 @@ impl LanguageModel {
         masked: Option<Masked>,
         tape: T,
     ) -> Result<Forwarded<T>, ModelError> {
-        let (logits, layers) = self.run(tokens, seq, masked, tape)?;
-        let logits = logits.into_rows()?;
+        let mut pass = Host(tape);
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        let logits = logits.into_tensor(pass.0)?;
         Ok(Forwarded { logits, layers })
     }
 
     /// [`forward`](Self::forward)
-    fn run<T: Tape<f32, Cpu>>(
+    fn run<P: Pass>(
         &self,
+        pass: &mut P,
         tokens: &[u32],
         seq: usize,
         masked: Option<Masked>,
-        tape: T,
-    ) -> Result<(Activations<T>, Vec<LayerTrace>), ModelError> {
+    ) -> Result<(P::Rows, Vec<LayerTrace>), ModelError> {
         let longest = self.positions.shape()[0];
         if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
             let what = "tokens and sequence (which divides them, and is at most as long as here)";
@@ -128,12 +129,13 @@ impl LanguageModel {
         let sequences = Sequences::uniform(tokens.len() / seq, seq)?;
         let positions: Vec<u32> = (0..seq as u32).cycle().take(tokens.len()).collect();
         let tables = [(&self.tokens, tokens), (&self.positions, &positions)];
-        let mut x = ops::embed(&tables, tape)?;
+        let mut x = pass.embedding(&tables)?;
         let mut layers = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            x = block.run(x, &sequences, masked, &mut layers)?;
+            x = block.run(pass, x, &sequences, masked, &mut layers)?;
         }
-        Ok((self.head.run(self.norm.run(x)?)?, layers))
+        let x = self.norm.run(pass, x)?;
+        Ok((self.head.run(pass, x)?, layers))
     }
 
     /// Loss of next-token prediction and its gradients. `tokens` and `targets` are sequences of `seq` laid end to end.
@@ -146,9 +148,52 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass, ModelError> {
-        let (logits, layers) = self.run(tokens, seq, None, OwnedTape::default())?;
-        let (loss, token_losses) = logits.cross_entropy(targets)?;
-        TrainPass::new(loss, token_losses, layers)
+        self.train(Host(OwnedTape::default()), tokens, targets, seq)
+    }
+
+    fn train<P: Training>(
+        &self,
+        mut pass: P,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
+        let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
+        let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
+        TrainPass::of(pass, loss, token_losses, layers)
+    }
+
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        self.train(crate::ops::Cuda::training(device), tokens, targets, seq)
+    }
+
+    /// [`score`](Self::score) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn score_on(
+        &self,
+        device: &mass_cuda::Device,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        let mut pass = crate::ops::Cuda::evaluating(device);
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        Ok((pass.cross_entropy(logits, targets)?.1, layers))
     }
 
     /// Negative log-likelihood of each target, nats, without a tape.
@@ -162,8 +207,9 @@ impl LanguageModel {
         seq: usize,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let (logits, layers) = self.run(tokens, seq, masked, NoneTape)?;
-        Ok((logits.token_losses(targets)?, layers))
+        let mut pass = Host(NoneTape);
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        Ok((pass.cross_entropy(logits, targets)?.1, layers))
     }
 }
 

@@ -13,6 +13,7 @@ use crate::gradients::{CpuGradients, Identity};
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::{give_back, take_vec};
 use crate::lineage::Lineage;
+use crate::mirror::Mirror;
 
 /// Number of values of a shape.
 fn count(shape: &[usize]) -> Result<usize, ModelError> {
@@ -36,7 +37,7 @@ fn count(shape: &[usize]) -> Result<usize, ModelError> {
 /// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`](dfdx::prelude::Gradients). A clone is another
 /// parameter: it has the same values and a gradient of its own, which is what duplicating an expert needs.
 pub struct Param {
-    values: Arc<Vec<f32>>,
+    values: Mirror,
     shape: Vec<usize>,
     decays: bool,
     identity: Identity,
@@ -55,7 +56,7 @@ impl Param {
         }
         Ok(Self {
             identity: Identity::new(values.len())?,
-            values: Arc::new(values),
+            values: values.into(),
             shape: shape.to_vec(),
             decays,
             lineage: Lineage::new(),
@@ -123,18 +124,44 @@ impl Param {
     }
 
     /// The values, row-major.
+    ///
+    /// # Panics
+    /// If they were changed on a device that has failed since: [`try_values`](Self::try_values) gives the error.
     pub fn values(&self) -> &[f32] {
         &self.values
     }
 
+    /// [`values`](Self::values), copied from a device if they were changed there.
+    ///
+    /// # Errors
+    /// That of the device, if it has failed.
+    pub fn try_values(&self) -> Result<&[f32], ModelError> {
+        self.values.try_values()
+    }
+
     /// The values, shared: what an operation keeps for its backward pass.
     pub(crate) fn shared(&self) -> Arc<Vec<f32>> {
-        Arc::clone(&self.values)
+        Arc::clone(self.values.shared())
     }
 
     /// The values, to be changed in place.
+    ///
+    /// # Panics
+    /// As [`values`](Self::values).
     pub fn values_mut(&mut self) -> &mut [f32] {
-        Arc::make_mut(&mut self.values).as_mut_slice()
+        &mut self.values
+    }
+
+    /// The values, wherever they lie.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn mirror(&self) -> &Mirror {
+        &self.values
+    }
+
+    /// [`mirror`](Self::mirror), to be changed.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn mirror_mut(&mut self) -> &mut Mirror {
+        &mut self.values
     }
 
     /// Gives it other values at once, by no step of an optimiser: a split that parts two gate rows, or the undoing of one.
@@ -181,7 +208,7 @@ impl Param {
 
     /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
+        self.len() == 0
     }
 
     /// Whether weight decay applies.
@@ -258,11 +285,12 @@ impl Param {
 
 impl Clone for Param {
     fn clone(&self) -> Self {
-        let copy = Self::new(self.values.to_vec(), &self.shape, self.decays)
-            .expect("the shape was checked when self was made");
         Self {
+            values: self.values.clone(),
+            shape: self.shape.clone(),
+            decays: self.decays,
+            identity: Identity::new(self.len()).expect("room for two values"),
             lineage: self.lineage.of_a_copy(),
-            ..copy
         }
     }
 }
@@ -279,6 +307,19 @@ impl fmt::Debug for Param {
 /// A parameter's place among the gradients, for use inside a backward operation.
 #[derive(Clone)]
 pub(crate) struct ParamHandle(Identity);
+
+#[cfg(feature = "cuda")]
+impl ParamHandle {
+    /// The gradient's key on a device.
+    pub(crate) fn id(&self) -> dfdx::prelude::UniqueId {
+        self.0.id()
+    }
+
+    /// Number of values.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
 
 /// A parameter's gradient, taken out to be added to.
 pub(crate) struct Taken {
@@ -343,6 +384,17 @@ pub trait Parameters {
         self.visit("", &mut |_, p| n += p.len());
         n
     }
+}
+
+/// Copies all values to the host that a device has changed: none of them fails to be read afterwards.
+pub(crate) fn bring_to_host(model: &(impl Parameters + ?Sized)) -> Result<(), ModelError> {
+    let mut outcome = Ok(());
+    model.visit("", &mut |_, p| {
+        if outcome.is_ok() {
+            outcome = p.try_values().map(|_| ());
+        }
+    });
+    outcome
 }
 
 /// Joins a prefix and a name by a dot; either may be empty.

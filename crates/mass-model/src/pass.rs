@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use dfdx::prelude::{AsArray, Backward, Cpu, NoneTape, OwnedTape, Tensor};
+use dfdx::prelude::{AsArray, Backward, Cpu, OwnedTape, Tensor};
 use mass_expand::ExpertId;
 use mass_routing::RoutingPlan;
 
 use crate::error::ModelError;
 use crate::gradients::CpuGradients;
-use crate::ops::Rows;
+use crate::mirror::Mirror;
+use crate::ops::{Training, check_loss};
 
 /// What a mixture layer did in a forward pass.
 #[derive(Clone, Debug)]
@@ -16,7 +17,38 @@ pub struct LayerTrace {
     /// Who computed what.
     pub plan: Arc<RoutingPlan>,
     /// Input of the gate, `[tokens, d]`.
-    pub gate_input: Rows<NoneTape>,
+    pub gate_input: GateInput,
+}
+
+/// What a gate read, `[tokens, d]`, on the host or on a device.
+#[derive(Clone, Debug)]
+pub struct GateInput {
+    values: Mirror,
+    shape: (usize, usize),
+}
+
+impl GateInput {
+    pub(crate) fn new(values: Mirror, shape: (usize, usize)) -> Self {
+        Self { values, shape }
+    }
+
+    /// Number of tokens, and their width.
+    pub fn shape(&self) -> &(usize, usize) {
+        &self.shape
+    }
+
+    /// The values, row-major.
+    pub fn values(&self) -> &Mirror {
+        &self.values
+    }
+
+    /// A copy of the values on the host, row-major.
+    ///
+    /// # Panics
+    /// If they lie on a device that has failed.
+    pub fn as_vec(&self) -> Vec<f32> {
+        self.values.to_vec()
+    }
 }
 
 /// An expert that takes no part in a forward pass.
@@ -29,13 +61,13 @@ pub struct Masked {
 }
 
 /// A training pass: loss, gradients and what each mixture layer did.
-pub struct TrainPass {
+pub struct TrainPass<G = CpuGradients> {
     /// Mean loss, nats.
     pub loss: f32,
     /// The loss of each token, nats; where a loss belongs to a whole sequence or image, each of its tokens has it.
     pub token_losses: Vec<f32>,
     /// Gradients of the loss.
-    pub gradients: CpuGradients,
+    pub gradients: G,
     /// One a mixture layer, bottom first.
     pub layers: Vec<LayerTrace>,
 }
@@ -51,14 +83,29 @@ impl TrainPass {
         token_losses: Vec<f32>,
         layers: Vec<LayerTrace>,
     ) -> Result<Self, ModelError> {
-        let value = loss.array();
-        if !value.is_finite() {
-            return Err(ModelError::NonFinite("the training loss".into()));
-        }
+        let value = check_loss(loss.array())?;
         Ok(Self {
             loss: value,
             token_losses,
             gradients: loss.try_backward()?,
+            layers,
+        })
+    }
+}
+
+impl<G> TrainPass<G> {
+    /// As [`new`](TrainPass::new), wherever the loss was computed.
+    pub(crate) fn of<P: Training<Gradients = G>>(
+        pass: P,
+        loss: P::Loss,
+        token_losses: Vec<f32>,
+        layers: Vec<LayerTrace>,
+    ) -> Result<Self, ModelError> {
+        let (loss, gradients) = pass.backward(loss)?;
+        Ok(Self {
+            loss,
+            token_losses,
+            gradients,
             layers,
         })
     }

@@ -1,12 +1,8 @@
-use dfdx::prelude::{Cpu, Tape};
-
 use super::BertConfig;
-use crate::encoder::{Mlp, with_residual};
+use crate::encoder::{Course, Mlp};
 use crate::error::ModelError;
-use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
-use crate::ops::{Activations, Sequences};
-use crate::pass::{LayerTrace, Masked};
+use crate::ops::{Pass, Sequences};
 use crate::pretrained::Source;
 use crate::{mixtures, parameters};
 
@@ -47,32 +43,28 @@ impl BertLayer {
     }
 
     /// With `keep`, those rows of the output alone.
-    pub(super) fn forward<T: Tape<f32, Cpu>>(
+    pub(super) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         sequences: &Sequences,
         keep: Option<&[usize]>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
+        course: &mut Course<'_>,
+    ) -> Result<P::Rows, ModelError> {
         let early = self.mlp.keep_early(keep);
-        let (x, tape) = x.split_tape();
-        let h = self.attention.run(
-            x.clone().put_tape(tape),
-            sequences,
-            early,
-            keys.as_deref_mut(),
-        )?;
-        let (h, residual) = with_residual(h, x, early)?;
-        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
-        let h = self.attention_norm.run(h.add(&residual, dropout)?)?;
-        let (residual, tape) = h.split_tape();
-        let h = residual.clone().put_tape(tape);
-        let h = self.mlp.forward(h, masked, traces)?;
-        let dropout = keys.and_then(|k| k.next(self.dropout));
-        let h = self.mlp.keep_late(h.add(&residual, dropout)?, keep)?;
-        self.ffn_norm.run(h)
+        let keys = course.keys.as_deref_mut();
+        let h = self
+            .attention
+            .run(pass, x.clone(), sequences, early, keys)?;
+        let x = pass.pick_some(x, early)?;
+        let dropout = course.dropout(self.dropout);
+        let h = pass.add(h, x, dropout)?;
+        let x = self.attention_norm.run(pass, h)?;
+        let h = self.mlp.run(pass, x.clone(), course)?;
+        let dropout = course.dropout(self.dropout);
+        let h = pass.add(h, x, dropout)?;
+        let h = self.mlp.keep_late(pass, h, keep)?;
+        self.ffn_norm.run(pass, h)
     }
 }
 

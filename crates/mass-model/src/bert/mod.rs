@@ -38,26 +38,26 @@ mod batch;
 mod config;
 mod layer;
 mod load;
-mod loss;
 mod parameters;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
+use dfdx::prelude::{NoneTape, OwnedTape};
 use rand_chacha::ChaCha8Rng;
 
 pub use crate::encoder::ClassifierConfig;
 pub use batch::{Targets, TextBatch};
 pub use config::BertConfig;
 
-use crate::encoder::Wanted;
+use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, check_masked};
 use crate::nn::{LayerNorm, Linear};
-use crate::ops::{self, Activations};
+use crate::ops::{Activations, Host, Pass, Training};
+use crate::optim::Gradients;
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
@@ -74,12 +74,6 @@ pub struct BertClassifier {
     pooler: Linear,
     head: Linear,
     config: ClassifierConfig<BertConfig>,
-}
-
-/// The hidden states of a batch, and what was done on the way to them.
-struct Encoded<T: Tape<f32, Cpu>> {
-    states: Activations<T>,
-    traces: Vec<LayerTrace>,
 }
 
 impl BertClassifier {
@@ -199,16 +193,16 @@ impl BertClassifier {
         self.config.outputs
     }
 
-    fn encode<T: Tape<f32, Cpu>>(
+    /// The hidden states of a batch.
+    fn encode<P: Pass>(
         &self,
+        pass: &mut P,
         batch: &TextBatch,
         wanted: Wanted,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        tape: T,
-        observe: &mut dyn FnMut(&Activations),
-    ) -> Result<Encoded<T>, ModelError> {
-        check_masked(masked, self.mixtures())?;
+        course: &mut Course<'_>,
+        observe: &mut dyn FnMut(&P::Rows),
+    ) -> Result<P::Rows, ModelError> {
+        check_masked(course.masked, self.mixtures())?;
         let longest = self.config.encoder.max_position_embeddings;
         let (sequences, positions) =
             batch.sequences(longest, self.config.encoder.type_vocab_size)?;
@@ -217,48 +211,51 @@ impl BertClassifier {
             (&self.types, &batch.types),
             (&self.positions, &positions),
         ];
-        let mut x = self.norm.run(ops::embed(&tables, tape)?)?;
+        let x = pass.embedding(&tables)?;
+        let x = self.norm.run(pass, x)?;
         let rate = self.config.encoder.hidden_dropout_prob;
-        x = x.dropout(keys.as_deref_mut().and_then(|k| k.next(rate)))?;
-        let mut traces = Vec::new();
+        let mut x = pass.dropout(x, course.dropout(rate))?;
         let first = &sequences.offsets()[..sequences.len()];
         for (i, layer) in self.layers.iter().enumerate() {
-            let (state, tape) = x.split_tape();
-            observe(&state);
-            x = state.put_tape(tape);
+            observe(&x);
             let last = i + 1 == self.layers.len();
             let keep = (last && wanted == Wanted::First).then_some(first);
-            let keys = keys.as_deref_mut();
-            x = layer.forward(x, &sequences, keep, masked, keys, &mut traces)?;
+            x = layer.run(pass, x, &sequences, keep, course)?;
         }
-        let (state, tape) = x.split_tape();
-        observe(&state);
-        Ok(Encoded {
-            states: state.put_tape(tape),
-            traces,
-        })
+        observe(&x);
+        Ok(x)
     }
 
     /// Logits `[batch, labels]`.
-    fn forward<T: Tape<f32, Cpu>>(
+    fn forward<P: Pass>(
         &self,
+        pass: &mut P,
         batch: &TextBatch,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        tape: T,
-    ) -> Result<(Activations<T>, Vec<LayerTrace>), ModelError> {
-        let first = Wanted::First;
-        let Encoded { states, traces } =
-            self.encode(batch, first, masked, keys.as_deref_mut(), tape, &mut |_| {})?;
-        let pooled = self.pool(states)?;
+        course: &mut Course<'_>,
+    ) -> Result<P::Rows, ModelError> {
+        let states = self.encode(pass, batch, Wanted::First, course, &mut |_| {})?;
+        let pooled = self.pool(pass, states)?;
         let rate = self.config.encoder.head_dropout();
-        let pooled = pooled.dropout(keys.and_then(|k| k.next(rate)))?;
-        Ok((self.head.run(pooled)?, traces))
+        let pooled = pass.dropout(pooled, course.dropout(rate))?;
+        self.head.run(pass, pooled)
+    }
+
+    /// Mean loss over sequences, and the loss of each.
+    fn loss<P: Pass>(
+        pass: &mut P,
+        logits: P::Rows,
+        targets: Targets<'_>,
+    ) -> Result<(P::Loss, Vec<f32>), ModelError> {
+        match targets {
+            Targets::Classes(classes) => pass.cross_entropy(logits, classes),
+            Targets::Values(values) => pass.mean_squared_error(logits, values),
+        }
     }
 
     /// What the head reads, of the states of first tokens.
-    fn pool<T: Tape<f32, Cpu>>(&self, first: Activations<T>) -> Result<Activations<T>, ModelError> {
-        self.pooler.run(first)?.tanh()
+    fn pool<P: Pass>(&self, pass: &mut P, first: P::Rows) -> Result<P::Rows, ModelError> {
+        let pooled = self.pooler.run(pass, first)?;
+        pass.tanh(pooled)
     }
 
     /// The embeddings' output and each layer's, `[rows, d]` each, without dropout.
@@ -267,9 +264,9 @@ impl BertClassifier {
     /// As [`logits`](Self::logits).
     pub fn hidden_states(&self, batch: &TextBatch) -> Result<Vec<Vec<f32>>, ModelError> {
         let mut states = Vec::new();
-        let mut observe = |x: &Activations| states.push(x.to_vec());
-        let every = Wanted::Every;
-        self.encode(batch, every, None, None, NoneTape, &mut observe)?;
+        let (mut pass, every) = (Host(NoneTape), Wanted::Every);
+        let observe = &mut |x: &Activations| states.push(x.to_vec());
+        self.encode(&mut pass, batch, every, &mut Course::default(), observe)?;
         Ok(states)
     }
 
@@ -278,9 +275,10 @@ impl BertClassifier {
     /// # Errors
     /// As [`logits`](Self::logits).
     pub fn pooled(&self, batch: &TextBatch) -> Result<Vec<f32>, ModelError> {
-        let first = Wanted::First;
-        let encoded = self.encode(batch, first, None, None, NoneTape, &mut |_| {})?;
-        Ok(self.pool(encoded.states)?.to_vec())
+        let (mut pass, first) = (Host(NoneTape), Wanted::First);
+        let course = &mut Course::default();
+        let states = self.encode(&mut pass, batch, first, course, &mut |_| {})?;
+        Ok(self.pool(&mut pass, states)?.to_vec())
     }
 
     /// Mean loss over the sequences of a batch and its gradients; without `dropout` nothing is dropped. The padding token's
@@ -296,13 +294,38 @@ impl BertClassifier {
         targets: Targets<'_>,
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
-        let (logits, layers) = self.forward(batch, None, dropout, OwnedTape::default())?;
-        let (loss, losses) = loss::loss(logits, targets)?;
+        self.train(Host(OwnedTape::default()), batch, targets, dropout)
+    }
+
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        self.train(crate::ops::Cuda::training(device), batch, targets, dropout)
+    }
+
+    fn train<P: Training<Gradients: Gradients>>(
+        &self,
+        mut pass: P,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
+        let mut course = Course::dropping(dropout);
+        let logits = self.forward(&mut pass, batch, &mut course)?;
+        let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
         let spans = batch.offsets.windows(2).zip(losses);
         let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
-        let mut pass = TrainPass::new(loss, rows.collect(), layers)?;
-        let words = self.words.gradient(&mut pass.gradients)?;
-        words[self.padding()].fill(0.0);
+        let mut pass = TrainPass::of(pass, loss, rows.collect(), course.traces)?;
+        pass.gradients.zero(&self.words, self.padding())?;
         Ok(pass)
     }
 
@@ -317,8 +340,9 @@ impl BertClassifier {
         batch: &TextBatch,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let (logits, layers) = self.forward(batch, masked, None, NoneTape)?;
-        Ok((logits.to_vec(), layers))
+        let mut course = Course::masking(masked);
+        let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
+        Ok((logits.to_vec(), course.traces))
     }
 
     /// The loss of each sequence, without dropout.
@@ -332,7 +356,33 @@ impl BertClassifier {
         targets: Targets<'_>,
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
-        let (logits, _) = self.forward(batch, masked, None, NoneTape)?;
-        Ok(loss::loss(logits, targets)?.1)
+        self.losses_in(&mut Host(NoneTape), batch, targets, masked)
+    }
+
+    /// [`losses`](Self::losses) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn losses_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let pass = &mut crate::ops::Cuda::evaluating(device);
+        self.losses_in(pass, batch, targets, masked)
+    }
+
+    fn losses_in<P: Pass>(
+        &self,
+        pass: &mut P,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
+        Ok(Self::loss(pass, logits, targets)?.1)
     }
 }

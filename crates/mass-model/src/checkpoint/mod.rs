@@ -63,7 +63,7 @@ use serde_json::Value;
 use crate::error::ModelError;
 use crate::mixtures::Mixtures;
 use crate::optim::{AdamW, Ema, ParameterState};
-use crate::param::join;
+use crate::param::{bring_to_host, join};
 use directory::{Sink, Source};
 use manifest::{Manifest, Pool};
 use pool::Reading;
@@ -243,6 +243,11 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         seals.add(name, &bytes);
         sink(name, bytes)
     };
+    bring_to_host(model)?;
+    for state in optimizer.state().values() {
+        state.m.try_values()?;
+        state.v.try_values()?;
+    }
     let (mut tensors, mut shapes) = (Vec::new(), BTreeMap::new());
     model.visit("", &mut |name, p| {
         shapes.insert(name.clone(), p.shape().to_vec());
@@ -516,7 +521,14 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
         file.check(&second, &[m.len()])?;
         let v = file.take(&second)?;
         fits(&path, first, &name, m.len())?;
-        states.insert(name, ParameterState { m, v, step });
+        states.insert(
+            name,
+            ParameterState {
+                m: m.into(),
+                v: v.into(),
+                step,
+            },
+        );
     }
     file.expect_only(|_| false)?;
     let mut optimizer = AdamW::new(manifest.optimizer).map_err(settings)?;

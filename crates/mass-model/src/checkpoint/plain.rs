@@ -8,7 +8,7 @@ use std::path::Path;
 use super::directory::io;
 use super::tensors::{F32View, TensorFile, encode};
 use crate::error::ModelError;
-use crate::param::Parameters;
+use crate::param::{Parameters, bring_to_host};
 
 /// Writes the values of all parameters by their names, and nothing else: one safetensors file in `f32`.
 ///
@@ -32,6 +32,7 @@ use crate::param::Parameters;
 /// # Errors
 /// [`ModelError::Config`] if two parameters have one name, [`ModelError::Io`] naming the file that could not be written.
 pub fn save_safetensors<M: Parameters + ?Sized>(path: &Path, model: &M) -> Result<(), ModelError> {
+    bring_to_host(model)?;
     let (mut tensors, mut names, mut twice) = (Vec::new(), BTreeSet::new(), None);
     model.visit("", &mut |name, p| {
         if !names.insert(name.clone()) {

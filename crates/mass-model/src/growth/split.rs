@@ -1,6 +1,5 @@
 //! Experts split and taken out: weights, gate rows, gradients.
 
-use dfdx::prelude::NoneTape;
 use mass_expand::{ExpandError, ExpertId, SplitOperator, bisect, divide_gradient, preserve_mass};
 use ndarray::Array2;
 
@@ -9,7 +8,7 @@ use super::shift::{self, GateShift};
 use crate::error::ModelError;
 use crate::gradients::CpuGradients;
 use crate::nn::{GateConfig, MoeLayer};
-use crate::ops::{MoeExpert, Rows};
+use crate::ops::MoeExpert;
 use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
@@ -157,13 +156,8 @@ fn copy_gradients(
 /// The gate inputs of the tokens routed to an expert.
 fn tokens_of(index: usize, trace: &LayerTrace) -> Array2<f32> {
     let tokens = &trace.plan.tokens()[trace.plan.segment(index)];
-    let input = values_of(&trace.gate_input);
-    let dim = input.ncols();
-    Array2::from_shape_fn((tokens.len(), dim), |(i, j)| input[[tokens[i] as usize, j]])
-}
-
-fn values_of(x: &Rows<NoneTape>) -> Array2<f32> {
-    use dfdx::prelude::HasShape;
-    Array2::from_shape_vec(*x.shape(), x.as_vec())
-        .expect("a tensor has as many values as its shape says")
+    let (input, dim) = (trace.gate_input.values(), trace.gate_input.shape().1);
+    Array2::from_shape_fn((tokens.len(), dim), |(i, j)| {
+        input[tokens[i] as usize * dim + j]
+    })
 }

@@ -25,6 +25,18 @@ pub enum Activation {
     Silu,
 }
 
+#[cfg(feature = "cuda")]
+impl From<Activation> for mass_cuda::kernels::Activation {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Relu => Self::Relu,
+            Activation::GeluErf => Self::GeluErf,
+            Activation::GeluTanh => Self::GeluTanh,
+            Activation::Silu => Self::Silu,
+        }
+    }
+}
+
 impl Activation {
     /// Replaces `pre` by its activation.
     #[inline(always)]

@@ -17,6 +17,13 @@ pub struct Dropout {
     key: u64,
 }
 
+#[cfg(feature = "cuda")]
+impl From<Dropout> for mass_cuda::kernels::Dropout {
+    fn from(Dropout { rate, key }: Dropout) -> Self {
+        Self { rate, key }
+    }
+}
+
 /// Hands out the keys of one forward pass: the same for the same seed and step, another for every operation.
 ///
 /// Random state is no more than these two numbers, so a resumed run drops what an uninterrupted one would have dropped.

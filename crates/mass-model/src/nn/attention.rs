@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
-use crate::ops::{Activations, Attention, Rows, Sequences, on_tensors};
+use crate::ops::{Attention, Pass, Rows, Sequences, on_tensors};
 use crate::parameters;
 
 /// Multi-head self-attention with an output projection.
@@ -55,33 +55,31 @@ impl SelfAttention {
         sequences: &Sequences,
         keys: Option<&mut DropoutKeys>,
     ) -> Result<Rows<T>, ModelError> {
-        on_tensors(x, |x| self.run(x, sequences, None, keys))
+        on_tensors(x, |pass, x| self.run(pass, x, sequences, None, keys))
     }
 
     /// As [`forward`](Self::forward), of which only rows `keep` come out, if given: the others are not projected.
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         sequences: &Sequences,
         keep: Option<&[usize]>,
         keys: Option<&mut DropoutKeys>,
-    ) -> Result<Activations<T>, ModelError> {
+    ) -> Result<P::Rows, ModelError> {
         if !(0.0..1.0).contains(&self.dropout) {
             let what = format!("attention dropout {} is not in [0, 1)", self.dropout);
             return Err(ModelError::Config(what));
         }
-        let qkv = self.qkv.run(x)?;
+        let qkv = self.qkv.run(pass, x)?;
         let how = Attention {
             heads: self.heads,
             causal: self.causal,
             dropout: keys.and_then(|k| k.next(self.dropout)),
         };
-        let attended = qkv.self_attention(sequences, how)?;
-        let attended = match keep {
-            Some(keep) => attended.pick_rows(keep)?,
-            None => attended,
-        };
-        self.out.run(attended)
+        let attended = pass.self_attention(qkv, sequences, how)?;
+        let attended = pass.pick_some(attended, keep)?;
+        self.out.run(pass, attended)
     }
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{LayerNorm, MoeConfig, MoeLayer, SelfAttention};
 use crate::error::ModelError;
-use crate::ops::{Activations, Rows, Sequences, on_tensors};
+use crate::ops::{Pass, Rows, Sequences, on_tensors};
 use crate::parameters;
 use crate::pass::{LayerTrace, Masked};
 
@@ -59,22 +59,23 @@ impl Block {
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Rows<T>, ModelError> {
-        on_tensors(x, |x| self.run(x, sequences, masked, traces))
+        on_tensors(x, |pass, x| self.run(pass, x, sequences, masked, traces))
     }
 
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
+    pub(crate) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         sequences: &Sequences,
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
-        let (residual, tape) = x.split_tape();
-        let h = self.norm1.run(residual.clone().put_tape(tape))?;
-        let h = self.attention.run(h, sequences, None, None)?;
-        let (residual, tape) = h.add(&residual, None)?.split_tape();
-        let h = self.norm2.run(residual.clone().put_tape(tape))?;
-        self.moe.run_traced(h, masked, traces)?.add(&residual, None)
+    ) -> Result<P::Rows, ModelError> {
+        let h = self.norm1.run(pass, x.clone())?;
+        let h = self.attention.run(pass, h, sequences, None, None)?;
+        let x = pass.add(h, x, None)?;
+        let h = self.norm2.run(pass, x.clone())?;
+        let h = self.moe.run_traced(pass, h, masked, traces)?;
+        pass.add(h, x, None)
     }
 }
 

@@ -1,10 +1,9 @@
-use dfdx::prelude::{Cpu, Tape};
 use rand_chacha::ChaCha8Rng;
 
 use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{Activations, Network};
+use crate::ops::{Network, Pass};
 use crate::param::{Param, Parameters};
 
 /// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or gated, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
@@ -109,10 +108,7 @@ impl Parameters for FeedForward {
 }
 
 impl FeedForward {
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
-        &self,
-        x: Activations<T>,
-    ) -> Result<Activations<T>, ModelError> {
-        x.feed_forward(&self.0, self.1)
+    pub(crate) fn run<P: Pass>(&self, pass: &mut P, x: P::Rows) -> Result<P::Rows, ModelError> {
+        pass.feed_forward(x, &self.0, self.1)
     }
 }

@@ -15,7 +15,7 @@ use dfdx::tensor::CpuError;
 
 use super::{FeedForward, LayerNorm, Linear, MoeLayer};
 use crate::error::{ModelError, into_dfdx};
-use crate::ops::{Activations, Rows, on_tensors};
+use crate::ops::{Pass, Rows, on_tensors};
 
 /// What dfdx makes of a layer of this crate when it builds a model anew in another type or on another device: nothing that
 /// computes.
@@ -64,7 +64,7 @@ macro_rules! keeps_shape {
                 x: Tensor<S, f32, Cpu, T>,
             ) -> Result<Tensor<S, f32, Cpu, T>, ModelError> {
                 let shape = *x.shape();
-                let y = on_tensors(rows(x)?, |x| self.run(x))?;
+                let y = on_tensors(rows(x)?, |pass, x| self.run(pass, x))?;
                 Ok(y.try_reshape_like(&shape)?)
             }
         }
@@ -128,11 +128,8 @@ impl<A: Dim, B: Dim, C: Dim, D: Dim> Widened for (A, B, C, D) {
 }
 
 impl Linear {
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
-        &self,
-        x: Activations<T>,
-    ) -> Result<Activations<T>, ModelError> {
-        x.linear(&self.weight, self.bias.as_ref())
+    pub(crate) fn run<P: Pass>(&self, pass: &mut P, x: P::Rows) -> Result<P::Rows, ModelError> {
+        pass.linear(x, &self.weight, self.bias.as_ref())
     }
 
     /// The forward pass over the last axis of a tensor.
@@ -144,7 +141,7 @@ impl Linear {
         x: Tensor<S, f32, Cpu, T>,
     ) -> Result<Tensor<S::Wide, f32, Cpu, T>, ModelError> {
         let shape = *x.shape();
-        let y = on_tensors(rows(x)?, |x| self.run(x))?;
+        let y = on_tensors(rows(x)?, |pass, x| self.run(pass, x))?;
         let wide = shape.widened(y.shape().1);
         Ok(y.try_reshape_like(&wide)?)
     }

@@ -1,7 +1,5 @@
-use dfdx::prelude::{Cpu, Tape};
-
 use crate::error::ModelError;
-use crate::ops::Activations;
+use crate::ops::Pass;
 use crate::param::Param;
 use crate::parameters;
 
@@ -36,11 +34,8 @@ impl LayerNorm {
 }
 
 impl LayerNorm {
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
-        &self,
-        x: Activations<T>,
-    ) -> Result<Activations<T>, ModelError> {
-        x.layer_norm(&self.weight, &self.bias, self.eps)
+    pub(crate) fn run<P: Pass>(&self, pass: &mut P, x: P::Rows) -> Result<P::Rows, ModelError> {
+        pass.layer_norm(x, &self.weight, &self.bias, self.eps)
     }
 }
 

@@ -12,9 +12,9 @@ use super::FeedForward;
 use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, Activations, Gate, MoeExpert, RoutingLoss, Rows, on_tensors};
+use crate::ops::{self, Gate, MoeExpert, Pass, RoutingLoss, Rows, enter, on_tensors};
 use crate::param::{Param, Parameters, join};
-use crate::pass::{LayerTrace, Masked};
+use crate::pass::{GateInput, LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -604,8 +604,9 @@ impl MoeLayer {
         x: Rows<T>,
         mask: Option<&[bool]>,
     ) -> Result<Routed<T>, ModelError> {
-        let (output, plan) = self.route(Activations::from_rows(x)?, mask)?;
-        let output = output.into_rows()?;
+        let (x, mut pass) = enter(x)?;
+        let (output, plan) = self.route(&mut pass, x, mask)?;
+        let output = output.into_tensor(pass.0)?;
         Ok(Routed { output, plan })
     }
 
@@ -621,17 +622,18 @@ impl MoeLayer {
         traces: &mut Vec<LayerTrace>,
     ) -> Result<Tensor<S, f32, Cpu, T>, ModelError> {
         let shape = *x.shape();
-        let y = on_tensors(rows(x)?, |x| self.run_traced(x, masked, traces))?;
+        let y = on_tensors(rows(x)?, |pass, x| self.run_traced(pass, x, masked, traces))?;
         Ok(y.try_reshape_like(&shape)?)
     }
 
     /// [`forward_traced`](Self::forward_traced)
-    pub(crate) fn run_traced<T: Tape<f32, Cpu>>(
+    pub(crate) fn run_traced<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         masked: Option<Masked>,
         traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
+    ) -> Result<P::Rows, ModelError> {
         let mask = match masked {
             Some(m) if m.layer == traces.len() => {
                 self.index_of(m.expert)?;
@@ -640,50 +642,47 @@ impl MoeLayer {
             }
             _ => None,
         };
-        let (x, tape) = x.split_tape();
-        let (y, plan) = self.route(x.clone().put_tape(tape), mask.as_deref())?;
-        let gate_input = x.to_rows()?;
+        let (y, plan) = self.route(pass, x.clone(), mask.as_deref())?;
+        let gate_input = GateInput::new(pass.mirror(&x), pass.shape(&x));
         traces.push(LayerTrace { plan, gate_input });
         Ok(y)
     }
 
-    pub(crate) fn run<T: Tape<f32, Cpu>>(
-        &self,
-        x: Activations<T>,
-    ) -> Result<Activations<T>, ModelError> {
-        Ok(self.route(x, None)?.0)
+    pub(crate) fn run<P: Pass>(&self, pass: &mut P, x: P::Rows) -> Result<P::Rows, ModelError> {
+        Ok(self.route(pass, x, None)?.0)
     }
 
     /// [`forward_routed`](Self::forward_routed)
-    fn route<T: Tape<f32, Cpu>>(
+    fn route<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         mask: Option<&[bool]>,
-    ) -> Result<(Activations<T>, Arc<RoutingPlan>), ModelError> {
-        let activation = self.config.activation;
-        let gate = (&self.gate, &self.config.losses[..]);
-        let (x, tape) = x.split_tape();
-        let routed = x.clone().put_tape(tape);
-        let (output, plan) = if T::OWNS_TAPE {
-            // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
-            let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
-                let router = &mut *self.router();
+    ) -> Result<(P::Rows, Arc<RoutingPlan>), ModelError> {
+        let route =
+            |router: &mut AnyRouter, logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
                 ops::set_thresholds(router, &self.experts)?;
                 router.route(logits, mask, plan)?;
                 Ok(router.clone())
             };
-            routed.moe_ffn_with(&self.experts, gate, activation, route)?
-        } else {
+        let trains = pass.trains();
+        let plan_of = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+            if trains {
+                // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
+                return route(&mut self.router(), logits, plan);
+            }
             let mut router = self.router().clone();
             router.set_training(false);
-            routed.moe_ffn(&self.experts, gate, mask, &mut router, activation)?
+            route(&mut router, logits, plan)
         };
+        let gate = (&self.gate, &self.config.losses[..]);
+        let activation = self.config.activation;
+        let (y, plan) = pass.moe_ffn(x.clone(), &self.experts, gate, activation, plan_of)?;
         let Some(shared) = &self.shared else {
-            return Ok((output, plan));
+            return Ok((y, plan));
         };
-        let (output, tape) = output.split_tape();
-        let both = shared.run(x.put_tape(tape))?;
-        Ok((both.add(&output, None)?, plan))
+        let both = shared.run(pass, x)?;
+        Ok((pass.add(both, y, None)?, plan))
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use dfdx::prelude::{Cpu, HasShape, NoneTape, PutTape, ReshapeTo, SplitTape, Tape, TensorFromVec};
 use dfdx::tensor::CpuError;
 
-use super::{Rows, take_gradient};
+use super::{Host, Rows, take_gradient};
 use crate::error::ModelError;
 use crate::gradients::{CpuGradients, Identity};
 use crate::kernels::dropout::masked;
@@ -18,15 +18,14 @@ use crate::param::Taken;
 /// travel like this instead: their values are shared, their memory comes from the pool, and their gradient begins with the
 /// first operation that writes it, not with zeros.
 #[derive(Clone)]
-pub(crate) struct Activations<T = NoneTape> {
+pub(crate) struct Activations {
     values: Arc<Scratch>,
     shape: (usize, usize),
     /// Where their gradient is; none without a tape, and for what needs no gradient.
     gradient: Option<Identity>,
-    tape: T,
 }
 
-impl<T> Deref for Activations<T> {
+impl Deref for Activations {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         &self.values
@@ -41,31 +40,12 @@ impl Activations {
             values: Arc::new(values),
             shape,
             gradient: None,
-            tape: NoneTape,
         }
     }
 
-    /// A copy of a tensor's rows, to be added to rows with a tape of type `T`.
-    pub(crate) fn from_residual<T: Tape<f32, Cpu>>(x: &Rows<NoneTape>) -> Result<Self, ModelError> {
-        let x = x.clone().try_contiguous()?;
-        let gradient = T::OWNS_TAPE.then(|| Identity::of(&x));
-        let rows = Activations::from_rows(x)?;
-        Ok(Self { gradient, ..rows })
-    }
-
-    /// The same rows with a tape.
-    pub(crate) fn put_tape<T>(self, tape: T) -> Activations<T> {
-        Activations {
-            values: self.values,
-            shape: self.shape,
-            gradient: self.gradient,
-            tape,
-        }
-    }
-
-    /// A tensor of the same values.
-    pub(crate) fn to_rows(&self) -> Result<Rows<NoneTape>, ModelError> {
-        Ok(Cpu::default().try_tensor_from_vec(self.to_vec(), self.shape)?)
+    /// Number of rows, and their width.
+    pub(crate) fn shape(&self) -> &(usize, usize) {
+        &self.shape
     }
 
     /// Takes these rows' gradient out, to be added to or written; give it back with [`put_gradient`](Self::put_gradient).
@@ -143,36 +123,18 @@ fn give(place: &Identity, g: &mut CpuGradients, share: Vec<f32>) -> Result<(), C
     }
 }
 
-impl<T> Activations<T> {
-    /// Number of rows, and their width.
-    pub(crate) fn shape(&self) -> &(usize, usize) {
-        &self.shape
-    }
-
-    /// The rows without the tape, and the tape.
-    pub(crate) fn split_tape(self) -> (Activations, T) {
-        let rows = Activations {
-            values: self.values,
-            shape: self.shape,
-            gradient: self.gradient,
-            tape: NoneTape,
-        };
-        (rows, self.tape)
-    }
-}
-
-impl<T: Tape<f32, Cpu>> Activations<T> {
+impl Activations {
     /// The output of an operation. `backward` is put on the tape, if it is one, and is given the output's gradient, unless nothing
     /// has used the output.
-    pub(crate) fn output(
-        mut tape: T,
+    pub(crate) fn output<T: Tape<f32, Cpu>>(
+        tape: &mut T,
         values: Scratch,
         shape: (usize, usize),
         backward: impl FnOnce(&mut CpuGradients, &mut Vec<f32>) -> Result<(), CpuError> + 'static,
     ) -> Result<Self, ModelError> {
-        let rows = Activations::constant(values, shape);
+        let rows = Self::constant(values, shape);
         if !T::OWNS_TAPE {
-            return Ok(rows.put_tape(tape));
+            return Ok(rows);
         }
         let place = Identity::new(rows.len())?;
         let gradient = Some(place.clone());
@@ -183,33 +145,29 @@ impl<T: Tape<f32, Cpu>> Activations<T> {
             }
             Ok(())
         });
-        Ok(Activations { gradient, ..rows }.put_tape(tape))
+        Ok(Self { gradient, ..rows })
     }
 
-    /// A copy of a tensor's rows, whose gradient is the tensor's.
-    pub(crate) fn from_rows(x: Rows<T>) -> Result<Self, ModelError> {
-        let (x, tape) = x.try_contiguous()?.split_tape();
+    /// A copy of a tensor's rows, whose gradient is the tensor's where there is a tape of type `T`.
+    pub(crate) fn of_tensor<T: Tape<f32, Cpu>>(x: Rows<NoneTape>) -> Result<Self, ModelError> {
+        let x = x.try_contiguous()?;
         let mut values = Scratch::take(x.shape().0 * x.shape().1);
         x.copy_into(&mut values);
-        let rows = Activations::constant(values, *x.shape());
         let gradient = T::OWNS_TAPE.then(|| Identity::of(&x));
-        Ok(Activations { gradient, ..rows }.put_tape(tape))
+        Ok(Self {
+            gradient,
+            ..Self::constant(values, *x.shape())
+        })
     }
 
     /// The rows as a tensor; they are copied only if somebody else holds them.
-    pub(crate) fn into_rows(self) -> Result<Rows<T>, ModelError> {
-        let Self {
-            values,
-            shape,
-            gradient,
-            mut tape,
-        } = self;
-        let values = match Arc::try_unwrap(values) {
+    pub(crate) fn into_tensor<T: Tape<f32, Cpu>>(self, mut tape: T) -> Result<Rows<T>, ModelError> {
+        let values = match Arc::try_unwrap(self.values) {
             Ok(own) => own.into_vec(),
             Err(shared) => shared.to_vec(),
         };
-        let x = Cpu::default().try_tensor_from_vec(values, shape)?;
-        if let Some(place) = gradient {
+        let x = Cpu::default().try_tensor_from_vec(values, self.shape)?;
+        if let Some(place) = self.gradient {
             let ghost = x.ghost();
             tape.add_backward_op(move |g| {
                 let dx = take_gradient!(g, ghost);
@@ -220,10 +178,17 @@ impl<T: Tape<f32, Cpu>> Activations<T> {
     }
 }
 
-/// An operation on rows as one on tensors.
+/// A tensor's rows, and a pass on its tape.
+pub(crate) fn enter<T: Tape<f32, Cpu>>(x: Rows<T>) -> Result<(Activations, Host<T>), ModelError> {
+    let (x, tape) = x.try_contiguous()?.split_tape();
+    Ok((Activations::of_tensor::<T>(x)?, Host(tape)))
+}
+
+/// What a pass makes of rows, as what it makes of tensors.
 pub(crate) fn on_tensors<T: Tape<f32, Cpu>>(
     x: Rows<T>,
-    operation: impl FnOnce(Activations<T>) -> Result<Activations<T>, ModelError>,
+    run: impl FnOnce(&mut Host<T>, Activations) -> Result<Activations, ModelError>,
 ) -> Result<Rows<T>, ModelError> {
-    operation(Activations::from_rows(x)?)?.into_rows()
+    let (x, mut pass) = enter(x)?;
+    run(&mut pass, x)?.into_tensor(pass.0)
 }

@@ -1,13 +1,17 @@
-use dfdx::prelude::{Cpu, PutTape, Rank0, Tape, Tensor, TensorFromVec};
+use dfdx::prelude::{Cpu, PutTape, Rank0, SplitTape, Tape, Tensor, TensorFromVec};
 use dfdx::tensor::CpuError;
 
-use super::{Activations, Rows, take_gradient};
+use super::{Activations, Pass, Rows, enter, take_gradient};
 use crate::error::ModelError;
 use crate::gradients::{CpuGradients, leaves_are_named};
 use crate::kernels::cross_entropy as kernel;
+use crate::kernels::gemm::Store;
 use crate::kernels::scratch::Scratch;
 
-fn check(&(n, classes): &(usize, usize), targets: &[u32]) -> Result<(usize, usize), ModelError> {
+pub(super) fn check(
+    &(n, classes): &(usize, usize),
+    targets: &[u32],
+) -> Result<(usize, usize), ModelError> {
     if n == 0 || targets.len() != n {
         return Err(ModelError::shape("targets", &[n.max(1)], &[targets.len()]));
     }
@@ -22,6 +26,9 @@ fn check(&(n, classes): &(usize, usize), targets: &[u32]) -> Result<(usize, usiz
     Ok((n, classes))
 }
 
+/// A scalar without its tape.
+pub(crate) type Scalar = Tensor<Rank0, f32, Cpu>;
+
 /// A scalar on the tape, with the value of each row it is the mean of.
 pub type MeanAndRows<T> = (Tensor<Rank0, f32, Cpu, T>, Vec<f32>);
 
@@ -33,7 +40,9 @@ pub fn cross_entropy<T: Tape<f32, Cpu>>(
     logits: Rows<T>,
     targets: &[u32],
 ) -> Result<MeanAndRows<T>, ModelError> {
-    Activations::from_rows(logits)?.cross_entropy(targets)
+    let (logits, mut pass) = enter(logits)?;
+    let (mean, rows) = pass.cross_entropy(logits, targets)?;
+    Ok((mean.put_tape(pass.0), rows))
 }
 
 /// `-ln softmax(logits)[target]` of each row, in nats.
@@ -44,18 +53,23 @@ pub fn token_losses<T: Tape<f32, Cpu>>(
     logits: Rows<T>,
     targets: &[u32],
 ) -> Result<Vec<f32>, ModelError> {
-    Activations::from_rows(logits)?.token_losses(targets)
+    let (logits, mut pass) = enter(logits.split_tape().0)?;
+    Ok(pass.cross_entropy(logits, targets)?.1)
 }
 
-/// The mean of losses as a scalar on a tape, on which `backward` is put with the gradient of that mean.
-pub(crate) fn mean<T: Tape<f32, Cpu>>(
-    mut tape: T,
+/// The mean, summed in double precision.
+pub(super) fn mean_of(losses: &[f32]) -> f32 {
+    let sum: f64 = losses.iter().map(|&x| f64::from(x)).sum();
+    (sum / losses.len() as f64) as f32
+}
+
+/// The mean of losses. `backward` is put on the tape, if it is one, with the gradient of that mean.
+fn mean<T: Tape<f32, Cpu>>(
+    tape: &mut T,
     losses: Vec<f32>,
     backward: impl FnOnce(&mut CpuGradients, f32) -> Result<(), CpuError> + 'static,
-) -> Result<MeanAndRows<T>, ModelError> {
-    let mean = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
-    let loss: Tensor<Rank0, f32, Cpu> =
-        Cpu::default().try_tensor_from_vec(vec![mean as f32], ())?;
+) -> Result<(Scalar, Vec<f32>), ModelError> {
+    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)], ())?;
     if T::OWNS_TAPE {
         let ghost = loss.ghost();
         tape.add_backward_op(move |g| {
@@ -65,32 +79,68 @@ pub(crate) fn mean<T: Tape<f32, Cpu>>(
             backward(g, upstream)
         });
     }
-    Ok((loss.put_tape(tape), losses))
+    Ok((loss, losses))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`cross_entropy`]
-    pub(crate) fn cross_entropy(self, targets: &[u32]) -> Result<MeanAndRows<T>, ModelError> {
-        let (n, classes) = check(self.shape(), targets)?;
-        let (logits, tape) = self.split_tape();
-        let mut probs = Scratch::copy_of(&logits);
-        let mut nll = vec![0.0; n];
-        kernel::forward(&mut probs, targets, &mut nll, classes);
-        let targets = targets.to_vec();
-        mean(tape, nll, move |g, upstream| {
-            logits.add_gradient(g, |dlogits, store| {
-                let scale = upstream / n as f32;
-                kernel::backward(&probs, &targets, scale, (dlogits, store), classes);
-            })
+/// [`cross_entropy`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    logits: Activations,
+    targets: &[u32],
+) -> Result<(Scalar, Vec<f32>), ModelError> {
+    let (n, classes) = check(logits.shape(), targets)?;
+    let mut probs = Scratch::copy_of(&logits);
+    let mut nll = vec![0.0; n];
+    kernel::forward(&mut probs, targets, &mut nll, classes);
+    let targets = targets.to_vec();
+    mean(tape, nll, move |g, upstream| {
+        logits.add_gradient(g, |dlogits, store| {
+            let scale = upstream / n as f32;
+            kernel::backward(&probs, &targets, scale, (dlogits, store), classes);
         })
-    }
+    })
+}
 
-    /// [`token_losses`]
-    pub(crate) fn token_losses(self, targets: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let (n, classes) = check(self.shape(), targets)?;
-        let mut probs = Scratch::copy_of(&self);
-        let mut nll = vec![0.0; n];
-        kernel::forward(&mut probs, targets, &mut nll, classes);
-        Ok(nll)
+pub(super) fn check_values(
+    &(n, width): &(usize, usize),
+    targets: &[f32],
+) -> Result<usize, ModelError> {
+    if width != 1 {
+        let what = format!("a value is the target of a model with one output, not {width}");
+        return Err(ModelError::Config(what));
     }
+    if targets.len() != n {
+        return Err(ModelError::shape("targets", &[n], &[targets.len()]));
+    }
+    match targets.iter().position(|t| !t.is_finite()) {
+        Some(i) => Err(ModelError::NonFinite(format!("target {i}"))),
+        None => Ok(n),
+    }
+}
+
+/// Mean over rows of `(output - target)²` with `outputs: [n, 1]`, and the value of each row.
+///
+/// # Errors
+/// [`ModelError::Config`] for several outputs, [`ModelError::Shape`] if there is not one target a row,
+/// [`ModelError::NonFinite`] for a target that is no number.
+pub(super) fn run_squared_error<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    outputs: Activations,
+    targets: &[f32],
+) -> Result<(Scalar, Vec<f32>), ModelError> {
+    let n = check_values(outputs.shape(), targets)?;
+    let pairs = outputs.iter().zip(targets);
+    let residuals: Vec<f32> = pairs.map(|(x, t)| x - t).collect();
+    let squares: Vec<f32> = residuals.iter().map(|r| r * r).collect();
+    mean(tape, squares, move |g, upstream| {
+        outputs.add_gradient(g, |dx, store| {
+            for (dx, r) in dx.iter_mut().zip(&residuals) {
+                let share = upstream * 2.0 * r / n as f32;
+                *dx = match store {
+                    Store::Add => *dx + share,
+                    Store::Replace => share,
+                };
+            }
+        })
+    })
 }

@@ -16,16 +16,13 @@ use crate::param::Param;
 /// [`ModelError::Index`] for an index past the end of its table.
 pub fn embedding<T: Tape<f32, Cpu>>(
     tables: &[(&Param, &[u32])],
-    tape: T,
+    mut tape: T,
 ) -> Result<Rows<T>, ModelError> {
-    embed(tables, tape)?.into_rows()
+    run(&mut tape, tables)?.into_tensor(tape)
 }
 
-/// [`embedding`]
-pub(crate) fn embed<T: Tape<f32, Cpu>>(
-    tables: &[(&Param, &[u32])],
-    tape: T,
-) -> Result<Activations<T>, ModelError> {
+/// Number of rows, and their width.
+pub(super) fn check(tables: &[(&Param, &[u32])]) -> Result<(usize, usize), ModelError> {
     let Some(&(first, ids)) = tables.first() else {
         return Err(ModelError::Config("an embedding needs a table".into()));
     };
@@ -52,6 +49,15 @@ pub(crate) fn embed<T: Tape<f32, Cpu>>(
             });
         }
     }
+    Ok((n, d))
+}
+
+/// [`embedding`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    tables: &[(&Param, &[u32])],
+) -> Result<Activations, ModelError> {
+    let (n, d) = check(tables)?;
     let mut y = Scratch::take(n * d);
     y.par_chunks_mut(d).enumerate().for_each(|(i, row)| {
         let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));

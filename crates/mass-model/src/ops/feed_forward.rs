@@ -1,6 +1,6 @@
 use dfdx::prelude::{Cpu, Tape};
 
-use super::{Activations, Rows, expect_width, on_tensors};
+use super::{Activations, Pass, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::moe_ffn::{self as kernel, FfnShape, Grouped, Hidden};
@@ -9,23 +9,25 @@ use crate::ops::Network;
 use crate::ops::moe::Held;
 
 /// Every row assigned to the one network, with weight one.
-struct Everyone {
+pub(super) struct Everyone {
     expert_offsets: [u32; 2],
     rows: Vec<u32>,
     weights: Vec<f32>,
 }
 
 impl Everyone {
-    fn new(n: usize) -> Self {
-        let last = u32::try_from(n).unwrap_or(u32::MAX);
-        Self {
+    pub(super) fn new(n: usize) -> Result<Self, ModelError> {
+        let Ok(last) = u32::try_from(n) else {
+            return Err(ModelError::Config(format!("{n} rows are too many")));
+        };
+        Ok(Self {
             expert_offsets: [0, last],
             rows: (0..=last).collect(),
             weights: vec![1.0; n],
-        }
+        })
     }
 
-    fn grouped(&self) -> Grouped<'_> {
+    pub(super) fn grouped(&self) -> Grouped<'_> {
         let n = self.weights.len();
         Grouped {
             expert_offsets: &self.expert_offsets,
@@ -48,54 +50,49 @@ pub fn feed_forward<T: Tape<f32, Cpu>>(
     network: &Network,
     activation: Activation,
 ) -> Result<Rows<T>, ModelError> {
-    on_tensors(x, |x| x.feed_forward(network, activation))
+    on_tensors(x, |pass, x| pass.feed_forward(x, network, activation))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`feed_forward`]
-    pub(crate) fn feed_forward(
-        self,
-        network: &Network,
-        activation: Activation,
-    ) -> Result<Self, ModelError> {
-        let (hidden, dim) = network.check("feed-forward network", None)?;
-        expect_width("input of a feed-forward network", self.shape(), dim)?;
-        let (x, tape) = self.split_tape();
-        let n = x.shape().0;
-        if u32::try_from(n).is_err() {
-            return Err(ModelError::Config(format!("{n} rows are too many")));
-        }
-        let shape = FfnShape {
-            dim,
-            hidden,
-            activation,
-            gated: network.up.is_some(),
+/// [`feed_forward`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    network: &Network,
+    activation: Activation,
+) -> Result<Activations, ModelError> {
+    let (hidden, dim) = network.check("feed-forward network", None)?;
+    expect_width("input of a feed-forward network", x.shape(), dim)?;
+    let n = x.shape().0;
+    let shape = FfnShape {
+        dim,
+        hidden,
+        activation,
+        gated: network.up.is_some(),
+    };
+    let plan = Everyone::new(n)?;
+    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
+    let mut y = Scratch::take(n * dim);
+    let (weights, kept) = ([network.weights()], hidden.as_mut());
+    kernel::forward(&x, &weights, plan.grouped(), shape, kept, &mut y);
+    let held = Held::of(network);
+    Activations::output(tape, y, (n, dim), move |g, dy| {
+        let Some(mut hidden) = hidden else {
+            return Ok(());
         };
-        let plan = Everyone::new(n);
-        let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
-        let mut y = Scratch::take(n * dim);
-        let (weights, kept) = ([network.weights()], hidden.as_mut());
-        kernel::forward(&x, &weights, plan.grouped(), shape, kept, &mut y);
-        let held = Held::of(network);
-        Self::output(tape, y, (n, dim), move |g, dy| {
-            let Some(mut hidden) = hidden else {
-                return Ok(());
-            };
-            let mut dx = x.take_gradient(g)?;
-            let mut taken = held.take(g)?;
-            kernel::backward(
-                &x,
-                &[held.weights()],
-                plan.grouped(),
-                shape,
-                &mut hidden,
-                dy,
-                (&mut dx.values, dx.store),
-                &mut [taken.gradients()],
-                &mut Scratch::take(n),
-            );
-            held.put(g, taken)?;
-            x.put_gradient(g, dx.values)
-        })
-    }
+        let mut dx = x.take_gradient(g)?;
+        let mut taken = held.take(g)?;
+        kernel::backward(
+            &x,
+            &[held.weights()],
+            plan.grouped(),
+            shape,
+            &mut hidden,
+            dy,
+            (&mut dx.values, dx.store),
+            &mut [taken.gradients()],
+            &mut Scratch::take(n),
+        );
+        held.put(g, taken)?;
+        x.put_gradient(g, dx.values)
+    })
 }

@@ -17,6 +17,7 @@ use crate::kernels::vector::add_assign;
 use crate::param::{Param, ParamHandle};
 
 /// What a mixture layer's logits are made of, beside the gate row of each expert.
+#[allow(clippy::large_enum_variant)] // a layer has one
 #[derive(Clone, Debug, Default)]
 pub enum Gate {
     /// `logit_e = <x, w_e>`.
@@ -241,17 +242,7 @@ impl Gate {
                 }
             }
         };
-        Ok(Gated {
-            logits,
-            rows,
-            kind,
-            handles: experts.iter().map(|e| e.gate.handle()).collect(),
-            thresholds: experts
-                .iter()
-                .filter_map(|e| e.threshold.as_ref())
-                .map(Param::handle)
-                .collect(),
-        })
+        Ok(Gated::new(logits, rows, kind, experts))
     }
 }
 
@@ -273,20 +264,41 @@ pub(crate) fn set_thresholds(
 }
 
 impl Gated {
-    /// Takes the gradient of the assignments' weights to the gate's parameters and adds it to `dx`.
-    pub(super) fn backward(
+    fn new(logits: Scratch, rows: Vec<f32>, kind: Kind, experts: &[MoeExpert]) -> Self {
+        let thresholds = experts.iter().filter_map(|e| e.threshold.as_ref());
+        Self {
+            logits,
+            rows,
+            kind,
+            handles: experts.iter().map(|e| e.gate.handle()).collect(),
+            thresholds: thresholds.map(Param::handle).collect(),
+        }
+    }
+
+    /// A linear gate's, whose logits were computed elsewhere. The rows may be missing where no loss reads them.
+    #[cfg(feature = "cuda")]
+    pub(super) fn linear(logits: Scratch, rows: Vec<f32>, experts: &[MoeExpert]) -> Self {
+        Self::new(logits, rows, Kind::Linear, experts)
+    }
+
+    /// Where the gradients of the experts' rows are.
+    #[cfg(feature = "cuda")]
+    pub(super) fn handles(&self) -> &[ParamHandle] {
+        &self.handles
+    }
+
+    /// Takes the gradient of the assignments' weights to the logits; `add` is given the thresholds' share of it.
+    pub(super) fn backward_to_logits(
         &self,
         router: &AnyRouter,
         plan: &RoutingPlan,
         losses: &LossGradients,
-        (x, d_weights): (&[f32], &[f32]),
-        dx: &mut [f32],
-        g: &mut CpuGradients,
-    ) -> Result<(), ModelError> {
+        d_weights: &[f32],
+        add: &mut AddGradient<'_>,
+    ) -> Result<Scratch, ModelError> {
         use mass_routing::Router;
         let experts = self.handles.len();
         let n = self.logits.len() / experts;
-        let dim = x.len() / n;
         let mut d_logits = Scratch::zeros(n * experts);
         let mut view = ArrayViewMut2::from_shape((n, experts), &mut d_logits).map_err(internal)?;
         router.backward(plan, d_weights, &mut view)?;
@@ -298,9 +310,26 @@ impl Gated {
             let mut d = vec![0.0; experts];
             router.backward_thresholds(plan, d_weights, &mut ArrayViewMut1::from(&mut d[..]))?;
             for (handle, d) in self.thresholds.iter().zip(d) {
-                add(handle, &[d], g)?;
+                add(handle, &[d])?;
             }
         }
+        Ok(d_logits)
+    }
+
+    /// Takes the gradient of the assignments' weights to the gate's parameters, whose shares `add` is given, and adds it to `dx`.
+    pub(super) fn backward(
+        &self,
+        router: &AnyRouter,
+        plan: &RoutingPlan,
+        losses: &LossGradients,
+        (x, d_weights): (&[f32], &[f32]),
+        dx: &mut [f32],
+        add: &mut AddGradient<'_>,
+    ) -> Result<(), ModelError> {
+        let experts = self.handles.len();
+        let n = self.logits.len() / experts;
+        let dim = x.len() / n;
+        let d_logits = self.backward_to_logits(router, plan, losses, d_weights, add)?;
         let mut d_rows = Scratch::zeros(self.rows.len());
         match &self.kind {
             Kind::Linear => {
@@ -325,11 +354,11 @@ impl Gated {
                 d_rows.copy_from_slice(&flat(gradients.experts.reversed_axes()));
                 if let (Some([(_, w), (_, b)]), Some((dw, db))) = (projection, gradients.projection)
                 {
-                    add(w, &flat(dw), g)?;
-                    add(b, &db.to_vec(), g)?;
+                    add(w, &flat(dw))?;
+                    add(b, &db.to_vec())?;
                 }
                 if let (Some((_, handle)), Some(d)) = (log_scale, gradients.log_scale) {
-                    add(handle, &[d], g)?;
+                    add(handle, &[d])?;
                 }
             }
             Kind::LowRank {
@@ -344,13 +373,13 @@ impl Gated {
                 let gradients = gate.backward(x, forward, d)?;
                 add_assign(dx, &flat(gradients.x));
                 d_rows.copy_from_slice(&flat(gradients.anchors));
-                add(handle, &flat(gradients.query), g)?;
+                add(handle, &flat(gradients.query))?;
             }
         }
         losses.rows.iter().for_each(|d| add_assign(&mut d_rows, d));
         let width = self.rows.len() / experts;
         for (handle, d) in self.handles.iter().zip(d_rows.chunks_exact(width)) {
-            add(handle, d, g)?;
+            add(handle, d)?;
         }
         Ok(())
     }
@@ -360,7 +389,15 @@ fn flat(a: Array2<f32>) -> Vec<f32> {
     a.as_standard_layout().iter().copied().collect()
 }
 
-fn add(handle: &ParamHandle, share: &[f32], g: &mut CpuGradients) -> Result<(), CpuError> {
+/// What adds a share to a parameter's gradient.
+pub(super) type AddGradient<'a> = dyn FnMut(&ParamHandle, &[f32]) -> Result<(), ModelError> + 'a;
+
+/// Adds a share to a parameter's gradient.
+pub(super) fn add(
+    handle: &ParamHandle,
+    share: &[f32],
+    g: &mut CpuGradients,
+) -> Result<(), CpuError> {
     let mut gradient = handle.take(g)?;
     add_assign(&mut gradient, share);
     handle.put(g, gradient)

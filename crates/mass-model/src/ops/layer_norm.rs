@@ -1,6 +1,6 @@
 use dfdx::prelude::{Cpu, Tape};
 
-use super::{Activations, Rows, expect_width, on_tensors};
+use super::{Activations, Pass, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::layer_norm as kernel;
 use crate::kernels::scratch::Scratch;
@@ -16,36 +16,44 @@ pub fn layer_norm<T: Tape<f32, Cpu>>(
     beta: &Param,
     eps: f32,
 ) -> Result<Rows<T>, ModelError> {
-    on_tensors(x, |x| x.layer_norm(gamma, beta, eps))
+    on_tensors(x, |pass, x| pass.layer_norm(x, gamma, beta, eps))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`layer_norm`]
-    pub(crate) fn layer_norm(
-        self,
-        gamma: &Param,
-        beta: &Param,
-        eps: f32,
-    ) -> Result<Self, ModelError> {
-        let d = gamma.len();
-        expect_width("input of layer norm", self.shape(), d)?;
-        if beta.len() != d {
-            return Err(ModelError::shape("layer norm bias", &[d], beta.shape()));
-        }
-        let (x, tape) = self.split_tape();
-        let shape = *x.shape();
-        let mut stats = Scratch::take(2 * shape.0);
-        let mut y = Scratch::take(x.len());
-        kernel::forward(&x, gamma.values(), beta.values(), eps, &mut y, &mut stats);
-        let (scale, gamma, beta) = (gamma.shared(), gamma.handle(), beta.handle());
-        Self::output(tape, y, shape, move |g, dy| {
-            let (mut dgamma, mut dbeta) = (gamma.take(g)?, beta.take(g)?);
-            let mut dx = x.take_gradient(g)?;
-            let given = (&mut dx.values[..], dx.store);
-            kernel::backward(&x, &scale, &stats, dy, given, &mut dgamma, &mut dbeta);
-            x.put_gradient(g, dx.values)?;
-            gamma.put(g, dgamma)?;
-            beta.put(g, dbeta)
-        })
+/// Width of the rows.
+pub(super) fn check(
+    shape: &(usize, usize),
+    gamma: &Param,
+    beta: &Param,
+) -> Result<usize, ModelError> {
+    let d = gamma.len();
+    expect_width("input of layer norm", shape, d)?;
+    match beta.len() == d {
+        true => Ok(d),
+        false => Err(ModelError::shape("layer norm bias", &[d], beta.shape())),
     }
+}
+
+/// [`layer_norm`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    gamma: &Param,
+    beta: &Param,
+    eps: f32,
+) -> Result<Activations, ModelError> {
+    check(x.shape(), gamma, beta)?;
+    let shape = *x.shape();
+    let mut stats = Scratch::take(2 * shape.0);
+    let mut y = Scratch::take(x.len());
+    kernel::forward(&x, gamma.values(), beta.values(), eps, &mut y, &mut stats);
+    let (scale, gamma, beta) = (gamma.shared(), gamma.handle(), beta.handle());
+    Activations::output(tape, y, shape, move |g, dy| {
+        let (mut dgamma, mut dbeta) = (gamma.take(g)?, beta.take(g)?);
+        let mut dx = x.take_gradient(g)?;
+        let given = (&mut dx.values[..], dx.store);
+        kernel::backward(&x, &scale, &stats, dy, given, &mut dgamma, &mut dbeta);
+        x.put_gradient(g, dx.values)?;
+        gamma.put(g, dgamma)?;
+        beta.put(g, dbeta)
+    })
 }

@@ -1,6 +1,6 @@
 use dfdx::prelude::{Cpu, Tape};
 
-use super::{Activations, Rows, expect_width, on_tensors};
+use super::{Activations, Pass, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::linear;
 use crate::kernels::scratch::Scratch;
@@ -15,41 +15,51 @@ pub fn linear<T: Tape<f32, Cpu>>(
     weight: &Param,
     bias: Option<&Param>,
 ) -> Result<Rows<T>, ModelError> {
-    on_tensors(x, |x| x.linear(weight, bias))
+    on_tensors(x, |pass, x| pass.linear(x, weight, bias))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`linear`]
-    pub(crate) fn linear(self, weight: &Param, bias: Option<&Param>) -> Result<Self, ModelError> {
-        let &[out, inp] = weight.shape() else {
-            return Err(ModelError::shape("linear weight", &[0, 0], weight.shape()));
-        };
-        expect_width("input of linear", self.shape(), inp)?;
-        if let Some(b) = bias
-            && b.len() != out
-        {
-            return Err(ModelError::shape("linear bias", &[out], b.shape()));
-        }
-        let (x, tape) = self.split_tape();
-        let n = x.shape().0;
-        let mut y = Scratch::take(n * out);
-        let values = (weight.values(), bias.map(Param::values));
-        linear::forward(&x, values.0, values.1, &mut y, inp, out);
-        let (w, w_handle, b_handle) = (weight.shared(), weight.handle(), bias.map(Param::handle));
-        Self::output(tape, y, (n, out), move |g, dy| {
-            let sizes = (inp, out);
-            x.add_gradient(g, |dx, store| {
-                linear::backward_input(dy, &w, (dx, store), sizes);
-            })?;
-            let mut dw = w_handle.take_stored(g)?;
-            let mut db = b_handle.as_ref().map(|b| b.take(g)).transpose()?;
-            let (values, store) = (&mut dw.values, dw.store);
-            linear::backward_weight(&x, dy, values, db.as_deref_mut(), sizes, store);
-            w_handle.put(g, dw.values)?;
-            if let (Some(handle), Some(db)) = (&b_handle, db) {
-                handle.put(g, db)?;
-            }
-            Ok(())
-        })
+/// Width of the input and of the output.
+pub(super) fn check(
+    shape: &(usize, usize),
+    weight: &Param,
+    bias: Option<&Param>,
+) -> Result<(usize, usize), ModelError> {
+    let &[out, inp] = weight.shape() else {
+        return Err(ModelError::shape("linear weight", &[0, 0], weight.shape()));
+    };
+    expect_width("input of linear", shape, inp)?;
+    match bias {
+        Some(b) if b.len() != out => Err(ModelError::shape("linear bias", &[out], b.shape())),
+        _ => Ok((inp, out)),
     }
+}
+
+/// [`linear`]
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    weight: &Param,
+    bias: Option<&Param>,
+) -> Result<Activations, ModelError> {
+    let (inp, out) = check(x.shape(), weight, bias)?;
+    let n = x.shape().0;
+    let mut y = Scratch::take(n * out);
+    let values = (weight.values(), bias.map(Param::values));
+    linear::forward(&x, values.0, values.1, &mut y, inp, out);
+    let (w, w_handle, b_handle) = (weight.shared(), weight.handle(), bias.map(Param::handle));
+    Activations::output(tape, y, (n, out), move |g, dy| {
+        let sizes = (inp, out);
+        x.add_gradient(g, |dx, store| {
+            linear::backward_input(dy, &w, (dx, store), sizes);
+        })?;
+        let mut dw = w_handle.take_stored(g)?;
+        let mut db = b_handle.as_ref().map(|b| b.take(g)).transpose()?;
+        let (values, store) = (&mut dw.values, dw.store);
+        linear::backward_weight(&x, dy, values, db.as_deref_mut(), sizes, store);
+        w_handle.put(g, dw.values)?;
+        if let (Some(handle), Some(db)) = (&b_handle, db) {
+            handle.put(g, db)?;
+        }
+        Ok(())
+    })
 }

@@ -6,8 +6,11 @@
 
 mod activations;
 mod add;
+mod assemble;
 mod attention;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod feed_forward;
 mod gate;
@@ -15,16 +18,21 @@ mod layer_norm;
 mod linear;
 mod moe;
 mod network;
+mod pass;
 mod routing_loss;
 mod rows;
 mod sequences;
 
-pub(crate) use activations::{Activations, on_tensors};
+pub(crate) use activations::{Activations, enter, on_tensors};
 pub use add::{add, dropout};
+pub(crate) use assemble::Taps;
 pub use attention::{Attention, self_attention};
-pub(crate) use cross_entropy::mean;
+pub(crate) use cross_entropy::Scalar;
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
-pub(crate) use embedding::embed;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::Cuda;
+#[cfg(feature = "cuda")]
+pub use cuda::CudaGradients;
 pub use embedding::embedding;
 pub use feed_forward::feed_forward;
 pub use gate::Gate;
@@ -33,6 +41,7 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use moe::{MoeExpert, moe_ffn};
 pub use network::Network;
+pub(crate) use pass::{Host, Pass, Training, check_loss};
 pub use routing_loss::RoutingLoss;
 pub use rows::{pick_rows, scale_rows};
 pub use sequences::Sequences;

@@ -5,9 +5,9 @@ use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
-use super::gate::set_thresholds;
+use super::gate::{add, set_thresholds};
 use super::routing_loss::LossGradients;
-use super::{Activations, Gate, Network, RoutingLoss, Rows, expect_width};
+use super::{Activations, Gate, Network, Pass, RoutingLoss, Rows, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -138,7 +138,7 @@ impl TakenExpert {
     }
 }
 
-fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
+pub(super) fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
     Grouped {
         expert_offsets: plan.expert_offsets(),
         tokens: plan.tokens(),
@@ -169,132 +169,134 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
     router: &mut AnyRouter,
     activation: Activation,
 ) -> Result<(Rows<T>, Arc<RoutingPlan>), ModelError> {
-    let x = Activations::from_rows(x)?;
-    let (y, plan) = x.moe_ffn(experts, (gate, losses), mask, router, activation)?;
-    Ok((y.into_rows()?, plan))
+    let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
+        set_thresholds(router, experts)?;
+        router.route(logits, mask, plan)?;
+        Ok(router.clone())
+    };
+    let (x, mut pass) = enter(x)?;
+    let (y, plan) = pass.moe_ffn(x, experts, (gate, losses), activation, route)?;
+    Ok((y.into_tensor(pass.0)?, plan))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`moe_ffn`]
-    pub(crate) fn moe_ffn(
-        self,
-        experts: &[MoeExpert],
-        (gate, losses): (&Gate, &[RoutingLoss]),
-        mask: Option<&[bool]>,
-        router: &mut AnyRouter,
-        activation: Activation,
-    ) -> Result<(Self, Arc<RoutingPlan>), ModelError> {
-        let route = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
-            set_thresholds(router, experts)?;
-            router.route(logits, mask, plan)?;
-            Ok(router.clone())
-        };
-        self.moe_ffn_with(experts, (gate, losses), activation, route)
-    }
-
-    /// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
-    pub(crate) fn moe_ffn_with(
-        self,
-        experts: &[MoeExpert],
-        (gate, losses): (&Gate, &[RoutingLoss]),
-        activation: Activation,
-        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
-    ) -> Result<(Self, Arc<RoutingPlan>), ModelError> {
-        let Some(first) = experts.first() else {
-            return Err(ModelError::Config(
-                "a mixture layer needs at least one expert".into(),
+/// The sizes of a layer, if they fit each other and the input.
+pub(super) fn check(
+    input: &(usize, usize),
+    experts: &[MoeExpert],
+    gate: &Gate,
+    activation: Activation,
+) -> Result<FfnShape, ModelError> {
+    let Some(first) = experts.first() else {
+        return Err(ModelError::Config(
+            "a mixture layer needs at least one expert".into(),
+        ));
+    };
+    let (hidden, dim) = first.network.check("expert 0", None)?;
+    let factor = first.network.up.is_some();
+    let width = gate.width(dim);
+    for (e, expert) in experts.iter().enumerate() {
+        expert
+            .network
+            .check(&format!("expert {e}"), Some((hidden, dim)))?;
+        if expert.network.up.is_some() != factor {
+            let what = format!("expert {e} is gated or not, unlike expert 0");
+            return Err(ModelError::Config(what));
+        }
+        if expert.gate.shape() != [width] {
+            return Err(ModelError::shape(
+                format!("gate row of expert {e}"),
+                &[width],
+                expert.gate.shape(),
             ));
+        }
+    }
+    expect_width("input of a mixture layer", input, dim)?;
+    Ok(FfnShape {
+        dim,
+        hidden,
+        activation,
+        gated: factor,
+    })
+}
+
+/// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
+pub(super) fn run<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    experts: &[MoeExpert],
+    (gate, losses): (&Gate, &[RoutingLoss]),
+    activation: Activation,
+    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
+    let shape = check(x.shape(), experts, gate, activation)?;
+    let (n, dim) = *x.shape();
+    let gated = gate.logits(&x, experts, (n, dim))?;
+    let mut plan = RoutingPlan::default();
+    let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
+        .expect("the buffer has this size");
+    let router = route(view, &mut plan)?;
+    // What the backward pass cannot do is said now, in the router's or the loss's own words.
+    let losses = if T::OWNS_TAPE {
+        router.check_backward(&plan)?;
+        LossGradients::of(losses, &router, &plan, &gated)?
+    } else {
+        LossGradients::default()
+    };
+    let plan = Arc::new(plan);
+
+    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
+    let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
+    let mut y = Scratch::take(n * dim);
+    kernel::forward(&x, &weights, grouped(&plan), shape, hidden.as_mut(), &mut y);
+
+    let held: Vec<Held> = experts.iter().map(|e| Held::of(&e.network)).collect();
+    let kept = Arc::clone(&plan);
+    let y = Activations::output(tape, y, (n, dim), move |g, dy| {
+        let (Some(mut hidden), plan) = (hidden, kept) else {
+            return Ok(());
         };
-        let (hidden, dim) = first.network.check("expert 0", None)?;
-        let factor = first.network.up.is_some();
-        let width = gate.width(dim);
-        for (e, expert) in experts.iter().enumerate() {
-            expert
-                .network
-                .check(&format!("expert {e}"), Some((hidden, dim)))?;
-            if expert.network.up.is_some() != factor {
-                let what = format!("expert {e} is gated or not, unlike expert 0");
-                return Err(ModelError::Config(what));
-            }
-            if expert.gate.shape() != [width] {
-                return Err(ModelError::shape(
-                    format!("gate row of expert {e}"),
-                    &[width],
-                    expert.gate.shape(),
-                ));
+        // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
+        let mut taken = held
+            .iter()
+            .enumerate()
+            .map(|(e, expert)| match plan.load(e) {
+                0 => Ok(expert.nothing()),
+                _ => expert.take(g),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
+        let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
+        let mut d_weights = Scratch::take(plan.num_assignments());
+        let mut dx = x.take_gradient(g)?;
+        kernel::backward(
+            &x,
+            &weights,
+            grouped(&plan),
+            shape,
+            &mut hidden,
+            dy,
+            (&mut dx.values, dx.store),
+            &mut gradients,
+            &mut d_weights,
+        );
+
+        for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
+            if plan.load(e) > 0 {
+                expert.put(g, taken)?;
             }
         }
-        expect_width("input of a mixture layer", self.shape(), dim)?;
-
-        let (x, tape) = self.split_tape();
-        let n = x.shape().0;
-        let gated = gate.logits(&x, experts, (n, dim))?;
-        let mut plan = RoutingPlan::default();
-        let view = ArrayView2::from_shape((n, experts.len()), &gated.logits)
-            .expect("the buffer has this size");
-        let router = route(view, &mut plan)?;
-        // What the backward pass cannot do is said now, in the router's or the loss's own words.
-        let losses = if T::OWNS_TAPE {
-            router.check_backward(&plan)?;
-            LossGradients::of(losses, &router, &plan, &gated)?
-        } else {
-            LossGradients::default()
-        };
-        let plan = Arc::new(plan);
-
-        let shape = FfnShape {
-            dim,
-            hidden,
-            activation,
-            gated: factor,
-        };
-        let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
-        let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
-        let mut y = Scratch::take(n * dim);
-        kernel::forward(&x, &weights, grouped(&plan), shape, hidden.as_mut(), &mut y);
-
-        let held: Vec<Held> = experts.iter().map(|e| Held::of(&e.network)).collect();
-        let kept = Arc::clone(&plan);
-        let y = Self::output(tape, y, (n, dim), move |g, dy| {
-            let (Some(mut hidden), plan) = (hidden, kept) else {
-                return Ok(());
-            };
-            // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
-            let mut taken = held
-                .iter()
-                .enumerate()
-                .map(|(e, expert)| match plan.load(e) {
-                    0 => Ok(expert.nothing()),
-                    _ => expert.take(g),
-                })
-                .collect::<Result<Vec<_>, _>>()?;
-            let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
-            let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
-            let mut d_weights = Scratch::take(plan.num_assignments());
-            let mut dx = x.take_gradient(g)?;
-            kernel::backward(
-                &x,
-                &weights,
-                grouped(&plan),
-                shape,
-                &mut hidden,
-                dy,
-                (&mut dx.values, dx.store),
-                &mut gradients,
-                &mut d_weights,
-            );
-
-            for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
-                if plan.load(e) > 0 {
-                    expert.put(g, taken)?;
-                }
-            }
-            let given = (&*x, &*d_weights);
-            gated
-                .backward(&router, &plan, &losses, given, &mut dx.values, g)
-                .map_err(into_dfdx)?;
-            x.put_gradient(g, dx.values)
-        })?;
-        Ok((y, plan))
-    }
+        let given = (&*x, &*d_weights);
+        gated
+            .backward(
+                &router,
+                &plan,
+                &losses,
+                given,
+                &mut dx.values,
+                &mut |handle, share| Ok(add(handle, share, g)?),
+            )
+            .map_err(into_dfdx)?;
+        x.put_gradient(g, dx.values)
+    })?;
+    Ok((y, plan))
 }

@@ -100,6 +100,12 @@ impl RoutingLoss {
         }
     }
 
+    /// Whether it is one of the gate's rows, and not of the logits alone.
+    #[cfg(feature = "cuda")]
+    pub(super) fn reads_rows(&self) -> bool {
+        matches!(self, Self::DiverseAndSimple { .. })
+    }
+
     /// What is wrong with its settings.
     pub(crate) fn problem(&self) -> Option<&'static str> {
         match self {

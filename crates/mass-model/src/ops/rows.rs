@@ -1,7 +1,7 @@
 use dfdx::prelude::{Cpu, Tape};
 use rayon::prelude::*;
 
-use super::{Activations, Rows, expect_width, on_tensors};
+use super::{Activations, Pass, Rows, expect_width, on_tensors};
 use crate::error::ModelError;
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::Scratch;
@@ -13,7 +13,7 @@ use crate::param::Param;
 /// # Errors
 /// [`ModelError::Index`] for a row that is not there, [`ModelError::Shape`] if none is picked.
 pub fn pick_rows<T: Tape<f32, Cpu>>(x: Rows<T>, picked: &[usize]) -> Result<Rows<T>, ModelError> {
-    on_tensors(x, |x| x.pick_rows(picked))
+    on_tensors(x, |pass, x| pass.pick_rows(x, picked))
 }
 
 /// `y[i] = x[i] ⊙ factor`: each column scaled by a trained value (layer scale; Touvron and others, arXiv 2103.17239).
@@ -21,85 +21,95 @@ pub fn pick_rows<T: Tape<f32, Cpu>>(x: Rows<T>, picked: &[usize]) -> Result<Rows
 /// # Errors
 /// [`ModelError::Shape`] if there is not one factor a column.
 pub fn scale_rows<T: Tape<f32, Cpu>>(x: Rows<T>, factor: &Param) -> Result<Rows<T>, ModelError> {
-    on_tensors(x, |x| x.scale_rows(factor))
+    on_tensors(x, |pass, x| pass.scale_rows(x, factor))
 }
 
-impl<T: Tape<f32, Cpu>> Activations<T> {
-    /// [`pick_rows`]
-    pub(crate) fn pick_rows(self, picked: &[usize]) -> Result<Self, ModelError> {
-        let &(n, d) = self.shape();
-        if picked.is_empty() {
-            return Err(ModelError::shape("picked rows", &[1], &[0]));
-        }
-        if let Some(position) = picked.iter().position(|&row| row >= n) {
-            return Err(ModelError::Index {
-                what: "row",
-                index: u32::try_from(picked[position]).unwrap_or(u32::MAX),
-                position,
-                len: n,
-            });
-        }
-        let (x, tape) = self.split_tape();
-        let mut y = Scratch::take(picked.len() * d);
-        for (y, &row) in y.chunks_exact_mut(d).zip(picked) {
-            y.copy_from_slice(&x[row * d..][..d]);
-        }
-        let picked = picked.to_vec();
-        Self::output(tape, y, (picked.len(), d), move |g, dy| {
-            x.add_gradient(g, |dx, store| {
-                if store == Store::Replace {
-                    dx.fill(0.0);
-                }
-                for (dy, &row) in dy.chunks_exact(d).zip(&picked) {
-                    vector::add_assign(&mut dx[row * d..][..d], dy);
-                }
-            })
-        })
+/// Refuses rows that are not there.
+pub(super) fn check_picked(&(n, _): &(usize, usize), picked: &[usize]) -> Result<(), ModelError> {
+    if picked.is_empty() {
+        return Err(ModelError::shape("picked rows", &[1], &[0]));
     }
+    match picked.iter().position(|&row| row >= n) {
+        Some(position) => Err(ModelError::Index {
+            what: "row",
+            index: u32::try_from(picked[position]).unwrap_or(u32::MAX),
+            position,
+            len: n,
+        }),
+        None => Ok(()),
+    }
+}
 
-    /// [`scale_rows`]
-    pub(crate) fn scale_rows(self, factor: &Param) -> Result<Self, ModelError> {
-        let d = factor.len();
-        expect_width("input of a layer scale", self.shape(), d)?;
-        let (x, tape) = self.split_tape();
-        let shape = *x.shape();
-        let mut y = Scratch::take(x.len());
-        let values = factor.shared();
-        y.par_chunks_mut(ROW_BLOCK * d)
-            .zip(x.par_chunks(ROW_BLOCK * d))
-            .for_each(|(y, x)| {
-                y.copy_from_slice(x);
-                for y in y.chunks_exact_mut(d) {
-                    vector::mul_assign(y, &values);
-                }
-            });
-        let handle = factor.handle();
-        Self::output(tape, y, shape, move |g, dy| {
-            let mut df = handle.take(g)?;
-            // Partial sums of each block, added up in block order: the same bits on any number of threads.
-            let mut partial = Scratch::zeros(x.len().div_ceil(ROW_BLOCK * d) * d);
-            partial
-                .par_chunks_mut(d)
-                .zip(dy.par_chunks_mut(ROW_BLOCK * d))
-                .zip(x.par_chunks(ROW_BLOCK * d))
-                .for_each(|((sums, dy), x)| {
-                    vectorised(
-                        #[inline(always)]
-                        || {
-                            for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                                for i in 0..d {
-                                    sums[i] += dy[i] * x[i];
-                                    dy[i] *= values[i];
-                                }
-                            }
-                        },
-                    );
-                });
-            for sums in partial.chunks_exact(d) {
-                vector::add_assign(&mut df, sums);
-            }
-            x.give_gradient(g, std::mem::take(dy))?;
-            handle.put(g, df)
-        })
+/// [`pick_rows`]
+pub(super) fn run_pick<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    picked: &[usize],
+) -> Result<Activations, ModelError> {
+    check_picked(x.shape(), picked)?;
+    let d = x.shape().1;
+    let mut y = Scratch::take(picked.len() * d);
+    for (y, &row) in y.chunks_exact_mut(d).zip(picked) {
+        y.copy_from_slice(&x[row * d..][..d]);
     }
+    let picked = picked.to_vec();
+    Activations::output(tape, y, (picked.len(), d), move |g, dy| {
+        x.add_gradient(g, |dx, store| {
+            if store == Store::Replace {
+                dx.fill(0.0);
+            }
+            for (dy, &row) in dy.chunks_exact(d).zip(&picked) {
+                vector::add_assign(&mut dx[row * d..][..d], dy);
+            }
+        })
+    })
+}
+
+/// [`scale_rows`]
+pub(super) fn run_scale<T: Tape<f32, Cpu>>(
+    tape: &mut T,
+    x: Activations,
+    factor: &Param,
+) -> Result<Activations, ModelError> {
+    let d = factor.len();
+    expect_width("input of a layer scale", x.shape(), d)?;
+    let shape = *x.shape();
+    let mut y = Scratch::take(x.len());
+    let values = factor.shared();
+    y.par_chunks_mut(ROW_BLOCK * d)
+        .zip(x.par_chunks(ROW_BLOCK * d))
+        .for_each(|(y, x)| {
+            y.copy_from_slice(x);
+            for y in y.chunks_exact_mut(d) {
+                vector::mul_assign(y, &values);
+            }
+        });
+    let handle = factor.handle();
+    Activations::output(tape, y, shape, move |g, dy| {
+        let mut df = handle.take(g)?;
+        // Partial sums of each block, added up in block order: the same bits on any number of threads.
+        let mut partial = Scratch::zeros(x.len().div_ceil(ROW_BLOCK * d) * d);
+        partial
+            .par_chunks_mut(d)
+            .zip(dy.par_chunks_mut(ROW_BLOCK * d))
+            .zip(x.par_chunks(ROW_BLOCK * d))
+            .for_each(|((sums, dy), x)| {
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                            for i in 0..d {
+                                sums[i] += dy[i] * x[i];
+                                dy[i] *= values[i];
+                            }
+                        }
+                    },
+                );
+            });
+        for sums in partial.chunks_exact(d) {
+            vector::add_assign(&mut df, sums);
+        }
+        x.give_gradient(g, std::mem::take(dy))?;
+        handle.put(g, df)
+    })
 }

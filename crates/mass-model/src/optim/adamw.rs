@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use mass_expand::Moments;
 use rayon::prelude::*;
@@ -11,7 +12,14 @@ use crate::kernels::adamw::{AdamWStep, update};
 use crate::kernels::scratch::give_back;
 use crate::kernels::vector::dot;
 use crate::kernels::vectorised;
-use crate::param::Parameters;
+use crate::mirror::Mirror;
+use crate::param::{Param, Parameters};
+#[cfg(feature = "cuda")]
+use {
+    crate::ops::CudaGradients,
+    mass_cuda::Buffer,
+    mass_cuda::kernels::{dots, optimiser},
+};
 
 /// Settings of [`AdamW`] but for the learning rate, which is given with each step.
 ///
@@ -78,9 +86,9 @@ impl AdamWConfig {
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterState {
     /// Running mean of the gradient.
-    pub m: Vec<f32>,
+    pub m: Mirror,
     /// Running mean of its square.
-    pub v: Vec<f32>,
+    pub v: Mirror,
     /// Updates made to this parameter.
     pub step: u64,
 }
@@ -164,10 +172,10 @@ impl AdamW {
     /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
     /// learning rate, [`ModelError::Shape`] if a parameter
     /// has another size than its moments; no parameter is changed then.
-    pub fn step<M: Parameters + ?Sized>(
+    pub fn step<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &mut M,
-        gradients: &mut CpuGradients,
+        gradients: &mut G,
         lr: f64,
     ) -> Result<f64, ModelError> {
         if !lr.is_finite() {
@@ -178,37 +186,31 @@ impl AdamW {
                 "a learning rate of {lr}; it must not be negative"
             )));
         }
-        let (mut squares, mut parameters, mut found) = (0.0, 0_usize, 0_usize);
-        let mut failed = None;
+        let (mut names, mut params) = (Vec::new(), Vec::new());
         model.visit("", &mut |name, param| {
-            if failed.is_some() {
-                return;
-            }
-            parameters += 1;
-            match param.find_gradient(gradients) {
-                Ok(None) => {}
-                Ok(Some(g)) => {
-                    found += 1;
-                    let own = sum_of_squares(g);
-                    if !own.is_finite() {
-                        failed = Some(ModelError::NonFinite(format!("the gradient of {name}")));
-                    }
-                    squares += own;
-                }
-                Err(e) => failed = Some(e),
-            }
-            if let Some(s) = self.state.get(&name)
+            names.push(name);
+            params.push(param);
+        });
+        let (mut squares, mut found) = (0.0, 0_usize);
+        let all = gradients.sums_of_squares(&params)?;
+        for ((name, param), own) in names.iter().zip(&params).zip(all) {
+            if let Some(s) = self.state.get(name)
                 && s.m.len() != param.len()
             {
                 let what = format!("moments of {name}");
-                failed = Some(ModelError::shape(what, &[param.len()], &[s.m.len()]));
+                return Err(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
-        });
-        if let Some(e) = failed {
-            return Err(e);
+            let Some(own) = own else {
+                continue;
+            };
+            found += 1;
+            if !own.is_finite() {
+                return Err(ModelError::NonFinite(format!("the gradient of {name}")));
+            }
+            squares += own;
         }
-        if parameters > 0 && found == 0 {
-            let what = format!("each of the optimiser's {parameters} parameters");
+        if !params.is_empty() && found == 0 {
+            let what = format!("each of the optimiser's {} parameters", params.len());
             return Err(ModelError::NoGradient(what));
         }
         let norm = squares.sqrt();
@@ -229,7 +231,7 @@ impl AdamW {
             if outcome.is_err() {
                 return;
             }
-            let g = match param.take_gradient(gradients) {
+            let g = match gradients.take(param) {
                 Ok(Some(g)) => g,
                 Ok(None) => return,
                 Err(e) => {
@@ -240,8 +242,8 @@ impl AdamW {
             let n = param.len();
             let (decay, lr_scale) = decide(groups, weight_decay, &name, param);
             let state = self.state.entry(name).or_insert_with(|| ParameterState {
-                m: vec![0.0; n],
-                v: vec![0.0; n],
+                m: vec![0.0; n].into(),
+                v: vec![0.0; n].into(),
                 step: 0,
             });
             state.step = state.step.saturating_add(1);
@@ -258,8 +260,7 @@ impl AdamW {
                 bias2: (1.0 - beta2.powi(t)) as f32,
                 gradient_scale: gradient_scale as f32,
             };
-            update(param.values_mut(), &g, &mut state.m, &mut state.v, step);
-            give_back(g);
+            outcome = G::update(param, g, state, step);
         });
         outcome.map(|()| norm)
     }
@@ -308,6 +309,127 @@ impl AdamW {
         }
         self.state = state;
         Ok(())
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// Gradients of a model's parameters, on the host or on a device: what [`AdamW::step`] takes.
+pub trait Gradients: sealed::Sealed {
+    /// Those of one parameter.
+    #[doc(hidden)]
+    type Values;
+
+    /// The sum of squares of each parameter's gradient, if there is one.
+    #[doc(hidden)]
+    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError>;
+
+    /// Takes a parameter's gradient out.
+    #[doc(hidden)]
+    fn take(&mut self, param: &Param) -> Result<Option<Self::Values>, ModelError>;
+
+    /// Makes some values of a parameter's gradient zero, if there is one.
+    #[doc(hidden)]
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError>;
+
+    /// Updates a parameter, where its gradient lies.
+    #[doc(hidden)]
+    fn update(
+        param: &mut Param,
+        gradient: Self::Values,
+        state: &mut ParameterState,
+        step: AdamWStep,
+    ) -> Result<(), ModelError>;
+}
+
+impl sealed::Sealed for CpuGradients {}
+
+impl Gradients for CpuGradients {
+    type Values = Vec<f32>;
+
+    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
+        let mut sums = Vec::with_capacity(params.len());
+        for param in params {
+            sums.push(param.find_gradient(self)?.map(|g| sum_of_squares(g)));
+        }
+        Ok(sums)
+    }
+
+    fn take(&mut self, param: &Param) -> Result<Option<Vec<f32>>, ModelError> {
+        param.take_gradient(self)
+    }
+
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
+        if let Some(gradient) = param.find_gradient(self)? {
+            gradient[which].fill(0.0);
+        }
+        Ok(())
+    }
+
+    fn update(
+        param: &mut Param,
+        gradient: Vec<f32>,
+        state: &mut ParameterState,
+        step: AdamWStep,
+    ) -> Result<(), ModelError> {
+        let (m, v) = (&mut state.m, &mut state.v);
+        update(param.values_mut(), &gradient, m, v, step);
+        give_back(gradient);
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl sealed::Sealed for CudaGradients {}
+
+#[cfg(feature = "cuda")]
+impl Gradients for CudaGradients {
+    type Values = Buffer<f32>;
+
+    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
+        let found: Vec<_> = params.iter().map(|param| self.find(param)).collect();
+        let there: Vec<_> = found.iter().flatten().copied().collect();
+        let mut sums = dots::sums_of_squares(self.device(), &there)?.into_iter();
+        let of = |found: &Option<_>| found.and_then(|_| sums.next());
+        Ok(found.iter().map(of).collect())
+    }
+
+    fn take(&mut self, param: &Param) -> Result<Option<Buffer<f32>>, ModelError> {
+        Ok(self.take(param))
+    }
+
+    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
+        self.zero(param, which)
+    }
+
+    fn update(
+        param: &mut Param,
+        gradient: Buffer<f32>,
+        state: &mut ParameterState,
+        step: AdamWStep,
+    ) -> Result<(), ModelError> {
+        let device = gradient.device();
+        let update = optimiser::Update {
+            theta: param.mirror_mut().on_mut(device)?.view_mut(),
+            gradient: gradient.view(),
+            first: state.m.on_mut(device)?.view_mut(),
+            second: state.v.on_mut(device)?.view_mut(),
+            step: optimiser::AdamWStep {
+                lr: step.lr,
+                beta1: step.beta1,
+                beta2: step.beta2,
+                take1: step.take1,
+                take2: step.take2,
+                eps: step.eps,
+                weight_decay: step.weight_decay,
+                bias1: step.bias1,
+                bias2: step.bias2,
+                gradient_scale: step.gradient_scale,
+            },
+        };
+        Ok(optimiser::adamw(device, &mut [update])?)
     }
 }
 

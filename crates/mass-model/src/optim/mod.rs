@@ -8,7 +8,7 @@ mod schedule;
 
 pub use accumulate::GradientAccumulator;
 pub(crate) use adamw::sum_of_squares;
-pub use adamw::{AdamW, AdamWConfig, ParameterState};
+pub use adamw::{AdamW, AdamWConfig, Gradients, ParameterState};
 pub use ema::{Ema, EmaConfig};
 pub use groups::{Group, Select};
 pub use schedule::{Decay, Schedule};

@@ -1,13 +1,9 @@
-use dfdx::prelude::{Cpu, Tape};
-
 use super::VitConfig;
-use crate::encoder::{Mlp, with_residual};
+use crate::encoder::{Course, Mlp};
 use crate::error::ModelError;
-use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{LayerNorm, SelfAttention};
-use crate::ops::{Activations, Sequences};
+use crate::ops::{Pass, Sequences};
 use crate::param::Param;
-use crate::pass::{LayerTrace, Masked};
 use crate::pretrained::{Kind, Source};
 use crate::{mixtures, parameters};
 
@@ -55,39 +51,38 @@ impl VitBlock {
     }
 
     /// With `keep`, those rows of the output alone.
-    pub(super) fn forward<T: Tape<f32, Cpu>>(
+    pub(super) fn run<P: Pass>(
         &self,
-        x: Activations<T>,
+        pass: &mut P,
+        x: P::Rows,
         sequences: &Sequences,
         keep: Option<&[usize]>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        traces: &mut Vec<LayerTrace>,
-    ) -> Result<Activations<T>, ModelError> {
+        course: &mut Course<'_>,
+    ) -> Result<P::Rows, ModelError> {
         let early = self.mlp.keep_early(keep);
-        let (x, tape) = x.split_tape();
-        let h = self.norm1.run(x.clone().put_tape(tape))?;
-        let h = self
-            .attention
-            .run(h, sequences, early, keys.as_deref_mut())?;
-        let h = scaled(h, self.scale1.as_ref())?;
-        let (h, residual) = with_residual(h, x, early)?;
-        let dropout = keys.as_deref_mut().and_then(|k| k.next(self.dropout));
-        let (residual, tape) = h.add(&residual, dropout)?.split_tape();
-        let h = self.norm2.run(residual.clone().put_tape(tape))?;
-        let h = self.mlp.forward(h, masked, traces)?;
-        let h = scaled(h, self.scale2.as_ref())?;
-        let dropout = keys.and_then(|k| k.next(self.dropout));
-        self.mlp.keep_late(h.add(&residual, dropout)?, keep)
+        let h = self.norm1.run(pass, x.clone())?;
+        let keys = course.keys.as_deref_mut();
+        let h = self.attention.run(pass, h, sequences, early, keys)?;
+        let h = scaled(pass, h, self.scale1.as_ref())?;
+        let x = pass.pick_some(x, early)?;
+        let dropout = course.dropout(self.dropout);
+        let x = pass.add(h, x, dropout)?;
+        let h = self.norm2.run(pass, x.clone())?;
+        let h = self.mlp.run(pass, h, course)?;
+        let h = scaled(pass, h, self.scale2.as_ref())?;
+        let dropout = course.dropout(self.dropout);
+        let h = pass.add(h, x, dropout)?;
+        self.mlp.keep_late(pass, h, keep)
     }
 }
 
-fn scaled<T: Tape<f32, Cpu>>(
-    x: Activations<T>,
+fn scaled<P: Pass>(
+    pass: &mut P,
+    x: P::Rows,
     factor: Option<&Param>,
-) -> Result<Activations<T>, ModelError> {
+) -> Result<P::Rows, ModelError> {
     match factor {
-        Some(factor) => x.scale_rows(factor),
+        Some(factor) => pass.scale_rows(x, factor),
         None => Ok(x),
     }
 }

@@ -1,62 +1,62 @@
 //! Forward and training passes.
 
-use dfdx::prelude::{Cpu, NoneTape, OwnedTape, Tape};
+use dfdx::prelude::{NoneTape, OwnedTape};
 
-use super::patches::{Interpolation, assemble, patch_grid, patch_rows};
+use super::patches::{interpolation, patch_grid, patch_rows};
 use super::{ImageBatch, VitClassifier};
-use crate::encoder::Wanted;
+use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, check_masked};
-use crate::ops::{Activations, Sequences};
+use crate::ops::{Activations, Host, Pass, Sequences, Training};
 use crate::pass::{LayerTrace, Masked, TrainPass};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
-struct Entered<T: Tape<f32, Cpu>> {
-    rows: Activations<T>,
+struct Entered<R> {
+    rows: R,
     tokens: usize,
     block: usize,
 }
 
 /// Hidden states, with the number of tokens of an image.
-struct Encoded<T: Tape<f32, Cpu>> {
-    states: Activations<T>,
+struct Encoded<R> {
+    states: R,
     tokens: usize,
-    traces: Vec<LayerTrace>,
 }
 
 impl VitClassifier {
     /// Tokens with their positions, and their number for an image.
-    fn embed<T: Tape<f32, Cpu>>(
+    fn embed<P: Pass>(
         &self,
+        pass: &mut P,
         pixels: &[f32],
         size: (usize, usize),
-        keys: Option<&mut DropoutKeys>,
-        tape: T,
-    ) -> Result<(Activations<T>, usize), ModelError> {
+        course: &mut Course<'_>,
+    ) -> Result<(P::Rows, usize), ModelError> {
         let side = self.config.encoder.patch_size;
-        let rows = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
+        let (rows, shape) = patch_rows(pixels, self.config.encoder.num_channels, size, side)?;
         let grid = (size.0 / side, size.1 / side);
-        let embedded = self.patch.run(rows.put_tape(tape))?;
+        let rows = pass.constant(rows, shape)?;
+        let embedded = self.patch.run(pass, rows)?;
         let config = &self.config.encoder;
-        let interpolation = Interpolation::new(config.grid(), grid, config.position_resampling);
-        let x = assemble(embedded, &self.class, &self.positions, interpolation)?;
+        let taps = interpolation(config.grid(), grid, config.position_resampling);
+        let x = pass.assemble(embedded, &self.class, &self.positions, taps)?;
         let rate = config.hidden_dropout_prob;
-        let x = x.dropout(keys.and_then(|k| k.next(rate)))?;
+        let x = pass.dropout(x, course.dropout(rate))?;
         Ok((x, 1 + grid.0 * grid.1))
     }
 
     /// Where a batch enters the model.
-    fn enter<T: Tape<f32, Cpu>>(
+    fn enter<P: Pass>(
         &self,
+        pass: &mut P,
         batch: ImageBatch<'_>,
-        keys: Option<&mut DropoutKeys>,
-        tape: T,
-    ) -> Result<Entered<T>, ModelError> {
+        course: &mut Course<'_>,
+    ) -> Result<Entered<P::Rows>, ModelError> {
         let (rows, tokens, blocks) = match batch {
             ImageBatch::Pixels { pixels, size } => {
-                let (rows, tokens) = self.embed(pixels, size, keys, tape)?;
+                let (rows, tokens) = self.embed(pass, pixels, size, course)?;
                 return Ok(Entered {
                     rows,
                     tokens,
@@ -82,9 +82,8 @@ impl VitClassifier {
         if let Some(i) = rows.iter().position(|x| !x.is_finite()) {
             return Err(ModelError::NonFinite(format!("feature value {i}")));
         }
-        let x = Activations::constant(Scratch::copy_of(rows), (rows.len() / d, d));
         Ok(Entered {
-            rows: x.put_tape(tape),
+            rows: pass.constant(Scratch::copy_of(rows), (rows.len() / d, d))?,
             tokens,
             block: blocks,
         })
@@ -107,62 +106,50 @@ impl VitClassifier {
         }
     }
 
-    fn encode<T: Tape<f32, Cpu>>(
+    fn encode<P: Pass>(
         &self,
-        entered: Entered<T>,
+        pass: &mut P,
+        entered: Entered<P::Rows>,
         until: usize,
         wanted: Wanted,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        observe: &mut dyn FnMut(&Activations),
-    ) -> Result<Encoded<T>, ModelError> {
-        check_masked(masked, self.mixtures())?;
+        course: &mut Course<'_>,
+        observe: &mut dyn FnMut(&P::Rows),
+    ) -> Result<Encoded<P::Rows>, ModelError> {
+        check_masked(course.masked, self.mixtures())?;
         let Entered {
             rows: mut x,
             tokens,
             block: first,
         } = entered;
-        let sequences = Sequences::uniform(x.shape().0 / tokens, tokens)?;
-        let mut traces = Vec::new();
+        let sequences = Sequences::uniform(pass.shape(&x).0 / tokens, tokens)?;
         let starts: Option<&[usize]> = match wanted {
             Wanted::Every => None,
             Wanted::First => Some(&sequences.offsets()[..sequences.len()]),
         };
         let blocks = self.blocks.get(first..until).unwrap_or_default();
         for (i, block) in blocks.iter().enumerate() {
-            let (state, tape) = x.split_tape();
-            observe(&state);
-            x = state.put_tape(tape);
+            observe(&x);
             let keep = starts.filter(|_| i + 1 == blocks.len());
-            let keys = keys.as_deref_mut();
-            x = block.forward(x, &sequences, keep, masked, keys, &mut traces)?;
+            x = block.run(pass, x, &sequences, keep, course)?;
         }
-        if let Some(starts) = starts.filter(|_| blocks.is_empty()) {
-            x = x.pick_rows(starts)?;
-        }
-        let (state, tape) = x.split_tape();
-        observe(&state);
-        Ok(Encoded {
-            states: state.put_tape(tape),
-            tokens,
-            traces,
-        })
+        x = pass.pick_some(x, starts.filter(|_| blocks.is_empty()))?;
+        observe(&x);
+        Ok(Encoded { states: x, tokens })
     }
 
     /// Logits `[batch, classes]`, and the number of tokens of an image.
-    fn forward<T: Tape<f32, Cpu>>(
+    fn forward<P: Pass>(
         &self,
+        pass: &mut P,
         batch: ImageBatch<'_>,
-        masked: Option<Masked>,
-        mut keys: Option<&mut DropoutKeys>,
-        tape: T,
-    ) -> Result<Encoded<T>, ModelError> {
-        let entered = self.enter(batch, keys.as_deref_mut(), tape)?;
+        course: &mut Course<'_>,
+    ) -> Result<Encoded<P::Rows>, ModelError> {
+        let entered = self.enter(pass, batch, course)?;
         let (all, first) = (self.blocks.len(), Wanted::First);
-        let encoded = self.encode(entered, all, first, masked, keys, &mut |_| {})?;
-        let class = self.norm.run(encoded.states)?;
+        let encoded = self.encode(pass, entered, all, first, course, &mut |_| {})?;
+        let class = self.norm.run(pass, encoded.states)?;
         Ok(Encoded {
-            states: self.head.run(class)?,
+            states: self.head.run(pass, class)?,
             ..encoded
         })
     }
@@ -174,8 +161,10 @@ impl VitClassifier {
         until: usize,
         observe: &mut dyn FnMut(&Activations),
     ) -> Result<Activations, ModelError> {
-        let entered = self.enter(batch, None, NoneTape)?;
-        let encoded = self.encode(entered, until, Wanted::Every, None, None, observe)?;
+        let (mut pass, every) = (Host(NoneTape), Wanted::Every);
+        let course = &mut Course::default();
+        let entered = self.enter(&mut pass, batch, course)?;
+        let encoded = self.encode(&mut pass, entered, until, every, course, observe)?;
         Ok(encoded.states)
     }
 
@@ -196,7 +185,7 @@ impl VitClassifier {
     /// As [`logits`](Self::logits).
     pub fn encoded(&self, batch: ImageBatch<'_>) -> Result<Vec<f32>, ModelError> {
         let states = self.states(batch, self.blocks.len(), &mut |_| {})?;
-        Ok(self.norm.run(states)?.to_vec())
+        Ok(self.norm.run(&mut Host(NoneTape), states)?.to_vec())
     }
 
     /// What leaves the first `blocks` blocks, `[batch * tokens, d]`, without dropout and without a tape: the features of a
@@ -244,12 +233,38 @@ impl VitClassifier {
         classes: &[u32],
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass, ModelError> {
-        let logits = self.forward(batch, None, dropout, OwnedTape::default())?;
-        let (loss, losses) = logits.states.cross_entropy(classes)?;
+        self.train(Host(OwnedTape::default()), batch, classes, dropout)
+    }
+
+    /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Cuda`] if the device's memory does not suffice, or it has failed.
+    #[cfg(feature = "cuda")]
+    pub fn train_pass_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<crate::ops::CudaGradients>, ModelError> {
+        self.train(crate::ops::Cuda::training(device), batch, classes, dropout)
+    }
+
+    fn train<P: Training>(
+        &self,
+        mut pass: P,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<P::Gradients>, ModelError> {
+        let mut course = Course::dropping(dropout);
+        let logits = self.forward(&mut pass, batch, &mut course)?;
+        let (loss, losses) = pass.cross_entropy(logits.states, classes)?;
         let rows = losses
             .into_iter()
             .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
-        TrainPass::new(loss, rows.collect(), logits.traces)
+        TrainPass::of(pass, loss, rows.collect(), course.traces)
     }
 
     /// Logits `[batch, classes]` without dropout, and what each mixture layer did.
@@ -264,8 +279,9 @@ impl VitClassifier {
         batch: ImageBatch<'_>,
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
-        let logits = self.forward(batch, masked, None, NoneTape)?;
-        Ok((logits.states.to_vec(), logits.traces))
+        let mut course = Course::masking(masked);
+        let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
+        Ok((logits.states.to_vec(), course.traces))
     }
 
     /// Cross-entropy of each image, nats, without dropout.
@@ -279,7 +295,33 @@ impl VitClassifier {
         classes: &[u32],
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
-        let logits = self.forward(batch, masked, None, NoneTape)?;
-        logits.states.token_losses(classes)
+        self.losses_in(&mut Host(NoneTape), batch, classes, masked)
+    }
+
+    /// [`losses`](Self::losses) on a device.
+    ///
+    /// # Errors
+    /// As [`train_pass_on`](Self::train_pass_on).
+    #[cfg(feature = "cuda")]
+    pub fn losses_on(
+        &self,
+        device: &mass_cuda::Device,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let pass = &mut crate::ops::Cuda::evaluating(device);
+        self.losses_in(pass, batch, classes, masked)
+    }
+
+    fn losses_in<P: Pass>(
+        &self,
+        pass: &mut P,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
+        Ok(pass.cross_entropy(logits.states, classes)?.1)
     }
 }

@@ -1,14 +1,9 @@
 //! From pixels to tokens: patches, class token and position embeddings.
 
-use dfdx::prelude::{Cpu, Tape};
-
 use super::Resampling;
 use crate::error::ModelError;
-use crate::kernels::gemm::Store;
 use crate::kernels::scratch::Scratch;
-use crate::kernels::vector;
-use crate::ops::{Activations, expect_width};
-use crate::param::Param;
+use crate::ops::Taps;
 
 /// Rows and columns of the patches of an image.
 pub(super) fn patch_grid(
@@ -31,7 +26,7 @@ pub(super) fn patch_rows(
     channels: usize,
     (height, width): (usize, usize),
     side: usize,
-) -> Result<Activations, ModelError> {
+) -> Result<(Scratch, (usize, usize)), ModelError> {
     patch_grid((height, width), side)?;
     let image = channels
         .checked_mul(height)
@@ -70,40 +65,28 @@ pub(super) fn patch_rows(
     }
     let cols = channels * side * side;
     let shape = (rows.len() / cols, cols);
-    Ok(Activations::constant(rows, shape))
+    Ok((rows, shape))
 }
 
-/// Interpolation of a square grid of vectors to another grid, as weights of the old ones; see [`Resampling`].
-#[derive(Clone, Debug)]
-pub(super) struct Interpolation {
-    /// For each output place the old ones, row-major, and their weights.
-    taps: Vec<Vec<(usize, f32)>>,
-}
-
-impl Interpolation {
-    /// From `old` x `old` places to `rows` x `cols`.
-    pub(super) fn new(old: usize, (rows, cols): (usize, usize), how: Resampling) -> Self {
-        if (rows, cols) == (old, old) {
-            let taps = (0..old * old).map(|i| vec![(i, 1.0)]).collect();
-            return Self { taps };
-        }
-        let axis = match how {
-            Resampling::Bicubic => plain_axis,
-            Resampling::BicubicAntialias => antialiased_axis,
-        };
-        let (vertical, horizontal) = (axis(old, rows), axis(old, cols));
-        let taps = vertical.iter().flat_map(|v| {
-            horizontal.iter().map(move |h| {
-                let pairs = v
-                    .iter()
-                    .flat_map(|&(y, a)| h.iter().map(move |&(x, b)| (y * old + x, a * b)));
-                pairs.collect()
-            })
-        });
-        Self {
-            taps: taps.collect(),
-        }
+/// Interpolation of a square grid of vectors, `old` x `old`, to another one of `rows` x `cols`, row-major: see [`Resampling`].
+pub(super) fn interpolation(old: usize, (rows, cols): (usize, usize), how: Resampling) -> Taps {
+    if (rows, cols) == (old, old) {
+        return (0..old * old).map(|i| vec![(i, 1.0)]).collect();
     }
+    let axis = match how {
+        Resampling::Bicubic => plain_axis,
+        Resampling::BicubicAntialias => antialiased_axis,
+    };
+    let (vertical, horizontal) = (axis(old, rows), axis(old, cols));
+    let taps = vertical.iter().flat_map(|v| {
+        horizontal.iter().map(move |h| {
+            let pairs = v
+                .iter()
+                .flat_map(|&(y, a)| h.iter().map(move |&(x, b)| (y * old + x, a * b)));
+            pairs.collect()
+        })
+    });
+    taps.collect()
 }
 
 /// Keys' cubic kernel.
@@ -148,70 +131,6 @@ fn antialiased_axis(old: usize, new: usize) -> Vec<Vec<(usize, f32)>> {
     (0..new).map(place).collect()
 }
 
-/// Tokens `[batch * (1 + patches), d]`: the class token, then the embedded patches, plus the position of each.
-///
-/// `class: [d]`, `positions: [1 + old patches, d]`, of which the first is the class token's and the others a grid.
-pub(super) fn assemble<T: Tape<f32, Cpu>>(
-    embedded: Activations<T>,
-    class: &Param,
-    positions: &Param,
-    grid: Interpolation,
-) -> Result<Activations<T>, ModelError> {
-    let (d, patches) = (class.len(), grid.taps.len());
-    expect_width("embedded patches", embedded.shape(), d)?;
-    let (embedded, tape) = embedded.split_tape();
-    let batch = embedded.shape().0 / patches;
-
-    // The tokens of an image without its patches, which are the same for all images.
-    let table = positions.values();
-    let mut common = vec![0.0; (1 + patches) * d];
-    let (first, others) = common.split_at_mut(d);
-    first.copy_from_slice(class.values());
-    vector::add_assign(first, &table[..d]);
-    for (row, taps) in others.chunks_exact_mut(d).zip(&grid.taps) {
-        for &(place, weight) in taps {
-            let old = &table[(1 + place) * d..][..d];
-            row.iter_mut().zip(old).for_each(|(y, x)| *y += weight * x);
-        }
-    }
-    let mut y = Scratch::take(batch * common.len());
-    let images = embedded.chunks_exact(patches * d);
-    for (y, image) in y.chunks_exact_mut(common.len()).zip(images) {
-        y.copy_from_slice(&common);
-        vector::add_assign(&mut y[d..], image);
-    }
-    let shape = (batch * (1 + patches), d);
-    let (class, positions) = (class.handle(), positions.handle());
-    Activations::output(tape, y, shape, move |g, dy| {
-        let mut common = vec![0.0; (1 + patches) * d];
-        for dy in dy.chunks_exact((1 + patches) * d) {
-            vector::add_assign(&mut common, dy);
-        }
-        embedded.add_gradient(g, |dx, store| {
-            let images = dy.chunks_exact((1 + patches) * d);
-            for (dy, dx) in images.zip(dx.chunks_exact_mut(patches * d)) {
-                match store {
-                    Store::Replace => dx.copy_from_slice(&dy[d..]),
-                    Store::Add => vector::add_assign(dx, &dy[d..]),
-                }
-            }
-        })?;
-        let (first, others) = common.split_at(d);
-        let mut dclass = class.take(g)?;
-        vector::add_assign(&mut dclass, first);
-        class.put(g, dclass)?;
-        let mut dpositions = positions.take(g)?;
-        vector::add_assign(&mut dpositions[..d], first);
-        for (row, taps) in others.chunks_exact(d).zip(&grid.taps) {
-            for &(place, weight) in taps {
-                let old = &mut dpositions[(1 + place) * d..][..d];
-                old.iter_mut().zip(row).for_each(|(x, y)| *x += weight * y);
-            }
-        }
-        positions.put(g, dpositions)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,8 +139,8 @@ mod tests {
     fn patches_are_in_the_order_of_a_convolution() {
         // Two channels of 2 x 4 pixels, patches of 2 x 2.
         let pixels: Vec<f32> = (0..16).map(|i| i as f32).collect();
-        let rows = patch_rows(&pixels, 2, (2, 4), 2).unwrap();
-        assert_eq!(*rows.shape(), (2, 8));
+        let (rows, shape) = patch_rows(&pixels, 2, (2, 4), 2).unwrap();
+        assert_eq!(shape, (2, 8));
         let first = [0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 12.0, 13.0];
         let second = [2.0, 3.0, 6.0, 7.0, 10.0, 11.0, 14.0, 15.0];
         assert_eq!(rows.to_vec(), [first, second].concat());
@@ -230,12 +149,12 @@ mod tests {
     #[test]
     fn interpolation_keeps_constants_and_its_own_grid() {
         for how in [Resampling::Bicubic, Resampling::BicubicAntialias] {
-            let same = Interpolation::new(3, (3, 3), how);
-            assert!(same.taps.iter().enumerate().all(|(i, t)| *t == [(i, 1.0)]));
+            let same = interpolation(3, (3, 3), how);
+            assert!(same.iter().enumerate().all(|(i, t)| *t == [(i, 1.0)]));
             for size in [(2, 5), (7, 1), (6, 6)] {
-                let other = Interpolation::new(3, size, how);
-                assert_eq!(other.taps.len(), size.0 * size.1);
-                for taps in &other.taps {
+                let other = interpolation(3, size, how);
+                assert_eq!(other.len(), size.0 * size.1);
+                for taps in &other {
                     let sum: f32 = taps.iter().map(|t| t.1).sum();
                     assert!((sum - 1.0).abs() < 1e-6);
                     assert!(taps.iter().all(|t| t.0 < 9));
@@ -300,7 +219,7 @@ mod tests {
             ),
         ];
         for (how, size, wanted) in cases {
-            let taps = Interpolation::new(4, size, how).taps;
+            let taps = interpolation(4, size, how);
             assert_eq!(taps.len(), wanted.len());
             for (taps, wanted) in taps.iter().zip(wanted) {
                 let y: f32 = taps.iter().map(|&(i, w)| w * x[i]).sum();

@@ -4,6 +4,8 @@ mod allocations;
 mod bert;
 mod checkpoint;
 mod configurations;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod damage;
 mod encoder_checkpoints;
 mod experts;
