@@ -115,19 +115,6 @@ pub const STUDIES: &[Study] = &[
         run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
     },
     Study {
-        name: "continual",
-        about: "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
-        tasks: continual::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        inputs: |preset| Inputs {
-            data: matches!(preset, Preset::Full | Preset::Paper),
-            ..Inputs::NONE
-        },
-        check: |args| continual::plan(args)?.check(args),
-        run: |args, ctx| continual::plan(args)?.run(args, ctx),
-    },
-    Study {
         name: "glue",
         about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
         tasks: glue::TASKS,
@@ -149,6 +136,19 @@ pub const STUDIES: &[Study] = &[
         inputs: Inputs::but_for_smoke,
         check: |args| dg::plan(args)?.check(args),
         run: |args, ctx| dg::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "continual",
+        about: "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
+        tasks: continual::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |preset| Inputs {
+            data: matches!(preset, Preset::Full | Preset::Paper),
+            ..Inputs::NONE
+        },
+        check: |args| continual::plan(args)?.check(args),
+        run: |args, ctx| continual::plan(args)?.run(args, ctx),
     },
 ];
 
