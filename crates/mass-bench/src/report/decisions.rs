@@ -8,7 +8,7 @@ use statrs::function::erf::erf;
 pub struct Decisions {
     /// Alarms of detectors.
     pub alarms: usize,
-    /// Alignment tests.
+    /// Alignment tests in the record: of a trigger without a detector those alone that were passed.
     pub tests: usize,
     /// Those that were passed: gradient and weights nearly orthogonal.
     pub passed: usize,
