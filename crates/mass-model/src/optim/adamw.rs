@@ -173,8 +173,10 @@ impl AdamW {
     /// # Errors
     /// [`ModelError::NoGradient`] if no parameter has a gradient, so that nothing could be learnt: the gradients are of another
     /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
-    /// learning rate, [`ModelError::Shape`] if a parameter
-    /// has another size than its moments; no parameter is changed then.
+    /// learning rate, or one that is too large for f32 as a group scales it (so for eps and weight decay), and on a device for two
+    /// parameters of one name. [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the
+    /// memory of a device does not suffice, or it has failed. No parameter, moment or gradient is changed then, so that the step
+    /// may be made again.
     pub fn step<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &mut M,
