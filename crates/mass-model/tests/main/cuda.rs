@@ -33,6 +33,7 @@ pub(crate) enum Word {
     Allocations = 1,
     Freed = 2,
     LargestUp = 7,
+    Downs = 8,
     LargestDown = 10,
     FailAllocation = 16,
     FailLaunch = 17,
@@ -58,6 +59,10 @@ pub(crate) const SEQ: usize = 8;
 const VOCAB: usize = 50;
 
 pub(crate) fn model() -> LanguageModel {
+    model_with(top_p())
+}
+
+pub(crate) fn model_with(router: RouterConfig) -> LanguageModel {
     let config = LanguageModelConfig {
         vocab: VOCAB,
         max_seq: SEQ,
@@ -66,7 +71,7 @@ pub(crate) fn model() -> LanguageModel {
         block: BlockConfig {
             heads: 4,
             layer_norm_eps: 1e-5,
-            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, top_p()),
+            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, router),
         },
     };
     LanguageModel::new(&config, &mut seeded_rng(7)).unwrap()
@@ -122,7 +127,7 @@ fn same_pass<M: Parameters>(
     }
 }
 
-fn top_p() -> RouterConfig {
+pub(crate) fn top_p() -> RouterConfig {
     RouterConfig::TopP {
         p: 0.6,
         combine: Combine::Renormalised,
