@@ -25,7 +25,7 @@ use crate::gradients::CpuGradients;
 pub use crate::mixtures::Mixtures;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::optim::AdamW;
-use crate::param::join;
+use crate::param::{bring_to_host, join};
 use crate::pass::{Masked, TrainPass};
 pub use observe::{observe, routing_entropies};
 use observe::{observe_routing, observe_with};
@@ -139,6 +139,10 @@ impl Grower {
         losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
+        // What a device has changed is read before the controller moves: the device may have failed.
+        for l in 0..model.mixtures() {
+            bring_to_host(model.mixture(l))?;
+        }
         // Only while losses may be asked for can anything but the observation itself be refused.
         let judges = |l: usize| self.controller.awaiting_check(l).is_some();
         let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
@@ -346,7 +350,7 @@ impl Grower {
         };
         let moe = model.mixture_mut(layer);
         let gate = moe.expert_mut(half)?;
-        let (row, offset) = (gate.gate.values().to_vec(), gate.logit_offset);
+        let (row, offset) = (gate.gate.try_values()?.to_vec(), gate.logit_offset);
         // For a look only: no move that averages of weights would have to follow.
         let (single, single_offset) = shift.without(half, gate)?;
         gate.gate
@@ -391,7 +395,8 @@ fn add_redundancy(
     if pairs.is_empty() {
         return Ok(0.0);
     }
-    let rows: Vec<&[f32]> = layer.experts().iter().map(|e| e.gate.values()).collect();
+    let rows = layer.experts().iter().map(|e| e.gate.try_values());
+    let rows = rows.collect::<Result<Vec<&[f32]>, _>>()?;
     let mut taken = Vec::with_capacity(rows.len());
     for expert in layer.experts() {
         let own = expert.gate.take_gradient(gradients)?;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
-use crate::mixtures::{check_masked, check_mixtures};
+use crate::mixtures::{attempt, check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{Host, Pass, Rows, Sequences, Training};
 use crate::param::Param;
@@ -158,9 +158,11 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass<P::Gradients>, ModelError> {
-        let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
-        let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
-        TrainPass::of(pass, loss, token_losses, layers)
+        attempt(self, None, |_| {
+            let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
+            let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
+            TrainPass::of(pass, loss, token_losses, layers)
+        })
     }
 
     /// [`train_pass`](Self::train_pass) on a device, where parameters, gradients and all that is between them stay.

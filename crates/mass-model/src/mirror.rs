@@ -61,6 +61,8 @@ impl Mirror {
         #[cfg(feature = "cuda")]
         if self.host.get().is_none()
             && let Some(buffer) = &*self.on_device()
+            // Whoever had the lock before may have copied them.
+            && self.host.get().is_none()
         {
             let values = buffer.to_vec()?;
             self.host.get_or_init(|| Arc::new(values));
@@ -131,27 +133,49 @@ impl Mirror {
         Ok(buffer)
     }
 
-    /// The values on a device, to be changed there: what is on the host no longer counts.
-    pub(crate) fn on_mut(&mut self, device: &Device) -> Result<&mut Buffer<f32>, ModelError> {
+    /// Copies the values to a device if they are not on it, and gives this mirror a buffer of its own there if it shares one.
+    ///
+    /// The values stay the same, after an error too.
+    pub(crate) fn own_on(&mut self, device: &Device) -> Result<(), ModelError> {
         let shared = self.on(device)?;
-        let slot = self
-            .device
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Given up by this mirror, the buffer has one owner unless an operation still holds it.
+        let mut slot = self.on_device();
+        // Given up by this mirror, the buffer has one owner unless an operation, or another mirror, still holds it.
         *slot = None;
-        let own = match Arc::try_unwrap(shared) {
-            Ok(own) => own,
+        let (own, outcome) = match Arc::try_unwrap(shared) {
+            Ok(own) => (Arc::new(own), Ok(())),
             Err(held) => match held.try_clone() {
-                Ok(copy) => copy,
-                Err(error) => {
-                    *slot = Some(held);
-                    return Err(error.into());
-                }
+                Ok(copy) => (Arc::new(copy), Ok(())),
+                Err(error) => (held, Err(error.into())),
             },
         };
-        let own = slot.insert(Arc::new(own));
+        *slot = Some(own);
+        outcome
+    }
+
+    /// The buffer that this mirror [owns](Self::own_on), locked to be written; afterwards call
+    /// [`device_written`](Self::device_written).
+    pub(crate) fn lend(&self) -> Lent<'_> {
+        Lent(self.on_device())
+    }
+
+    /// What is on the device has been changed and is the truth; what is on the host no longer counts.
+    pub(crate) fn device_written(&mut self) {
         self.host.take();
-        Ok(Arc::get_mut(own).expect("just made"))
+    }
+}
+
+/// A mirror's buffer on a device, locked.
+#[cfg(feature = "cuda")]
+pub(crate) struct Lent<'a>(MutexGuard<'a, Option<Arc<Buffer<f32>>>>);
+
+#[cfg(feature = "cuda")]
+impl Lent<'_> {
+    /// The buffer.
+    ///
+    /// # Panics
+    /// If the mirror does not [own](Mirror::own_on) one.
+    pub(crate) fn buffer(&mut self) -> &mut Buffer<f32> {
+        let own = self.0.as_mut().and_then(Arc::get_mut);
+        own.expect("a buffer of the mirror's own")
     }
 }

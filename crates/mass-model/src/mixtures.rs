@@ -1,6 +1,7 @@
 //! A model as its mixture layers: what growth and checkpoints see of it.
 
 use crate::error::ModelError;
+use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{Block, MoeConfig, MoeLayer};
 use crate::param::{Parameters, join};
 use crate::pass::{LayerTrace, Masked};
@@ -97,6 +98,29 @@ pub trait Mixtures: Parameters {
         self.visit_mixtures("", &mut |name, _| all.push(name));
         all.into_iter().nth(layer).expect(MISSING)
     }
+}
+
+/// A training pass. If it fails, routers and the keys of dropout are as before it: made again, it has the same noise and masks.
+pub(crate) fn attempt<M: Mixtures, T>(
+    model: &M,
+    mut dropout: Option<&mut DropoutKeys>,
+    pass: impl FnOnce(Option<&mut DropoutKeys>) -> Result<T, ModelError>,
+) -> Result<T, ModelError> {
+    let (mut routers, keys) = (Vec::new(), dropout.as_deref().cloned());
+    model.visit_mixtures("", &mut |_, moe| {
+        let router = moe.router().clone();
+        routers.push((moe, router));
+    });
+    let outcome = pass(dropout.as_deref_mut());
+    if outcome.is_err() {
+        for (moe, router) in routers {
+            *moe.router() = router;
+        }
+        if let (Some(now), Some(before)) = (dropout, keys) {
+            *now = before;
+        }
+    }
+    outcome
 }
 
 const MISSING: &str = "a mixture layer of the model";

@@ -152,6 +152,20 @@ impl Param {
         &mut self.values
     }
 
+    /// Gives it other values, wherever those lie that it has: they are not read.
+    pub(crate) fn replace(&mut self, values: Vec<f32>) -> Result<(), ModelError> {
+        if values.len() != self.len() {
+            let (expected, found) = ([self.len()], [values.len()]);
+            return Err(ModelError::shape(
+                "values of a parameter",
+                &expected,
+                &found,
+            ));
+        }
+        self.values = values.into();
+        Ok(())
+    }
+
     /// The values, wherever they lie.
     #[cfg(feature = "cuda")]
     pub(crate) fn mirror(&self) -> &Mirror {
@@ -170,13 +184,13 @@ impl Param {
     /// little by little.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] for another number of values.
+    /// [`ModelError::Shape`] for another number of values; that of a device that has changed the values and failed.
     pub fn move_to(&mut self, values: &[f32]) -> Result<(), ModelError> {
         if values.len() != self.len() {
             let (expected, found) = ([self.len()], [values.len()]);
             return Err(ModelError::shape("values to move to", &expected, &found));
         }
-        let pairs = values.iter().zip(self.values());
+        let pairs = values.iter().zip(self.try_values()?);
         let by: Vec<f32> = pairs.map(|(new, old)| new - old).collect();
         self.values_mut().copy_from_slice(values);
         self.lineage.moved(by);

@@ -54,7 +54,7 @@ pub use config::BertConfig;
 use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
-use crate::mixtures::{Mixtures, check_masked};
+use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::nn::{LayerNorm, Linear};
 use crate::ops::{Activations, Host, Pass, Training};
 use crate::optim::Gradients;
@@ -319,14 +319,16 @@ impl BertClassifier {
         targets: Targets<'_>,
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass<P::Gradients>, ModelError> {
-        let mut course = Course::dropping(dropout);
-        let logits = self.forward(&mut pass, batch, &mut course)?;
-        let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
-        let spans = batch.offsets.windows(2).zip(losses);
-        let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
-        let mut pass = TrainPass::of(pass, loss, rows.collect(), course.traces)?;
-        pass.gradients.zero(&self.words, self.padding())?;
-        Ok(pass)
+        attempt(self, dropout, |dropout| {
+            let mut course = Course::dropping(dropout);
+            let logits = self.forward(&mut pass, batch, &mut course)?;
+            let (loss, losses) = Self::loss(&mut pass, logits, targets)?;
+            let spans = batch.offsets.windows(2).zip(losses);
+            let rows = spans.flat_map(|(w, l)| std::iter::repeat_n(l, w[1] - w[0]));
+            let mut pass = TrainPass::of(pass, loss, rows.collect(), course.traces)?;
+            pass.gradients.zero(&self.words, self.padding())?;
+            Ok(pass)
+        })
     }
 
     /// Logits `[batch, labels]` without dropout, and what each mixture layer did.

@@ -84,7 +84,7 @@ pub fn load_safetensors<M: Parameters + ?Sized>(
     let mut outcome = Ok(());
     model.visit_mut("", &mut |name, p| {
         if outcome.is_ok() {
-            outcome = file.copy_to(&name, p.values_mut());
+            outcome = file.read_into(&name, p);
         }
     });
     outcome

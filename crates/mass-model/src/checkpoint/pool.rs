@@ -236,7 +236,7 @@ impl Reading {
                 let at = layer.pool.experts.iter().position(|&i| i == id)?;
                 Some(format!("{}{}.{rest}", layer.prefix, layer.sources[at].0))
             });
-            outcome = file.copy_to(&source.unwrap_or(name), param.values_mut());
+            outcome = file.read_into(&source.unwrap_or(name), param);
         });
         outcome
     }

@@ -9,6 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use super::broken;
 use crate::error::CheckpointError;
 use crate::error::ModelError;
+use crate::param::Param;
 
 /// A tensor to be written.
 pub(super) struct F32View<'a> {
@@ -99,22 +100,20 @@ impl<'a> TensorFile<'a> {
         Err(broken(self.path, why))
     }
 
-    /// Copies a tensor out.
-    pub(super) fn copy_to(&self, name: &str, values: &mut [f32]) -> Result<(), ModelError> {
-        let data = self.get(name)?.data();
-        if data.len() != 4 * values.len() {
-            return self.check(name, &[values.len()]);
-        }
-        for (x, b) in values.iter_mut().zip(data.as_chunks::<4>().0) {
-            *x = f32::from_le_bytes(*b);
-        }
-        Ok(())
+    /// Gives a parameter a tensor's values; its own are not read, which may lie on a device that has failed.
+    pub(super) fn read_into(&self, name: &str, param: &mut Param) -> Result<(), ModelError> {
+        self.check(name, param.shape())?;
+        param.replace(self.values(name)?)
+    }
+
+    fn values(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        let data = self.get(name)?.data().as_chunks::<4>().0;
+        Ok(data.iter().map(|b| f32::from_le_bytes(*b)).collect())
     }
 
     /// Takes a tensor out of the file.
     pub(super) fn take(&mut self, name: &str) -> Result<Vec<f32>, ModelError> {
-        let mut values = vec![0.0; self.get(name)?.data().len() / 4];
-        self.copy_to(name, &mut values)?;
+        let values = self.values(name)?;
         self.tensors.remove(name);
         Ok(values)
     }

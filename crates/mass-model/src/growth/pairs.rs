@@ -46,7 +46,8 @@ pub fn pair_figures(
         .count();
     let loads = of_a.len() + of_b.len();
     let of_loads = |n: usize, all: usize| (loads > 0).then(|| n as f64 / all as f64);
-    let [row, other] = [a, b].map(|e| layer.experts()[e].gate.values());
+    let [row, other] = [a, b].map(|e| layer.experts()[e].gate.try_values());
+    let (row, other) = (row?, other?);
     Ok(PairFigures {
         source_cosine: fc1_cosine(layer, trace, gradients, a)?,
         new_cosine: fc1_cosine(layer, trace, gradients, b)?,
@@ -65,7 +66,7 @@ pub(super) fn fc1_cosine(
 ) -> Result<Option<f64>, ModelError> {
     let fc1 = &layer.experts()[place].network.fc1.0;
     match fc1.find_gradient(gradients)? {
-        Some(gradient) => Ok(alignment(gradient, fc1.values())?.cosine),
+        Some(gradient) => Ok(alignment(gradient, fc1.try_values()?)?.cosine),
         None if trace.plan.load(place) == 0 => Ok(None),
         None => {
             let expert = layer.ids()[place];

@@ -74,7 +74,7 @@ impl GateShift {
             let (expected, actual) = ([expert.gate.len()], [row.len()]);
             return Err(ModelError::shape("shift of a gate row", &expected, &actual));
         }
-        let pairs = expert.gate.values().iter().zip(row);
+        let pairs = expert.gate.try_values()?.iter().zip(row);
         Ok((Some(pairs.map(|(w, d)| w - d).collect()), offset))
     }
 }

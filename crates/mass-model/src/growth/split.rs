@@ -29,6 +29,13 @@ pub fn split_expert(
     gradients: &mut CpuGradients,
 ) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
+    // All that is read below, before anything is changed: it may lie on a device that has failed.
+    let old = &layer.experts()[index];
+    old.gate.try_values()?;
+    old.network.fc1.0.try_values()?;
+    if matches!(operator, SplitOperator::Bisect(_)) {
+        trace.gate_input.values().try_values()?;
+    }
     let mut newcomer = layer.experts()[index].offspring();
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let linear_gate = layer.config().gate == GateConfig::Linear;

@@ -29,10 +29,10 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     let batch = embedded.shape().0 / patches;
 
     // The tokens of an image without its patches, which are the same for all images.
-    let table = positions.values();
+    let table = positions.try_values()?;
     let mut common = vec![0.0; (1 + patches) * d];
     let (first, others) = common.split_at_mut(d);
-    first.copy_from_slice(class.values());
+    first.copy_from_slice(class.try_values()?);
     vector::add_assign(first, &table[..d]);
     for (row, taps) in others.chunks_exact_mut(d).zip(&taps) {
         for &(place, weight) in taps {

@@ -58,9 +58,13 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     tables: &[(&Param, &[u32])],
 ) -> Result<Activations, ModelError> {
     let (n, d) = check(tables)?;
+    let mut read = Vec::with_capacity(tables.len());
+    for &(table, ids) in tables {
+        read.push((table.try_values()?, ids));
+    }
     let mut y = Scratch::take(n * d);
     y.par_chunks_mut(d).enumerate().for_each(|(i, row)| {
-        let mut parts = tables.iter().map(|(t, ids)| entry(t.values(), ids[i], d));
+        let mut parts = read.iter().map(|(table, ids)| entry(table, ids[i], d));
         row.copy_from_slice(parts.next().unwrap_or_default());
         for part in parts {
             vector::add_assign(row, part);

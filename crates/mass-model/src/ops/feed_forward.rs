@@ -72,7 +72,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     let plan = Everyone::new(n)?;
     let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, n));
     let mut y = Scratch::take(n * dim);
-    let (weights, kept) = ([network.weights()], hidden.as_mut());
+    let (weights, kept) = ([network.weights()?], hidden.as_mut());
     kernel::forward(&x, &weights, plan.grouped(), shape, kept, &mut y);
     let held = Held::of(network);
     Activations::output(tape, y, (n, dim), move |g, dy| {

@@ -178,11 +178,10 @@ impl Gate {
         experts: &[MoeExpert],
         (n, dim): (usize, usize),
     ) -> Result<Gated, ModelError> {
-        let rows: Vec<f32> = experts
-            .iter()
-            .flat_map(|e| e.gate.values())
-            .copied()
-            .collect();
+        let mut rows = Vec::with_capacity(experts.len() * dim);
+        for expert in experts {
+            rows.extend_from_slice(expert.gate.try_values()?);
+        }
         let offsets: Vec<f32> = experts.iter().map(|e| e.logit_offset).collect();
         let mut logits = Scratch::take(n * experts.len());
         let kind = match self {
@@ -194,11 +193,17 @@ impl Gate {
                 projection,
                 log_scale,
             } => {
+                let arrays = match projection {
+                    Some((w, b)) => Some((w.try_values()?, b.try_values()?)),
+                    None => None,
+                };
                 let held = projection
                     .as_ref()
                     .map(|(w, b)| [(w.shared(), w.handle()), (b.shared(), b.handle())]);
-                let scale = log_scale.as_ref().map(|s| (s.values()[0], s.handle()));
-                let arrays = projection.as_ref().map(|(w, b)| (w.values(), b.values()));
+                let scale = match log_scale {
+                    Some(s) => Some((s.try_values()?[0], s.handle())),
+                    None => None,
+                };
                 let gate = cosine_gate(
                     &rows,
                     experts.len(),
@@ -229,8 +234,8 @@ impl Gate {
                     ));
                 }
                 let (anchors, scale) = (*anchors, *scale);
-                let gate =
-                    low_rank_gate(&rows, experts.len(), query.values(), anchors, scale, dim)?;
+                let values = query.try_values()?;
+                let gate = low_rank_gate(&rows, experts.len(), values, anchors, scale, dim)?;
                 let x = ArrayView2::from_shape((n, dim), x).map_err(internal)?;
                 let forward = gate.forward(x)?;
                 add_offsets(forward.logits(), &offsets, &mut logits);
@@ -254,12 +259,13 @@ pub(crate) fn set_thresholds(
     let AnyRouter::TopAny(router) = router else {
         return Ok(());
     };
-    let thresholds: Option<Vec<f32>> = experts
-        .iter()
-        .map(|e| e.threshold.as_ref().map(|t| t.values()[0]))
-        .collect();
-    let what = "top-any routing needs a threshold in every expert";
-    let thresholds = thresholds.ok_or_else(|| ModelError::Config(what.into()))?;
+    let mut thresholds = Vec::with_capacity(experts.len());
+    for expert in experts {
+        let what = "top-any routing needs a threshold in every expert";
+        let threshold = expert.threshold.as_ref();
+        let threshold = threshold.ok_or_else(|| ModelError::Config(what.into()))?;
+        thresholds.push(threshold.try_values()?[0]);
+    }
     Ok(router.set_thresholds(&thresholds)?)
 }
 

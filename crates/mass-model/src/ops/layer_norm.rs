@@ -45,7 +45,8 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     let shape = *x.shape();
     let mut stats = Scratch::take(2 * shape.0);
     let mut y = Scratch::take(x.len());
-    kernel::forward(&x, gamma.values(), beta.values(), eps, &mut y, &mut stats);
+    let values = (gamma.try_values()?, beta.try_values()?);
+    kernel::forward(&x, values.0, values.1, eps, &mut y, &mut stats);
     let (scale, gamma, beta) = (gamma.shared(), gamma.handle(), beta.handle());
     Activations::output(tape, y, shape, move |g, dy| {
         let (mut dgamma, mut dbeta) = (gamma.take(g)?, beta.take(g)?);

@@ -44,7 +44,10 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     let (inp, out) = check(x.shape(), weight, bias)?;
     let n = x.shape().0;
     let mut y = Scratch::take(n * out);
-    let values = (weight.values(), bias.map(Param::values));
+    let values = (
+        weight.try_values()?,
+        bias.map(Param::try_values).transpose()?,
+    );
     linear::forward(&x, values.0, values.1, &mut y, inp, out);
     let (w, w_handle, b_handle) = (weight.shared(), weight.handle(), bias.map(Param::handle));
     Activations::output(tape, y, (n, out), move |g, dy| {

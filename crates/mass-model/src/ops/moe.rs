@@ -244,7 +244,8 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     };
     let plan = Arc::new(plan);
 
-    let weights: Vec<ExpertWeights<'_>> = experts.iter().map(|e| e.network.weights()).collect();
+    let weights = experts.iter().map(|e| e.network.weights());
+    let weights = weights.collect::<Result<Vec<ExpertWeights<'_>>, _>>()?;
     let mut hidden = T::OWNS_TAPE.then(|| Hidden::take(shape, plan.num_assignments()));
     let mut y = Scratch::take(n * dim);
     kernel::forward(&x, &weights, grouped(&plan), shape, hidden.as_mut(), &mut y);

@@ -31,14 +31,21 @@ impl Network {
         }
     }
 
-    pub(crate) fn weights(&self) -> ExpertWeights<'_> {
-        ExpertWeights {
-            w1: self.fc1.0.values(),
-            b1: self.fc1.1.values(),
-            w2: self.fc2.0.values(),
-            b2: self.fc2.1.values(),
-            up: self.up.as_ref().map(|(w, b)| (w.values(), b.values())),
-        }
+    /// What kernels of the host read.
+    ///
+    /// # Errors
+    /// That of a device that has changed them and failed.
+    pub(crate) fn weights(&self) -> Result<ExpertWeights<'_>, ModelError> {
+        Ok(ExpertWeights {
+            w1: self.fc1.0.try_values()?,
+            b1: self.fc1.1.try_values()?,
+            w2: self.fc2.0.try_values()?,
+            b2: self.fc2.1.try_values()?,
+            up: match &self.up {
+                Some((w, b)) => Some((w.try_values()?, b.try_values()?)),
+                None => None,
+            },
+        })
     }
 
     /// Hidden and outer width; an error if the shapes do not fit each other, or are not those `wanted`.

@@ -75,6 +75,7 @@ pub(super) fn run_scale<T: Tape<f32, Cpu>>(
     expect_width("input of a layer scale", x.shape(), d)?;
     let shape = *x.shape();
     let mut y = Scratch::take(x.len());
+    factor.try_values()?;
     let values = factor.shared();
     y.par_chunks_mut(ROW_BLOCK * d)
         .zip(x.par_chunks(ROW_BLOCK * d))

@@ -1,4 +1,6 @@
-use std::collections::BTreeMap;
+#[cfg(feature = "cuda")]
+use std::collections::BTreeSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use mass_expand::Moments;
@@ -17,8 +19,9 @@ use crate::param::{Param, Parameters};
 #[cfg(feature = "cuda")]
 use {
     crate::ops::CudaGradients,
-    mass_cuda::Buffer,
     mass_cuda::kernels::{dots, optimiser},
+    mass_cuda::{Buffer, Device},
+    std::sync::Arc,
 };
 
 /// Settings of [`AdamW`] but for the learning rate, which is given with each step.
@@ -170,8 +173,10 @@ impl AdamW {
     /// # Errors
     /// [`ModelError::NoGradient`] if no parameter has a gradient, so that nothing could be learnt: the gradients are of another
     /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
-    /// learning rate, [`ModelError::Shape`] if a parameter
-    /// has another size than its moments; no parameter is changed then.
+    /// learning rate, or one that is too large for f32 as a group scales it (so for eps and weight decay), and on a device for two
+    /// parameters of one name. [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the
+    /// memory of a device does not suffice, or it has failed. No parameter, moment or gradient is changed then, so that the step
+    /// may be made again.
     pub fn step<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &mut M,
@@ -191,7 +196,7 @@ impl AdamW {
             names.push(name);
             params.push(param);
         });
-        let (mut squares, mut found) = (0.0, 0_usize);
+        let (mut squares, mut found) = (0.0, Vec::with_capacity(params.len()));
         let all = gradients.sums_of_squares(&params)?;
         for ((name, param), own) in names.iter().zip(&params).zip(all) {
             if let Some(s) = self.state.get(name)
@@ -200,16 +205,16 @@ impl AdamW {
                 let what = format!("moments of {name}");
                 return Err(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
+            found.push(own.is_some());
             let Some(own) = own else {
                 continue;
             };
-            found += 1;
             if !own.is_finite() {
                 return Err(ModelError::NonFinite(format!("the gradient of {name}")));
             }
             squares += own;
         }
-        if !params.is_empty() && found == 0 {
+        if !params.is_empty() && !found.contains(&true) {
             let what = format!("each of the optimiser's {} parameters", params.len());
             return Err(ModelError::NoGradient(what));
         }
@@ -218,51 +223,24 @@ impl AdamW {
             Some(limit) if norm > limit => limit / norm,
             _ => 1.0,
         };
-        let AdamWConfig {
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            ref groups,
-            ..
-        } = self.config;
-        let mut outcome = Ok(());
-        model.visit_mut("", &mut |name, param| {
-            if outcome.is_err() {
-                return;
-            }
-            let g = match gradients.take(param) {
-                Ok(Some(g)) => g,
-                Ok(None) => return,
-                Err(e) => {
-                    outcome = Err(e);
-                    return;
-                }
-            };
-            let n = param.len();
-            let (decay, lr_scale) = decide(groups, weight_decay, &name, param);
-            let state = self.state.entry(name).or_insert_with(|| ParameterState {
-                m: vec![0.0; n].into(),
-                v: vec![0.0; n].into(),
-                step: 0,
+        let rule = Rule {
+            config: &self.config,
+            lr,
+            gradient_scale,
+        };
+        let mut met = HashSet::new();
+        let mut due = Vec::with_capacity(params.len());
+        for ((name, param), found) in names.iter().zip(&params).zip(found) {
+            // One that is met again, by another name, has used its gradient up.
+            let first = met.insert(std::ptr::from_ref(*param));
+            due.push(match found && first {
+                true => Some(rule.of(name, param)?),
+                false => None,
             });
-            state.step = state.step.saturating_add(1);
-            let t = i32::try_from(state.step).unwrap_or(i32::MAX);
-            let step = AdamWStep {
-                lr: (lr * lr_scale) as f32,
-                beta1: beta1 as f32,
-                beta2: beta2 as f32,
-                take1: (1.0 - beta1) as f32,
-                take2: (1.0 - beta2) as f32,
-                eps: eps as f32,
-                weight_decay: decay as f32,
-                bias1: (1.0 - beta1.powi(t)) as f32,
-                bias2: (1.0 - beta2.powi(t)) as f32,
-                gradient_scale: gradient_scale as f32,
-            };
-            outcome = G::update(param, g, state, step);
-        });
-        outcome.map(|()| norm)
+        }
+        drop((names, params));
+        gradients.update(model, &mut self.state, &rule, &due)?;
+        Ok(norm)
     }
 
     /// Gives every parameter under `newcomer` (a prefix such as `blocks.0.moe.experts.7`) its first state.
@@ -316,49 +294,98 @@ mod sealed {
     pub trait Sealed {}
 }
 
+/// What an update does to every parameter.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Rule<'a> {
+    config: &'a AdamWConfig,
+    lr: f64,
+    gradient_scale: f64,
+}
+
+/// What an update does to one parameter: its learning rate and weight decay.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct Due {
+    lr: f32,
+    weight_decay: f32,
+}
+
+impl Rule<'_> {
+    /// Refuses what is too large for f32.
+    fn of(&self, name: &str, param: &Param) -> Result<Due, ModelError> {
+        let AdamWConfig {
+            ref groups,
+            weight_decay,
+            eps,
+            ..
+        } = *self.config;
+        let (decay, lr_scale) = decide(groups, weight_decay, name, param);
+        let lr = self.lr * lr_scale;
+        for (what, value) in [("learning rate", lr), ("weight decay", decay), ("eps", eps)] {
+            if !(value as f32).is_finite() {
+                let what = format!("AdamW {what} of {name} is {value}, too large for f32");
+                return Err(ModelError::Config(what));
+            }
+        }
+        Ok(Due {
+            lr: lr as f32,
+            weight_decay: decay as f32,
+        })
+    }
+
+    /// The scalars of a parameter's update number `count`, from 1.
+    fn step(&self, due: Due, count: u64) -> AdamWStep {
+        let &AdamWConfig {
+            beta1, beta2, eps, ..
+        } = self.config;
+        let t = i32::try_from(count).unwrap_or(i32::MAX);
+        AdamWStep {
+            lr: due.lr,
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            take1: (1.0 - beta1) as f32,
+            take2: (1.0 - beta2) as f32,
+            eps: eps as f32,
+            weight_decay: due.weight_decay,
+            bias1: (1.0 - beta1.powi(t)) as f32,
+            bias2: (1.0 - beta2.powi(t)) as f32,
+            gradient_scale: self.gradient_scale as f32,
+        }
+    }
+}
+
 /// Gradients of a model's parameters, on the host or on a device: what [`AdamW::step`] takes.
 pub trait Gradients: sealed::Sealed {
-    /// Those of one parameter.
-    #[doc(hidden)]
-    type Values;
-
     /// The sum of squares of each parameter's gradient, if there is one.
     #[doc(hidden)]
     fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError>;
-
-    /// Takes a parameter's gradient out.
-    #[doc(hidden)]
-    fn take(&mut self, param: &Param) -> Result<Option<Self::Values>, ModelError>;
 
     /// Makes some values of a parameter's gradient zero, if there is one.
     #[doc(hidden)]
     fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError>;
 
-    /// Updates a parameter, where its gradient lies.
+    /// Updates the parameters that are due, where their gradients lie, and uses these up. `due` is in the order of the
+    /// parameters. After an error of a device nothing has changed.
     #[doc(hidden)]
-    fn update(
-        param: &mut Param,
-        gradient: Self::Values,
-        state: &mut ParameterState,
-        step: AdamWStep,
+    fn update<M: Parameters + ?Sized>(
+        &mut self,
+        model: &mut M,
+        state: &mut BTreeMap<String, ParameterState>,
+        rule: &Rule<'_>,
+        due: &[Option<Due>],
     ) -> Result<(), ModelError>;
 }
 
 impl sealed::Sealed for CpuGradients {}
 
 impl Gradients for CpuGradients {
-    type Values = Vec<f32>;
-
     fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
         let mut sums = Vec::with_capacity(params.len());
         for param in params {
             sums.push(param.find_gradient(self)?.map(|g| sum_of_squares(g)));
         }
         Ok(sums)
-    }
-
-    fn take(&mut self, param: &Param) -> Result<Option<Vec<f32>>, ModelError> {
-        param.take_gradient(self)
     }
 
     fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
@@ -368,16 +395,53 @@ impl Gradients for CpuGradients {
         Ok(())
     }
 
-    fn update(
-        param: &mut Param,
-        gradient: Vec<f32>,
-        state: &mut ParameterState,
-        step: AdamWStep,
+    fn update<M: Parameters + ?Sized>(
+        &mut self,
+        model: &mut M,
+        state: &mut BTreeMap<String, ParameterState>,
+        rule: &Rule<'_>,
+        due: &[Option<Due>],
     ) -> Result<(), ModelError> {
-        let (m, v) = (&mut state.m, &mut state.v);
-        update(param.values_mut(), &gradient, m, v, step);
-        give_back(gradient);
-        Ok(())
+        // What a device has changed is read before anything is written: the device may have failed.
+        let (mut outcome, mut all) = (Ok(()), due.iter());
+        model.visit("", &mut |name, param| {
+            if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
+                outcome = param.try_values().and_then(|_| {
+                    if let Some(own) = state.get(&name) {
+                        own.m.try_values()?;
+                        own.v.try_values()?;
+                    }
+                    Ok(())
+                });
+            }
+        });
+        outcome?;
+        let (mut outcome, mut all) = (Ok(()), due.iter());
+        model.visit_mut("", &mut |name, param| {
+            let (Some(&Some(due)), Ok(())) = (all.next(), &outcome) else {
+                return;
+            };
+            let gradient = match param.take_gradient(self) {
+                Ok(Some(gradient)) => gradient,
+                Ok(None) => return,
+                Err(e) => {
+                    outcome = Err(e);
+                    return;
+                }
+            };
+            let n = param.len();
+            let ParameterState { m, v, step } =
+                state.entry(name).or_insert_with(|| ParameterState {
+                    m: vec![0.0; n].into(),
+                    v: vec![0.0; n].into(),
+                    step: 0,
+                });
+            *step = step.saturating_add(1);
+            let scalars = rule.step(due, *step);
+            update(param.values_mut(), &gradient, m, v, scalars);
+            give_back(gradient);
+        });
+        outcome
     }
 }
 
@@ -386,8 +450,6 @@ impl sealed::Sealed for CudaGradients {}
 
 #[cfg(feature = "cuda")]
 impl Gradients for CudaGradients {
-    type Values = Buffer<f32>;
-
     fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
         let found: Vec<_> = params.iter().map(|param| self.find(param)).collect();
         let there: Vec<_> = found.iter().flatten().copied().collect();
@@ -396,41 +458,107 @@ impl Gradients for CudaGradients {
         Ok(found.iter().map(of).collect())
     }
 
-    fn take(&mut self, param: &Param) -> Result<Option<Buffer<f32>>, ModelError> {
-        Ok(self.take(param))
-    }
-
     fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
         self.zero(param, which)
     }
 
-    fn update(
-        param: &mut Param,
-        gradient: Buffer<f32>,
-        state: &mut ParameterState,
-        step: AdamWStep,
+    /// First all memory is found, then one launch changes everything, and only then is anything noted.
+    fn update<M: Parameters + ?Sized>(
+        &mut self,
+        model: &mut M,
+        state: &mut BTreeMap<String, ParameterState>,
+        rule: &Rule<'_>,
+        due: &[Option<Due>],
     ) -> Result<(), ModelError> {
-        let device = gradient.device();
-        let update = optimiser::Update {
-            theta: param.mirror_mut().on_mut(device)?.view_mut(),
-            gradient: gradient.view(),
-            first: state.m.on_mut(device)?.view_mut(),
-            second: state.v.on_mut(device)?.view_mut(),
-            step: optimiser::AdamWStep {
-                lr: step.lr,
-                beta1: step.beta1,
-                beta2: step.beta2,
-                take1: step.take1,
-                take2: step.take2,
-                eps: step.eps,
-                weight_decay: step.weight_decay,
-                bias1: step.bias1,
-                bias2: step.bias2,
-                gradient_scale: step.gradient_scale,
-            },
-        };
-        Ok(optimiser::adamw(device, &mut [update])?)
+        let device = self.device().clone();
+        let (mut names, mut new) = (BTreeSet::new(), BTreeMap::new());
+        let (mut outcome, mut all) = (Ok(()), due.iter());
+        model.visit_mut("", &mut |name, param| {
+            if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
+                outcome = match names.insert(name.clone()) {
+                    false => Err(ModelError::Config(format!(
+                        "two parameters have the name {name:?}, and moments are kept by name"
+                    ))),
+                    true => own_on(&device, name, param, state, &mut new),
+                };
+            }
+        });
+        outcome?;
+
+        let mut tasks = Vec::with_capacity(names.len());
+        let mut all = due.iter();
+        let shared: &M = model;
+        shared.visit("", &mut |name, param| {
+            let own = state.get(&name).or_else(|| new.get(&name));
+            if let (Some(&Some(due)), Some(own)) = (all.next(), own)
+                && let Some(gradient) = self.find(param)
+            {
+                let lent = [param.mirror(), &own.m, &own.v].map(Mirror::lend);
+                tasks.push((lent, gradient, rule.step(due, own.step.saturating_add(1))));
+            }
+        });
+        let updates = tasks.iter_mut().map(|([theta, m, v], gradient, step)| {
+            let [theta, first, second] = [theta, m, v].map(|lent| lent.buffer().view_mut());
+            optimiser::Update {
+                theta,
+                gradient: *gradient,
+                first,
+                second,
+                step: optimiser::AdamWStep {
+                    lr: step.lr,
+                    beta1: step.beta1,
+                    beta2: step.beta2,
+                    take1: step.take1,
+                    take2: step.take2,
+                    eps: step.eps,
+                    weight_decay: step.weight_decay,
+                    bias1: step.bias1,
+                    bias2: step.bias2,
+                    gradient_scale: step.gradient_scale,
+                },
+            }
+        });
+        optimiser::adamw(&device, &mut updates.collect::<Vec<_>>())?;
+        drop(tasks);
+
+        // Nothing fails from here on.
+        state.append(&mut new);
+        let mut all = due.iter();
+        model.visit_mut("", &mut |name, param| {
+            if let (Some(Some(_)), Some(own)) = (all.next(), state.get_mut(&name)) {
+                self.take(param);
+                own.step = own.step.saturating_add(1);
+                for values in [param.mirror_mut(), &mut own.m, &mut own.v] {
+                    values.device_written();
+                }
+            }
+        });
+        Ok(())
     }
+}
+
+/// Makes room on a device for the update of a parameter: its values and moments lie there, and nobody else holds them. The moments
+/// of one that has none yet go to `new`.
+#[cfg(feature = "cuda")]
+fn own_on(
+    device: &Device,
+    name: String,
+    param: &mut Param,
+    state: &mut BTreeMap<String, ParameterState>,
+    new: &mut BTreeMap<String, ParameterState>,
+) -> Result<(), ModelError> {
+    param.mirror_mut().own_on(device)?;
+    if let Some(own) = state.get_mut(&name) {
+        own.m.own_on(device)?;
+        return own.v.own_on(device);
+    }
+    let zeros = || -> Result<Mirror, ModelError> {
+        let zeros = Buffer::zeros(device, param.len())?;
+        Ok(Mirror::of_buffer(Arc::new(zeros)))
+    };
+    let (m, v, step) = (zeros()?, zeros()?, 0);
+    new.insert(name, ParameterState { m, v, step });
+    Ok(())
 }
 
 /// Sum of squares: blocks in f32, their sum in f64, as exact as needed and as fast as memory. The order of the sums does

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::lineage::{Lineage, tick};
-use crate::param::Parameters;
+use crate::param::{Parameters, bring_to_host};
 
 /// Exponential moving average of weights, by parameter name.
 ///
@@ -111,8 +111,9 @@ impl Ema {
     ///
     /// # Errors
     /// [`ModelError::Config`] while the averages are in the model, [`ModelError::Shape`] if a parameter has changed its
-    /// size; nothing is changed then.
+    /// size, that of a device that has changed the weights and failed; nothing is changed then.
     pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
+        bring_to_host(model)?;
         self.follow(model)?;
         let keep = self.config.decay as f32;
         let mut before = std::mem::take(&mut self.shadow);
@@ -221,8 +222,10 @@ impl Ema {
     /// value.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if a parameter has changed its size; nothing is exchanged then.
+    /// [`ModelError::Shape`] if a parameter has changed its size, that of a device that has changed the weights and failed;
+    /// nothing is exchanged then.
     pub fn swap<M: Parameters + ?Sized>(&mut self, model: &mut M) -> Result<(), ModelError> {
+        bring_to_host(model)?;
         if self.swapped {
             self.check_sizes(model)?;
         } else {

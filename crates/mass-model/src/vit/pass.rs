@@ -8,7 +8,7 @@ use crate::encoder::{Course, Wanted};
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
-use crate::mixtures::{Mixtures, check_masked};
+use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::ops::{Activations, Host, Pass, Sequences, Training};
 use crate::pass::{LayerTrace, Masked, TrainPass};
 
@@ -258,13 +258,15 @@ impl VitClassifier {
         classes: &[u32],
         dropout: Option<&mut DropoutKeys>,
     ) -> Result<TrainPass<P::Gradients>, ModelError> {
-        let mut course = Course::dropping(dropout);
-        let logits = self.forward(&mut pass, batch, &mut course)?;
-        let (loss, losses) = pass.cross_entropy(logits.states, classes)?;
-        let rows = losses
-            .into_iter()
-            .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
-        TrainPass::of(pass, loss, rows.collect(), course.traces)
+        attempt(self, dropout, |dropout| {
+            let mut course = Course::dropping(dropout);
+            let logits = self.forward(&mut pass, batch, &mut course)?;
+            let (loss, losses) = pass.cross_entropy(logits.states, classes)?;
+            let rows = losses
+                .into_iter()
+                .flat_map(|l| std::iter::repeat_n(l, logits.tokens));
+            TrainPass::of(pass, loss, rows.collect(), course.traces)
+        })
     }
 
     /// Logits `[batch, classes]` without dropout, and what each mixture layer did.

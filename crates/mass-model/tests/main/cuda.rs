@@ -17,7 +17,7 @@ use mass_model::{Activation, DropoutKeys, Param, Parameters, TrainPass, seeded_r
 use mass_routing::{Combine, RouterConfig};
 
 /// The device, if one was promised; if it is not there then, the test fails.
-fn device() -> Option<Device> {
+pub(crate) fn device() -> Option<Device> {
     let promised = ["EMU_CONTROL", "MASS_CUDA_REAL"];
     if promised.iter().all(|name| std::env::var_os(name).is_none()) {
         let what = "NOT RUN: it needs a device, which `cargo xtask cuda-emu` emulates";
@@ -29,28 +29,40 @@ fn device() -> Option<Device> {
 
 /// What the emulated driver has counted: see mass-cuda's `emu/README.md`.
 #[derive(Clone, Copy)]
-enum Word {
+pub(crate) enum Word {
     Allocations = 1,
     Freed = 2,
     LargestUp = 7,
+    Downs = 8,
     LargestDown = 10,
+    FailAllocation = 16,
+    FailLaunch = 17,
 }
 
-fn control() -> Option<File> {
+pub(crate) fn control() -> Option<File> {
     let path = std::env::var_os("EMU_CONTROL")?;
     File::options().read(true).write(true).open(path).ok()
 }
 
-fn get(control: &File, word: Word) -> u64 {
+pub(crate) fn get(control: &File, word: Word) -> u64 {
     let mut bytes = [0; 8];
     control.read_exact_at(&mut bytes, 8 * word as u64).unwrap();
     u64::from_ne_bytes(bytes)
 }
 
-const SEQ: usize = 8;
+pub(crate) fn set(control: &File, word: Word, value: u64) {
+    let bytes = value.to_ne_bytes();
+    control.write_all_at(&bytes, 8 * word as u64).unwrap();
+}
+
+pub(crate) const SEQ: usize = 8;
 const VOCAB: usize = 50;
 
-fn model() -> LanguageModel {
+pub(crate) fn model() -> LanguageModel {
+    model_with(top_p())
+}
+
+pub(crate) fn model_with(router: RouterConfig) -> LanguageModel {
     let config = LanguageModelConfig {
         vocab: VOCAB,
         max_seq: SEQ,
@@ -59,14 +71,14 @@ fn model() -> LanguageModel {
         block: BlockConfig {
             heads: 4,
             layer_norm_eps: 1e-5,
-            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, top_p()),
+            moe: MoeConfig::new(32, 64, 4, Activation::GeluErf, router),
         },
     };
     LanguageModel::new(&config, &mut seeded_rng(7)).unwrap()
 }
 
 /// Tokens and what follows each.
-fn batch(step: usize) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn batch(step: usize) -> (Vec<u32>, Vec<u32>) {
     let token = |i: usize| ((i * i + 3 * i + step) % VOCAB) as u32;
     let n = 3 * SEQ;
     ((0..n).map(token).collect(), (1..=n).map(token).collect())
@@ -84,7 +96,7 @@ fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
-fn params<M: Parameters>(model: &M) -> Vec<(String, &Param)> {
+pub(crate) fn params<M: Parameters>(model: &M) -> Vec<(String, &Param)> {
     let mut all = Vec::new();
     model.visit("", &mut |name, param| all.push((name, param)));
     all
@@ -115,7 +127,7 @@ fn same_pass<M: Parameters>(
     }
 }
 
-fn top_p() -> RouterConfig {
+pub(crate) fn top_p() -> RouterConfig {
     RouterConfig::TopP {
         p: 0.6,
         combine: Combine::Renormalised,
@@ -220,7 +232,7 @@ fn a_training_pass_is_the_host_s() {
 
 /// The bias of keys has no gradient but rounding errors, because a softmax does not see it. With so large an eps, AdamW does not make
 /// whole steps of them.
-fn optimizer() -> AdamW {
+pub(crate) fn optimizer() -> AdamW {
     AdamW::new(AdamWConfig {
         clip_norm: Some(1.0),
         eps: 1e-3,
@@ -322,7 +334,7 @@ fn nothing_of_a_parameter_s_size_moves_after_the_first_step_and_nothing_is_left_
         if step == 4 {
             // Every expert has been met by then.
             for word in [Word::LargestUp, Word::LargestDown] {
-                control.write_all_at(&[0; 8], 8 * word as u64).unwrap();
+                set(&control, word, 0);
             }
         }
     }

@@ -6,6 +6,8 @@ mod checkpoint;
 mod configurations;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_faults;
 mod damage;
 mod encoder_checkpoints;
 mod experts;

@@ -251,6 +251,34 @@ fn settings_that_are_no_numbers_are_refused_by_name() {
 }
 
 #[test]
+fn settings_that_f32_cannot_hold_are_refused_before_anything_changes() {
+    for (lr, decay, lr_scale, what) in [
+        (1e-3, None, Some(1e300), "learning rate of b"),
+        (1e300, None, None, "learning rate of a"),
+        (1e-3, Some(1e300), None, "weight decay of b"),
+    ] {
+        let mut model = Bag::of(&["a", "b"]);
+        let before = model.values();
+        let groups = vec![group(Select::Prefix("b".into()), decay, lr_scale)];
+        let config = AdamWConfig {
+            groups,
+            ..AdamWConfig::default()
+        };
+        let mut optimizer = AdamW::new(config).unwrap();
+        let mut gradients = model.gradients(1.0);
+        let refused = optimizer.step(&mut model, &mut gradients, lr);
+        let error = refused.unwrap_err();
+        assert!(matches!(error, ModelError::Config(_)), "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+        assert_eq!(model.values(), before);
+        assert!(optimizer.state().is_empty());
+        // The gradients are still there.
+        let mut plain = AdamW::new(AdamWConfig::default()).unwrap();
+        plain.step(&mut model, &mut gradients, 1e-3).unwrap();
+    }
+}
+
+#[test]
 fn clipping_scales_all_gradients_by_their_common_norm() {
     // With beta1 = 0 and a huge eps, the update is lr g / eps: it shows the gradient used.
     let config = AdamWConfig {
