@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::Barrier;
-use std::thread;
 
 use mass_expand::{BisectParams, ControllerParams, ExpertId, SplitOperator};
 use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
@@ -323,30 +321,6 @@ fn classifiers_whose_device_has_failed_give_its_error_on_the_host() {
     cuda(model.hidden_states(batch));
     cuda(model.encoded(batch));
     cuda(model.features(pixels, size, 1));
-}
-
-#[test]
-fn many_threads_that_read_a_parameter_copy_it_from_the_device_once() {
-    let Some(device) = device() else { return };
-    let Some(control) = control() else { return };
-    let (mut model, mut optimizer) = (model(), optimizer());
-    let mut first = pass(&device, &model, 0);
-    let gradients = &mut first.gradients;
-    optimizer.step(&mut model, gradients, 1e-2).unwrap();
-    for (name, param) in params(&model) {
-        let before = get(&control, Word::Downs);
-        let start = Barrier::new(8);
-        thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    start.wait();
-                    param.try_values().unwrap();
-                });
-            }
-        });
-        let copies = get(&control, Word::Downs) - before;
-        assert!(copies <= 1, "{name}: {copies} copies");
-    }
 }
 
 fn noisy() -> RouterConfig {

@@ -1,10 +1,14 @@
 //! Every operation on a device against the host, forward and backward. Without a device, which `cargo xtask cuda-emu` emulates,
 //! the tests do nothing and say so.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Barrier};
+use std::thread;
 
 use dfdx::prelude::{NoneTape, OwnedTape};
-use mass_cuda::Device;
+use mass_cuda::{Buffer, Device};
 use mass_routing::losses::BalanceCount;
 use mass_routing::{Combine, RouterConfig};
 
@@ -12,6 +16,7 @@ use super::Cuda;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::DropoutKeys;
+use crate::mirror::Mirror;
 use crate::nn::{FeedForward, GateConfig, LayerNorm, Linear, MoeConfig, MoeLayer, SelfAttention};
 use crate::ops::{Host, Pass, RoutingLoss, Sequences, Taps, Training};
 use crate::param::{Param, Parameters};
@@ -314,4 +319,35 @@ fn what_the_host_refuses_the_device_refuses_in_the_same_words() {
         assert_eq!(there, host);
         assert_ne!(host, "nothing was refused");
     }
+}
+
+#[test]
+fn many_threads_that_read_values_copy_them_from_the_device_once() {
+    let Some(device) = device() else { return };
+    let Some(control) = std::env::var_os("EMU_CONTROL") else {
+        return;
+    };
+    // The number of copies from the device: see mass-cuda's `emu/README.md`.
+    let copies = || {
+        let mut word = [0; 8];
+        let control = File::open(&control).unwrap();
+        control.read_exact_at(&mut word, 8 * 8).unwrap();
+        u64::from_ne_bytes(word)
+    };
+    // Large enough that all have asked before the first copy is made.
+    let buffer = Buffer::zeros(&device, 1 << 22).unwrap();
+    let (values, start, before) = (
+        Mirror::of_buffer(Arc::new(buffer)),
+        Barrier::new(8),
+        copies(),
+    );
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                start.wait();
+                assert_eq!(values.try_values().unwrap().len(), 1 << 22);
+            });
+        }
+    });
+    assert_eq!(copies() - before, 1);
 }
