@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Decisions, Run};
+use super::summary::groups;
+use super::{Decisions, Run, RunKey};
 
 /// "mass/paper/p 0.5, live 30 %/K5: 812 alarms, 30 of 801 alignment tests passed (3.7 %; random directions 3.6 %)", over all seeds.
 pub(super) fn tests(runs: &[Run]) -> Vec<(String, String)> {
@@ -51,13 +52,9 @@ fn by_method<'r, T>(
     runs: &'r [Run],
     has: impl Fn(&'r Run) -> Option<&'r T>,
 ) -> Vec<(String, Vec<&'r T>)> {
-    let mut methods: Vec<(String, Vec<&T>)> = Vec::new();
-    for (run, own) in runs.iter().filter_map(|run| Some((run, has(run)?))) {
-        let name = run.key().without_seed();
-        match methods.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, all)) => all.push(own),
-            None => methods.push((name, vec![own])),
-        }
-    }
-    methods
+    let of_group = |(key, runs): (RunKey, Vec<&'r Run>)| {
+        let own: Vec<&T> = runs.into_iter().filter_map(&has).collect();
+        (!own.is_empty()).then(|| (key.without_seed(), own))
+    };
+    groups(runs).into_iter().filter_map(of_group).collect()
 }
