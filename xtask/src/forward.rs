@@ -4,7 +4,8 @@ use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use crate::run::{become_program, cargo, root};
 
-/// Builds the release binary (cargo's progress goes to standard error), then runs it here.
+/// Builds the release binary (cargo's progress goes to standard error), or that of the profile `$MASS_XTASK_PROFILE`, then runs
+/// it here.
 ///
 /// Two steps, so that a build that fails is told from a command that fails, and so that relative paths
 /// mean what they mean in the user's directory.
@@ -14,10 +15,11 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     let json = arguments.iter().any(|a| a == "--json");
     let quiet = json || (!std::io::stderr().is_terminal() && built_before());
     let manifest = root().join("Cargo.toml");
+    let profile = std::env::var_os("MASS_XTASK_PROFILE").unwrap_or_else(|| "release".into());
     let cargo_run = |command: &str| {
         let mut cargo = cargo();
-        cargo.arg(command).args(["--release", "--manifest-path"]);
-        cargo.arg(&manifest);
+        cargo.arg(command).arg("--profile").arg(&profile);
+        cargo.arg("--manifest-path").arg(&manifest);
         cargo.args(["--package", "mass-bench", "--bin", "mass-bench"]);
         // Only a download needs what speaks to a server.
         if arguments.iter().any(|a| a == "fetch") && arguments[0] == "data" {

@@ -435,24 +435,3 @@ fn a_directory_that_does_not_exist_is_an_error() {
     let error = check(Some(Path::new("/nowhere/at/all")), None).expect_err("no directory");
     assert_eq!(error.exit_code(), 2);
 }
-
-/// What the variables point at must be readable, whatever part of it is there.
-#[cfg(feature = "real-data")]
-#[test]
-fn real_data_is_readable() {
-    let dir = |name: &str| PathBuf::from(std::env::var_os(name).expect(name));
-    let report = check(Some(&dir("MASS_DATA_DIR")), Some(&dir("MASS_MODELS_DIR")))
-        .expect("directories exist");
-    report.verdict().unwrap_or_else(|e| panic!("{e}\n{report}"));
-    let found = |i: &&mass_bench::data_check::Item| matches!(i.status, Status::Found(_));
-    assert!(
-        report
-            .groups
-            .iter()
-            .flat_map(|g| &g.items)
-            .filter(found)
-            .count()
-            >= 3,
-        "{report}"
-    );
-}

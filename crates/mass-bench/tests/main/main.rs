@@ -14,6 +14,8 @@ mod glue_data;
 mod glue_metrics;
 mod glue_study;
 mod glue_tokenise;
+#[cfg(feature = "real-data")]
+#[path = "../golden/main.rs"]
 mod golden;
 mod hub;
 mod models;

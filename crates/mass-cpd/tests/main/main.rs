@@ -4,14 +4,14 @@ mod bank;
 mod changes;
 mod detectors;
 mod explosion;
-mod golden_run_length;
-mod golden_windowed_z;
+#[cfg(feature = "real-data")]
+#[path = "../golden/main.rs"]
+mod golden;
+mod horizon;
 mod interface;
 mod lagged;
 mod offline;
 mod readiness;
-mod real_gradient_norms;
-mod real_tcpd;
 mod run_length;
 mod segmentation;
 mod simulation;

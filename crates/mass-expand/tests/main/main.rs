@@ -14,5 +14,6 @@ mod controller_selection;
 mod controller_trace;
 mod controller_variants;
 mod drive;
-mod golden_controller;
-mod golden_decompose;
+#[cfg(feature = "real-data")]
+#[path = "../golden/main.rs"]
+mod golden;

@@ -13,8 +13,9 @@ mod encoder_checkpoints;
 mod experts;
 mod followed;
 mod fuzz;
+#[cfg(feature = "real-data")]
+#[path = "../golden/main.rs"]
 mod golden;
-mod golden_pretrained;
 mod gradients;
 mod growing;
 mod growth;

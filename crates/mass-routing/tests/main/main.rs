@@ -1,8 +1,8 @@
 //! Tests of `mass-routing` from outside, in one binary: each binary is linked by itself.
 
+#[cfg(feature = "real-data")]
+#[path = "../golden/main.rs"]
 mod golden;
-mod golden_gates;
-mod golden_top_p;
 mod gradients;
 mod losses;
 mod own_plans;

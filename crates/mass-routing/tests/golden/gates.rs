@@ -1,7 +1,6 @@
 //! Cosine and top-any gates against values computed elsewhere; every size comes from the files.
-#![cfg(feature = "real-data")]
 
-use crate::golden::Golden;
+use super::values::Golden;
 use mass_routing::losses::{BalanceCount, diverse_and_simple, gshard_balance, importance, load};
 use mass_routing::{Combine, CosineGate, Router, RoutingPlan, TopAny, TopK};
 use ndarray::{Array1, Array2, ArrayBase, Axis, Data, Dimension};

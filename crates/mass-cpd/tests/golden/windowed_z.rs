@@ -1,5 +1,4 @@
 //! The windowed z detector against values computed by the authors' code.
-#![cfg(feature = "real-data")]
 
 use std::{env, fs, path::PathBuf};
 

@@ -1,5 +1,4 @@
 //! The run-length solver against published tables.
-#![cfg(feature = "real-data")]
 
 use std::{env, fs, path::PathBuf};
 
@@ -9,7 +8,7 @@ use mass_cpd::run_length::{
 };
 use serde_json::Value;
 
-use crate::run_length::ratio;
+use super::horizon::ratio;
 
 fn golden() -> Value {
     let dir =

@@ -1,5 +1,4 @@
 //! Values computed by PyTorch, read from $MASS_GOLDEN_DIR.
-#![cfg(feature = "real-data")]
 
 use std::path::PathBuf;
 

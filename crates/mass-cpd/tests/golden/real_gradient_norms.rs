@@ -1,5 +1,4 @@
 //! One setting, real training runs: quiet while the data do not change, prompt when they do.
-#![cfg(feature = "real-data")]
 
 use std::{env, fs, path::PathBuf};
 

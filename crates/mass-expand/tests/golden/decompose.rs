@@ -1,5 +1,4 @@
 //! The arithmetic of a split against values from outside, read from `$MASS_GOLDEN_DIR`.
-#![cfg(feature = "real-data")]
 
 use mass_expand::{
     Decomposition, Reduction, alignment, project_onto_weights, redundancy_gradient, redundancy_loss,

@@ -1,5 +1,4 @@
 //! Golden values, read from $MASS_GOLDEN_DIR.
-#![cfg(feature = "real-data")]
 
 use std::path::PathBuf;
 

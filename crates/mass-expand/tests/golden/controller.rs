@@ -2,7 +2,6 @@
 //!
 //! The file numbers experts by slot: the first free place after the active ones. This crate never uses a name again, so
 //! the test translates. It also counts the expert masked at the stop among the pairs, as the reference does.
-#![cfg(feature = "real-data")]
 
 use mass_cpd::WindowedZParams;
 use mass_expand::{

@@ -1,7 +1,6 @@
 //! Top-p against values computed elsewhere; every size and every p comes from the files.
-#![cfg(feature = "real-data")]
 
-use crate::golden::Golden;
+use super::values::Golden;
 use mass_routing::{Combine, Router, RoutingPlan, TopP};
 
 #[test]

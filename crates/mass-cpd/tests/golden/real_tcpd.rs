@@ -1,5 +1,4 @@
 //! The default segmentation against human annotators (Turing Change Point Dataset).
-#![cfg(feature = "real-data")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,10 +1,9 @@
 //! Pretrained models against values computed by PyTorch and transformers, read from $MASS_GOLDEN_DIR.
-#![cfg(feature = "real-data")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use crate::hf_names::{bert_names, timm_names, vit_names};
+use super::hf_names::{bert_names, timm_names, vit_names};
 use mass_model::bert::{BertClassifier, Targets, TextBatch};
 use mass_model::vit::{ImageBatch, VitClassifier};
 use mass_model::{Parameters, lm::TrainPass, seeded_rng};
