@@ -3,8 +3,10 @@
 use mass_model::growth::LossOn;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::{Activation, LayerTrace, Masked, ModelError, TrainPass};
+use mass_model::{Activation, CpuGradients, LayerTrace, Masked, ModelError, Parameters, TrainPass};
 use mass_routing::{Combine, RouterConfig};
+use ndarray_rand::rand::Rng;
+use ndarray_rand::rand_distr::StandardNormal;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -44,6 +46,9 @@ pub struct Language<'a> {
     pub recipe: Recipe,
     /// Seed of the weights.
     pub seed: u64,
+    /// Noise in the gradient of each parameter, after every backward pass: normal, and so many times as large as the gradient, by the
+    /// root of the mean square of either; 0 for none.
+    pub gradient_noise: f32,
     /// Batches, a pure function of the step.
     pub draw: Draw<'a>,
     /// Held-out sequences for the checks of the expansion engine.
@@ -117,7 +122,11 @@ impl Task for Language<'_> {
     }
 
     fn identity(&self) -> Value {
-        json!({ "model": self.model, "seed": self.seed })
+        let mut identity = json!({ "model": self.model, "seed": self.seed });
+        if self.gradient_noise > 0.0 {
+            identity["gradient_noise"] = json!(self.gradient_noise);
+        }
+        identity
     }
 
     fn model(&self) -> Result<LanguageModel, ModelError> {
@@ -141,9 +150,14 @@ impl Task for Language<'_> {
         &self,
         model: &LanguageModel,
         batch: &TokenBatch,
-        _: u64,
+        step: u64,
     ) -> Result<TrainPass, ModelError> {
-        model.train_pass(&batch.inputs, &batch.targets, batch.length)
+        let mut pass = model.train_pass(&batch.inputs, &batch.targets, batch.length)?;
+        if self.gradient_noise > 0.0 {
+            let mut rng = stream(self.seed, Purpose::Noise, step);
+            disturb(model, &mut pass.gradients, self.gradient_noise, &mut rng)?;
+        }
+        Ok(pass)
     }
 
     /// Of the batch by token, of the probe by sequence.
@@ -226,6 +240,33 @@ impl Task for Language<'_> {
     }
 }
 
+/// Adds noise to the gradient of each parameter; see [`Language::gradient_noise`].
+fn disturb(
+    model: &impl Parameters,
+    gradients: &mut CpuGradients,
+    times: f32,
+    rng: &mut impl Rng,
+) -> Result<(), ModelError> {
+    let mut outcome = Ok(());
+    model.visit("", &mut |_, parameter| {
+        if outcome.is_err() {
+            return;
+        }
+        match parameter.find_gradient(gradients) {
+            Ok(Some(gradient)) => {
+                let squares: f64 = gradient.iter().map(|g| f64::from(*g).powi(2)).sum();
+                let size = times * (squares / gradient.len() as f64).sqrt() as f32;
+                for value in gradient {
+                    *value += size * rng.sample::<f32, _>(StandardNormal);
+                }
+            }
+            Ok(None) => {}
+            Err(e) => outcome = Err(e),
+        }
+    });
+    outcome
+}
+
 /// The largest pool of a model.
 fn experts(model: &LanguageModel) -> Option<usize> {
     use mass_model::growth::Mixtures;
@@ -271,4 +312,49 @@ pub(crate) fn judge(
 /// Mean of negative log-likelihoods.
 fn mean(nll: &[f32]) -> f64 {
     nll.iter().map(|&x| f64::from(x)).sum::<f64>() / nll.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use mass_model::seeded_rng;
+
+    use super::*;
+
+    #[test]
+    fn noise_has_the_size_it_is_said_to_have_and_comes_again() {
+        let model = LanguageModel::new(&dense(50, 8, 32, 64), &mut seeded_rng(1)).unwrap();
+        let tokens: Vec<u32> = (0..33).map(|t| t * 7 % 50).collect();
+        let gradients = |noise: Option<(f32, u64)>| {
+            let pass = model.train_pass(&tokens[..32], &tokens[1..], 8);
+            let mut gradients = pass.unwrap().gradients;
+            if let Some((times, seed)) = noise {
+                disturb(&model, &mut gradients, times, &mut seeded_rng(seed)).unwrap();
+            }
+            let mut found: Vec<(String, Vec<f32>)> = Vec::new();
+            model.visit("", &mut |name, p| {
+                let gradient = p.find_gradient(&mut gradients).unwrap();
+                found.extend(gradient.map(|g| (name.to_owned(), g.clone())));
+            });
+            found
+        };
+        let (plain, noisy) = (gradients(None), gradients(Some((3.0, 5))));
+        assert_eq!(noisy, gradients(Some((3.0, 5))));
+        assert_ne!(noisy, gradients(Some((3.0, 6))));
+        let mean_square = |values: &[f32]| {
+            let squares = values.iter().map(|v| f64::from(*v).powi(2));
+            squares.sum::<f64>() / values.len() as f64
+        };
+        let mut seen = 0;
+        for ((name, plain), (_, noisy)) in plain.iter().zip(&noisy) {
+            let noise: Vec<f32> = plain.iter().zip(noisy).map(|(a, b)| b - a).collect();
+            let times = (mean_square(&noise) / mean_square(plain)).sqrt();
+            // Of a sample of n, the deviation is known to 1 / sqrt(2 n).
+            let reach = 3.0 * 5.0 / (2.0 * plain.len() as f64).sqrt();
+            if plain.len() > 500 && mean_square(plain) > 0.0 {
+                assert!((times - 3.0).abs() < reach, "{name}: {times}");
+                seen += 1;
+            }
+        }
+        assert!(seen >= 4, "{seen}");
+    }
 }

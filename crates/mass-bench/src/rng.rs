@@ -20,6 +20,8 @@ pub enum Purpose {
     Method,
     /// A third held-out set, which says when a run does best.
     Validation,
+    /// Noise that a study adds.
+    Noise,
 }
 
 /// The ChaCha8 stream of `seed` for a purpose: the same values on every platform.

@@ -179,6 +179,7 @@ fn task<'a>(
     let steps = args.steps as u64;
     Language {
         model: with(model, method, args.seed),
+        gradient_noise: 0.0,
         recipe: Recipe {
             adamw: AdamWConfig {
                 beta1: 0.9,

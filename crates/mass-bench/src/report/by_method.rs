@@ -1,7 +1,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::summary::groups;
-use super::{Decisions, Run, RunKey};
+use super::{Decisions, Results, Run, RunKey, paired};
+use crate::study::noise;
 
 /// "mass/paper/p 0.5, live 30 %/K5: 812 alarms, 30 of 801 alignment tests passed (3.7 %; random directions 3.6 %)", over all seeds.
 pub(super) fn tests(runs: &[Run]) -> Vec<(String, String)> {
@@ -26,8 +27,60 @@ pub(super) fn tests(runs: &[Run]) -> Vec<(String, String)> {
     methods.into_iter().map(line).collect()
 }
 
+/// What a study alone asks: its name, and an answer for each method.
+pub(super) fn own(results: &Results) -> (String, Vec<(String, String)>) {
+    let (name, lines) = match results.study.as_str() {
+        "continual" => ("Kinds of data, old and new", metrics(&results.runs)),
+        "noise" => ("What splits did", splits(&results.runs)),
+        _ => ("", Vec::new()),
+    };
+    (name.to_owned(), lines)
+}
+
+/// "mass/paper/p 0.5, live 30 %, one split/base/K5: split in 4 of 5 runs, first at step 201.5; without it, test loss +0.004
+/// [-0.003, +0.011] (3 higher, 1 lower)", of the runs that split, beside those of the same seed that had no room to.
+fn splits(runs: &[Run]) -> Vec<(String, String)> {
+    let groups = groups(runs);
+    let line = |(key, own): &(RunKey, Vec<&Run>)| {
+        let (rules, label) = key.setting.as_deref()?.rsplit_once(", ")?;
+        let without = RunKey {
+            method: "mass".into(),
+            setting: Some(format!("{rules}, {}", noise::WITHOUT)),
+            ..key.clone()
+        };
+        let (_, without) = groups.iter().find(|(key, _)| *key == without)?;
+        if label == noise::WITHOUT {
+            return None;
+        }
+        let split: Vec<&&Run> = own.iter().filter(|r| !r.expansions.is_empty()).collect();
+        let counted = format!("split in {} of {} runs", split.len(), own.len());
+        let first = split.iter().map(|run| run.expansions[0].step as f64);
+        let pairs = split.iter().filter_map(|run| {
+            let same = without.iter().find(|other| other.seed == run.seed)?;
+            same.test_loss.zip(run.test_loss)
+        });
+        let text = match paired(&pairs.collect::<Vec<_>>()) {
+            Some(p) => {
+                let interval = p.interval.map_or_else(String::new, |[low, high]| {
+                    format!(" [{low:+.3}, {high:+.3}]")
+                });
+                format!(
+                    "{counted}, first at step {:.1}; without it, test loss {:+.3}{interval} ({} higher, {} lower)",
+                    first.sum::<f64>() / split.len() as f64,
+                    p.mean_difference,
+                    p.wins,
+                    p.losses
+                )
+            }
+            None => counted,
+        };
+        Some((key.without_seed(), text))
+    };
+    groups.iter().filter_map(line).collect()
+}
+
 /// "static/appear/K5: forgetting -0.012, new_loss 1.912, old_loss 1.899", means over seeds.
-pub(super) fn metrics(runs: &[Run]) -> Vec<(String, String)> {
+fn metrics(runs: &[Run]) -> Vec<(String, String)> {
     let line = |(name, all): (String, Vec<&BTreeMap<String, f64>>)| {
         let names: BTreeSet<&String> = all.iter().flat_map(|metrics| metrics.keys()).collect();
         let means = names.into_iter().map(|metric| {
@@ -57,4 +110,59 @@ fn by_method<'r, T>(
         (!own.is_empty()).then(|| (key.without_seed(), own))
     };
     groups(runs).into_iter().filter_map(of_group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Expansion;
+
+    #[test]
+    fn a_split_is_weighed_against_the_run_of_its_seed_that_had_no_room_for_it() {
+        let run = |label: &str, seed, loss, step: Option<u64>| Run {
+            variant: Some("paper".into()),
+            setting: Some(format!("p 0.5, live 30 %, {label}")),
+            experts_init: Some(5),
+            test_loss: Some(loss),
+            expansions: step
+                .map(|step| Expansion {
+                    step,
+                    layer: 0,
+                    source: 0,
+                    new: 5,
+                    watched: None,
+                    flagged: None,
+                    p_value: None,
+                    cosine: None,
+                })
+                .into_iter()
+                .collect(),
+            ..Run::new("mass", seed)
+        };
+        let runs = [
+            run("no split", 0, 2.0, None),
+            run("no split", 1, 1.9, None),
+            run("no split", 2, 1.8, None),
+            run("one split", 0, 1.9, Some(100)),
+            run("one split", 1, 1.92, Some(200)),
+            // Never split: the same run, which says nothing of splits.
+            run("one split", 2, 1.8, None),
+            run("all splits", 0, 2.0, None),
+        ];
+        let found = splits(&runs);
+        let of = |name: &str, text: &str| {
+            (
+                format!("mass/paper/p 0.5, live 30 %, {name}/K5"),
+                text.to_owned(),
+            )
+        };
+        let one = "split in 2 of 3 runs, first at step 150.0; without it, test loss +0.040 [-0.722, +0.802] (1 higher, 1 lower)";
+        assert_eq!(
+            found,
+            [
+                of("one split", one),
+                of("all splits", "split in 0 of 1 runs")
+            ]
+        );
+    }
 }

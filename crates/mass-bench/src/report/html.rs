@@ -217,13 +217,7 @@ fn runs(results: &Results) -> String {
             "Alarms and alignment tests".into(),
             by_method::tests(&results.runs),
         ),
-        (
-            "Kinds of data, old and new".into(),
-            match results.study.as_str() {
-                "continual" => by_method::metrics(&results.runs),
-                _ => Vec::new(),
-            },
-        ),
+        by_method::own(results),
         (
             DIAGNOSES.trim_end_matches(':').to_owned(),
             diagnoses(results),

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use mass_expand::{Diagnosis, Watched};
 
-use super::by_method::{metrics, tests};
+use super::by_method::{own, tests};
 use super::elbow::{Elbow, elbows};
 use super::{
     Comparison, Expansion, OverTasks, Paired, Results, Run, Summary, over_tasks, reported,
@@ -94,9 +94,7 @@ fn notes(results: &Results) -> Vec<String> {
     };
     notes.extend(lines(expansions(results)));
     notes.extend(lines(tests(&results.runs)));
-    if results.study == "continual" {
-        notes.extend(lines(metrics(&results.runs)));
-    }
+    notes.extend(lines(own(results).1));
     let diagnoses = diagnoses(results);
     if !diagnoses.is_empty() {
         notes.push(DIAGNOSES.into());

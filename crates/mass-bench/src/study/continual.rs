@@ -228,6 +228,7 @@ impl Family for Continual {
             model: with(self.regime.model(data.vocab), &planned.method, seed),
             recipe: self.regime.recipe(),
             seed,
+            gradient_noise: 0.0,
             draw: Box::new(move |step| {
                 let part = part_of.partition_point(|end| *end <= step);
                 let (tokens, length) = &data.documents[part.min(part_of.len() - 1)];

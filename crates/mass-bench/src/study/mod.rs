@@ -7,6 +7,7 @@ pub mod ablation;
 pub mod continual;
 pub mod dg;
 pub mod glue;
+pub mod noise;
 pub mod plan;
 pub mod regime;
 pub mod sensitivity;
@@ -113,6 +114,16 @@ pub const STUDIES: &[Study] = &[
         inputs: |_| Inputs::NONE,
         check: |args| sensitivity::plan(args)?.check(args),
         run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "noise",
+        about: "GINC: noisy gradients, small batches, large learning rates: which splits help, and which are found",
+        tasks: noise::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |_| Inputs::NONE,
+        check: |args| noise::plan(args)?.check(args),
+        run: |args, ctx| noise::plan(args)?.run(args, ctx),
     },
     Study {
         name: "glue",

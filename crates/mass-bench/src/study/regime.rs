@@ -5,7 +5,7 @@
 //! learning rates, shorter and longer training, and some of these together.
 
 use super::plan::Plan;
-use super::synthetic::{Regime, Synthetic};
+use super::synthetic::{Regime, Synthetic, names};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs};
 use crate::method::{Method, Pool};
@@ -17,11 +17,12 @@ const fn regime(dim: usize, hidden: usize, peak: f64, steps: u64) -> Regime {
         hidden,
         peak,
         steps,
+        ..Regime::BASE
     }
 }
 
 /// The regimes by the name of their task; `expert` and `model` are widths, `rate` the largest learning rate.
-const REGIMES: &[(&str, Regime)] = &[
+const REGIMES: &[(&str, Regime); 22] = &[
     ("base", regime(64, 32, 1e-2, 2000)),
     ("expert-2", regime(64, 2, 1e-2, 2000)),
     ("expert-4", regime(64, 4, 1e-2, 2000)),
@@ -47,15 +48,7 @@ const REGIMES: &[(&str, Regime)] = &[
 ];
 
 /// What `--task` may name.
-pub const TASKS: &[&str] = &{
-    let mut names = [""; REGIMES.len()];
-    let mut i = 0;
-    while i < names.len() {
-        names[i] = REGIMES[i].0;
-        i += 1;
-    }
-    names
-};
+pub const TASKS: &[&str] = &names(REGIMES);
 
 /// The plan of a preset.
 ///

@@ -53,6 +53,10 @@ pub(super) struct Regime {
     /// Largest learning rate.
     pub(super) peak: f64,
     pub(super) steps: u64,
+    /// Sequences of a batch.
+    pub(super) batch: usize,
+    /// Noise in gradients; see [`Language::gradient_noise`].
+    pub(super) gradient_noise: f32,
 }
 
 impl Regime {
@@ -62,6 +66,8 @@ impl Regime {
         hidden: 32,
         peak: 1e-2,
         steps: 2000,
+        batch: BATCH,
+        gradient_noise: 0.0,
     };
 
     /// The model, with a network in place of its mixture.
@@ -94,6 +100,19 @@ impl Regime {
             checkpoint_every: 500.min(steps / 3).max(1),
         }
     }
+}
+
+/// The names of regimes.
+pub(super) const fn names<const N: usize>(
+    regimes: &[(&'static str, Regime); N],
+) -> [&'static str; N] {
+    let mut names = [""; N];
+    let mut i = 0;
+    while i < N {
+        names[i] = regimes[i].0;
+        i += 1;
+    }
+    names
 }
 
 /// GINC in several vocabularies, with so much of it to train on and to be scored on.
@@ -387,7 +406,8 @@ impl Family for Synthetic {
             model: with(regime.model(data.vocab), &planned.method, seed),
             recipe: regime.recipe(),
             seed,
-            draw: Box::new(move |step| Ok(data.corpus.batch(seed, step, BATCH, SEQ)?)),
+            gradient_noise: regime.gradient_noise,
+            draw: Box::new(move |step| Ok(data.corpus.batch(seed, step, regime.batch, SEQ)?)),
             probe: &data.probe,
             judge: Box::new(|model, run| evaluate(model, data, run)),
             validation: data.validation.as_ref().map(|batch| (LOOK, batch)),

@@ -1,0 +1,146 @@
+//! The noise study: false and missed splits where gradients are noisy, batches small or large, and learning rates at their edge.
+//!
+//! Whether a split helps is measured by running both ways to the end: a pool of 5 experts by the rules of a variant that has no
+//! room for another, and the same with room for one. Both are the same run up to that split. A split that the rules find, and
+//! after which the loss ends no lower, is a false one; where none is found, and one of a random expert, or of that with the
+//! largest share of the loss, would have helped, it is a missed one.
+
+use serde_json::json;
+
+use super::plan::Plan;
+use super::synthetic::{Regime, Synthetic, TASKS as SETS, names};
+use crate::BenchError;
+use crate::cli::{Preset, ReproduceArgs, Variant};
+use crate::method::{Mass, Method, Overrides, Pool};
+
+/// Gradients with so many times their own size in noise.
+const fn noisy(gradient_noise: f32) -> Regime {
+    Regime {
+        gradient_noise,
+        ..Regime::BASE
+    }
+}
+
+/// Batches of so many sequences.
+const fn batch(batch: usize) -> Regime {
+    Regime {
+        batch,
+        ..Regime::BASE
+    }
+}
+
+/// A largest learning rate.
+const fn rate(peak: f64) -> Regime {
+    Regime {
+        peak,
+        ..Regime::BASE
+    }
+}
+
+/// The regimes by the name of their task. A batch of the base has 16 sequences, and its largest learning rate is 1e-2.
+const REGIMES: &[(&str, Regime); 10] = &[
+    ("base", Regime::BASE),
+    ("noise-1", noisy(1.0)),
+    ("noise-3", noisy(3.0)),
+    ("noise-10", noisy(10.0)),
+    ("batch-1", batch(1)),
+    ("batch-4", batch(4)),
+    ("batch-64", batch(64)),
+    ("rate-1e-3", rate(1e-3)),
+    ("rate-3e-2", rate(3e-2)),
+    ("rate-1e-1", rate(1e-1)),
+];
+
+/// What `--task` may name.
+pub const TASKS: &[&str] = &names(REGIMES);
+
+/// What the runs are called that have no room for a split. Others of the same variant are compared with them.
+pub(crate) const WITHOUT: &str = "no split";
+
+/// The plan of a preset.
+///
+/// # Errors
+/// None: nothing has to be there.
+pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
+    let mut family = Synthetic::fresh(args, TASKS);
+    family.regimes = REGIMES;
+    let (family, seeds) = match args.preset {
+        Preset::Smoke => (Synthetic::fresh(args, &SETS[..1]).smoke(), 1),
+        Preset::Quick => (family, 1),
+        Preset::Full | Preset::Paper => (family, 5),
+    };
+    Ok(Plan {
+        family,
+        methods: methods().into_iter().map(Method::Mass).collect(),
+        pool: Pool {
+            experts: 5,
+            experts_max: 20,
+            k: 2,
+            p: 0.5,
+            live_percent: Some(30),
+        },
+        seeds,
+        variant: None,
+    })
+}
+
+/// Runs of each variant without a split, with the first that its rules find, and with all; and with one in the middle of the
+/// paper's phase, of an expert that no rule has chosen.
+fn methods() -> Vec<Mass> {
+    let of = |variant, experts_max, label: &str| Mass {
+        live_percent: (variant != Variant::Ours).then_some(30),
+        experts_max,
+        label: label.to_owned(),
+        ..Mass::new(variant, 0.5, 5)
+    };
+    let chosen = |choice: &str, label| {
+        let once = json!({ "schedule": { "first": "15 %", "every": "15 %" } });
+        Mass {
+            overrides: Overrides::from([
+                ("controller.trigger".to_owned(), once),
+                ("controller.choice".to_owned(), json!(choice)),
+            ]),
+            ..of(Variant::Paper, 6, label)
+        }
+    };
+    let mut all = vec![
+        chosen("random", "random expert"),
+        chosen("loss_share", "largest loss"),
+    ];
+    for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
+        all.extend([
+            of(variant, 5, WITHOUT),
+            of(variant, 6, "one split"),
+            of(variant, 20, "all splits"),
+        ]);
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_run_is_another_and_has_one_without_a_split_beside_it() {
+        let args = ReproduceArgs::parsed(&["noise", "--preset", "full"]);
+        let runs = plan(&args).unwrap().runs(&args).unwrap();
+        assert_eq!(runs.len(), REGIMES.len() * 11 * 5);
+        let names: BTreeSet<String> = runs.iter().map(|r| r.run.key().to_string()).collect();
+        assert_eq!(names.len(), runs.len());
+        let different: BTreeSet<String> = REGIMES.iter().map(|(_, r)| format!("{r:?}")).collect();
+        assert_eq!(different.len(), REGIMES.len());
+        let all = methods();
+        for method in &all {
+            let room = |m: &&Mass| m.variant == method.variant && m.label == WITHOUT;
+            let without = all.iter().find(room).unwrap();
+            assert_eq!((without.experts, without.experts_max), (5, 5));
+            assert_eq!(
+                (without.p, without.live_percent),
+                (method.p, method.live_percent)
+            );
+        }
+    }
+}
