@@ -31,6 +31,7 @@ fn tables_are_those_of_the_results() {
             &["synthetic-quick", "synthetic-quick-packed"][..],
         ),
         ("ablation.md", &["ablation-full"]),
+        ("regime.md", &["regime-quick"]),
         ("glue.md", &["glue-full"]),
         ("dg.md", &["dg-full"]),
     ] {
