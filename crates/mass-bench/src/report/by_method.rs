@@ -32,6 +32,11 @@ pub(super) fn own(results: &Results) -> (String, Vec<(String, String)>) {
     let (name, lines) = match results.study.as_str() {
         "continual" => ("Kinds of data, old and new", metrics(&results.runs)),
         "noise" => ("What splits did", splits(&results.runs)),
+        "scale" => {
+            let costs = metrics(&results.runs).into_iter();
+            let lines = costs.chain(exponents(&results.runs)).collect();
+            ("What a pool costs", lines)
+        }
         _ => ("", Vec::new()),
     };
     (name.to_owned(), lines)
@@ -79,6 +84,33 @@ fn splits(runs: &[Run]) -> Vec<(String, String)> {
     groups.iter().filter_map(line).collect()
 }
 
+/// "grows with the number of experts as its power of: routing_ms 0.98, step_ms 0.61": least squares of logarithms, of
+/// pools from 64 on where there are three, since small ones cost what does not depend on their size.
+fn exponents(runs: &[Run]) -> Option<(String, String)> {
+    let names: BTreeSet<&String> = runs.iter().flat_map(|run| run.metrics.keys()).collect();
+    let of = |name: &&String| {
+        let at = |run: &Run| {
+            let cost = run.metrics.get(*name)?;
+            Some(((run.experts? as f64).ln(), cost.ln()))
+        };
+        let large = |run: &&Run| run.experts.is_some_and(|experts| experts >= 64);
+        let mut points: Vec<(f64, f64)> = runs.iter().filter(large).filter_map(at).collect();
+        if points.len() < 3 {
+            points = runs.iter().filter_map(at).collect();
+        }
+        let n = points.len() as f64;
+        let (x, y) = points
+            .iter()
+            .fold((0.0, 0.0), |(x, y), p| (x + p.0 / n, y + p.1 / n));
+        let spread: f64 = points.iter().map(|p| (p.0 - x).powi(2)).sum();
+        let slope = points.iter().map(|p| (p.0 - x) * (p.1 - y)).sum::<f64>() / spread;
+        slope.is_finite().then(|| format!("{name} {slope:.2}"))
+    };
+    let all: Vec<String> = names.iter().filter_map(of).collect();
+    let what = "grows with the number of experts as its power of".to_owned();
+    (!all.is_empty()).then(|| (what, all.join(", ")))
+}
+
 /// "static/appear/K5: forgetting -0.012, new_loss 1.912, old_loss 1.899", means over seeds.
 fn metrics(runs: &[Run]) -> Vec<(String, String)> {
     let line = |(name, all): (String, Vec<&BTreeMap<String, f64>>)| {
@@ -116,6 +148,23 @@ fn by_method<'r, T>(
 mod tests {
     use super::*;
     use crate::report::Expansion;
+
+    #[test]
+    fn costs_grow_by_a_power_that_is_found() {
+        let run = |experts: usize, a: f64, b: f64| Run {
+            experts: Some(experts),
+            metrics: [("a_ms".to_owned(), a), ("b_ms".to_owned(), b)].into(),
+            ..Run::new("static", 0)
+        };
+        let runs = [
+            run(8, 3.0, 64.0),
+            run(64, 3.0, 4096.0),
+            run(512, 3.0, 262_144.0),
+        ];
+        let (_, found) = exponents(&runs).unwrap();
+        assert_eq!(found, "a_ms 0.00, b_ms 2.00");
+        assert_eq!(exponents(&runs[..1]), None);
+    }
 
     #[test]
     fn a_split_is_weighed_against_the_run_of_its_seed_that_had_no_room_for_it() {

@@ -23,6 +23,14 @@ pub(super) fn frontier(results: &Results) -> String {
     html
 }
 
+/// Loss against the number of experts as a picture of its own, of the first task.
+pub(super) fn picture(results: &Results, style: &str) -> Option<String> {
+    let task = tasks_of(&results.runs).into_iter().next();
+    let rows = results.summary.iter().filter(|s| s.task == task);
+    let rows: Vec<&Summary> = rows.collect();
+    chart(results, task.as_deref(), &rows, true).picture(style)
+}
+
 /// What of a row is drawn: x, if it has experts, with the figure and its deviation.
 fn place(row: &Summary, by_metric: bool, by_experts: bool) -> Option<(Option<f64>, Point)> {
     let x = if by_experts {

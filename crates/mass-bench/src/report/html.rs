@@ -1,18 +1,39 @@
+use std::path::Path;
+
 use super::curves::curves;
-use super::frontier::frontier;
+use super::frontier::{frontier, picture};
 use super::growth::{Drawn, by_run, growth, pairs, traces, usage};
+use super::store::write_atomically;
 use super::svg::{breakable, escape};
 use super::table::{DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, plus_minus};
-use super::{Comparison, MetricLine, Paired, Results, by_method, over_tasks};
+use super::{Comparison, MetricLine, Paired, ReportError, Results, by_method, over_tasks};
 
 /// What keeps the page from asking for anything.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
+
+/// Writes report.html and frontier.svg.
+///
+/// # Errors
+/// [`ReportError`] if they cannot be written.
+pub(super) fn write_reports(
+    dir: &Path,
+    results: &Results,
+    metrics: &[MetricLine],
+    events: &[Drawn],
+) -> Result<(), ReportError> {
+    let html = report_html(results, metrics, events);
+    write_atomically(&dir.join("report.html"), &html)?;
+    match picture(results, STYLE) {
+        Some(picture) => write_atomically(&dir.join("frontier.svg"), &picture),
+        None => Ok(()),
+    }
+}
 
 /// report.html: tables beside the paper's figures, and charts. One file without a script, that asks no network for anything and is
 /// read on a telephone as on a wide screen.
 ///
 /// `metrics` are the lines of metrics.jsonl, in any order, `events` those of events.jsonl.
-pub(super) fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> String {
+fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> String {
     let title = escape(&format!("{} ({})", results.study, results.preset));
     let events = by_run(events);
     let charts = [

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::growth::drawn;
-use super::html::report_html;
+use super::html::write_reports;
 use super::store::{
     check_owner, io_error, lines_of, merged, old_settings, pretty, read_json, write_atomically,
 };
@@ -210,8 +210,7 @@ fn write(
             copy(&from.dir.join("patches"), &out.join("patches"))?;
         }
     }
-    let html = report_html(results, &metrics, &drawn(texts[1].lines()));
-    write_atomically(&out.join("report.html"), &html)
+    write_reports(out, results, &metrics, &drawn(texts[1].lines()))
 }
 
 /// Copies a directory, if it is there.

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::durable;
 
 use super::growth::drawn;
-use super::html::report_html;
+use super::html::write_reports;
 use super::published;
 use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey};
 
@@ -68,7 +68,12 @@ impl ResultStore {
         })?;
         // Kept on a resume even without finished runs: the first one may have been interrupted.
         if !resume {
-            for stale in ["report.html", "metrics.jsonl", "events.jsonl"] {
+            for stale in [
+                "report.html",
+                "frontier.svg",
+                "metrics.jsonl",
+                "events.jsonl",
+            ] {
                 remove_if_there(&dir.join(stale))?;
             }
             // A later --resume must not go on from checkpoints of what is replaced now.
@@ -276,8 +281,7 @@ impl ResultStore {
     fn write_report(&self) -> Result<(), ReportError> {
         let events = lines_of(&self.dir.join("events.jsonl"))?;
         let events = drawn(events.iter().map(String::as_str));
-        let html = report_html(&self.results, &self.metrics()?, &events);
-        write_atomically(&self.dir.join("report.html"), &html)
+        write_reports(&self.dir, &self.results, &self.metrics()?, &events)
     }
 }
 
@@ -343,12 +347,13 @@ fn prior(
 }
 
 /// Names that a study gives to what it writes.
-const OWN: [&str; 7] = [
+const OWN: [&str; 8] = [
     "results.json",
     "settings.json",
     "metrics.jsonl",
     "events.jsonl",
     "report.html",
+    "frontier.svg",
     "checkpoints",
     "patches",
 ];

@@ -88,10 +88,50 @@ pub(super) const MAX_LINES: usize = 8;
 impl Chart<'_> {
     /// The figure. Empty when there is nothing to draw.
     pub(super) fn figure(&self) -> String {
-        let points = || self.series.iter().flat_map(|s| &s.points);
-        if points().next().is_none() {
-            return String::new();
+        match self.drawn() {
+            Some((svg, legend)) => figure(&self.title, &svg, &legend),
+            None => String::new(),
         }
+    }
+
+    /// The same as a picture that needs nothing beside it, with title and legend in it.
+    pub(super) fn picture(&self, style: &str) -> Option<String> {
+        const LINE: f64 = 17.0;
+        let (svg, legend) = self.drawn()?;
+        let (above, tall) = (24.0, self.height());
+        let height = above + tall + 8.0 + LINE * legend.len() as f64;
+        let mut picture = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{}\" font-family=\"sans-serif\">\n\
+             <style>\n{style}</style>\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"var(--page)\"/>\n\
+             <text x=\"{LEFT}\" y=\"16\" font-weight=\"bold\">{}</text>\n",
+            2.0 * WIDTH,
+            escape(&self.title)
+        );
+        let placed = format!("<svg y=\"{above}\" width=\"{WIDTH}\" height=\"{tall}\" ");
+        picture.push_str(&svg.replacen("<svg ", &placed, 1));
+        for (line, Entry { class, drawn, name }) in legend.iter().enumerate() {
+            let y = above + tall + LINE * line as f64;
+            let _ = writeln!(
+                picture,
+                "<svg class=\"key {class}\" x=\"{LEFT}\" y=\"{y}\" width=\"28\" height=\"12\" viewBox=\"0 0 28 12\">{drawn}</svg>\
+                 <text x=\"{}\" y=\"{}\">{}</text>",
+                LEFT + 36.0,
+                y + 10.0,
+                escape(name)
+            );
+        }
+        picture.push_str("</svg>\n");
+        Some(picture)
+    }
+
+    fn height(&self) -> f64 {
+        if self.counts { 190.0 } else { 250.0 }
+    }
+
+    /// Axes with what is between them, and the legend; `None` when there is nothing to draw.
+    fn drawn(&self) -> Option<(String, Vec<Entry>)> {
+        let points = || self.series.iter().flat_map(|s| &s.points);
+        points().next()?;
         let scale = |x: f64| if self.log2 { x.max(1e-9).log2() } else { x };
         let (x_min, x_max) = span(
             points()
@@ -100,7 +140,7 @@ impl Chart<'_> {
         );
         let (y_min, y_max) = self.y_span();
         let broken = self.floor.as_ref().filter(|(_, floor)| *floor < y_min);
-        let height = if self.counts { 190.0 } else { 250.0 };
+        let height = self.height();
         let bottom = height - BOTTOM;
         let lowest = bottom - INSET - if broken.is_some() { STRIP } else { 0.0 };
         let (left, right) = (LEFT + INSET, WIDTH - RIGHT - INSET);
@@ -174,7 +214,18 @@ impl Chart<'_> {
                 x(0.0)
             );
         }
-        let mut legend = String::new();
+        let mut legend = Vec::new();
+        let mut explain = |class: &str, drawn: &str, name: &str| {
+            let entry = Entry {
+                class: class.to_owned(),
+                drawn: drawn.to_owned(),
+                name: name.to_owned(),
+            };
+            // Several lines may be of one name.
+            if !legend.contains(&entry) {
+                legend.push(entry);
+            }
+        };
         for (index, (name, level)) in self.levels.iter().chain(&self.floor).enumerate() {
             let class = format!("level d{}", index % 4);
             let line = format!(
@@ -183,7 +234,7 @@ impl Chart<'_> {
                 WIDTH - RIGHT
             );
             svg.push_str(&line);
-            legend.push_str(&entry(&class, "<path d=\"M0 6H28\"/>", name));
+            explain(&class, "<path d=\"M0 6H28\"/>", name);
         }
         let aside = self.aside(x);
         let mut index = 0;
@@ -221,11 +272,7 @@ impl Chart<'_> {
                 svg,
                 "<g class=\"series {class}\"><title>{name}</title>{drawn}</g>"
             );
-            let entry = entry(&class, &key, &line.name);
-            // Several lines may be of one name.
-            if !legend.contains(&entry) {
-                legend.push_str(&entry);
-            }
+            explain(&class, &key, &line.name);
         }
         for (name, p) in &self.rings {
             let (x, y) = (x(p.x), y(p.y));
@@ -233,23 +280,20 @@ impl Chart<'_> {
                 svg,
                 "<circle class=\"ring\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"8\"/>"
             );
-            legend.push_str(&entry(
+            explain(
                 "",
                 "<circle class=\"ring\" cx=\"14\" cy=\"6\" r=\"5\"/>",
                 name,
-            ));
+            );
         }
         for (name, p) in &self.signs {
             let kind = sign(name);
             let (class, at) = (format!("sign s{kind}"), (x(p.x), y(p.y)));
             let _ = write!(svg, "<g class=\"{class}\">{}</g>", shape(kind, at, 4.0));
-            let entry = entry(&class, &shape(kind, (14.0, 6.0), 4.0), name);
-            if !legend.contains(&entry) {
-                legend.push_str(&entry);
-            }
+            explain(&class, &shape(kind, (14.0, 6.0), 4.0), name);
         }
         svg.push_str("</svg>");
-        figure(&self.title, &svg, &legend)
+        Some((svg, legend))
     }
 
     /// Least and greatest x of the points.
@@ -365,29 +409,35 @@ pub(super) fn heat_maps(title: &str, maps: &[(&str, &[Vec<f64>])]) -> String {
     }
     svg.push_str("</svg>");
     let key = "<rect class=\"heat\" x=\"8\" y=\"0\" width=\"12\" height=\"12\"/>";
-    figure(
-        title,
-        &svg,
-        &entry(
-            "",
-            key,
-            &format!("{most:.2} of the slots, the greatest share"),
-        ),
-    )
-}
-
-fn figure(title: &str, svg: &str, legend: &str) -> String {
-    format!(
-        "<figure><figcaption>{}</figcaption>\n<div class=\"plot\">{svg}</div>\n<ul class=\"legend\">{legend}</ul></figure>\n",
-        breakable(title)
-    )
+    let entry = Entry {
+        class: String::new(),
+        drawn: key.to_owned(),
+        name: format!("{most:.2} of the slots, the greatest share"),
+    };
+    figure(title, &svg, &[entry])
 }
 
 /// A line of a legend.
-fn entry(class: &str, drawn: &str, name: &str) -> String {
+#[derive(PartialEq)]
+struct Entry {
+    class: String,
+    drawn: String,
+    name: String,
+}
+
+fn figure(title: &str, svg: &str, legend: &[Entry]) -> String {
+    let legend: String = legend
+        .iter()
+        .map(|Entry { class, drawn, name }| {
+            format!(
+                "<li><svg class=\"key {class}\" viewBox=\"0 0 28 12\" aria-hidden=\"true\">{drawn}</svg><span>{}</span></li>",
+                breakable(name)
+            )
+        })
+        .collect();
     format!(
-        "<li><svg class=\"key {class}\" viewBox=\"0 0 28 12\" aria-hidden=\"true\">{drawn}</svg><span>{}</span></li>",
-        breakable(name)
+        "<figure><figcaption>{}</figcaption>\n<div class=\"plot\">{svg}</div>\n<ul class=\"legend\">{legend}</ul></figure>\n",
+        breakable(title)
     )
 }
 

@@ -10,6 +10,7 @@ pub mod glue;
 pub mod noise;
 pub mod plan;
 pub mod regime;
+pub mod scale;
 pub mod sensitivity;
 pub mod synthetic;
 mod weights;
@@ -124,6 +125,16 @@ pub const STUDIES: &[Study] = &[
         inputs: |_| Inputs::NONE,
         check: |args| noise::plan(args)?.check(args),
         run: |args, ctx| noise::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "scale",
+        about: "What pools of 8 to 4096 experts cost: routing, watching, splits, checkpoints",
+        tasks: &[],
+        other_tasks: false,
+        has_method: |_| false,
+        inputs: |_| Inputs::NONE,
+        check: |args| scale::plan(args)?.check(args),
+        run: |args, ctx| scale::plan(args)?.run(args, ctx),
     },
     Study {
         name: "glue",

@@ -233,6 +233,7 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
         "results.json",
         "settings.json",
         "report.html",
+        "frontier.svg",
         "metrics.jsonl",
     ] {
         let foreign = tempfile::tempdir().expect("a temporary directory");
