@@ -1,6 +1,6 @@
 //! The folders that the variables name, as `data check` reads them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use mass_bench::data_check::{Item, Status, check};
 

@@ -3,7 +3,7 @@
 use mass_cpd::run_length::{RunLength, Sides, exact_threshold_for_horizon, threshold_for_horizon};
 use proptest::prelude::*;
 
-use crate::horizon::{ratio, saved};
+use crate::horizon::ratio;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
