@@ -20,8 +20,17 @@ struct Bench {
     cargo: &'static [&'static [&'static str]],
     /// Whether the name is the program's argument.
     task: bool,
-    /// Packages that the rivals need, and the script that times them (none where a cargo command above runs it).
-    peers: Option<(&'static [&'static str], Option<&'static str>)>,
+    peers: Option<Peers>,
+}
+
+/// The rivals of a bench.
+struct Peers {
+    /// What those in Python need.
+    packages: &'static [&'static str],
+    /// The script that times them; none where a cargo command of the bench runs it.
+    script: Option<&'static str>,
+    /// What runs those in Rust.
+    cargo: &'static [&'static [&'static str]],
 }
 
 /// The program that takes turns with PyTorch.
@@ -33,7 +42,11 @@ const MODEL_COMPARE: &[&str] = &[
     "--example",
     "compare",
 ];
-const TORCH: (&[&str], Option<&str>) = (&["torch", "numpy"], None);
+const TORCH: Peers = Peers {
+    packages: &["torch", "numpy"],
+    script: None,
+    cargo: &[],
+};
 
 const BENCHES: [Bench; 10] = [
     Bench {
@@ -41,10 +54,17 @@ const BENCHES: [Bench; 10] = [
         about: "detector updates, banks, offline segmentation; rivals: river, ruptures",
         cargo: &[&["bench", "-p", "mass-cpd", "--features", "offline"]],
         task: false,
-        peers: Some((
-            &["river", "ruptures", "numpy"],
-            Some("crates/mass-cpd/benches/peers.py"),
-        )),
+        peers: Some(Peers {
+            packages: &["river", "ruptures", "numpy"],
+            script: Some("crates/mass-cpd/benches/peers.py"),
+            cargo: &[&[
+                "bench",
+                "--manifest-path",
+                "crates/mass-cpd/benches/rivals/Cargo.toml",
+                "--target-dir",
+                "target",
+            ]],
+        }),
     },
     Bench {
         name: "routing",
@@ -229,19 +249,21 @@ fn all(peers: bool) -> ExitCode {
 
 fn one(bench: &Bench, peers: bool) -> Outcome {
     let mut python = None;
-    let mut script = None;
-    if peers {
-        if let Some((packages, peer)) = bench.peers {
-            let Ok(path) = environment(packages) else {
-                return Outcome::NoRival;
-            };
-            python = Some(path);
-            script = peer;
-        } else {
-            eprintln!("{}: no rival is measured yet", bench.name);
-        }
+    let rivals = bench.peers.as_ref().filter(|_| peers);
+    match rivals {
+        Some(rivals) => match environment(rivals.packages) {
+            Ok(path) => python = Some(path),
+            Err(()) => return Outcome::NoRival,
+        },
+        None if peers => eprintln!("{}: no rival is measured yet", bench.name),
+        None => {}
     }
-    let mut code = own(bench, python.as_deref());
+    let commands = bench
+        .cargo
+        .iter()
+        .chain(rivals.map_or(&[][..], |r| r.cargo));
+    let mut code = own(bench, commands, python.as_deref());
+    let script = rivals.and_then(|r| r.script);
     if let (true, Some(python), Some(script)) = (code == ExitCode::SUCCESS, python, script) {
         println!("\n{} (Python)", bench.name);
         let mut command = Command::new(python);
@@ -255,8 +277,12 @@ fn one(bench: &Bench, peers: bool) -> Outcome {
     }
 }
 
-fn own(bench: &Bench, python: Option<&Path>) -> ExitCode {
-    for arguments in bench.cargo {
+fn own(
+    bench: &Bench,
+    commands: impl Iterator<Item = &'static &'static [&'static str]>,
+    python: Option<&Path>,
+) -> ExitCode {
+    for arguments in commands {
         let mut command = cargo();
         command.args(*arguments).current_dir(root());
         if bench.task {

@@ -1,4 +1,4 @@
-//! Cost of an update: one stream, a bank, and a peer.
+//! Cost of an update: one stream, and a bank. Peers in Rust are in a package of their own, `rivals`.
 //!
 //! ```text
 //! cargo bench -p mass-cpd --bench update
@@ -6,7 +6,6 @@
 
 use std::hint::black_box;
 
-use changepoint::{BocpdLike, BocpdTruncated};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use mass_cpd::{
     AfterAlarm, BankParams, CalibratedCusumParams, Detector, Drift, Reference,
@@ -16,9 +15,7 @@ use ndarray_rand::{
     rand::{Rng, SeedableRng},
     rand_distr::StandardNormal,
 };
-use nexus_stats::detection::CusumF64;
 use rand_chacha::ChaCha8Rng;
-use rv::prelude::NormalGamma;
 
 /// Positive, so that the log transform can be timed on the same numbers.
 fn noise(n: usize) -> Vec<f64> {
@@ -150,37 +147,5 @@ fn bank(c: &mut Criterion) {
     group.finish();
 }
 
-/// Rust peers on the same numbers. None of them gives a p-value; the CUSUM is told the mean and the scale.
-fn peers(c: &mut Criterion) {
-    let xs = noise(4096);
-    let mut group = c.benchmark_group("peers");
-    group.throughput(Throughput::Elements(xs.len() as u64));
-    let mut cusum = CusumF64::builder(1.02)
-        .slack(0.1)
-        .threshold(1.6)
-        .build()
-        .expect("valid");
-    group.bench_function("nexus-stats CusumF64", |b| {
-        b.iter(|| {
-            for &x in &xs {
-                if black_box(cusum.update(black_box(x)).expect("finite")).is_some() {
-                    cusum.reset();
-                }
-            }
-        });
-    });
-    group.sample_size(10);
-    group.bench_function("changepoint BocpdTruncated", |b| {
-        b.iter(|| {
-            let prior = NormalGamma::new_unchecked(1.0, 1.0, 1.0, 1.0);
-            let mut bocpd = BocpdTruncated::new(250.0, prior);
-            for x in &xs {
-                black_box(bocpd.step(black_box(x)).len());
-            }
-        });
-    });
-    group.finish();
-}
-
-criterion_group!(benches, single, bank, peers);
+criterion_group!(benches, single, bank);
 criterion_main!(benches);
