@@ -54,6 +54,20 @@ impl Dataset {
         names.map(|name| dir.join(name)).collect()
     }
 
+    /// Whether they are there, without reading them.
+    ///
+    /// # Errors
+    /// [`GlueError::Io`] for the first that is not.
+    pub fn there(data: &Path, task: Task) -> Result<(), GlueError> {
+        match Self::files(data, task).into_iter().find(|f| !f.is_file()) {
+            Some(path) => Err(GlueError::Io {
+                path,
+                source: std::io::ErrorKind::NotFound.into(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Reads `data/glue/<Task>/`.
     ///
     /// Lines of QQP with another number of columns than the header are left out and listed: the file as distributed has a

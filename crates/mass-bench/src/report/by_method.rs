@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::summary::groups;
+use super::summary::{groups, mean_std};
 use super::{Decisions, Results, Run, RunKey, paired};
 use crate::study::noise;
 
@@ -117,7 +117,7 @@ fn metrics(runs: &[Run]) -> Vec<(String, String)> {
         let names: BTreeSet<&String> = all.iter().flat_map(|metrics| metrics.keys()).collect();
         let means = names.into_iter().map(|metric| {
             let values: Vec<f64> = all.iter().filter_map(|m| m.get(metric)).copied().collect();
-            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            let mean = mean_std(values.iter().copied()).0.unwrap_or(f64::NAN);
             let of = match values.len() {
                 n if n < all.len() => format!(" (in {n} of {})", all.len()),
                 _ => String::new(),

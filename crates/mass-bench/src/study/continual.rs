@@ -17,7 +17,6 @@ use crate::batch::{TokenBatch, draw};
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
 use crate::fnv::Fnv;
 use crate::ginc::{Ginc, GincParams, Windows};
-use crate::glue::GlueError;
 use crate::glue::data::{Dataset, Example};
 use crate::glue::task::Task as GlueTask;
 use crate::language::{Language, Stream, judge, scored, with};
@@ -192,14 +191,8 @@ impl Family for Continual {
             return Ok(());
         }
         let data = self.data_dir()?;
-        let files = TEXTS.iter().flat_map(|task| Dataset::files(data, *task));
-        match files.into_iter().find(|f| !f.is_file()) {
-            Some(path) => Err(BenchError::Glue(GlueError::Io {
-                path,
-                source: std::io::ErrorKind::NotFound.into(),
-            })),
-            None => Ok(()),
-        }
+        let there = |task| Ok(Dataset::there(data, task)?);
+        TEXTS.into_iter().try_for_each(there)
     }
 
     fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {

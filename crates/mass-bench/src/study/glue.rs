@@ -19,7 +19,6 @@ use super::plan::{Assignment, Family, Planned};
 use super::unusable_model;
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, RunContext};
-use crate::glue::GlueError;
 use crate::glue::data::Dataset;
 use crate::glue::sample;
 use crate::glue::task::{Task, UnknownTask};
@@ -112,14 +111,7 @@ impl Family for Glue {
         if self.args.preset == Preset::Smoke {
             return Ok(());
         }
-        let files = Dataset::files(self.data_dir()?, task_of(set)?);
-        match files.into_iter().find(|f| !f.is_file()) {
-            Some(path) => Err(BenchError::Glue(GlueError::Io {
-                path,
-                source: std::io::ErrorKind::NotFound.into(),
-            })),
-            None => Ok(()),
-        }
+        Ok(Dataset::there(self.data_dir()?, task_of(set)?)?)
     }
 
     fn readable(&self, set: &str) -> Result<(), BenchError> {

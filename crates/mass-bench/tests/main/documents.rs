@@ -3,6 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use clap::Parser;
+use mass_bench::cli::{Cli, Command};
+use mass_bench::study;
+
 use crate::shards::done;
 
 /// The cells of a table's line.
@@ -63,4 +67,66 @@ fn tables_are_those_of_the_results() {
         "static  5  1.891 ± 0.001",
         "static    5   2.00  1.890 ± 0.001  x"
     ));
+}
+
+/// The lines of Markdown's blocks of one kind.
+fn blocks<'t>(text: &'t str, kind: &str) -> Vec<&'t str> {
+    let fence = format!("```{kind}\n");
+    let blocks = text.split(fence.as_str()).skip(1);
+    let lines = blocks.flat_map(|block| block.split("```").next().unwrap_or_default().lines());
+    lines.collect()
+}
+
+#[test]
+fn the_readme_is_narrow_its_commands_exist_and_its_picture_is_the_study_s() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let wide: Vec<&str> = readme.lines().filter(|l| l.chars().count() > 100).collect();
+    assert_eq!(wide, Vec::<&str>::new());
+    let mut studies = Vec::new();
+    for line in blocks(&readme, "console") {
+        let command = line.split(" #").next().unwrap_or_default();
+        let words: Vec<&str> = command.split_whitespace().skip(1).collect();
+        match words[..] {
+            ["cargo", "xtask", "ci"] | ["cargo", "xtask", "bench", ..] | ["cargo", "test", ..] => {}
+            ["cargo", "xtask", ref arguments @ ..] => {
+                let cli = Cli::try_parse_from(["mass-bench"].iter().chain(arguments));
+                match cli.unwrap_or_else(|e| panic!("{line}: {e}")).command {
+                    Command::Reproduce(args) => {
+                        assert!(study::find(&args.study).is_some(), "{line}");
+                        studies.push(args.study);
+                    }
+                    Command::Train(_) | Command::Report(_) | Command::Data(_) => {}
+                    Command::Bench(_) => panic!("{line}"),
+                }
+            }
+            _ => panic!("{line}"),
+        }
+    }
+    for study in study::STUDIES {
+        assert!(studies.iter().any(|s| s == study.name), "{}", study.name);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let from = root.join("docs/results/synthetic-quick-packed");
+    let report = done(&[
+        "report",
+        from.to_str().unwrap(),
+        "--out",
+        dir.path().to_str().unwrap(),
+    ]);
+    let table = blocks(&readme, "text");
+    let rows: Vec<&&str> = table
+        .iter()
+        .filter(|l| cells(l).len() > 4)
+        .skip(2)
+        .collect();
+    assert_eq!(rows.len(), 10);
+    for row in rows {
+        assert!(is_row_of(row, &report), "{row}");
+    }
+    let picture = fs::read_to_string(dir.path().join("frontier.svg")).unwrap();
+    assert_eq!(
+        fs::read_to_string(root.join("docs/results/frontier.svg")).unwrap(),
+        picture
+    );
 }
