@@ -407,7 +407,7 @@ fn run_emulated(what: What, arguments: &[OsString]) -> Outcome<ExitCode> {
     build_driver(&planted, &faults.join("races"), true)?;
     // Kernels race or do not, whoever calls them: mass-model's tests run on the first device only.
     let own_tests = "-p mass-cuda --features emulated --test main";
-    let models = "-p mass-model --features cuda --lib --test main cuda::";
+    let models = "-p mass-model --features cuda --lib --test main cuda";
     let own: &[(&PathBuf, &str)] = match what {
         What::Races => &[(&races, own_tests)],
         What::Both => &[(&folder, own_tests), (&folder, models), (&races, own_tests)],

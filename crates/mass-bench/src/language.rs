@@ -3,7 +3,7 @@
 use mass_model::growth::LossOn;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::{Activation, LayerTrace, Masked, ModelError, TrainPass};
+use mass_model::{Activation, LayerTrace, Masked, ModelError, Place, PlacedGradients, TrainPass};
 use mass_routing::{Combine, RouterConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -20,11 +20,15 @@ use crate::task::{Finished, Recipe, Scored, Task};
 pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + Sync + 'a>;
 
 /// Scores a trained model.
-pub type Judge<'a> = Box<dyn Fn(&LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
+pub type Judge<'a> =
+    Box<dyn Fn(&Place, &LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
 
 /// Writes what became of the kinds of data of a stream into a run, from their losses at its ends.
-pub type Tell<'a> =
-    Box<dyn Fn(&LanguageModel, &[(u64, Vec<f64>)], &mut Run) -> Result<(), BenchError> + Sync + 'a>;
+pub type Tell<'a> = Box<
+    dyn Fn(&Place, &LanguageModel, &[(u64, Vec<f64>)], &mut Run) -> Result<(), BenchError>
+        + Sync
+        + 'a,
+>;
 
 /// Data that change in the course of a run.
 pub struct Stream<'a> {
@@ -38,6 +42,8 @@ pub struct Stream<'a> {
 
 /// Predicting the next token.
 pub struct Language<'a> {
+    /// Where it is trained and scored.
+    pub place: Place,
     /// The model.
     pub model: LanguageModelConfig,
     /// How it is trained.
@@ -116,6 +122,10 @@ impl Task for Language<'_> {
         &self.recipe
     }
 
+    fn place(&self) -> &Place {
+        &self.place
+    }
+
     fn identity(&self) -> Value {
         json!({ "model": self.model, "seed": self.seed })
     }
@@ -142,8 +152,8 @@ impl Task for Language<'_> {
         model: &LanguageModel,
         batch: &TokenBatch,
         _: u64,
-    ) -> Result<TrainPass, ModelError> {
-        model.train_pass(&batch.inputs, &batch.targets, batch.length)
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
+        model.train_pass_at(&self.place, &batch.inputs, &batch.targets, batch.length)
     }
 
     /// Of the batch by token, of the probe by sequence.
@@ -154,7 +164,9 @@ impl Task for Language<'_> {
         on: LossOn,
         masked: Option<Masked>,
     ) -> Result<Vec<f64>, ModelError> {
-        let score = |of: &TokenBatch| model.score(&of.inputs, &of.targets, of.length, masked);
+        let place = &self.place;
+        let score =
+            |of: &TokenBatch| model.score_at(place, &of.inputs, &of.targets, of.length, masked);
         Ok(match on {
             LossOn::Batch => score(batch)?.0.into_iter().map(f64::from).collect(),
             LossOn::Probe => {
@@ -171,7 +183,10 @@ impl Task for Language<'_> {
         looks: &mut Looks,
     ) -> Result<Option<Scored>, BenchError> {
         if let Some(stream) = self.stream.as_ref().filter(|s| s.ends.contains(&step)) {
-            let losses = stream.kinds.iter().map(|kind| Ok(scored(model, kind)?.0));
+            let losses = stream
+                .kinds
+                .iter()
+                .map(|kind| Ok(scored(&self.place, model, kind)?.0));
             let losses = losses.collect::<Result<Vec<f64>, BenchError>>()?;
             let extra = [("loss_by_kind".to_owned(), json!(losses))];
             looks.ends.push((step, losses));
@@ -187,12 +202,12 @@ impl Task for Language<'_> {
         let Some((_, held_out)) = due else {
             return Ok(None);
         };
-        let validation = scored(model, held_out)?.0;
+        let validation = scored(&self.place, model, held_out)?.0;
         let mut test = None;
         if best.is_none_or(|b| validation < b.validation) {
             let mut run = Run::new("", 0);
             run.experts = experts(model);
-            (self.judge)(model, &mut run)?;
+            (self.judge)(&self.place, model, &mut run)?;
             test = run.test_loss;
             *best = Some(Best {
                 step,
@@ -213,14 +228,14 @@ impl Task for Language<'_> {
 
     fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
         run.experts = experts(end.model);
-        (self.judge)(end.model, run)?;
+        (self.judge)(&self.place, end.model, run)?;
         if let Some(best) = &end.progress.best {
             run.test_loss = Some(best.test);
             run.active_per_token = Some(best.active);
             run.experts = Some(best.experts);
         }
         match &self.stream {
-            Some(stream) => (stream.tell)(end.model, &end.progress.ends, run),
+            Some(stream) => (stream.tell)(&self.place, end.model, &end.progress.ends, run),
             None => Ok(()),
         }
     }
@@ -235,10 +250,11 @@ fn experts(model: &LanguageModel) -> Option<usize> {
 
 /// Mean loss on a batch, and what every mixture layer did with it.
 pub(crate) fn scored(
+    place: &Place,
     model: &LanguageModel,
     batch: &TokenBatch,
 ) -> Result<(f64, Vec<LayerTrace>), BenchError> {
-    let scored = model.score(&batch.inputs, &batch.targets, batch.length, None);
+    let scored = model.score_at(place, &batch.inputs, &batch.targets, batch.length, None);
     let (nll, layers) = scored.map_err(|e| BenchError::failed("scoring held-out data", e))?;
     Ok((mean(&nll), layers))
 }
@@ -246,6 +262,7 @@ pub(crate) fn scored(
 /// Scores a model on some batches, telling `each` what every mixture layer did with a batch, and writes mean loss and mean experts
 /// a token into a run. Returns the number of tokens.
 pub(crate) fn judge(
+    place: &Place,
     model: &LanguageModel,
     run: &mut Run,
     batches: impl Iterator<Item = TokenBatch>,
@@ -254,7 +271,7 @@ pub(crate) fn judge(
     let (mut total, mut tokens) = (0.0, 0);
     let (mut assignments, mut routed) = (0, 0);
     for (index, batch) in batches.enumerate() {
-        let (loss, layers) = scored(model, &batch)?;
+        let (loss, layers) = scored(place, model, &batch)?;
         total += loss * batch.tokens() as f64;
         tokens += batch.tokens();
         for layer in &layers {
