@@ -77,10 +77,11 @@ fn open_cuda(device: Device, number: usize) -> Result<Place, BenchError> {
             CudaError::NoDevice { .. } => {
                 BenchError::Usage(format!("--device {device}: {error}; {}", there_are()))
             }
-            CudaError::NoDriver { .. }
-            | CudaError::DriverTooOld { .. }
-            | CudaError::DeviceTooOld { .. } => {
-                BenchError::Usage(format!("--device {device}: {error}"))
+            CudaError::NoDriver { missing } => BenchError::Usage(format!(
+                "--device {device}: no CUDA driver (libcuda.so) on this machine{missing}; use --device cpu"
+            )),
+            CudaError::DriverTooOld { .. } | CudaError::DeviceTooOld { .. } => {
+                BenchError::Usage(format!("--device {device}: {error}; use --device cpu"))
             }
             other => BenchError::failed(format!("opening --device {device}"), other),
         })
