@@ -33,6 +33,44 @@ pub enum Place {
     Cuda(mass_cuda::Device),
 }
 
+impl Place {
+    /// Opens the place of a name: `cpu`, `cuda` (the first GPU) or `cuda:N`, N from 0.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for another name, or for a GPU without the feature `cuda`; `ModelError::Cuda` where there is no such
+    /// device, or no driver that will do.
+    pub fn open(name: &str) -> Result<Self, ModelError> {
+        if name == "cpu" {
+            return Ok(Self::Cpu);
+        }
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let number = match name {
+            "cuda" => Some(0),
+            _ => match name.strip_prefix("cuda:") {
+                Some(number) if digits(number) => number.parse().ok(),
+                _ => None,
+            },
+        };
+        let Some(number) = number else {
+            let what = format!("no device is called {name:?}; there are: cpu, cuda, cuda:N");
+            return Err(ModelError::Config(what));
+        };
+        Self::open_cuda(number)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn open_cuda(number: usize) -> Result<Self, ModelError> {
+        Ok(Self::Cuda(mass_cuda::Device::open(number)?))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn open_cuda(number: usize) -> Result<Self, ModelError> {
+        Err(ModelError::Config(format!(
+            "cuda:{number}: mass-model was built without its feature `cuda`"
+        )))
+    }
+}
+
 /// `cpu`, or `cuda:0` and what the card is: its name, compute capability and memory.
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
