@@ -236,33 +236,52 @@ fn a_run_that_was_interrupted_goes_on_elsewhere() {
 }
 
 #[test]
-fn studies_run_on_a_device() {
+fn every_method_trains_on_a_device() {
     if !promised() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    for study in [
-        "synthetic --methods mass --variant paper",
-        "glue --methods mass --variant paper --task CoLA",
-        "glue --methods dynmoe --task STS-B",
-        "dg --methods mass --variant paper",
+    text(dir.path());
+    for choices in [
+        "--method dynmoe",
+        "--method gmoe",
+        "--method dense",
+        "--router top_any",
+        "--router expert_choice:capacity=1.1,combine=raw",
+        "--router noisy:std=0.3/bias_balanced:k=2",
     ] {
-        let mut arguments: Vec<&str> = ["reproduce"].into_iter().chain(study.split(' ')).collect();
-        let out = study.replace(' ', "-");
-        arguments.extend(["--preset", "smoke", "--seeds", "1", "--shard", "1/50"]);
-        arguments.extend(["--device", "cuda", "--threads", "1", "--out", &out]);
-        let said = done(&arguments, dir.path());
-        assert!(said.contains("on cuda:0 "), "{said}");
-        let results = read(&dir.path().join(&out).join("results.json"));
+        let run = |device: &str| {
+            let out = format!("{choices} {device}").replace([' ', '/', ':'], "-");
+            let more = ["--steps", "8", "--device", device, "--out", &out];
+            let choices: Vec<&str> = choices.split(' ').collect();
+            done(&train(&[&choices[..], &more].concat()), dir.path());
+            let results = read(&dir.path().join(&out).join("results.json"));
+            results["runs"][0]["test_loss"].as_f64().unwrap()
+        };
+        let (here, there) = (run("cpu"), run("cuda:0"));
         assert!(
-            results["machine"]["device"]
-                .as_str()
-                .unwrap()
-                .starts_with("cuda:0 ")
+            (here - there).abs() < 1e-3,
+            "{choices}: {there}, on the processor {here}"
         );
-        let run = &results["runs"][0];
-        assert!(run["test_loss"].as_f64().unwrap() > 0.0, "{run}");
     }
+}
+
+#[test]
+fn a_study_runs_on_a_device() {
+    if !promised() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let study = "reproduce glue --methods mass --variant paper --task CoLA --preset smoke --seeds 1 --threads 1";
+    let mut arguments: Vec<&str> = study.split(' ').collect();
+    arguments.extend(["--device", "cuda", "--out", "out"]);
+    let said = done(&arguments, dir.path());
+    assert!(said.contains("on cuda:0 "), "{said}");
+    let results = read(&dir.path().join("out/results.json"));
+    let device = results["machine"]["device"].as_str().unwrap();
+    assert!(device.starts_with("cuda:0 "));
+    let run = &results["runs"][0];
+    assert!(run["test_loss"].as_f64().unwrap() > 0.0, "{run}");
 }
 
 #[test]

@@ -135,3 +135,88 @@ impl RoutingPlan {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Combine, Router, TopAny, TopK, TopP};
+
+    fn parts(plan: &RoutingPlan) -> PlanParts {
+        PlanParts {
+            expert_offsets: plan.expert_offsets.clone(),
+            tokens: plan.tokens.clone(),
+            weights: plan.weights.clone(),
+            scores: plan.scores.clone(),
+            in_use: Some(plan.in_use.clone()),
+        }
+    }
+
+    #[test]
+    fn a_plan_made_of_its_parts_is_the_plan() {
+        let logits: Vec<f32> = (0..7 * 4)
+            .map(|i| (i * 37 % 11) as f32 * 0.3 - 1.0)
+            .collect();
+        let mut routers = vec![AnyRouter::TopAny(TopAny::new(vec![0.2; 4]).unwrap())];
+        for combine in Combine::ALL {
+            routers.push(AnyRouter::TopP(TopP::new(0.6, combine).unwrap()));
+            routers.push(AnyRouter::TopK(TopK::new(2, combine).unwrap()));
+        }
+        for router in &mut routers {
+            for mask in [None, Some(&[true, false, true, true][..])] {
+                let mut plan = RoutingPlan::default();
+                router.route_slice(&logits, 4, mask, &mut plan).unwrap();
+                let again = RoutingPlan::from_parts(7, parts(&plan), router).unwrap();
+                again.validate().unwrap();
+                assert_eq!(again.token_offsets, plan.token_offsets);
+                assert_eq!(again.token_assignments, plan.token_assignments);
+                assert_eq!(again.token_experts, plan.token_experts);
+                assert_eq!((again.rule, &again.in_use), (plan.rule, &plan.in_use));
+                let d: Vec<f32> = (0..plan.num_assignments())
+                    .map(|i| i as f32 - 2.0)
+                    .collect();
+                let [mut a, mut b] = [vec![0.0; 28], vec![0.0; 28]];
+                plan.backward_slice(&d, &mut a).unwrap();
+                again.backward_slice(&d, &mut b).unwrap();
+                assert_eq!(a, b);
+            }
+        }
+        let empty = PlanParts {
+            expert_offsets: vec![0; 3],
+            ..PlanParts::default()
+        };
+        RoutingPlan::from_parts(0, empty, &routers[0])
+            .unwrap()
+            .validate()
+            .unwrap();
+    }
+
+    #[test]
+    fn parts_that_are_no_plan_are_refused() {
+        let mut router = AnyRouter::TopK(TopK::new(1, Combine::Raw).unwrap());
+        let mut plan = RoutingPlan::default();
+        router
+            .route_slice(&[1.0, 0.0, 0.0, 1.0, 2.0, 0.0], 2, None, &mut plan)
+            .unwrap();
+        let good = parts(&plan);
+        let refused = |change: &dyn Fn(&mut PlanParts)| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            assert!(RoutingPlan::from_parts(3, bad, &router).is_err());
+        };
+        refused(&|p| p.expert_offsets.clear());
+        refused(&|p| p.expert_offsets[1] = 9);
+        refused(&|p| p.expert_offsets[0] = 1);
+        refused(&|p| p.expert_offsets[2] = 2);
+        refused(&|p| p.tokens[0] = 3);
+        refused(&|p| p.tokens.swap(0, 1));
+        refused(&|p| p.tokens.truncate(2));
+        refused(&|p| p.weights.push(1.0));
+        refused(&|p| p.weights[0] = f32::NAN);
+        refused(&|p| p.scores.truncate(5));
+        refused(&|p| p.in_use = Some(vec![true]));
+        let other: crate::RouterConfig = "expert_choice:capacity=1.1,combine=raw".parse().unwrap();
+        let other = other.build().unwrap();
+        assert!(RoutingPlan::from_parts(3, good.clone(), &other).is_err());
+        assert!(RoutingPlan::from_parts(3, good.clone(), &router).is_ok());
+    }
+}
