@@ -14,7 +14,7 @@ const HELP: &str = "\
 Usage: cargo xtask cuda-bundle [--try]
 
 Makes target/cuda-bundle.tar.gz: the tests of mass-cuda and mass-model, what measures speed, mass-bench, and a script. On a machine
-with a driver and a shell (no Rust, no network), in under six minutes:
+with a driver and a shell (x86-64 Linux; no Rust, no network), in what is meant to be under six minutes:
 
   tar xf cuda-bundle.tar.gz && ./cuda-bundle/run.sh
 

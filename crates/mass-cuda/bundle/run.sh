@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks a GPU and measures it: ./run.sh [FILE], which gets the tables (cuda.md unless named).
 #
-# The machine needs a driver and a shell, nothing else. All takes under six minutes. With MASS_BUNDLE_SMALL=1 sizes are tiny, for
+# The machine needs a driver and a shell, nothing else. All is meant to take under six minutes. With MASS_BUNDLE_SMALL=1 sizes are tiny, for
 # an emulated driver. Exit code 0 if everything passed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -13,7 +13,7 @@ small=${MASS_BUNDLE_SMALL:-}
 failed=0
 begin=$(date +%s)
 
-say() { printf '%s\n' "$*" | tee -a "$report"; }
+say() { printf '%s\n' "$@" | tee -a "$report"; }
 # A block of a command's output: block TITLE COMMAND...
 block() {
     title=$1

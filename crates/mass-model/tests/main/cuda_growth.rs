@@ -77,7 +77,7 @@ impl Run {
             for event in grown.unwrap() {
                 match event.kind {
                     EventKind::Split { .. } | EventKind::Remove { .. } => {
-                        let text = serde_json::to_value(&event).unwrap();
+                        let text = serde_json::to_value(event).unwrap();
                         let of = |key: &str| text.get(key).map(ToString::to_string);
                         let keys = ["step", "layer", "kind", "source", "new", "expert", "reason"];
                         self.changes.push(format!("{:?}", keys.map(of)));

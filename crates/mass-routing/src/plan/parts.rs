@@ -90,12 +90,12 @@ impl RoutingPlan {
         }
         let mut token_offsets = vec![0_u32; num_tokens + 1];
         for e in 0..k {
+            let (first, end) = (expert_offsets[e] as usize, expert_offsets[e + 1] as usize);
             let mut before = None;
-            for index in expert_offsets[e] as usize..expert_offsets[e + 1] as usize {
-                let token = tokens[index];
+            for (i, &token) in tokens[first..end].iter().enumerate() {
                 if token as usize >= num_tokens || before >= Some(token) {
                     return Err(RoutingError::InvalidAssignment {
-                        index,
+                        index: first + i,
                         token: token as usize,
                         expert: e,
                         what: "tokens of an expert do not ascend, or are not there",
