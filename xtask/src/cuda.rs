@@ -21,18 +21,18 @@ const ARCHITECTURES: [&str; 5] = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"];
 /// Most shared memory of a block.
 const SHARED_MEMORY: u32 = 48 << 10;
 
-fn home() -> PathBuf {
+pub(crate) fn home() -> PathBuf {
     root().join("crates/mass-cuda")
 }
 
-fn target() -> PathBuf {
+pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
 /// What ended a command early: it has been told.
-type Outcome<T> = Result<T, String>;
+pub(crate) type Outcome<T> = Result<T, String>;
 
-fn report(outcome: Outcome<ExitCode>) -> ExitCode {
+pub(crate) fn report(outcome: Outcome<ExitCode>) -> ExitCode {
     outcome.unwrap_or_else(|message| {
         eprintln!("error: {message}");
         ExitCode::FAILURE
@@ -43,11 +43,11 @@ fn read(path: &Path) -> Outcome<String> {
     fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))
 }
 
-fn write(path: &Path, text: &str) -> Outcome<()> {
+pub(crate) fn write(path: &Path, text: &str) -> Outcome<()> {
     fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
 
-fn must(command: &mut Command) -> Outcome<()> {
+pub(crate) fn must(command: &mut Command) -> Outcome<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     match command.status() {
         Ok(status) if status.success() => Ok(()),
@@ -295,7 +295,7 @@ const FLAGS: [&str; 13] = [
 
 /// Builds the emulated driver of a folder's kernels, if it is not there as it would come out. With `races`, accesses
 /// of the kernels to shared memory are watched, which makes them several times slower.
-fn build_driver(folder: &Path, out: &Path, races: bool) -> Outcome<()> {
+pub(crate) fn build_driver(folder: &Path, out: &Path, races: bool) -> Outcome<()> {
     fs::create_dir_all(out).map_err(|e| format!("cannot make {}: {e}", out.display()))?;
     let emu = home().join("emu");
     let mut includes = String::new();
@@ -348,8 +348,8 @@ pub(crate) fn emulate(arguments: &[OsString]) -> ExitCode {
 Usage: cargo xtask cuda-emu [--build | --races] [-- ARGUMENTS OF CARGO TEST]
 
 Builds a libcuda.so whose device is the CPU, from the kernels' sources with g++, and runs the tests that need a device on it:
-those that the arguments say, or without arguments mass-cuda's and mass-model's, and mass-cuda's once more on a device that looks
-for races in shared memory. The tests have one thread: the device uses all.
+those that the arguments say, or without arguments mass-cuda's, mass-model's and mass-bench's, and mass-cuda's once more on a
+device that looks for races in shared memory. The tests have one thread: the device uses all.
 
   --build   build it only, and print the folder to put into LD_LIBRARY_PATH
   --races   on the device that looks for races only";
@@ -405,12 +405,18 @@ fn run_emulated(what: What, arguments: &[OsString]) -> Outcome<ExitCode> {
     }
     build_driver(&planted, &faults, false)?;
     build_driver(&planted, &faults.join("races"), true)?;
-    // Kernels race or do not, whoever calls them: mass-model's tests run on the first device only.
+    // Kernels race or do not, whoever calls them: the tests of models and commands run on the first device only.
     let own_tests = "-p mass-cuda --features emulated --test main";
-    let models = "-p mass-model --features cuda --lib --test main cuda::";
+    let models = "-p mass-model --features cuda --lib --test main cuda";
+    let commands = "-p mass-bench --test main cuda::";
     let own: &[(&PathBuf, &str)] = match what {
         What::Races => &[(&races, own_tests)],
-        What::Both => &[(&folder, own_tests), (&folder, models), (&races, own_tests)],
+        What::Both => &[
+            (&folder, own_tests),
+            (&folder, models),
+            (&folder, commands),
+            (&races, own_tests),
+        ],
         _ => &[(&folder, own_tests)],
     };
     for &(driver, tests) in own {

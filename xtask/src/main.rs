@@ -1,4 +1,4 @@
-//! Project commands: `cargo xtask <command>`. Needs nothing but Rust; the two for CUDA need Python and g++.
+//! Project commands: `cargo xtask <command>`. Needs nothing but Rust; those for CUDA need Python and g++.
 //!
 //! Each command is one file. What concerns experiments is forwarded to the `mass-bench` binary, which
 //! is built first.
@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod cuda;
+mod cuda_bundle;
 mod forward;
 mod run;
 
@@ -22,7 +23,8 @@ Usage: cargo xtask <command> [arguments]
   data check          list data sets and models: there, missing, broken
   data fetch MODEL    download a model from the Hugging Face Hub
   cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
-  cuda-emu            run mass-cuda's tests on an emulated GPU
+  cuda-emu            run the tests that need a GPU on an emulated one
+  cuda-bundle         make an archive that checks and measures a GPU elsewhere
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(&arguments),
         Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
         Some("cuda-emu") => cuda::emulate(&arguments[1..]),
+        Some("cuda-bundle") => cuda_bundle::run(&arguments[1..]),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -45,7 +48,7 @@ fn main() -> ExitCode {
                 format!("unknown command `{o}`")
             });
             eprintln!(
-                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, ci"
+                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, cuda-bundle, ci"
             );
             ExitCode::from(2)
         }

@@ -12,8 +12,8 @@ use mass_expand::ExpertId;
 use mass_model::growth::Mixtures;
 use mass_model::nn::MoeLayer;
 use mass_model::ops::MoeExpert;
-use mass_model::optim::AdamW;
-use mass_model::{CpuGradients, LayerTrace, ModelError, TrainPass};
+use mass_model::optim::{AdamW, Gradients};
+use mass_model::{LayerTrace, ModelError, TrainPass};
 use mass_routing::losses::diverse_and_simple;
 use mass_routing::{AnyRouter, UsageStats};
 use ndarray::Array2;
@@ -140,10 +140,10 @@ impl DynMoe {
     ///
     /// # Errors
     /// [`ModelError::Routing`] for gate rows that are not finite.
-    pub fn add_loss<M: Mixtures>(
+    pub fn add_loss<M: Mixtures, G: Gradients>(
         &self,
         model: &M,
-        gradients: &mut CpuGradients,
+        gradients: &mut G,
     ) -> Result<f64, ModelError> {
         let mut total = 0.0;
         for layer in 0..model.mixtures() {
@@ -158,12 +158,12 @@ impl DynMoe {
     ///
     /// # Errors
     /// [`ModelError::Routing`] for a plan of another pool, and those of the layer.
-    pub fn step<M: Mixtures>(
+    pub fn step<M: Mixtures, G>(
         &mut self,
         step: u64,
         model: &mut M,
         optimizer: &mut AdamW,
-        pass: &TrainPass,
+        pass: &TrainPass<G>,
         templates: &[MoeExpert],
     ) -> Result<Vec<DynMoeEvent>, ModelError> {
         let (record_from, adapt_at) = self.config.window();
@@ -203,13 +203,13 @@ impl DynMoe {
             nowhere: Vec::new(),
         });
         record.usage.record(plan)?;
-        let nobody: Vec<usize> = (0..plan.num_tokens()).filter(|&t| plan.k(t) == 0).collect();
+        let nobody = (0..plan.num_tokens() as u32).filter(|&t| plan.k(t as usize) == 0);
+        let nobody: Vec<u32> = nobody.collect();
         if !nobody.is_empty() {
-            let input = trace.gate_input.as_vec();
-            let dim = input.len() / plan.num_tokens();
+            let input = trace.gate_input.rows(&nobody)?;
+            let dim = trace.gate_input.shape().1;
             record.nowhere.resize(dim, 0.0);
-            for t in nobody {
-                let row = &input[t * dim..(t + 1) * dim];
+            for row in input.chunks_exact(dim) {
                 for (sum, x) in record.nowhere.iter_mut().zip(row) {
                     *sum += f64::from(*x);
                 }
@@ -280,18 +280,17 @@ impl DynMoe {
 fn gate_loss(
     layer: &MoeLayer,
     weight: f32,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
 ) -> Result<f64, ModelError> {
     let experts = layer.experts();
     let dim = layer.config().dim;
-    let rows = Array2::from_shape_fn((dim, experts.len()), |(i, e)| experts[e].gate.values()[i]);
+    let values = experts.iter().map(|e| e.gate.try_values());
+    let values = values.collect::<Result<Vec<_>, _>>()?;
+    let rows = Array2::from_shape_fn((dim, experts.len()), |(i, e)| values[e][i]);
     let mut d_rows = Array2::zeros(rows.dim());
     let loss = diverse_and_simple(rows.view(), None, weight, &mut d_rows.view_mut())?;
     for (expert, d_row) in experts.iter().zip(d_rows.columns()) {
-        let gradient = expert.gate.gradient(gradients)?;
-        for (g, d) in gradient.iter_mut().zip(d_row) {
-            *g += d;
-        }
+        gradients.add(&expert.gate, &d_row.to_vec())?;
     }
     Ok(loss)
 }

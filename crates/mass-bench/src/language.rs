@@ -3,7 +3,10 @@
 use mass_model::growth::LossOn;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
-use mass_model::{Activation, CpuGradients, LayerTrace, Masked, ModelError, Parameters, TrainPass};
+use mass_model::optim::Gradients;
+use mass_model::{
+    Activation, LayerTrace, Masked, ModelError, Parameters, Place, PlacedGradients, TrainPass,
+};
 use mass_routing::{Combine, RouterConfig};
 use ndarray_rand::rand::Rng;
 use ndarray_rand::rand_distr::StandardNormal;
@@ -22,11 +25,15 @@ use crate::task::{Finished, Recipe, Scored, Task};
 pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + Sync + 'a>;
 
 /// Scores a trained model.
-pub type Judge<'a> = Box<dyn Fn(&LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
+pub type Judge<'a> =
+    Box<dyn Fn(&Place, &LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
 
 /// Writes what became of the kinds of data of a stream into a run, from their losses at its ends.
-pub type Tell<'a> =
-    Box<dyn Fn(&LanguageModel, &[(u64, Vec<f64>)], &mut Run) -> Result<(), BenchError> + Sync + 'a>;
+pub type Tell<'a> = Box<
+    dyn Fn(&Place, &LanguageModel, &[(u64, Vec<f64>)], &mut Run) -> Result<(), BenchError>
+        + Sync
+        + 'a,
+>;
 
 /// Data that change in the course of a run.
 pub struct Stream<'a> {
@@ -40,6 +47,8 @@ pub struct Stream<'a> {
 
 /// Predicting the next token.
 pub struct Language<'a> {
+    /// Where it is trained and scored.
+    pub place: Place,
     /// The model.
     pub model: LanguageModelConfig,
     /// How it is trained.
@@ -121,6 +130,10 @@ impl Task for Language<'_> {
         &self.recipe
     }
 
+    fn place(&self) -> &Place {
+        &self.place
+    }
+
     fn identity(&self) -> Value {
         let mut identity = json!({ "model": self.model, "seed": self.seed });
         if self.gradient_noise > 0.0 {
@@ -151,8 +164,9 @@ impl Task for Language<'_> {
         model: &LanguageModel,
         batch: &TokenBatch,
         step: u64,
-    ) -> Result<TrainPass, ModelError> {
-        let mut pass = model.train_pass(&batch.inputs, &batch.targets, batch.length)?;
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
+        let mut pass =
+            model.train_pass_at(&self.place, &batch.inputs, &batch.targets, batch.length)?;
         if self.gradient_noise > 0.0 {
             let mut rng = stream(self.seed, Purpose::Noise, step);
             disturb(model, &mut pass.gradients, self.gradient_noise, &mut rng)?;
@@ -168,7 +182,9 @@ impl Task for Language<'_> {
         on: LossOn,
         masked: Option<Masked>,
     ) -> Result<Vec<f64>, ModelError> {
-        let score = |of: &TokenBatch| model.score(&of.inputs, &of.targets, of.length, masked);
+        let place = &self.place;
+        let score =
+            |of: &TokenBatch| model.score_at(place, &of.inputs, &of.targets, of.length, masked);
         Ok(match on {
             LossOn::Batch => score(batch)?.0.into_iter().map(f64::from).collect(),
             LossOn::Probe => {
@@ -185,7 +201,10 @@ impl Task for Language<'_> {
         looks: &mut Looks,
     ) -> Result<Option<Scored>, BenchError> {
         if let Some(stream) = self.stream.as_ref().filter(|s| s.ends.contains(&step)) {
-            let losses = stream.kinds.iter().map(|kind| Ok(scored(model, kind)?.0));
+            let losses = stream
+                .kinds
+                .iter()
+                .map(|kind| Ok(scored(&self.place, model, kind)?.0));
             let losses = losses.collect::<Result<Vec<f64>, BenchError>>()?;
             let extra = [("loss_by_kind".to_owned(), json!(losses))];
             looks.ends.push((step, losses));
@@ -201,12 +220,12 @@ impl Task for Language<'_> {
         let Some((_, held_out)) = due else {
             return Ok(None);
         };
-        let validation = scored(model, held_out)?.0;
+        let validation = scored(&self.place, model, held_out)?.0;
         let mut test = None;
         if best.is_none_or(|b| validation < b.validation) {
             let mut run = Run::new("", 0);
             run.experts = experts(model);
-            (self.judge)(model, &mut run)?;
+            (self.judge)(&self.place, model, &mut run)?;
             test = run.test_loss;
             *best = Some(Best {
                 step,
@@ -227,14 +246,14 @@ impl Task for Language<'_> {
 
     fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
         run.experts = experts(end.model);
-        (self.judge)(end.model, run)?;
+        (self.judge)(&self.place, end.model, run)?;
         if let Some(best) = &end.progress.best {
             run.test_loss = Some(best.test);
             run.active_per_token = Some(best.active);
             run.experts = Some(best.experts);
         }
         match &self.stream {
-            Some(stream) => (stream.tell)(end.model, &end.progress.ends, run),
+            Some(stream) => (stream.tell)(&self.place, end.model, &end.progress.ends, run),
             None => Ok(()),
         }
     }
@@ -243,25 +262,23 @@ impl Task for Language<'_> {
 /// Adds noise to the gradient of each parameter; see [`Language::gradient_noise`].
 fn disturb(
     model: &impl Parameters,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     times: f32,
     rng: &mut impl Rng,
 ) -> Result<(), ModelError> {
     let mut outcome = Ok(());
     model.visit("", &mut |_, parameter| {
-        if outcome.is_err() {
-            return;
-        }
-        match parameter.find_gradient(gradients) {
-            Ok(Some(gradient)) => {
-                let squares: f64 = gradient.iter().map(|g| f64::from(*g).powi(2)).sum();
-                let size = times * (squares / gradient.len() as f64).sqrt() as f32;
-                for value in gradient {
-                    *value += size * rng.sample::<f32, _>(StandardNormal);
-                }
+        let mut share = || match gradients.copy(parameter)? {
+            Some(mut values) => {
+                let squares: f64 = values.iter().map(|g| f64::from(*g).powi(2)).sum();
+                let size = times * (squares / values.len() as f64).sqrt() as f32;
+                values.fill_with(|| size * rng.sample::<f32, _>(StandardNormal));
+                gradients.add(parameter, &values)
             }
-            Ok(None) => {}
-            Err(e) => outcome = Err(e),
+            None => Ok(()),
+        };
+        if outcome.is_ok() {
+            outcome = share();
         }
     });
     outcome
@@ -276,10 +293,11 @@ fn experts(model: &LanguageModel) -> Option<usize> {
 
 /// Mean loss on a batch, and what every mixture layer did with it.
 pub(crate) fn scored(
+    place: &Place,
     model: &LanguageModel,
     batch: &TokenBatch,
 ) -> Result<(f64, Vec<LayerTrace>), BenchError> {
-    let scored = model.score(&batch.inputs, &batch.targets, batch.length, None);
+    let scored = model.score_at(place, &batch.inputs, &batch.targets, batch.length, None);
     let (nll, layers) = scored.map_err(|e| BenchError::failed("scoring held-out data", e))?;
     Ok((mean(&nll), layers))
 }
@@ -287,6 +305,7 @@ pub(crate) fn scored(
 /// Scores a model on some batches, telling `each` what every mixture layer did with a batch, and writes mean loss and mean experts
 /// a token into a run. Returns the number of tokens.
 pub(crate) fn judge(
+    place: &Place,
     model: &LanguageModel,
     run: &mut Run,
     batches: impl Iterator<Item = TokenBatch>,
@@ -295,7 +314,7 @@ pub(crate) fn judge(
     let (mut total, mut tokens) = (0.0, 0);
     let (mut assignments, mut routed) = (0, 0);
     for (index, batch) in batches.enumerate() {
-        let (loss, layers) = scored(model, &batch)?;
+        let (loss, layers) = scored(place, model, &batch)?;
         total += loss * batch.tokens() as f64;
         tokens += batch.tokens();
         for layer in &layers {

@@ -5,7 +5,7 @@ use std::path::Path;
 use mass_model::checkpoint::Checkpointed;
 use mass_model::growth::{GrowerConfig, LossOn};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
-use mass_model::{CpuGradients, Masked, ModelError, TrainPass};
+use mass_model::{Masked, ModelError, Place, PlacedGradients, TrainPass};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -65,6 +65,9 @@ pub trait Task: Sync {
     /// How it is trained.
     fn recipe(&self) -> &Recipe;
 
+    /// Where it is trained and scored. Checkpoints do not keep it: a run may go on elsewhere.
+    fn place(&self) -> &Place;
+
     /// What else fixes a run: sizes, and digests of data and weights. A checkpoint of another is refused.
     fn identity(&self) -> Value;
 
@@ -97,7 +100,7 @@ pub trait Task: Sync {
         model: &Self::Model,
         batch: &Self::Batch,
         step: u64,
-    ) -> Result<TrainPass, ModelError>;
+    ) -> Result<TrainPass<PlacedGradients>, ModelError>;
 
     /// Losses that the expansion engine asks for: of the batch, or of data that nobody trains on.
     ///
@@ -119,7 +122,7 @@ pub trait Task: Sync {
         &self,
         optimizer: &mut AdamW,
         model: &mut Self::Model,
-        gradients: &mut CpuGradients,
+        gradients: &mut PlacedGradients,
         rate: f64,
     ) -> Result<f64, ModelError> {
         optimizer.step(model, gradients, rate)

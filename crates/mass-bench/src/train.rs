@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
+use mass_model::Place;
 use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use serde_json::json;
@@ -36,9 +37,12 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     method.check()?;
     let data = format!("{:016x}", text.digest());
     let (probe, test) = held_out(&text, args)?;
-    let task = task(args, &method, &text, &probe, &test);
+    let place = args.device.open()?;
+    let mut task = task(args, &method, &text, &probe, &test);
+    task.place = place;
+    ctx.say_where(&task.place);
     let rules = check(&task, &method, args.seed)?;
-    let header = Header::new("train", "text", args.threads);
+    let header = Header::new("train", "text", args.threads).on(&task.place);
     let settings = json!({ "arguments": args, "settings": { "text": data } });
     let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {
@@ -178,6 +182,7 @@ fn task<'a>(
     (model.layers, model.block.heads) = (args.layers, args.heads);
     let steps = args.steps as u64;
     Language {
+        place: Place::Cpu,
         model: with(model, method, args.seed),
         gradient_noise: 0.0,
         recipe: Recipe {
@@ -202,8 +207,8 @@ fn task<'a>(
         seed: args.seed,
         draw: Box::new(move |step| Ok(text.batch(args.seed, step, args.batch, args.seq)?)),
         probe,
-        judge: Box::new(|model, run| {
-            judge(model, run, test.iter().cloned(), |_, _| Ok(()))?;
+        judge: Box::new(|place, model, run| {
+            judge(place, model, run, test.iter().cloned(), |_, _| Ok(()))?;
             run.metric = run.test_loss.map(bits_per_byte);
             run.metric_name = Some("bits_per_byte".into());
             Ok(())

@@ -8,7 +8,7 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, Mixtures, pair_figures};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
-use mass_model::{ModelError, TrainPass};
+use mass_model::{ModelError, PlacedGradients, TrainPass};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -55,6 +55,9 @@ struct Saved<P> {
     /// Time of training steps, and of waiting for their batches, seconds.
     training_s: f64,
     waited_s: f64,
+    /// What has computed it, in order.
+    #[serde(default)]
+    devices: Vec<String>,
 }
 
 /// A run under way.
@@ -88,6 +91,7 @@ impl<'t, T: Task> Trainer<'t, T> {
         let recipe = task.recipe();
         let mut settings = json!({ "run": name, "method": method, "recipe": recipe });
         settings["task"] = task.identity();
+        let device = task.place().to_string();
         let model = task.model().map_err(made)?;
         let (layers, steps) = (model.mixtures(), recipe.schedule.steps);
         let grower = method.growth(layers, steps, run.seed, |rules| task.tune(rules))?;
@@ -113,6 +117,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             wall_s: 0.0,
             training_s: 0.0,
             waited_s: 0.0,
+            devices: vec![device.clone()],
         };
         let mut trainer = Self {
             optimizer: AdamW::new(recipe.adamw.clone()).map_err(made)?,
@@ -125,6 +130,10 @@ impl<'t, T: Task> Trainer<'t, T> {
         };
         if resume && checkpoint::exists(dir) {
             trainer.go_on(dir)?;
+            let devices = &mut trainer.saved.devices;
+            if devices.last() != Some(&device) {
+                devices.push(device);
+            }
         } else if dir.is_dir() {
             // Nothing that goes on: what an earlier run left there must not be taken for this one's.
             std::fs::remove_dir_all(dir)
@@ -330,6 +339,10 @@ impl<'t, T: Task> Trainer<'t, T> {
             pairs: saved.pairs.means(),
             decisions: decisions.transpose()?.flatten(),
             diagnoses: controller.map_or_else(Vec::new, |c| c.diagnoses()),
+            devices: match saved.devices {
+                several if several.len() > 1 => several,
+                _ => Vec::new(),
+            },
             ..self.run
         };
         let end = Finished {
@@ -377,7 +390,7 @@ impl<'t, T: Task> Trainer<'t, T> {
 fn look_at_pairs<M: Mixtures>(
     step: u64,
     model: &M,
-    pass: &mut TrainPass,
+    pass: &mut TrainPass<PlacedGradients>,
     splits: &[Expansion],
     sums: &mut PairSums,
 ) -> Result<(), ModelError> {

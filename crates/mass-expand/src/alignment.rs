@@ -27,6 +27,38 @@ pub struct Alignment {
     pub cosine: Option<f64>,
 }
 
+impl Alignment {
+    /// From the inner products `<G, G>`, `<G, W>` and `<W, W>` of a gradient and weights that lie elsewhere, such as on a
+    /// GPU.
+    ///
+    /// # Errors
+    /// [`ExpandError::NonFinite`] if a square is not finite.
+    ///
+    /// # Examples
+    /// ```
+    /// let of = mass_expand::Alignment::of_products(25.0, 24.0, 25.0)?;
+    /// assert_eq!(of, mass_expand::alignment(&[3.0, 4.0], &[4.0, 3.0])?);
+    /// # Ok::<(), mass_expand::ExpandError>(())
+    /// ```
+    pub fn of_products(gg: f64, gw: f64, ww: f64) -> Result<Self, ExpandError> {
+        if !gg.is_finite() {
+            return Err(ExpandError::NonFinite { what: "gradient" });
+        }
+        if !ww.is_finite() {
+            return Err(ExpandError::NonFinite { what: "weight" });
+        }
+        let (gradient_norm, weight_norm) = (gg.sqrt(), ww.sqrt());
+        let cosine =
+            (gg > 0.0 && ww > 0.0).then(|| (gw / gradient_norm / weight_norm).clamp(-1.0, 1.0));
+        Ok(Self {
+            dot: gw,
+            gradient_norm,
+            weight_norm,
+            cosine,
+        })
+    }
+}
+
 /// Computes the [`Alignment`] of a gradient with the weights it belongs to, in one pass over both.
 ///
 /// # Errors
@@ -53,21 +85,7 @@ pub fn alignment(gradient: &[f32], weight: &[f32]) -> Result<Alignment, ExpandEr
         });
     }
     let (gg, gw, ww) = sweep::moments(gradient, weight);
-    if !gg.is_finite() {
-        return Err(ExpandError::NonFinite { what: "gradient" });
-    }
-    if !ww.is_finite() {
-        return Err(ExpandError::NonFinite { what: "weight" });
-    }
-    let (gradient_norm, weight_norm) = (gg.sqrt(), ww.sqrt());
-    let cosine =
-        (gg > 0.0 && ww > 0.0).then(|| (gw / gradient_norm / weight_norm).clamp(-1.0, 1.0));
-    Ok(Alignment {
-        dot: gw,
-        gradient_norm,
-        weight_norm,
-        cosine,
-    })
+    Alignment::of_products(gg, gw, ww)
 }
 
 /// The `delta` below which `|c|` counts as drift.

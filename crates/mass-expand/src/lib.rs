@@ -23,4 +23,6 @@ pub use expert::ExpertId;
 pub use gate_split::{
     BisectDirection, BisectParams, Bisection, absorb_mass, bisect, preserve_mass,
 };
-pub use redundancy::{Reduction, redundancy_gradient, redundancy_loss};
+pub use redundancy::{
+    Reduction, RedundancyShare, redundancy_gradient, redundancy_loss, redundancy_shares,
+};

@@ -84,13 +84,7 @@ pub fn redundancy_gradient(
     weight: f64,
     gradients: &mut [&mut [f32]],
 ) -> Result<f64, ExpandError> {
-    if !weight.is_finite() {
-        return Err(ExpandError::Parameter {
-            name: "weight",
-            value: weight,
-            expected: "a finite number",
-        });
-    }
+    check_weight(weight)?;
     if gradients.len() != rows.len() {
         return Err(ExpandError::Shape {
             what: "list of gradients",
@@ -111,25 +105,91 @@ pub fn redundancy_gradient(
     let scale = weight * scale(pairs, reduction);
     for &(i, j) in pairs {
         if let Some(pair) = Pair::of(rows, i, j)? {
-            let cross = 2.0 * scale * pair.cosine / pair.norms.0 / pair.norms.1;
-            let own = 2.0 * scale * pair.cosine * pair.cosine;
-            add(
-                gradients[i],
-                cross,
-                rows[j],
-                own / pair.norms.0 / pair.norms.0,
-                rows[i],
-            );
-            add(
-                gradients[j],
-                cross,
-                rows[i],
-                own / pair.norms.1 / pair.norms.1,
-                rows[j],
-            );
+            let (cross, own) = pair.factors(scale);
+            add(gradients[i], cross, rows[j], own.0, rows[i]);
+            add(gradients[j], cross, rows[i], own.1, rows[j]);
         }
     }
     Ok(loss)
+}
+
+/// A part of the gradient that [`redundancy_gradient`] adds: `factor` times a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RedundancyShare {
+    /// The row whose gradient it is added to.
+    pub gradient: usize,
+    /// The row that is added.
+    pub row: usize,
+    /// What it is multiplied with.
+    pub factor: f64,
+}
+
+/// What [`redundancy_gradient`] would return and add, of rows that lie elsewhere, such as on a GPU: of each pair `(i, j)` there
+/// are the inner products `<w_i, w_i>`, `<w_i, w_j>` and `<w_j, w_j>`.
+///
+/// # Errors
+/// [`ExpandError::Shape`] if there are not as many products as pairs, [`ExpandError::Pair`] if a pair names one row twice,
+/// [`ExpandError::NonFinite`], and [`ExpandError::Parameter`] if `weight` is not finite.
+///
+/// # Examples
+/// ```
+/// use mass_expand::{Reduction, redundancy_shares};
+/// // Rows (1, 0) and (1, 1).
+/// let (loss, shares) = redundancy_shares(&[[1.0, 1.0, 2.0]], &[(0, 1)], Reduction::Mean, 1.0)?;
+/// assert!((loss - 0.5).abs() < 1e-12 && shares.len() == 4);
+/// # Ok::<(), mass_expand::ExpandError>(())
+/// ```
+pub fn redundancy_shares(
+    products: &[[f64; 3]],
+    pairs: &[(usize, usize)],
+    reduction: Reduction,
+    weight: f64,
+) -> Result<(f64, Vec<RedundancyShare>), ExpandError> {
+    check_weight(weight)?;
+    if products.len() != pairs.len() {
+        return Err(ExpandError::Shape {
+            what: "list of products",
+            got: products.len(),
+            expected: pairs.len(),
+        });
+    }
+    let (mut sum, mut shares) = (0.0, Vec::with_capacity(4 * pairs.len()));
+    let scale = scale(pairs, reduction);
+    for (&(i, j), &of) in pairs.iter().zip(products) {
+        if i == j {
+            let (first, second, rows) = (i, j, pairs.len());
+            return Err(ExpandError::Pair {
+                first,
+                second,
+                rows,
+            });
+        }
+        if let Some(pair) = Pair::of_products(of)? {
+            sum += pair.cosine * pair.cosine;
+            let (cross, own) = pair.factors(weight * scale);
+            for (gradient, row, factor) in
+                [(i, j, cross), (i, i, -own.0), (j, i, cross), (j, j, -own.1)]
+            {
+                shares.push(RedundancyShare {
+                    gradient,
+                    row,
+                    factor,
+                });
+            }
+        }
+    }
+    Ok((sum * scale, shares))
+}
+
+fn check_weight(weight: f64) -> Result<(), ExpandError> {
+    match weight.is_finite() {
+        true => Ok(()),
+        false => Err(ExpandError::Parameter {
+            name: "weight",
+            value: weight,
+            expected: "a finite number",
+        }),
+    }
 }
 
 struct Pair {
@@ -138,6 +198,14 @@ struct Pair {
 }
 
 impl Pair {
+    /// What the gradient of `scale c²` has of the other row, and takes off of each own row.
+    fn factors(&self, scale: f64) -> (f64, (f64, f64)) {
+        let (first, second) = self.norms;
+        let cross = 2.0 * scale * self.cosine / first / second;
+        let own = 2.0 * scale * self.cosine * self.cosine;
+        (cross, (own / first / first, own / second / second))
+    }
+
     fn of(rows: &[&[f32]], i: usize, j: usize) -> Result<Option<Self>, ExpandError> {
         let (a, b) = match (rows.get(i), rows.get(j)) {
             (Some(a), Some(b)) if i != j => (*a, *b),
@@ -160,6 +228,11 @@ impl Pair {
             });
         }
         let (aa, ab, bb) = sweep::moments(a, b);
+        Self::of_products([aa, ab, bb])
+    }
+
+    /// Of `<a, a>`, `<a, b>` and `<b, b>`.
+    fn of_products([aa, ab, bb]: [f64; 3]) -> Result<Option<Self>, ExpandError> {
         if !(aa.is_finite() && bb.is_finite()) {
             return Err(ExpandError::NonFinite { what: "gate row" });
         }

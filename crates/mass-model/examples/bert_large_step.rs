@@ -1,20 +1,30 @@
 //! One training step of a model of the sizes of BERT-large, with random weights and a mixture in layer 10.
 //!
 //!     cargo run --release -p mass-model --example bert_large_step [SEQUENCES] [LENGTH]
+//!     cargo run --release -p mass-model --features cuda --example bert_large_step -- --device cuda [SEQUENCES] [LENGTH]
 
 use std::time::Instant;
 
 use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{DropoutKeys, ModelError, Parameters, seeded_rng};
+use mass_model::{DropoutKeys, ModelError, Parameters, Place, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 fn main() -> Result<(), ModelError> {
-    let mut arguments = std::env::args().skip(1).map(|a| a.parse::<usize>());
+    let mut arguments = std::env::args().skip(1).peekable();
+    let place = match arguments.next_if(|a| a == "--device") {
+        Some(_) => Place::open(&arguments.next().unwrap_or_default())?,
+        None => Place::Cpu,
+    };
+    println!("on {place}");
+    let mut arguments = arguments.map(|a| a.parse::<usize>());
     let mut size = |default| match arguments.next() {
         None => Ok(default),
         Some(Ok(n)) if n > 0 => Ok(n),
-        Some(_) => Err(ModelError::Config("usage: [SEQUENCES] [LENGTH]".into())),
+        Some(_) => {
+            let usage = "usage: [--device DEVICE] [SEQUENCES] [LENGTH]";
+            Err(ModelError::Config(usage.into()))
+        }
     };
     let (sequences, length) = (size(8)?, size(128)?);
 
@@ -42,7 +52,8 @@ fn main() -> Result<(), ModelError> {
     for step in 0..2 {
         let start = Instant::now();
         let keys = &mut DropoutKeys::new(0, step);
-        let mut pass = model.train_pass(&batch, Targets::Classes(&labels), Some(keys))?;
+        let mut pass =
+            model.train_pass_at(&place, &batch, Targets::Classes(&labels), Some(keys))?;
         let passed = start.elapsed().as_secs_f64();
         optimizer.step(&mut model, &mut pass.gradients, 2e-5)?;
         let all = start.elapsed().as_secs_f64();

@@ -1,6 +1,7 @@
 //! Watches a pool of experts grow while a small language model learns a made-up language.
 //!
 //!     cargo run --release -p mass-model --example grow
+//!     cargo run --release -p mass-model --features cuda --example grow -- --device cuda
 //!
 //! Two grammars take turns; half way through training the second one appears. The pool starts with three experts and
 //! splits the busiest one on a schedule, so that every part can be seen at work; see `ControllerParams` for triggers
@@ -11,7 +12,7 @@ use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Decay, Schedule};
-use mass_model::{Activation, ModelError, seeded_rng};
+use mass_model::{Activation, ModelError, Place, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 use rand_chacha::rand_core::RngCore;
 
@@ -19,6 +20,13 @@ const SEQ: usize = 32;
 const STEPS: u64 = 600;
 
 fn main() -> Result<(), ModelError> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let place = match &arguments[..] {
+        [] => Place::Cpu,
+        [flag, name] if flag == "--device" => Place::open(name)?,
+        _ => return Err(ModelError::Config("usage: [--device DEVICE]".into())),
+    };
+    println!("on {place}");
     let router = RouterConfig::TopP {
         p: 0.5,
         combine: Combine::Renormalised,
@@ -54,7 +62,7 @@ fn main() -> Result<(), ModelError> {
     let (probe, probe_targets) = batch(u64::MAX, STEPS);
     for step in 0..STEPS {
         let (tokens, targets) = batch(step, step);
-        let mut pass = model.train_pass(&tokens, &targets, SEQ)?;
+        let mut pass = model.train_pass_at(&place, &tokens, &targets, SEQ)?;
         let events = grower.step(
             step,
             &mut model,
@@ -66,7 +74,7 @@ fn main() -> Result<(), ModelError> {
                     LossOn::Batch => (&tokens, &targets),
                     LossOn::Probe => (&probe, &probe_targets),
                 };
-                let (nll, _) = model.score(tokens, targets, SEQ, masked)?;
+                let (nll, _) = model.score_at(&place, tokens, targets, SEQ, masked)?;
                 let sequences = nll.chunks(SEQ);
                 Ok(sequences
                     .map(|s| f64::from(s.iter().sum::<f32>()) / SEQ as f64)

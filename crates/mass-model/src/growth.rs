@@ -15,17 +15,15 @@ mod split;
 use mass_expand::{
     Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, LayerObservation,
     Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
-    redundancy_gradient,
 };
 use mass_routing::Router;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
 pub use crate::mixtures::Mixtures;
-use crate::nn::{GateConfig, MoeLayer};
-use crate::optim::AdamW;
-use crate::param::{bring_to_host, join};
+use crate::nn::GateConfig;
+use crate::optim::{AdamW, Gradients};
+use crate::param::join;
 use crate::pass::{Masked, TrainPass};
 pub use observe::{observe, routing_entropies};
 use observe::{observe_routing, observe_with};
@@ -130,18 +128,18 @@ impl Grower {
     /// pass is of a model with another number of mixture layers. After these the grower is as it was, and the step may be made
     /// again. Those of the layers when a split cannot be carried out: what the controller has decided is then done in part, and
     /// model and grower have to be read back from a checkpoint.
-    pub fn step<M: Mixtures>(
+    pub fn step<M: Mixtures, G: Gradients>(
         &mut self,
         step: u64,
         model: &mut M,
         optimizer: &mut AdamW,
-        pass: &mut TrainPass,
+        pass: &mut TrainPass<G>,
         losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
-        // What a device has changed is read before the controller moves: the device may have failed.
+        // Before the controller moves: a device that holds what is looked at may have failed.
         for l in 0..model.mixtures() {
-            bring_to_host(model.mixture(l))?;
+            pass.gradients.reach(model.mixture(l))?;
         }
         // Only while losses may be asked for can anything but the observation itself be refused.
         let judges = |l: usize| self.controller.awaiting_check(l).is_some();
@@ -161,14 +159,27 @@ impl Grower {
         for l in 0..model.mixtures() {
             if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
                 let pairs = self.controller.pair_positions(l);
-                add_redundancy(model.mixture(l), &pairs, &self.config, &mut pass.gradients)?;
+                let experts = model.mixture(l).experts();
+                let rows: Vec<_> = experts.iter().map(|e| &e.gate).collect();
+                let (reduction, weight) = (
+                    self.config.redundancy_reduction,
+                    self.config.redundancy_weight,
+                );
+                if !pairs.is_empty() {
+                    let gradients = &mut pass.gradients;
+                    gradients.add_redundancy(&rows, &pairs, reduction, weight)?;
+                }
             }
         }
         Ok(self.controller.drain_events())
     }
 
     /// Whether a model can follow the rules at all.
-    fn check_rules<M: Mixtures>(&self, model: &M, pass: &TrainPass) -> Result<(), ModelError> {
+    fn check_rules<M: Mixtures, G>(
+        &self,
+        model: &M,
+        pass: &TrainPass<G>,
+    ) -> Result<(), ModelError> {
         let (layers, traced) = (model.mixtures(), pass.layers.len());
         if layers != traced {
             return Err(ModelError::shape(
@@ -204,11 +215,11 @@ impl Grower {
     }
 
     /// Tells the controller what the step's gradients are, and gets what it asks for and what it decides.
-    fn decide<M: Mixtures>(
+    fn decide<M: Mixtures, G: Gradients>(
         &mut self,
         step: u64,
         model: &mut M,
-        pass: &mut TrainPass,
+        pass: &mut TrainPass<G>,
         mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Action>, ModelError> {
         let entropy = self.controller.params().choice == Choice::RoutingEntropy;
@@ -279,12 +290,12 @@ impl Grower {
         Ok(self.controller.finish_step()?)
     }
 
-    fn carry_out<M: Mixtures>(
+    fn carry_out<M: Mixtures, G: Gradients>(
         &mut self,
         actions: Vec<Action>,
         model: &mut M,
         optimizer: &mut AdamW,
-        pass: &mut TrainPass,
+        pass: &mut TrainPass<G>,
     ) -> Result<(), ModelError> {
         for action in actions {
             match action {
@@ -383,35 +394,4 @@ fn mean(losses: &[f64]) -> Result<f64, ModelError> {
         0 => Err(ModelError::shape("losses", &[1], &[0])),
         n => Ok(losses.iter().sum::<f64>() / n as f64),
     }
-}
-
-/// Adds the gradient of the redundancy loss over pairs of gate rows; returns the loss, unweighted.
-fn add_redundancy(
-    layer: &MoeLayer,
-    pairs: &[(usize, usize)],
-    config: &GrowerConfig,
-    gradients: &mut CpuGradients,
-) -> Result<f64, ModelError> {
-    if pairs.is_empty() {
-        return Ok(0.0);
-    }
-    let rows = layer.experts().iter().map(|e| e.gate.try_values());
-    let rows = rows.collect::<Result<Vec<&[f32]>, _>>()?;
-    let mut taken = Vec::with_capacity(rows.len());
-    for expert in layer.experts() {
-        let own = expert.gate.take_gradient(gradients)?;
-        taken.push(own.unwrap_or_else(|| vec![0.0; expert.gate.len()]));
-    }
-    let mut views: Vec<&mut [f32]> = taken.iter_mut().map(Vec::as_mut_slice).collect();
-    let loss = redundancy_gradient(
-        &rows,
-        pairs,
-        config.redundancy_reduction,
-        config.redundancy_weight,
-        &mut views,
-    );
-    for (expert, gradient) in layer.experts().iter().zip(taken) {
-        expert.gate.set_gradient(gradients, gradient)?;
-    }
-    Ok(loss?)
 }

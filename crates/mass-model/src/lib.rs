@@ -17,6 +17,7 @@ pub mod ops;
 pub mod optim;
 mod param;
 mod pass;
+mod place;
 pub mod pretrained;
 pub mod vit;
 
@@ -33,6 +34,7 @@ pub use mirror::Mirror;
 pub use param::join;
 pub use param::{Param, Parameters};
 pub use pass::{GateInput, LayerTrace, Masked, TrainPass};
+pub use place::{Place, PlacedGradients};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;

@@ -11,6 +11,7 @@ use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{Host, Pass, Rows, Sequences, Training};
 use crate::param::Param;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::place::{Place, PlacedGradients};
 use crate::{mixtures, parameters};
 
 /// Sizes of a [`LanguageModel`].
@@ -196,6 +197,43 @@ impl LanguageModel {
         let mut pass = crate::ops::Cuda::evaluating(device);
         let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
         Ok((pass.cross_entropy(logits, targets)?.1, layers))
+    }
+
+    /// [`train_pass`](Self::train_pass) at a place that is chosen when the program runs.
+    ///
+    /// # Errors
+    /// As there; on a device, `ModelError::Cuda` if its memory does not suffice, or it has failed.
+    pub fn train_pass_at(
+        &self,
+        place: &Place,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
+        match place {
+            Place::Cpu => Ok(self.train_pass(tokens, targets, seq)?.placed()),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => Ok(self.train_pass_on(device, tokens, targets, seq)?.placed()),
+        }
+    }
+
+    /// [`score`](Self::score) at a place.
+    ///
+    /// # Errors
+    /// As [`train_pass_at`](Self::train_pass_at).
+    pub fn score_at(
+        &self,
+        place: &Place,
+        tokens: &[u32],
+        targets: &[u32],
+        seq: usize,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        match place {
+            Place::Cpu => self.score(tokens, targets, seq, masked),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => self.score_on(device, tokens, targets, seq, masked),
+        }
     }
 
     /// Negative log-likelihood of each target, nats, without a tape.

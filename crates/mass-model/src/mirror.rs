@@ -71,6 +71,61 @@ impl Mirror {
     }
 }
 
+impl Mirror {
+    /// Gives the values up, which are [on the host](Self::try_values).
+    pub(crate) fn into_values(self) -> Vec<f32> {
+        let values = Arc::clone(self.shared());
+        drop(self);
+        Arc::unwrap_or_clone(values)
+    }
+
+    /// The same values for another owner, who will change them: on a device they are shared until then.
+    pub(crate) fn twin(&self) -> Self {
+        #[cfg(feature = "cuda")]
+        if self.on_device().is_some() {
+            return self.clone();
+        }
+        self.to_vec().into()
+    }
+
+    /// Makes room for `self` where `other` lies, so that it can [move towards it](Self::move_towards) there. The values stay the
+    /// same.
+    pub(crate) fn join(&mut self, other: &Self) -> Result<(), ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = other.placed() {
+            return self.own_on(&device);
+        }
+        let _ = other;
+        self.try_values().map(|_| ())
+    }
+
+    /// `self = keep self + (1 - keep) other`, where `other` lies; [`join`](Self::join) comes first, and
+    /// [`moved`](Self::moved) when all have been moved: if a device fails meanwhile, what is on the host stays the truth.
+    pub(crate) fn move_towards(&mut self, other: &Self, keep: f32) -> Result<(), ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = other.placed() {
+            let from = other.on(&device)?;
+            let to = &mut self.lend();
+            let to = to.buffer().view_mut();
+            mass_cuda::kernels::elementwise::moving_average(&device, keep, from.view(), to)?;
+            return Ok(());
+        }
+        for (s, x) in self.iter_mut().zip(other.try_values()?) {
+            *s = keep * *s + (1.0 - keep) * x;
+        }
+        Ok(())
+    }
+
+    /// See [`move_towards`](Self::move_towards).
+    pub(crate) fn moved(&mut self, other: &Self) {
+        #[cfg(feature = "cuda")]
+        if other.placed().is_some() {
+            self.device_written();
+        }
+        let _ = other;
+    }
+}
+
 impl Deref for Mirror {
     type Target = Vec<f32>;
 
@@ -107,8 +162,72 @@ impl PartialEq for Mirror {
     }
 }
 
+impl PartialEq<Vec<f32>> for Mirror {
+    fn eq(&self, other: &Vec<f32>) -> bool {
+        **self == *other
+    }
+}
+
+impl PartialEq<Mirror> for Vec<f32> {
+    fn eq(&self, other: &Mirror) -> bool {
+        *self == **other
+    }
+}
+
+impl PartialEq<[f32]> for Mirror {
+    fn eq(&self, other: &[f32]) -> bool {
+        self.as_slice() == other
+    }
+}
+
+impl<const N: usize> PartialEq<[f32; N]> for Mirror {
+    fn eq(&self, other: &[f32; N]) -> bool {
+        self.as_slice() == other
+    }
+}
+
 #[cfg(feature = "cuda")]
 impl Mirror {
+    /// The device that the values are on, on the host too or not.
+    fn placed(&self) -> Option<Device> {
+        self.on_device()
+            .as_ref()
+            .map(|buffer| buffer.device().clone())
+    }
+
+    /// The device that the values are on, if they are nowhere else.
+    pub(crate) fn only_on(&self) -> Option<Device> {
+        match self.host.get() {
+            Some(_) => None,
+            None => self.placed(),
+        }
+    }
+
+    /// Rows of `cols` values, of values that are on a device alone; `None` for others.
+    pub(crate) fn gathered(
+        &self,
+        rows: &[u32],
+        cols: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        use mass_cuda::kernels::{Store, embedding};
+        let Some(device) = self.only_on() else {
+            return Ok(None);
+        };
+        let table = self.on(&device)?;
+        let index = embedding::Index::new(&device, rows, table.len() / cols.max(1))?;
+        let mut to = Buffer::uninitialised(&device, rows.len() * cols)?;
+        let (from, view) = (table.view(), to.view_mut());
+        embedding::forward(&device, from, &index, view, Store::Replace)?;
+        Ok(Some(to.to_vec()?))
+    }
+
+    /// Gives the buffer up that this mirror [owns](Self::own_on).
+    pub(crate) fn into_buffer(self) -> Option<Buffer<f32>> {
+        let own = self.device.into_inner();
+        let own = own.unwrap_or_else(PoisonError::into_inner);
+        Arc::into_inner(own?)
+    }
+
     fn on_device(&self) -> MutexGuard<'_, Option<Arc<Buffer<f32>>>> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }

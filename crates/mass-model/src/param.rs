@@ -167,13 +167,11 @@ impl Param {
     }
 
     /// The values, wherever they lie.
-    #[cfg(feature = "cuda")]
     pub(crate) fn mirror(&self) -> &Mirror {
         &self.values
     }
 
     /// [`mirror`](Self::mirror), to be changed.
-    #[cfg(feature = "cuda")]
     pub(crate) fn mirror_mut(&mut self) -> &mut Mirror {
         &mut self.values
     }
@@ -409,6 +407,25 @@ pub(crate) fn bring_to_host(model: &(impl Parameters + ?Sized)) -> Result<(), Mo
         }
     });
     outcome
+}
+
+/// Refuses a model some of whose values are on a device alone that has failed.
+pub(crate) fn reach_devices(model: &(impl Parameters + ?Sized)) -> Result<(), ModelError> {
+    #[cfg(feature = "cuda")]
+    {
+        let mut devices: Vec<mass_cuda::Device> = Vec::new();
+        model.visit("", &mut |_, p| {
+            if let Some(device) = p.mirror().only_on().filter(|d| !devices.contains(d)) {
+                devices.push(device);
+            }
+        });
+        for device in devices {
+            device.synchronise()?;
+        }
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = model;
+    Ok(())
 }
 
 /// Joins a prefix and a name by a dot; either may be empty.

@@ -42,6 +42,24 @@ impl GateInput {
         &self.values
     }
 
+    /// Copies of some tokens' rows on the host, one after another. From a device only these come down.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] for a token that is not there; that of a device that has failed.
+    pub fn rows(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let (n, dim) = self.shape;
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= n) {
+            return Err(ModelError::shape("tokens", &[n], &[token as usize + 1]));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(rows) = self.values.gathered(tokens, dim)? {
+            return Ok(rows);
+        }
+        let values = self.values.try_values()?;
+        let row = |&t: &u32| &values[t as usize * dim..(t as usize + 1) * dim];
+        Ok(tokens.iter().flat_map(row).copied().collect())
+    }
+
     /// A copy of the values on the host, row-major.
     ///
     /// # Panics

@@ -20,7 +20,7 @@ pub use gate::{
 };
 /// The version of ndarray whose views and arrays the interface takes.
 pub use ndarray;
-pub use plan::{Combine, RoutingPlan};
+pub use plan::{Combine, PlanParts, RoutingPlan};
 pub use router::{
     AnyRouter, BiasBalanced, ExpertChoice, GateGradient, Noisy, Router, RouterConfig, TargetK,
     TopAny, TopK, TopP,

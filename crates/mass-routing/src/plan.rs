@@ -5,10 +5,13 @@ mod backward;
 mod build;
 mod group;
 mod marks;
+mod parts;
 
 use ndarray::ArrayView2;
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
+
+pub use parts::PlanParts;
 
 pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 

@@ -6,6 +6,8 @@ use std::{
     },
 };
 
+use mass_model::Place;
+
 use super::Progress;
 use crate::{BenchError, fnv::Fnv};
 
@@ -40,6 +42,19 @@ impl RunContext {
             }
         })
         .map_err(|e| BenchError::failed("setting the handler of signals", e))
+    }
+
+    /// Says which card computes, if one does, and how much of its memory is free.
+    pub fn say_where(&self, place: &Place) {
+        #[cfg(feature = "cuda")]
+        if let Place::Cuda(device) = place {
+            let free = match device.memory() {
+                Ok(memory) => format!(", {:.1} free", memory.free as f64 / f64::from(1 << 30)),
+                Err(_) => String::new(),
+            };
+            self.progress.note(&format!("on {place}{free}"));
+        }
+        let _ = place;
     }
 
     /// The flag itself, for code that runs elsewhere.

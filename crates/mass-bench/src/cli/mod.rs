@@ -1,12 +1,14 @@
 //! The arguments of the `mass-bench` binary, checked once, and what a running command needs.
 
 mod context;
+mod device;
 mod parse;
 mod progress;
 mod reproduce;
 mod train;
 
 pub use context::RunContext;
+pub use device::Device;
 pub use parse::{BenchCommand, Cli, Command, DataCommand, ReportCommand, main};
 pub use progress::Progress;
 pub(crate) use reproduce::directory;
@@ -53,16 +55,6 @@ impl Variant {
     pub const ALL: [Self; 4] = [Self::Paper, Self::Reference, Self::Calibrated, Self::Ours];
 }
 
-/// What computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// The processor.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-}
-
 macro_rules! display_as_value {
     ($($name:ty),*) => {$(
         impl fmt::Display for $name {
@@ -73,17 +65,7 @@ macro_rules! display_as_value {
         }
     )*};
 }
-display_as_value!(Preset, Variant, Device);
-
-/// A device that this build can use.
-fn usable(device: Device) -> Result<(), BenchError> {
-    match device {
-        Device::Cpu => Ok(()),
-        Device::Cuda => Err(BenchError::Usage(
-            "--device cuda: this build has no CUDA support; use --device cpu".into(),
-        )),
-    }
-}
+display_as_value!(Preset, Variant);
 
 /// An error that names the flag unless `value` is within `1..=most`.
 fn within(flag: &str, value: usize, most: usize) -> Result<(), BenchError> {

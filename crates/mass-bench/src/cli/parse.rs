@@ -141,6 +141,9 @@ fn run(command: &Command) -> Result<(), BenchError> {
             let mut ctx = RunContext::new(Progress::new(command.json));
             ctx.watch_signals()?;
             set_threads(studies.first().map_or(1, |args| args.threads))?;
+            if let Some(args) = studies.first() {
+                ctx.say_where(&args.place);
+            }
             reproduce(&studies, &mut ctx, command)
         }
         Command::Train(args) => {
@@ -223,11 +226,9 @@ fn reproduce(
 fn summary(results: &Results, out: &Path) -> String {
     let (machine, out) = (&results.machine, out.display());
     format!(
-        "\n{} ({}), {} threads, {}\n\n{}Results: {out}/results.json, {out}/report.html\n",
+        "\n{} ({}), {machine}\n\n{}Results: {out}/results.json, {out}/report.html\n",
         results.study,
         results.preset,
-        machine.threads,
-        machine.cpu,
         table(results)
     )
 }

@@ -1,9 +1,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use mass_model::Place;
 use mass_routing::RouterConfig;
 
-use super::{Device, Preset, Variant, all_threads, usable, within};
+use super::{Device, Preset, Variant, all_threads, within};
 use crate::{
     BenchError, method,
     report::{Existing, Header, Part},
@@ -62,9 +63,12 @@ pub struct ReproduceArgs {
     /// Only every N-th run, beginning with the I-th (counted from 1)
     #[arg(long, value_name = "I/N", default_value = "1/1", hide_default_value = true, value_parser = Shard::parse)]
     pub shard: Shard,
-    /// What computes
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    /// What computes: cpu, cuda (the first GPU) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = Device::parse)]
     pub device: Device,
+    /// That, opened.
+    #[arg(skip)]
+    pub place: Place,
     /// Print results.json alone on standard output
     #[arg(long)]
     pub json: bool,
@@ -126,7 +130,7 @@ impl ReproduceArgs {
     pub(crate) fn header(&self, plan: Vec<String>) -> Header {
         Header {
             part: self.shard.part(plan),
-            ..Header::new(&self.study, &self.preset.to_string(), self.threads)
+            ..Header::new(&self.study, &self.preset.to_string(), self.threads).on(&self.place)
         }
     }
 
@@ -163,8 +167,12 @@ impl ReproduceArgs {
             ));
         }
         let checked = studies.iter().map(|s| self.check_for(s, all));
-        let checked = checked.collect::<Result<_, _>>()?;
+        let mut checked = checked.collect::<Result<Vec<_>, _>>()?;
         self.check_inputs(&studies)?;
+        let place = self.device.open()?;
+        for args in &mut checked {
+            args.place = place.clone();
+        }
         Ok(checked)
     }
 
@@ -225,7 +233,6 @@ impl ReproduceArgs {
             }));
         }
         within("--threads", self.threads, 1024)?;
-        usable(self.device)?;
         Ok(Self {
             study: study.name.to_owned(),
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,

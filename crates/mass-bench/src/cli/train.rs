@@ -5,7 +5,7 @@ use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
 use super::reproduce::{existing, not_a_file};
-use super::{Variant, all_threads, within};
+use super::{Device, Variant, all_threads, within};
 use crate::method::MASS;
 use crate::report::Existing;
 use crate::{BenchError, method};
@@ -92,6 +92,10 @@ pub struct TrainArgs {
     #[arg(long, value_enum)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<Variant>,
+    /// What computes: cpu, cuda (the first GPU) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = Device::parse)]
+    #[serde(skip)]
+    pub device: Device,
     /// Share of the text, at its end, that is never trained on
     #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]
     pub held_out: f64,

@@ -91,10 +91,9 @@ const CURVES: &str = "Means over seeds.";
 fn made(results: &Results) -> String {
     let machine = &results.machine;
     let mut html = format!(
-        "<p>mass-bench {}; {}, {} threads; {} runs</p>\n",
+        "<p>mass-bench {}; {}; {} runs</p>\n",
         escape(&results.version),
-        escape(&machine.cpu),
-        machine.threads,
+        escape(&machine.to_string()),
         results.runs.len()
     );
     let elsewhere = results.runs.iter().filter_map(|r| r.machine.as_ref());
@@ -102,8 +101,8 @@ fn made(results: &Results) -> String {
     for (i, machine) in elsewhere.iter().enumerate() {
         if !elsewhere[..i].contains(machine) {
             let runs = elsewhere.iter().filter(|m| *m == machine).count();
-            let (cpu, threads) = (escape(&machine.cpu), machine.threads);
-            html += &format!("<p>{runs} of the runs on {cpu}, {threads} threads</p>\n");
+            let machine = escape(&machine.to_string());
+            html += &format!("<p>{runs} of the runs on {machine}</p>\n");
         }
     }
     html

@@ -1,5 +1,6 @@
-use std::fs;
+use std::{fmt, fs};
 
+use mass_model::Place;
 use serde::{Deserialize, Serialize};
 
 /// The machine that runs were made on.
@@ -9,6 +10,14 @@ pub struct Machine {
     pub cpu: String,
     /// Threads used.
     pub threads: usize,
+    /// What computed: `cpu`, or a GPU with its name, compute capability and memory.
+    #[serde(default = "cpu")]
+    pub device: String,
+}
+
+/// The device of results that say of none.
+fn cpu() -> String {
+    Place::Cpu.to_string()
 }
 
 impl Machine {
@@ -19,6 +28,18 @@ impl Machine {
         Self {
             cpu: cpu_model(&info).unwrap_or_else(|| format!("unknown {}", std::env::consts::ARCH)),
             threads,
+            device: cpu(),
+        }
+    }
+}
+
+/// "Intel Xeon, 2 threads", and a GPU where one computed.
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {} threads", self.cpu, self.threads)?;
+        match self.device == cpu() {
+            true => Ok(()),
+            false => write!(f, "; {}", self.device),
         }
     }
 }

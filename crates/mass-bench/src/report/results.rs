@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use mass_expand::{Diagnosis, Watched};
+use mass_model::Place;
 use serde::{Deserialize, Serialize};
 
 use super::{Comparison, Decisions, Machine, PairMeans, Summary, comparisons, summarise};
@@ -63,6 +64,13 @@ impl Header {
             machine: Machine::this(threads),
             part: None,
         }
+    }
+
+    /// The same of runs that a device computes.
+    #[must_use]
+    pub fn on(mut self, place: &Place) -> Self {
+        self.machine.device = place.to_string();
+        self
     }
 }
 
@@ -179,6 +187,9 @@ pub struct Run {
     /// Where this run was made, if not where the last of the study's were: a resumed study may have moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<Machine>,
+    /// What computed it, in order, of a run that was resumed on another device.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
     /// Which experts took what, of studies that know what is behind a token, for seed 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,

@@ -298,6 +298,9 @@ fn prior(
         path: dir.to_owned(),
         problem: format!("settings: {e}"),
     })?;
+    if let Some(settings) = settings.as_object_mut() {
+        settings.insert("devices".into(), [header.machine.device.as_str()].into());
+    }
     let mut results = Results::new(header);
     let results_path = dir.join("results.json");
     if !(existing == Existing::Resume && results_path.exists()) {
@@ -388,7 +391,7 @@ pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
 }
 
 /// Settings of both: what they say of data and of methods is by name, and names may be added; the ones that both have, and all
-/// else, must agree.
+/// else but the devices, must agree.
 ///
 /// # Errors
 /// What differs.
@@ -400,6 +403,13 @@ pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
         parts.unwrap_or_default()
     };
     let parts = by_name.map(|what| (what, take(&mut old, what), take(&mut new, what)));
+    // A run may go on elsewhere; both are kept.
+    let mut devices = taken_devices(&mut old);
+    for device in taken_devices(&mut new) {
+        if !devices.contains(&device) {
+            devices.push(device);
+        }
+    }
     if old != new {
         return Err(format!("setting ({})", first_difference(&old, &new)));
     }
@@ -413,7 +423,17 @@ pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
             new[what] = Value::Object(all);
         }
     }
+    if !devices.is_empty() {
+        new["devices"] = devices.into();
+    }
     Ok(new)
+}
+
+/// Takes out what settings say of devices.
+fn taken_devices(settings: &mut Value) -> Vec<Value> {
+    let devices = settings.as_object_mut().and_then(|s| s.remove("devices"));
+    let devices = devices.and_then(|d| d.as_array().cloned());
+    devices.unwrap_or_default()
 }
 
 /// Indented JSON with a newline at the end.

@@ -5,6 +5,7 @@
 //! often before it, what becomes of the loss on old and new kinds, and which experts the newest kind got.
 
 use mass_expand::ControllerParams;
+use mass_model::Place;
 use mass_model::growth::Mixtures;
 use mass_model::lm::LanguageModel;
 use mass_routing::{Combine, RouterConfig};
@@ -218,6 +219,7 @@ impl Family for Continual {
         let ends: Vec<u64> = data.parts.iter().map(end).collect();
         let part_of = ends.clone();
         Ok(Language {
+            place: self.args.place.clone(),
             model: with(self.regime.model(data.vocab), &planned.method, seed),
             recipe: self.regime.recipe(),
             seed,
@@ -228,14 +230,14 @@ impl Family for Continual {
                 Ok(draw(tokens, *length, seed, step, BATCH, SEQ))
             }),
             probe: &data.probe,
-            judge: Box::new(|model, run| {
-                judge(model, run, data.kinds.iter().cloned(), |_, _| Ok(())).map(drop)
+            judge: Box::new(|place, model, run| {
+                judge(place, model, run, data.kinds.iter().cloned(), |_, _| Ok(())).map(drop)
             }),
             validation: None,
             stream: Some(Stream {
                 ends,
                 kinds: &data.kinds,
-                tell: Box::new(|model, ends, run| tell(data, model, ends, run)),
+                tell: Box::new(|place, model, ends, run| tell(place, data, model, ends, run)),
             }),
         })
     }
@@ -347,6 +349,7 @@ fn bytes(examples: &[Example]) -> Vec<u8> {
 /// - `new_on_newcomers`, `old_on_newcomers`: the part of the routed slots of new and old kinds that experts born after the first
 ///   change have.
 fn tell(
+    place: &Place,
     data: &Data,
     model: &LanguageModel,
     ends: &[(u64, Vec<f64>)],
@@ -384,7 +387,7 @@ fn tell(
     }
     if after > 0 {
         let young: Vec<usize> = run.expansions.iter().filter(later).map(|e| e.new).collect();
-        let share = |kinds: &[usize]| share_of(&young, kinds, data, model);
+        let share = |kinds: &[usize]| share_of(place, &young, kinds, data, model);
         metrics.push(("new_on_newcomers", share(&new)?));
         metrics.push(("old_on_newcomers", share(&old)?));
     }
@@ -397,6 +400,7 @@ fn tell(
 
 /// The part of the routed slots of some kinds that some experts have.
 fn share_of(
+    place: &Place,
     experts: &[usize],
     kinds: &[usize],
     data: &Data,
@@ -404,7 +408,11 @@ fn share_of(
 ) -> Result<f64, BenchError> {
     let (mut theirs, mut all) = (0, 0);
     for kind in kinds {
-        for (l, layer) in scored(model, &data.kinds[*kind])?.1.iter().enumerate() {
+        for (l, layer) in scored(place, model, &data.kinds[*kind])?
+            .1
+            .iter()
+            .enumerate()
+        {
             all += layer.plan.num_assignments();
             let ids = model.mixture(l).ids().iter().enumerate();
             let young = ids.filter(|(_, id)| experts.contains(&(id.0 as usize)));

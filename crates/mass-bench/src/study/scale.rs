@@ -11,7 +11,7 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::LanguageModel;
 use mass_model::optim::AdamW;
-use mass_model::{Masked, ModelError};
+use mass_model::{Masked, ModelError, Place};
 use mass_routing::{Combine, Router, RouterConfig, RoutingPlan};
 use ndarray_rand::rand::Rng;
 use ndarray_rand::rand_distr::StandardNormal;
@@ -119,11 +119,11 @@ impl Family for Scale {
         let mut task = self.task.task(data, planned)?;
         let batch = (task.draw)(0)?;
         let adamw = task.recipe.adamw.clone();
-        let score = std::mem::replace(&mut task.judge, Box::new(|_, _| Ok(())));
-        task.judge = Box::new(move |model, run| {
-            score(model, run)?;
+        let score = std::mem::replace(&mut task.judge, Box::new(|_, _, _| Ok(())));
+        task.judge = Box::new(move |place, model, run| {
+            score(place, model, run)?;
             let optimizer = AdamW::new(adamw.clone());
-            let costs = optimizer.and_then(|optimizer| self.costs(model, optimizer, &batch));
+            let costs = optimizer.and_then(|optimizer| self.costs(place, model, optimizer, &batch));
             let costs = costs.map_err(|e| BenchError::failed("timing", e))?;
             let named = costs
                 .into_iter()
@@ -147,6 +147,7 @@ impl Scale {
     /// - `resident_mib`: the most memory until then.
     fn costs(
         &self,
+        place: &Place,
         model: &LanguageModel,
         mut optimizer: AdamW,
         batch: &TokenBatch,
@@ -155,8 +156,9 @@ impl Scale {
         let experts = model.mixture(0).ids().len();
         let (mut steps, mut watching, mut splits) = (Vec::new(), Vec::new(), Vec::new());
         let mut watcher = watcher(experts, self.repeats)?;
-        let pass =
-            |model: &LanguageModel| model.train_pass(&batch.inputs, &batch.targets, batch.length);
+        let pass = |model: &LanguageModel| {
+            model.train_pass_at(place, &batch.inputs, &batch.targets, batch.length)
+        };
         for step in 0..self.repeats as u64 {
             let start = Instant::now();
             let mut passed = pass(&model)?;
@@ -297,7 +299,7 @@ mod tests {
         let model = crate::task::Task::model(&task).unwrap();
         let batch = (task.draw)(0).unwrap();
         let optimizer = AdamW::new(task.recipe.adamw.clone()).unwrap();
-        let costs = scale.costs(&model, optimizer, &batch).unwrap();
+        let costs = scale.costs(&Place::Cpu, &model, optimizer, &batch).unwrap();
         assert!(costs.iter().all(|(_, cost)| *cost > 0.0), "{costs:?}");
         // Weights and two moments of each.
         let mut values = 0;

@@ -3,6 +3,7 @@
 //! Every run trains the same one-layer causal transformer on the same documents and is scored on the same windows; what
 //! differs is the pool of experts and how tokens are routed.
 
+use mass_model::Place;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
@@ -118,6 +119,7 @@ pub(super) const fn names<const N: usize>(
 /// GINC in several vocabularies, with so much of it to train on and to be scored on.
 #[derive(Debug, Clone)]
 pub struct Synthetic {
+    place: Place,
     pub(super) regime: Regime,
     /// Sets of a vocabulary of 50 that are trained on in another regime.
     pub(super) regimes: &'static [(&'static str, Regime)],
@@ -134,6 +136,7 @@ impl Synthetic {
     /// The data of the presets `quick` and `full`: so many that no batch comes twice.
     pub(super) fn fresh(args: &ReproduceArgs, sets: &'static [&'static str]) -> Self {
         Self {
+            place: args.place.clone(),
             regime: Regime::BASE,
             regimes: &[],
             documents: 400,
@@ -403,13 +406,14 @@ impl Family for Synthetic {
         let regime = other.map_or(self.regime, |(_, regime)| *regime);
         let seed = planned.run.seed;
         Ok(Language {
+            place: self.place.clone(),
             model: with(regime.model(data.vocab), &planned.method, seed),
             recipe: regime.recipe(),
             seed,
             gradient_noise: regime.gradient_noise,
             draw: Box::new(move |step| Ok(data.corpus.batch(seed, step, regime.batch, SEQ)?)),
             probe: &data.probe,
-            judge: Box::new(|model, run| evaluate(model, data, run)),
+            judge: Box::new(|place, model, run| evaluate(place, model, data, run)),
             validation: data.validation.as_ref().map(|batch| (LOOK, batch)),
             stream: None,
         })
@@ -481,7 +485,12 @@ impl Specialisation {
 }
 
 /// Test loss, active experts a token, and how far experts specialise on the hidden states behind the tokens.
-fn evaluate(model: &LanguageModel, data: &Data, run: &mut Run) -> Result<(), BenchError> {
+fn evaluate(
+    place: &Place,
+    model: &LanguageModel,
+    data: &Data,
+    run: &mut Run,
+) -> Result<(), BenchError> {
     const WINDOWS: usize = 50;
     let (windows, ginc) = (&data.windows, &data.ginc);
     let mut specialisation = Specialisation::new(ginc, run.experts.unwrap_or(1));
@@ -490,7 +499,7 @@ fn evaluate(model: &LanguageModel, data: &Data, run: &mut Run) -> Result<(), Ben
         .map(|s| s..(s + WINDOWS).min(windows.len()))
         .collect();
     let batches = ranges.iter().map(|range| windows.batch(range.clone()));
-    judge(model, run, batches, |index, layer| {
+    judge(place, model, run, batches, |index, layer| {
         let states = windows.input_states(ranges[index].clone());
         let recorded = specialisation.record(&layer.plan, &states, ginc);
         recorded.map_err(|e| BenchError::failed("counting states", e))

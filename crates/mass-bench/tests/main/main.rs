@@ -4,6 +4,8 @@
 mod browser;
 mod cli;
 mod configurations;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data_check;
 mod dg_data;
 mod dg_study;

@@ -245,7 +245,8 @@ extern "C" __global__ void group_inverse(const float *chosen, const u32 *counts,
     if (token == n - 1) token_offsets[n] = at;
 }
 
-// dlogits += the gradient of the weights. Rules: 0 raw, 1 renormalised, 2 straight through.
+// dlogits += the gradient of the weights. Rules: 0 raw, 1 renormalised, 2 straight through to top-any's scores, 3 straight
+// through to the softmax: as raw weights have it, whatever the weights are.
 extern "C" __global__ void routing_backward(const float *scores, const float *weights, const float *d_weights,
                                             const u32 *token_offsets, const u32 *assignments, const u32 *experts,
                                             float *dlogits, int n, int k, int rule) {
@@ -253,18 +254,20 @@ extern "C" __global__ void routing_backward(const float *scores, const float *we
     if (token >= n) return;
     const u32 from = token_offsets[token], to = token_offsets[token + 1];
     float *d = dlogits + (i64)token * k;
+    const float *s = scores + (i64)token * k;
     float dot = 0.0f;
-    for (u32 p = from; p < to; p++) dot += weights[assignments[p]] * d_weights[assignments[p]];
-    if (rule == 0)
-        for (int e = 0; e < k; e++) d[e] -= scores[(i64)token * k + e] * dot;
+    for (u32 p = from; p < to; p++) {
+        const u32 a = assignments[p];
+        dot += (rule == 3 ? s[experts[p]] : weights[a]) * d_weights[a];
+    }
+    if (rule == 0 || rule == 3)
+        for (int e = 0; e < k; e++) d[e] -= s[e] * dot;
     for (u32 p = from; p < to; p++) {
         const u32 a = assignments[p], e = experts[p];
         if (rule == 0) d[e] += weights[a] * d_weights[a];
         else if (rule == 1) d[e] += weights[a] * (d_weights[a] - dot);
-        else {
-            const float s = scores[(i64)token * k + e];
-            d[e] += weights[a] * d_weights[a] * s * (1.0f - s);
-        }
+        else if (rule == 3) d[e] += s[e] * d_weights[a];
+        else d[e] += weights[a] * d_weights[a] * s[e] * (1.0f - s[e]);
     }
 }
 

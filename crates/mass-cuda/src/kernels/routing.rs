@@ -38,6 +38,7 @@ enum Rule {
     Raw = 0,
     Renormalised = 1,
     StraightThrough = 2,
+    StraightToSoftmax = 3,
 }
 
 /// Tokens grouped by expert, on the device: the arrays of mass-routing's `RoutingPlan`.
@@ -72,6 +73,22 @@ impl Plan {
     /// Number of assignments.
     pub fn num_assignments(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// The same with the gradient of raw weights, whatever the weights are: straight-through renormalised ones.
+    ///
+    /// # Errors
+    /// [`CudaError::Setting`] for a plan of top-any, whose gradient goes straight through to its scores.
+    pub fn straight_through(mut self) -> Result<Self, CudaError> {
+        if self.rule == Rule::StraightThrough {
+            return Err(CudaError::Setting {
+                what: "router of the plan",
+                got: "top-any".into(),
+                wanted: "one with a softmax",
+            });
+        }
+        self.rule = Rule::StraightToSoftmax;
+        Ok(self)
     }
 
     /// Checks that the arrays, which anybody may have changed, are those of a plan.

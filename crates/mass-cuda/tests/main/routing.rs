@@ -440,6 +440,44 @@ fn plans_are_those_of_mass_routing() {
 }
 
 #[test]
+fn straight_through_weights_have_the_gradient_of_raw_ones() {
+    on_device!();
+    let device = device();
+    for (n, k) in [(1, 1), (37, 5), (300, 17)] {
+        let logits: Vec<f32> = values(n * k, 6).iter().map(|x| 5.0 * x).collect();
+        for kind in [Kind::TopP(0.7, true), Kind::TopK(2.min(k), true)] {
+            let plan = routed(&device, &logits, None, k, &kind).unwrap();
+            let plan = plan.straight_through().unwrap();
+            let combine = Combine::StraightThrough;
+            let mut router = match kind {
+                Kind::TopP(p, _) => AnyRouter::TopP(TopP::new(p, combine).unwrap()),
+                _ => AnyRouter::TopK(TopK::new(2.min(k), combine).unwrap()),
+            };
+            let mut host = RoutingPlan::default();
+            router.route_slice(&logits, k, None, &mut host).unwrap();
+            assert_eq!(plan.tokens.to_vec().unwrap(), host.tokens());
+            let d = values(host.num_assignments(), 3);
+            let mut own = Buffer::zeros(&device, n * k).unwrap();
+            let on_device = Buffer::from_slice(&device, &d).unwrap();
+            backward(&device, &plan, on_device.view(), own.view_mut()).unwrap();
+            let mut wanted = vec![0.0; n * k];
+            host.backward_slice(&d, &mut wanted).unwrap();
+            let wanted: Vec<f64> = wanted.iter().map(|&w| w.into()).collect();
+            close("gradient of logits", &own.to_vec().unwrap(), &wanted, 1e-6);
+        }
+    }
+    // Top-any has a way of its own.
+    let plan = routed(
+        &device,
+        &[1.0, 2.0],
+        None,
+        2,
+        &Kind::TopAny(vec![0.0; 2], false),
+    );
+    assert!(plan.unwrap().straight_through().is_err());
+}
+
+#[test]
 fn masks_that_leave_too_few_experts_are_refused_as_by_mass_routing() {
     on_device!();
     let device = device();

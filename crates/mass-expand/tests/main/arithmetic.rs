@@ -1,9 +1,9 @@
 //! Properties of the arithmetic of a split.
 
 use mass_expand::{
-    BisectDirection, BisectParams, Decomposition, ExpandError, Reduction, absorb_mass, alignment,
-    bisect, decompose, divide_gradient, preserve_mass, project_onto_weights, redundancy_gradient,
-    redundancy_loss,
+    Alignment, BisectDirection, BisectParams, Decomposition, ExpandError, Reduction, absorb_mass,
+    alignment, bisect, decompose, divide_gradient, preserve_mass, project_onto_weights,
+    redundancy_gradient, redundancy_loss, redundancy_shares,
 };
 use ndarray::{Array2, arr2};
 use proptest::prelude::*;
@@ -541,4 +541,48 @@ fn tokens_too_far_apart_or_too_close_are_refused() {
         bisect(close.view(), &[1.0], 0.0, BisectParams::default()),
         Err(ExpandError::NoSpread { .. })
     ));
+}
+
+#[test]
+fn shares_of_the_redundancy_loss_add_up_to_its_gradient() {
+    let rows: [&[f32]; 4] = [
+        &[1.0, 0.5, -2.0],
+        &[0.3, 0.5, 1.0],
+        &[0.0; 3],
+        &[2.0, 1.0, -4.0],
+    ];
+    let pairs = [(0, 1), (1, 3), (0, 2), (3, 0)];
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    let products = pairs.map(|(i, j)| {
+        let (a, b) = (rows[i], rows[j]);
+        [dot(a, a), dot(a, b), dot(b, b)]
+    });
+    for reduction in [Reduction::Mean, Reduction::Sum] {
+        let mut wanted = [[0.0_f32; 3]; 4];
+        let mut views: Vec<&mut [f32]> = wanted.iter_mut().map(|g| &mut g[..]).collect();
+        let loss = redundancy_gradient(&rows, &pairs, reduction, 0.7, &mut views).unwrap();
+        let (same, shares) = redundancy_shares(&products, &pairs, reduction, 0.7).unwrap();
+        assert!((loss - same).abs() < 1e-12);
+        let mut sums = [[0.0_f64; 3]; 4];
+        for share in shares {
+            for (sum, x) in sums[share.gradient].iter_mut().zip(rows[share.row]) {
+                *sum += share.factor * f64::from(*x);
+            }
+        }
+        for (sum, wanted) in sums.iter().flatten().zip(wanted.iter().flatten()) {
+            assert!((sum - f64::from(*wanted)).abs() < 1e-6, "{sum} {wanted}");
+        }
+    }
+    let mean = Reduction::Mean;
+    assert!(redundancy_shares(&products[..3], &pairs, mean, 1.0).is_err());
+    assert!(redundancy_shares(&products, &pairs, mean, f64::NAN).is_err());
+    assert!(redundancy_shares(&[[1.0; 3]], &[(2, 2)], mean, 1.0).is_err());
+    assert!(redundancy_shares(&[[f64::NAN, 1.0, 1.0]], &[(0, 1)], mean, 1.0).is_err());
+    assert!(Alignment::of_products(f64::INFINITY, 1.0, 1.0).is_err());
+    assert_eq!(Alignment::of_products(0.0, 0.0, 1.0).unwrap().cosine, None);
 }

@@ -60,6 +60,7 @@ use crate::ops::{Activations, Host, Pass, Training};
 use crate::optim::Gradients;
 use crate::param::Param;
 use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::place::{Place, PlacedGradients};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use layer::BertLayer;
 
@@ -375,6 +376,68 @@ impl BertClassifier {
     ) -> Result<Vec<f32>, ModelError> {
         let pass = &mut crate::ops::Cuda::evaluating(device);
         self.losses_in(pass, batch, targets, masked)
+    }
+
+    /// [`train_pass`](Self::train_pass) at a place that is chosen when the program runs.
+    ///
+    /// # Errors
+    /// As there; on a device, `ModelError::Cuda` if its memory does not suffice, or it has failed.
+    pub fn train_pass_at(
+        &self,
+        place: &Place,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
+        match place {
+            Place::Cpu => Ok(self.train_pass(batch, targets, dropout)?.placed()),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => {
+                let pass = self.train_pass_on(device, batch, targets, dropout)?;
+                Ok(pass.placed())
+            }
+        }
+    }
+
+    /// [`losses`](Self::losses) at a place.
+    ///
+    /// # Errors
+    /// As [`train_pass_at`](Self::train_pass_at).
+    pub fn losses_at(
+        &self,
+        place: &Place,
+        batch: &TextBatch,
+        targets: Targets<'_>,
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        match place {
+            Place::Cpu => self.losses(batch, targets, masked),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => self.losses_on(device, batch, targets, masked),
+        }
+    }
+
+    /// [`logits`](Self::logits) at a place.
+    ///
+    /// # Errors
+    /// As [`train_pass_at`](Self::train_pass_at).
+    pub fn logits_at(
+        &self,
+        place: &Place,
+        batch: &TextBatch,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        match place {
+            Place::Cpu => self.logits(batch, masked),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => {
+                let pass = &mut crate::ops::Cuda::evaluating(device);
+                let mut course = Course::masking(masked);
+                let logits = self.forward(pass, batch, &mut course)?;
+                let values = pass.mirror(&logits);
+                Ok((values.try_values()?.to_vec(), course.traces))
+            }
+        }
     }
 
     fn losses_in<P: Pass>(

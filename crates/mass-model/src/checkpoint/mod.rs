@@ -248,6 +248,9 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         state.m.try_values()?;
         state.v.try_values()?;
     }
+    for average in ema.iter().flat_map(|ema| ema.shadow().values()) {
+        average.try_values()?;
+    }
     let (mut tensors, mut shapes) = (Vec::new(), BTreeMap::new());
     model.visit("", &mut |name, p| {
         shapes.insert(name.clone(), p.shape().to_vec());

@@ -5,8 +5,8 @@ use mass_routing::{GateGradient, Router, RoutingPlan};
 
 use super::GradientNorm;
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
 use crate::nn::MoeLayer;
+use crate::optim::Gradients;
 use crate::param::Param;
 use crate::pass::LayerTrace;
 
@@ -22,7 +22,7 @@ pub fn observe(
     layer: &MoeLayer,
     trace: &LayerTrace,
     token_losses: &[f32],
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     norm: GradientNorm,
 ) -> Result<Vec<ExpertObservation>, ModelError> {
     observe_with(layer, trace, token_losses, gradients, Some(norm), false)
@@ -34,7 +34,7 @@ pub(super) fn observe_with(
     layer: &MoeLayer,
     trace: &LayerTrace,
     token_losses: &[f32],
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     norm: Option<GradientNorm>,
     entropy: bool,
 ) -> Result<Vec<ExpertObservation>, ModelError> {
@@ -67,32 +67,15 @@ pub(super) fn observe_with(
         true => routing_entropies(plan)?,
         false => vec![None; experts],
     };
+    let squares = match norm {
+        Some(norm) => squares(layer, trace, gradients, norm)?,
+        None => vec![0.0; experts],
+    };
     let mut observed = Vec::with_capacity(shares.len());
-    for (e, (expert, &id)) in layer.experts().iter().zip(layer.ids()).enumerate() {
-        let mut square_norm = |param: &Param| match param.find_gradient(gradients)? {
-            Some(gradient) => Ok(crate::optim::sum_of_squares(gradient)),
-            None if plan.load(e) == 0 => Ok(0.0),
-            None => Err(ModelError::NoGradient(format!("expert {id}"))),
-        };
-        let mut squares = match norm {
-            Some(_) => square_norm(&expert.network.fc1.0)?,
-            None => 0.0,
-        };
-        if norm == Some(GradientNorm::AllParameters) {
-            let up = expert.network.up.iter().flat_map(|(w, b)| [w, b]);
-            let rest = [
-                &expert.gate,
-                &expert.network.fc1.1,
-                &expert.network.fc2.0,
-                &expert.network.fc2.1,
-            ];
-            for param in rest.into_iter().chain(up) {
-                squares += square_norm(param)?;
-            }
-        }
+    for (e, &id) in layer.ids().iter().enumerate() {
         observed.push(ExpertObservation {
             id,
-            gradient_norm: squares.sqrt(),
+            gradient_norm: squares[e].sqrt(),
             cosine: None,
             load: plan.load(e) as u64,
             loss_share: (total > 0.0).then(|| shares[e] / total),
@@ -100,6 +83,46 @@ pub(super) fn observe_with(
         });
     }
     Ok(observed)
+}
+
+/// The sum of squares of each expert's gradient.
+fn squares(
+    layer: &MoeLayer,
+    trace: &LayerTrace,
+    gradients: &mut impl Gradients,
+    norm: GradientNorm,
+) -> Result<Vec<f64>, ModelError> {
+    let mut params: Vec<&Param> = Vec::new();
+    let mut counts = Vec::with_capacity(layer.experts().len());
+    for expert in layer.experts() {
+        let before = params.len();
+        params.push(&expert.network.fc1.0);
+        if norm == GradientNorm::AllParameters {
+            params.extend([
+                &expert.gate,
+                &expert.network.fc1.1,
+                &expert.network.fc2.0,
+                &expert.network.fc2.1,
+            ]);
+            params.extend(expert.network.up.iter().flat_map(|(w, b)| [w, b]));
+        }
+        counts.push(params.len() - before);
+    }
+    // All at once: a device is waited for once.
+    let mut found = gradients.sums_of_squares(&params)?.into_iter();
+    let mut squares = Vec::with_capacity(counts.len());
+    for (e, (count, id)) in counts.into_iter().zip(layer.ids()).enumerate() {
+        let mut sum = 0.0;
+        for own in found.by_ref().take(count) {
+            match own {
+                Some(own) => sum += own,
+                None if trace.plan.load(e) == 0 => {}
+                None => return Err(ModelError::NoGradient(format!("expert {id}"))),
+            }
+        }
+        squares.push(sum);
+    }
+    Ok(squares)
 }
 
 /// How undecided the routing of each expert's tokens is, in nats; `None` for an expert without tokens.

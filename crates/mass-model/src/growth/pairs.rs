@@ -1,8 +1,8 @@
-use mass_expand::{ExpertId, alignment};
+use mass_expand::ExpertId;
 
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
 use crate::nn::MoeLayer;
+use crate::optim::Gradients;
 use crate::pass::LayerTrace;
 
 /// How far the two halves of a split have come apart.
@@ -28,7 +28,7 @@ pub struct PairFigures {
 pub fn pair_figures(
     layer: &MoeLayer,
     trace: &LayerTrace,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     source: ExpertId,
     newcomer: ExpertId,
 ) -> Result<PairFigures, ModelError> {
@@ -46,14 +46,13 @@ pub fn pair_figures(
         .count();
     let loads = of_a.len() + of_b.len();
     let of_loads = |n: usize, all: usize| (loads > 0).then(|| n as f64 / all as f64);
-    let [row, other] = [a, b].map(|e| layer.experts()[e].gate.try_values());
-    let (row, other) = (row?, other?);
+    let [row, other] = [a, b].map(|e| &layer.experts()[e].gate);
     Ok(PairFigures {
         source_cosine: fc1_cosine(layer, trace, gradients, a)?,
         new_cosine: fc1_cosine(layer, trace, gradients, b)?,
         routing_overlap: of_loads(both, loads - both),
         new_share: of_loads(of_b.len(), loads),
-        gate_cosine: alignment(row, other)?.cosine,
+        gate_cosine: gradients.alignment_of(row, other)?.cosine,
     })
 }
 
@@ -61,12 +60,12 @@ pub fn pair_figures(
 pub(super) fn fc1_cosine(
     layer: &MoeLayer,
     trace: &LayerTrace,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     place: usize,
 ) -> Result<Option<f64>, ModelError> {
     let fc1 = &layer.experts()[place].network.fc1.0;
-    match fc1.find_gradient(gradients)? {
-        Some(gradient) => Ok(alignment(gradient, fc1.try_values()?)?.cosine),
+    match gradients.alignment(fc1)? {
+        Some(alignment) => Ok(alignment.cosine),
         None if trace.plan.load(place) == 0 => Ok(None),
         None => {
             let expert = layer.ids()[place];

@@ -6,9 +6,9 @@ use ndarray::Array2;
 use super::BISECT_NEEDS;
 use super::shift::{self, GateShift};
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::MoeExpert;
+use crate::optim::Gradients;
 use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
@@ -26,19 +26,28 @@ pub fn split_expert(
     source: ExpertId,
     operator: SplitOperator,
     trace: &LayerTrace,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
 ) -> Result<GateShift, ModelError> {
     let index = layer.index_of(source)?;
+    let linear_gate = layer.config().gate == GateConfig::Linear;
     // All that is read below, before anything is changed: it may lie on a device that has failed.
     let old = &layer.experts()[index];
     old.gate.try_values()?;
-    old.network.fc1.0.try_values()?;
-    if matches!(operator, SplitOperator::Bisect(_)) {
-        trace.gate_input.values().try_values()?;
+    let divides = |operator: &SplitOperator| match operator {
+        SplitOperator::Clone { decomposition, .. } => decomposition.is_some(),
+        _ => false,
+    };
+    if divides(&operator) {
+        old.network.fc1.0.try_values()?;
     }
+    let inputs = match operator {
+        SplitOperator::Bisect(_) if linear_gate && index < trace.plan.num_experts() => {
+            Some(tokens_of(index, trace)?)
+        }
+        _ => None,
+    };
     let mut newcomer = layer.experts()[index].offspring();
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
-    let linear_gate = layer.config().gate == GateConfig::Linear;
     let old = layer.expert_mut(source)?;
     match operator {
         SplitOperator::Clone {
@@ -51,15 +60,18 @@ pub fn split_expert(
                 (&old.network.fc1.0, &newcomer.network.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
             ] {
-                let Some(mut whole) = a.take_gradient(gradients)? else {
+                if decomposition.is_none() {
+                    gradients.hand_on(a, b)?;
+                    continue;
+                }
+                let Some(mut whole) = gradients.copy(a)? else {
                     continue;
                 };
-                let (mut copy, rows) = (vec![0.0; whole.len()], a.values());
+                let (mut copy, rows) = (vec![0.0; whole.len()], a.try_values()?);
                 let divided = divide_gradient(&mut whole, &mut copy, rows, shape, decomposition);
-                // Back in its place whatever became of it.
-                a.set_gradient(gradients, whole)?;
                 divided?;
-                b.set_gradient(gradients, copy)?;
+                gradients.set(b, copy)?;
+                gradients.set(a, whole)?;
             }
             copy_gradients(old, &newcomer, gradients, false)?;
             if preserve {
@@ -75,7 +87,7 @@ pub fn split_expert(
         }
         SplitOperator::Bisect(params) => {
             copy_gradients(old, &newcomer, gradients, true)?;
-            let inputs = tokens_of(index, trace);
+            let inputs = inputs.unwrap_or_default();
             match bisect(inputs.view(), old.gate.values(), old.logit_offset, params) {
                 Ok(halves) => {
                     old.gate.move_to(&halves.source_row)?;
@@ -132,7 +144,7 @@ pub fn remove_expert(
 fn copy_gradients(
     from: &MoeExpert,
     to: &MoeExpert,
-    gradients: &mut CpuGradients,
+    gradients: &mut impl Gradients,
     with_fc1_and_gate: bool,
 ) -> Result<(), ModelError> {
     let mut pairs = vec![
@@ -153,18 +165,16 @@ fn copy_gradients(
         ]);
     }
     for (a, b) in pairs {
-        if let Some(copy) = a.find_gradient(gradients)?.map(|g| g.clone()) {
-            b.set_gradient(gradients, copy)?;
-        }
+        gradients.hand_on(a, b)?;
     }
     Ok(())
 }
 
 /// The gate inputs of the tokens routed to an expert.
-fn tokens_of(index: usize, trace: &LayerTrace) -> Array2<f32> {
+fn tokens_of(index: usize, trace: &LayerTrace) -> Result<Array2<f32>, ModelError> {
     let tokens = &trace.plan.tokens()[trace.plan.segment(index)];
-    let (input, dim) = (trace.gate_input.values(), trace.gate_input.shape().1);
-    Array2::from_shape_fn((tokens.len(), dim), |(i, j)| {
-        input[tokens[i] as usize * dim + j]
-    })
+    let (rows, dim) = (trace.gate_input.rows(tokens)?, trace.gate_input.shape().1);
+    let shape = (tokens.len(), dim);
+    Array2::from_shape_vec(shape, rows)
+        .map_err(|_| ModelError::shape("gate inputs", &[shape.0, shape.1], &[tokens.len() * dim]))
 }

@@ -12,7 +12,7 @@ use super::FeedForward;
 use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
-use crate::ops::{self, Gate, MoeExpert, Pass, RoutingLoss, Rows, enter, on_tensors};
+use crate::ops::{self, Gate, MoeExpert, Pass, Routing, RoutingLoss, Rows, enter, on_tensors};
 use crate::param::{Param, Parameters, join};
 use crate::pass::{GateInput, LayerTrace, Masked};
 
@@ -675,9 +675,25 @@ impl MoeLayer {
             router.set_training(false);
             route(&mut router, logits, plan)
         };
+        let ahead = || {
+            if trains {
+                let mut own = self.router();
+                ops::set_thresholds(&mut own, &self.experts)?;
+                return Ok(own.clone());
+            }
+            let mut router = self.router().clone();
+            router.set_training(false);
+            ops::set_thresholds(&mut router, &self.experts)?;
+            Ok(router)
+        };
+        let routing = Routing {
+            mask,
+            ahead,
+            route: plan_of,
+        };
         let gate = (&self.gate, &self.config.losses[..]);
         let activation = self.config.activation;
-        let (y, plan) = pass.moe_ffn(x.clone(), &self.experts, gate, activation, plan_of)?;
+        let (y, plan) = pass.moe_ffn(x.clone(), &self.experts, gate, activation, routing)?;
         let Some(shared) = &self.shared else {
             return Ok((y, plan));
         };

@@ -7,7 +7,7 @@ use ndarray::ArrayView2;
 
 use super::gate::{add, set_thresholds};
 use super::routing_loss::LossGradients;
-use super::{Activations, Gate, Network, Pass, RoutingLoss, Rows, enter, expect_width};
+use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -175,7 +175,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         Ok(router.clone())
     };
     let (x, mut pass) = enter(x)?;
-    let (y, plan) = pass.moe_ffn(x, experts, (gate, losses), activation, route)?;
+    let (y, plan) = run(&mut pass.0, x, experts, (gate, losses), activation, route)?;
     Ok((y.into_tensor(pass.0)?, plan))
 }
 
@@ -226,7 +226,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     experts: &[MoeExpert],
     (gate, losses): (&Gate, &[RoutingLoss]),
     activation: Activation,
-    route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+    route: impl Route,
 ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
     let shape = check(x.shape(), experts, gate, activation)?;
     let (n, dim) = *x.shape();

@@ -93,15 +93,14 @@ pub(crate) trait Pass {
         activation: Activation,
     ) -> Result<Self::Rows, ModelError>;
 
-    /// The mixture layer. `route` makes a plan of the logits, and returns the router as it was then: only meanwhile need it be
-    /// in hand.
+    /// The mixture layer.
     fn moe_ffn(
         &mut self,
         x: Self::Rows,
         experts: &[MoeExpert],
         gate: (&Gate, &[RoutingLoss]),
         activation: Activation,
-        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+        routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(Self::Rows, Arc<RoutingPlan>), ModelError>;
 
     /// Some of the rows, in any order.
@@ -144,6 +143,30 @@ pub(crate) trait Pass {
         outputs: Self::Rows,
         targets: &[f32],
     ) -> Result<(Self::Loss, Vec<f32>), ModelError>;
+}
+
+/// How a mixture layer routes.
+pub(crate) struct Routing<'a, A, R> {
+    /// Which experts may be used.
+    pub(crate) mask: Option<&'a [bool]>,
+    /// Says how the router is before it routes, to a device that may know its rules.
+    pub(crate) ahead: A,
+    /// Makes a plan of the logits, and returns the router as it was then: only meanwhile need it be in hand.
+    pub(crate) route: R,
+}
+
+/// See [`Routing::ahead`].
+pub(crate) trait Ahead: FnOnce() -> Result<AnyRouter, ModelError> {}
+impl<F: FnOnce() -> Result<AnyRouter, ModelError>> Ahead for F {}
+
+/// See [`Routing::route`].
+pub(crate) trait Route:
+    FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>
+{
+}
+impl<F> Route for F where
+    F: FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>
+{
 }
 
 /// A pass that a backward pass can follow.
@@ -263,9 +286,9 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
         experts: &[MoeExpert],
         gate: (&Gate, &[RoutingLoss]),
         activation: Activation,
-        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+        routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
-        moe::run(&mut self.0, x, experts, gate, activation, route)
+        moe::run(&mut self.0, x, experts, gate, activation, routing.route)
     }
 
     fn pick_rows(&mut self, x: Activations, picked: &[usize]) -> Result<Activations, ModelError> {

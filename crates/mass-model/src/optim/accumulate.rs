@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
+use super::Gradients;
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
+use crate::mirror::Mirror;
 use crate::param::Parameters;
 
 /// Mean of the gradients of several micro-batches, for batches larger than memory allows.
@@ -31,7 +32,7 @@ use crate::param::Parameters;
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct GradientAccumulator {
-    means: BTreeMap<String, Vec<f32>>,
+    means: BTreeMap<String, Mirror>,
     weight: f64,
     batches: u64,
 }
@@ -51,11 +52,11 @@ impl GradientAccumulator {
     ///
     /// # Errors
     /// [`ModelError::Config`] for a weight that is not positive and finite, [`ModelError::Shape`] if a parameter has changed
-    /// its size.
-    pub fn add<M: Parameters + ?Sized>(
+    /// its size, that of a device without memory; nothing is taken in then.
+    pub fn add<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &M,
-        gradients: &mut CpuGradients,
+        gradients: &mut G,
         weight: f64,
     ) -> Result<(), ModelError> {
         if !(weight > 0.0 && weight.is_finite()) {
@@ -79,41 +80,29 @@ impl GradientAccumulator {
         if let Some(error) = wrong {
             return Err(error);
         }
+        // And room.
+        let (mut outcome, mut new) = (Ok(()), BTreeMap::new());
+        model.visit("", &mut |name, param| {
+            if outcome.is_ok() {
+                match gradients.mean_room(param, self.means.get_mut(&name)) {
+                    Ok(Some(room)) => drop(new.insert(name, room)),
+                    Ok(None) => {}
+                    Err(e) => outcome = Err(e),
+                }
+            }
+        });
+        outcome?;
         self.weight += weight;
         self.batches += 1;
         let share = (weight / self.weight) as f32;
         let mut before = std::mem::take(&mut self.means);
+        before.append(&mut new);
         let mut outcome = Ok(());
         model.visit("", &mut |name, param| {
-            if outcome.is_err() {
-                return;
+            if let (Ok(()), Some(mut mean)) = (&outcome, before.remove(&name)) {
+                outcome = gradients.mean_add(param, &mut mean, share);
+                self.means.insert(name, mean);
             }
-            let found = match param.find_gradient(gradients) {
-                Ok(found) => found,
-                Err(e) => {
-                    outcome = Err(e);
-                    return;
-                }
-            };
-            let mean = match (before.remove(&name), found) {
-                (None, None) => return,
-                (mean, Some(g)) => {
-                    let mut mean = mean.unwrap_or_else(|| vec![0.0; param.len()]);
-                    if share == 1.0 {
-                        mean.copy_from_slice(g);
-                    } else {
-                        for (mean, g) in mean.iter_mut().zip(g.iter()) {
-                            *mean += (g - *mean) * share;
-                        }
-                    }
-                    mean
-                }
-                (Some(mut mean), None) => {
-                    mean.iter_mut().for_each(|mean| *mean -= *mean * share);
-                    mean
-                }
-            };
-            self.means.insert(name, mean);
         });
         outcome
     }
@@ -122,10 +111,10 @@ impl GradientAccumulator {
     ///
     /// # Errors
     /// [`ModelError::Config`] if nothing was taken in.
-    pub fn mean_into<M: Parameters + ?Sized>(
+    pub fn mean_into<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &M,
-        gradients: &mut CpuGradients,
+        gradients: &mut G,
     ) -> Result<(), ModelError> {
         if self.batches == 0 {
             return Err(ModelError::Config(
@@ -139,13 +128,12 @@ impl GradientAccumulator {
                 return;
             }
             outcome = match means.remove(&name) {
-                Some(mean) if mean.len() == param.len() => param.set_gradient(gradients, mean),
-                Some(mean) => Err(ModelError::shape(
+                Some(mean) if mean.len() != param.len() => Err(ModelError::shape(
                     format!("accumulated gradient of {name}"),
                     &[param.len()],
                     &[mean.len()],
                 )),
-                None => param.clear_gradient(gradients),
+                mean => gradients.replace(param, mean),
             };
         });
         outcome

@@ -1,12 +1,12 @@
 #[cfg(feature = "cuda")]
 use std::collections::BTreeSet;
 use std::collections::{BTreeMap, HashSet};
-use std::ops::Range;
 
 use mass_expand::Moments;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::gradients::Gradients;
 use super::groups::{Group, Select, decide};
 use crate::error::ModelError;
 use crate::gradients::CpuGradients;
@@ -19,7 +19,7 @@ use crate::param::{Param, Parameters};
 #[cfg(feature = "cuda")]
 use {
     crate::ops::CudaGradients,
-    mass_cuda::kernels::{dots, optimiser},
+    mass_cuda::kernels::optimiser,
     mass_cuda::{Buffer, Device},
     std::sync::Arc,
 };
@@ -290,10 +290,6 @@ impl AdamW {
     }
 }
 
-mod sealed {
-    pub trait Sealed {}
-}
-
 /// What an update does to every parameter.
 #[doc(hidden)]
 #[derive(Debug)]
@@ -355,186 +351,129 @@ impl Rule<'_> {
     }
 }
 
-/// Gradients of a model's parameters, on the host or on a device: what [`AdamW::step`] takes.
-pub trait Gradients: sealed::Sealed {
-    /// The sum of squares of each parameter's gradient, if there is one.
-    #[doc(hidden)]
-    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError>;
-
-    /// Makes some values of a parameter's gradient zero, if there is one.
-    #[doc(hidden)]
-    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError>;
-
-    /// Updates the parameters that are due, where their gradients lie, and uses these up. `due` is in the order of the
-    /// parameters. After an error of a device nothing has changed.
-    #[doc(hidden)]
-    fn update<M: Parameters + ?Sized>(
-        &mut self,
-        model: &mut M,
-        state: &mut BTreeMap<String, ParameterState>,
-        rule: &Rule<'_>,
-        due: &[Option<Due>],
-    ) -> Result<(), ModelError>;
-}
-
-impl sealed::Sealed for CpuGradients {}
-
-impl Gradients for CpuGradients {
-    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
-        let mut sums = Vec::with_capacity(params.len());
-        for param in params {
-            sums.push(param.find_gradient(self)?.map(|g| sum_of_squares(g)));
+/// Updates the parameters that are due on the host.
+pub(super) fn update_here<M: Parameters + ?Sized>(
+    gradients: &mut CpuGradients,
+    model: &mut M,
+    state: &mut BTreeMap<String, ParameterState>,
+    rule: &Rule<'_>,
+    due: &[Option<Due>],
+) -> Result<(), ModelError> {
+    // What a device has changed is read before anything is written: the device may have failed.
+    let (mut outcome, mut all) = (Ok(()), due.iter());
+    model.visit("", &mut |name, param| {
+        if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
+            outcome = param.try_values().and_then(|_| {
+                if let Some(own) = state.get(&name) {
+                    own.m.try_values()?;
+                    own.v.try_values()?;
+                }
+                Ok(())
+            });
         }
-        Ok(sums)
-    }
-
-    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
-        if let Some(gradient) = param.find_gradient(self)? {
-            gradient[which].fill(0.0);
-        }
-        Ok(())
-    }
-
-    fn update<M: Parameters + ?Sized>(
-        &mut self,
-        model: &mut M,
-        state: &mut BTreeMap<String, ParameterState>,
-        rule: &Rule<'_>,
-        due: &[Option<Due>],
-    ) -> Result<(), ModelError> {
-        // What a device has changed is read before anything is written: the device may have failed.
-        let (mut outcome, mut all) = (Ok(()), due.iter());
-        model.visit("", &mut |name, param| {
-            if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
-                outcome = param.try_values().and_then(|_| {
-                    if let Some(own) = state.get(&name) {
-                        own.m.try_values()?;
-                        own.v.try_values()?;
-                    }
-                    Ok(())
-                });
-            }
-        });
-        outcome?;
-        let (mut outcome, mut all) = (Ok(()), due.iter());
-        model.visit_mut("", &mut |name, param| {
-            let (Some(&Some(due)), Ok(())) = (all.next(), &outcome) else {
+    });
+    outcome?;
+    let (mut outcome, mut all) = (Ok(()), due.iter());
+    model.visit_mut("", &mut |name, param| {
+        let (Some(&Some(due)), Ok(())) = (all.next(), &outcome) else {
+            return;
+        };
+        let gradient = match param.take_gradient(gradients) {
+            Ok(Some(gradient)) => gradient,
+            Ok(None) => return,
+            Err(e) => {
+                outcome = Err(e);
                 return;
-            };
-            let gradient = match param.take_gradient(self) {
-                Ok(Some(gradient)) => gradient,
-                Ok(None) => return,
-                Err(e) => {
-                    outcome = Err(e);
-                    return;
-                }
-            };
-            let n = param.len();
-            let ParameterState { m, v, step } =
-                state.entry(name).or_insert_with(|| ParameterState {
-                    m: vec![0.0; n].into(),
-                    v: vec![0.0; n].into(),
-                    step: 0,
-                });
-            *step = step.saturating_add(1);
-            let scalars = rule.step(due, *step);
-            update(param.values_mut(), &gradient, m, v, scalars);
-            give_back(gradient);
+            }
+        };
+        let n = param.len();
+        let ParameterState { m, v, step } = state.entry(name).or_insert_with(|| ParameterState {
+            m: vec![0.0; n].into(),
+            v: vec![0.0; n].into(),
+            step: 0,
         });
-        outcome
-    }
+        *step = step.saturating_add(1);
+        let scalars = rule.step(due, *step);
+        update(param.values_mut(), &gradient, m, v, scalars);
+        give_back(gradient);
+    });
+    outcome
 }
 
+/// Updates the parameters that are due on a device: first all memory is found, then one launch changes everything, and only then is
+/// anything noted.
 #[cfg(feature = "cuda")]
-impl sealed::Sealed for CudaGradients {}
+pub(super) fn update_there<M: Parameters + ?Sized>(
+    gradients: &mut CudaGradients,
+    model: &mut M,
+    state: &mut BTreeMap<String, ParameterState>,
+    rule: &Rule<'_>,
+    due: &[Option<Due>],
+) -> Result<(), ModelError> {
+    let device = gradients.device().clone();
+    let (mut names, mut new) = (BTreeSet::new(), BTreeMap::new());
+    let (mut outcome, mut all) = (Ok(()), due.iter());
+    model.visit_mut("", &mut |name, param| {
+        if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
+            outcome = match names.insert(name.clone()) {
+                false => Err(ModelError::Config(format!(
+                    "two parameters have the name {name:?}, and moments are kept by name"
+                ))),
+                true => own_on(&device, name, param, state, &mut new),
+            };
+        }
+    });
+    outcome?;
 
-#[cfg(feature = "cuda")]
-impl Gradients for CudaGradients {
-    fn sums_of_squares(&mut self, params: &[&Param]) -> Result<Vec<Option<f64>>, ModelError> {
-        let found: Vec<_> = params.iter().map(|param| self.find(param)).collect();
-        let there: Vec<_> = found.iter().flatten().copied().collect();
-        let mut sums = dots::sums_of_squares(self.device(), &there)?.into_iter();
-        let of = |found: &Option<_>| found.and_then(|_| sums.next());
-        Ok(found.iter().map(of).collect())
-    }
+    let mut tasks = Vec::with_capacity(names.len());
+    let mut all = due.iter();
+    let shared: &M = model;
+    shared.visit("", &mut |name, param| {
+        let own = state.get(&name).or_else(|| new.get(&name));
+        if let (Some(&Some(due)), Some(own)) = (all.next(), own)
+            && let Some(gradient) = gradients.find(param)
+        {
+            let lent = [param.mirror(), &own.m, &own.v].map(Mirror::lend);
+            tasks.push((lent, gradient, rule.step(due, own.step.saturating_add(1))));
+        }
+    });
+    let updates = tasks.iter_mut().map(|([theta, m, v], gradient, step)| {
+        let [theta, first, second] = [theta, m, v].map(|lent| lent.buffer().view_mut());
+        optimiser::Update {
+            theta,
+            gradient: *gradient,
+            first,
+            second,
+            step: optimiser::AdamWStep {
+                lr: step.lr,
+                beta1: step.beta1,
+                beta2: step.beta2,
+                take1: step.take1,
+                take2: step.take2,
+                eps: step.eps,
+                weight_decay: step.weight_decay,
+                bias1: step.bias1,
+                bias2: step.bias2,
+                gradient_scale: step.gradient_scale,
+            },
+        }
+    });
+    optimiser::adamw(&device, &mut updates.collect::<Vec<_>>())?;
+    drop(tasks);
 
-    fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {
-        self.zero(param, which)
-    }
-
-    /// First all memory is found, then one launch changes everything, and only then is anything noted.
-    fn update<M: Parameters + ?Sized>(
-        &mut self,
-        model: &mut M,
-        state: &mut BTreeMap<String, ParameterState>,
-        rule: &Rule<'_>,
-        due: &[Option<Due>],
-    ) -> Result<(), ModelError> {
-        let device = self.device().clone();
-        let (mut names, mut new) = (BTreeSet::new(), BTreeMap::new());
-        let (mut outcome, mut all) = (Ok(()), due.iter());
-        model.visit_mut("", &mut |name, param| {
-            if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
-                outcome = match names.insert(name.clone()) {
-                    false => Err(ModelError::Config(format!(
-                        "two parameters have the name {name:?}, and moments are kept by name"
-                    ))),
-                    true => own_on(&device, name, param, state, &mut new),
-                };
+    // Nothing fails from here on.
+    state.append(&mut new);
+    let mut all = due.iter();
+    model.visit_mut("", &mut |name, param| {
+        if let (Some(Some(_)), Some(own)) = (all.next(), state.get_mut(&name)) {
+            gradients.take(param);
+            own.step = own.step.saturating_add(1);
+            for values in [param.mirror_mut(), &mut own.m, &mut own.v] {
+                values.device_written();
             }
-        });
-        outcome?;
-
-        let mut tasks = Vec::with_capacity(names.len());
-        let mut all = due.iter();
-        let shared: &M = model;
-        shared.visit("", &mut |name, param| {
-            let own = state.get(&name).or_else(|| new.get(&name));
-            if let (Some(&Some(due)), Some(own)) = (all.next(), own)
-                && let Some(gradient) = self.find(param)
-            {
-                let lent = [param.mirror(), &own.m, &own.v].map(Mirror::lend);
-                tasks.push((lent, gradient, rule.step(due, own.step.saturating_add(1))));
-            }
-        });
-        let updates = tasks.iter_mut().map(|([theta, m, v], gradient, step)| {
-            let [theta, first, second] = [theta, m, v].map(|lent| lent.buffer().view_mut());
-            optimiser::Update {
-                theta,
-                gradient: *gradient,
-                first,
-                second,
-                step: optimiser::AdamWStep {
-                    lr: step.lr,
-                    beta1: step.beta1,
-                    beta2: step.beta2,
-                    take1: step.take1,
-                    take2: step.take2,
-                    eps: step.eps,
-                    weight_decay: step.weight_decay,
-                    bias1: step.bias1,
-                    bias2: step.bias2,
-                    gradient_scale: step.gradient_scale,
-                },
-            }
-        });
-        optimiser::adamw(&device, &mut updates.collect::<Vec<_>>())?;
-        drop(tasks);
-
-        // Nothing fails from here on.
-        state.append(&mut new);
-        let mut all = due.iter();
-        model.visit_mut("", &mut |name, param| {
-            if let (Some(Some(_)), Some(own)) = (all.next(), state.get_mut(&name)) {
-                self.take(param);
-                own.step = own.step.saturating_add(1);
-                for values in [param.mirror_mut(), &mut own.m, &mut own.v] {
-                    values.device_written();
-                }
-            }
-        });
-        Ok(())
-    }
+        }
+    });
+    Ok(())
 }
 
 /// Makes room on a device for the update of a parameter: its values and moments lie there, and nobody else holds them. The moments

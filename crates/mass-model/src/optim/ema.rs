@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::lineage::{Lineage, tick};
-use crate::param::{Parameters, bring_to_host};
+use crate::mirror::Mirror;
+use crate::param::{Parameters, reach_devices};
 
 /// Exponential moving average of weights, by parameter name.
 ///
@@ -35,7 +36,7 @@ use crate::param::{Parameters, bring_to_host};
 #[derive(Clone, Debug)]
 pub struct Ema {
     config: EmaConfig,
-    shadow: BTreeMap<String, Vec<f32>>,
+    shadow: BTreeMap<String, Mirror>,
     swapped: bool,
     /// Moves of parameters before this time are in the averages.
     seen: u64,
@@ -82,9 +83,10 @@ impl Ema {
                 config.decay
             )));
         }
+        let shadow = shadow.into_iter().map(|(name, s)| (name, s.into()));
         Ok(Self {
             config,
-            shadow,
+            shadow: shadow.collect(),
             swapped: false,
             seen: tick(),
             adopted: BTreeMap::new(),
@@ -98,7 +100,7 @@ impl Ema {
 
     /// The averages by parameter name (the model's own weights while they are [swapped](Self::swap)), as of the last
     /// [`update`](Self::update) or [`follow`](Self::follow).
-    pub fn shadow(&self) -> &BTreeMap<String, Vec<f32>> {
+    pub fn shadow(&self) -> &BTreeMap<String, Mirror> {
         &self.shadow
     }
 
@@ -113,19 +115,32 @@ impl Ema {
     /// [`ModelError::Config`] while the averages are in the model, [`ModelError::Shape`] if a parameter has changed its
     /// size, that of a device that has changed the weights and failed; nothing is changed then.
     pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
-        bring_to_host(model)?;
+        reach_devices(model)?;
         self.follow(model)?;
         let keep = self.config.decay as f32;
+        // Room first, where the weights are: no value has changed if there is none.
+        let mut outcome = Ok(());
+        model.visit("", &mut |name, param| {
+            if let (Ok(()), Some(average)) = (&outcome, self.shadow.get_mut(&name)) {
+                outcome = average.join(param.mirror());
+            }
+        });
+        outcome?;
+        let mut outcome = Ok(());
+        model.visit("", &mut |name, param| {
+            if let (Ok(()), Some(average)) = (&outcome, self.shadow.get_mut(&name)) {
+                outcome = average.move_towards(param.mirror(), keep);
+            }
+        });
+        outcome?;
         let mut before = std::mem::take(&mut self.shadow);
         model.visit("", &mut |name, param| {
             let average = match before.remove(&name) {
                 Some(mut average) => {
-                    for (s, x) in average.iter_mut().zip(param.values()) {
-                        *s = keep * *s + (1.0 - keep) * x;
-                    }
+                    average.moved(param.mirror());
                     average
                 }
-                None => param.values().to_vec(),
+                None => param.mirror().twin(),
             };
             self.shadow.insert(name, average);
         });
@@ -146,6 +161,16 @@ impl Ema {
         if !self.lags(model) {
             return Ok(());
         }
+        // What will be moved is read first: it may lie on a device that has failed.
+        let mut outcome = Ok(());
+        model.visit("", &mut |name, param| {
+            if let (Ok(()), Some(average)) = (&outcome, self.shadow.get(&name))
+                && unseen(param.lineage(), self.seen).next().is_some()
+            {
+                outcome = average.try_values().map(|_| ());
+            }
+        });
+        outcome?;
         let now = tick();
         let mut names = BTreeMap::new();
         model.visit("", &mut |name, param| {
@@ -225,7 +250,7 @@ impl Ema {
     /// [`ModelError::Shape`] if a parameter has changed its size, that of a device that has changed the weights and failed;
     /// nothing is exchanged then.
     pub fn swap<M: Parameters + ?Sized>(&mut self, model: &mut M) -> Result<(), ModelError> {
-        bring_to_host(model)?;
+        reach_devices(model)?;
         if self.swapped {
             self.check_sizes(model)?;
         } else {
@@ -233,7 +258,7 @@ impl Ema {
         }
         model.visit_mut("", &mut |name, param| {
             if let Some(average) = self.shadow.get_mut(&name) {
-                param.values_mut().swap_with_slice(average);
+                std::mem::swap(param.mirror_mut(), average);
             }
         });
         self.swapped = !self.swapped;

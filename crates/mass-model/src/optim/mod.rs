@@ -3,12 +3,15 @@
 mod accumulate;
 mod adamw;
 mod ema;
+mod gradients;
 mod groups;
 mod schedule;
 
 pub use accumulate::GradientAccumulator;
-pub(crate) use adamw::sum_of_squares;
-pub use adamw::{AdamW, AdamWConfig, Gradients, ParameterState};
+pub use adamw::{AdamW, AdamWConfig, ParameterState};
+pub(crate) use adamw::{Due, Rule};
 pub use ema::{Ema, EmaConfig};
+pub use gradients::Gradients;
+pub(crate) use gradients::Sealed;
 pub use groups::{Group, Select};
 pub use schedule::{Decay, Schedule};

@@ -11,6 +11,7 @@ use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::ops::{Activations, Host, Pass, Sequences, Training};
 use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::place::{Place, PlacedGradients};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
 struct Entered<R> {
@@ -314,6 +315,68 @@ impl VitClassifier {
     ) -> Result<Vec<f32>, ModelError> {
         let pass = &mut crate::ops::Cuda::evaluating(device);
         self.losses_in(pass, batch, classes, masked)
+    }
+
+    /// [`train_pass`](Self::train_pass) at a place that is chosen when the program runs.
+    ///
+    /// # Errors
+    /// As there; on a device, `ModelError::Cuda` if its memory does not suffice, or it has failed.
+    pub fn train_pass_at(
+        &self,
+        place: &Place,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        dropout: Option<&mut DropoutKeys>,
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
+        match place {
+            Place::Cpu => Ok(self.train_pass(batch, classes, dropout)?.placed()),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => {
+                let pass = self.train_pass_on(device, batch, classes, dropout)?;
+                Ok(pass.placed())
+            }
+        }
+    }
+
+    /// [`losses`](Self::losses) at a place.
+    ///
+    /// # Errors
+    /// As [`train_pass_at`](Self::train_pass_at).
+    pub fn losses_at(
+        &self,
+        place: &Place,
+        batch: ImageBatch<'_>,
+        classes: &[u32],
+        masked: Option<Masked>,
+    ) -> Result<Vec<f32>, ModelError> {
+        match place {
+            Place::Cpu => self.losses(batch, classes, masked),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => self.losses_on(device, batch, classes, masked),
+        }
+    }
+
+    /// [`logits`](Self::logits) at a place.
+    ///
+    /// # Errors
+    /// As [`train_pass_at`](Self::train_pass_at).
+    pub fn logits_at(
+        &self,
+        place: &Place,
+        batch: ImageBatch<'_>,
+        masked: Option<Masked>,
+    ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
+        match place {
+            Place::Cpu => self.logits(batch, masked),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => {
+                let pass = &mut crate::ops::Cuda::evaluating(device);
+                let mut course = Course::masking(masked);
+                let logits = self.forward(pass, batch, &mut course)?.states;
+                let values = pass.mirror(&logits);
+                Ok((values.try_values()?.to_vec(), course.traces))
+            }
+        }
     }
 
     fn losses_in<P: Pass>(

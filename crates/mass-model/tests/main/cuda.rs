@@ -5,15 +5,17 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
+use mass_expand::ExpertId;
 use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::checkpoint::{load_safetensors, save_safetensors};
+use mass_model::growth::Mixtures;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::mass_cuda::Device;
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::ops::CudaGradients;
-use mass_model::optim::{AdamW, AdamWConfig};
+use mass_model::optim::{AdamW, AdamWConfig, Gradients};
 use mass_model::vit::{ImageBatch, VitClassifier, VitConfig};
-use mass_model::{Activation, DropoutKeys, Param, Parameters, TrainPass, seeded_rng};
+use mass_model::{Activation, DropoutKeys, Masked, Param, Parameters, TrainPass, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 /// The device, if one was promised; if it is not there then, the test fails.
@@ -132,6 +134,94 @@ pub(crate) fn top_p() -> RouterConfig {
         p: 0.6,
         combine: Combine::Renormalised,
     }
+}
+
+#[test]
+fn the_device_routes_as_the_host_does() {
+    let Some(device) = device() else { return };
+    let mut routers = Vec::new();
+    for combine in Combine::ALL {
+        for p in [0.3, 0.75, 1.0] {
+            routers.push(RouterConfig::TopP { p, combine });
+        }
+        for k in [1, 3, 4] {
+            routers.push(RouterConfig::TopK { k, combine });
+        }
+    }
+    let any: RouterConfig = "top_any".parse().unwrap();
+    routers.push(any);
+    for router in routers {
+        let what = format!("{router:?}");
+        let mut model = model_with(router);
+        for layer in &mut [0, 1] {
+            // Thresholds that some scores do not pass, and offsets of experts that were split.
+            for (e, id) in model.mixture(*layer).ids().to_vec().into_iter().enumerate() {
+                let expert = model.mixture_mut(*layer).expert_mut(id).unwrap();
+                expert.logit_offset = -0.1 * e as f32;
+                if let Some(threshold) = &mut expert.threshold {
+                    threshold.values_mut()[0] = 0.3 * e as f32 - 0.2;
+                }
+            }
+        }
+        let (tokens, targets) = batch(5);
+        let mut host = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let mut there = model
+            .train_pass_on(&device, &tokens, &targets, SEQ)
+            .unwrap();
+        let mut traces = vec![(there.layers.clone(), host.layers.clone())];
+        let masked = Some(Masked {
+            layer: 1,
+            expert: model.mixture(1).ids()[2],
+        });
+        if !what.contains("k: 4") {
+            let [a, b] = [Some(&device), None].map(|device| match device {
+                Some(device) => model.score_on(device, &tokens, &targets, SEQ, masked),
+                None => model.score(&tokens, &targets, SEQ, masked),
+            });
+            traces.push((a.unwrap().1, b.unwrap().1));
+        }
+        for (a, b) in traces.iter().flat_map(|(a, b)| a.iter().zip(b)) {
+            let (a, b) = (&a.plan, &b.plan);
+            assert_eq!(a.expert_offsets(), b.expert_offsets(), "{what}");
+            assert_eq!(a.tokens(), b.tokens(), "{what}");
+            assert_eq!(a.token_offsets(), b.token_offsets(), "{what}");
+            assert_eq!(a.token_assignments(), b.token_assignments(), "{what}");
+            assert_eq!(a.token_experts(), b.token_experts(), "{what}");
+            assert_eq!(a.in_use(), b.in_use(), "{what}");
+            assert_eq!(a.tokens_teaching_gate(), b.tokens_teaching_gate(), "{what}");
+            close(&what, a.weights(), b.weights(), 1e-5);
+            let [a, b] =
+                [a, b].map(|plan| plan.probabilities().iter().copied().collect::<Vec<_>>());
+            close(&what, &a, &b, 1e-5);
+        }
+        for (name, param) in params(&model) {
+            let got = there.gradients.copy(param).unwrap();
+            let wanted = host.gradients.copy(param).unwrap();
+            match (got, wanted) {
+                (Some(got), Some(wanted)) => close(&format!("{what}, {name}"), &got, &wanted, 1e-4),
+                (got, wanted) => assert!(got.is_none() && wanted.is_none(), "{what}, {name}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_the_device_cannot_route_has_the_host_s_error() {
+    let Some(device) = device() else { return };
+    let mut model = model();
+    model
+        .mixture_mut(1)
+        .expert_mut(ExpertId(2))
+        .unwrap()
+        .gate
+        .values_mut()[3] = f32::NAN;
+    let (tokens, targets) = batch(0);
+    let host = model
+        .train_pass(&tokens, &targets, SEQ)
+        .map(|_| ())
+        .unwrap_err();
+    let there = model.train_pass_on(&device, &tokens, &targets, SEQ);
+    assert_eq!(there.map(|_| ()).unwrap_err().to_string(), host.to_string());
 }
 
 #[test]

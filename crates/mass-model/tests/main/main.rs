@@ -8,6 +8,8 @@ mod configurations;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_faults;
+#[cfg(feature = "cuda")]
+mod cuda_growth;
 mod damage;
 mod encoder_checkpoints;
 mod experts;

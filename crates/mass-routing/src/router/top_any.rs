@@ -82,6 +82,16 @@ impl TopAny {
         &self.thresholds
     }
 
+    /// What scores must pass: the sigmoid of each threshold.
+    pub fn bounds(&self) -> Vec<f32> {
+        self.thresholds.iter().map(|&g| sigmoid(g)).collect()
+    }
+
+    /// Whether it is in training: a token may go nowhere.
+    pub fn training(&self) -> bool {
+        self.training
+    }
+
     /// Replaces the thresholds, after an optimiser step or when the pool has grown.
     ///
     /// # Errors
@@ -167,7 +177,7 @@ impl Router for TopAny {
                 found,
             });
         }
-        let bounds: Vec<f32> = self.thresholds.iter().map(|&g| sigmoid(g)).collect();
+        let bounds = self.bounds();
         let rule = WeightRule::TopAny;
         let batch = Batch {
             logits,

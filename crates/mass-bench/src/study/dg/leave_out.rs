@@ -7,7 +7,7 @@ use mass_expand::{AlignmentThreshold, StopRule};
 use mass_model::growth::{GrowerConfig, LossOn, Mixtures};
 use mass_model::optim::{AdamW, AdamWConfig, Group, Schedule, Select};
 use mass_model::vit::VitClassifier;
-use mass_model::{CpuGradients, DropoutKeys, Masked, ModelError, TrainPass};
+use mass_model::{DropoutKeys, Masked, ModelError, Place, PlacedGradients, TrainPass};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -59,6 +59,7 @@ pub struct Progress {
 
 /// A model on a set of which one domain is left out.
 pub struct LeaveOut<'a> {
+    place: Place,
     set: &'a Set,
     method: &'a Method,
     seed: u64,
@@ -115,6 +116,7 @@ impl<'a> LeaveOut<'a> {
         let folder = RunContext::checkpoint_dir(Path::new(""), &key);
         let patches = domains.args.out.join("patches");
         Ok(Self {
+            place: domains.args.place.clone(),
             set,
             method,
             seed,
@@ -149,6 +151,10 @@ impl Task for LeaveOut<'_> {
 
     fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    fn place(&self) -> &Place {
+        &self.place
     }
 
     fn identity(&self) -> Value {
@@ -197,9 +203,14 @@ impl Task for LeaveOut<'_> {
         model: &VitClassifier,
         input: &Input,
         step: u64,
-    ) -> Result<TrainPass, ModelError> {
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
         let mut keys = DropoutKeys::new(self.seed, step);
-        model.train_pass(self.set.batch(input), &input.classes, Some(&mut keys))
+        model.train_pass_at(
+            &self.place,
+            self.set.batch(input),
+            &input.classes,
+            Some(&mut keys),
+        )
     }
 
     /// An image each.
@@ -210,7 +221,9 @@ impl Task for LeaveOut<'_> {
         on: LossOn,
         masked: Option<Masked>,
     ) -> Result<Vec<f64>, ModelError> {
-        let of = |input: &Input| model.losses(self.set.batch(input), &input.classes, masked);
+        let of = |input: &Input| {
+            model.losses_at(&self.place, self.set.batch(input), &input.classes, masked)
+        };
         let mut found = Vec::new();
         match on {
             LossOn::Batch => found = of(input)?,
@@ -229,7 +242,7 @@ impl Task for LeaveOut<'_> {
         &self,
         optimizer: &mut AdamW,
         model: &mut VitClassifier,
-        gradients: &mut CpuGradients,
+        gradients: &mut PlacedGradients,
         rate: f64,
     ) -> Result<f64, ModelError> {
         optimizer.step(&mut model.trainable(self.set.frozen)?, gradients, rate)
@@ -246,7 +259,7 @@ impl Task for LeaveOut<'_> {
         if !(ended || step.is_multiple_of(self.evaluate_every)) {
             return Ok(None);
         }
-        let sources = evaluate(model, self.set, &self.split.held_out)?;
+        let sources = evaluate(&self.place, model, self.set, &self.split.held_out)?;
         let mut extra = Map::new();
         extra.insert("source_validation".into(), json!(sources.accuracy));
         extra.insert("source_validation_loss".into(), json!(sources.loss));
@@ -265,7 +278,7 @@ impl Task for LeaveOut<'_> {
         }
         let mut test_loss = None;
         if ended {
-            let on_target = |model| evaluate(model, self.set, &self.split.test);
+            let on_target = |model| evaluate(&self.place, model, self.set, &self.split.test);
             let target = on_target(model)?;
             extra.insert("target_accuracy".into(), json!(target.accuracy));
             test_loss = Some(target.loss);
@@ -332,7 +345,7 @@ impl Task for LeaveOut<'_> {
         run.metric = run.accuracy;
         let left_out = self.set.images.left_out.len();
         let of = [&self.split.held_out[..], &self.split.test].concat();
-        let layers = patches::route(end.model, self.set, &of)?;
+        let layers = patches::route(&self.place, end.model, self.set, &of)?;
         let information = |which: usize| {
             let of = layers.iter().filter_map(|l| l.information()[which]);
             let values: Vec<f64> = of.collect();

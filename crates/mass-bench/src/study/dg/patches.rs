@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use image::{ImageFormat, RgbImage};
+use mass_model::Place;
 use mass_model::growth::Mixtures;
 use mass_model::vit::VitClassifier;
 use mass_routing::{LabelUsage, RoutingPlan, normalized_mutual_information};
@@ -50,6 +51,7 @@ pub(super) struct PatchRouting {
 /// Routes patches of up to [`EXAMPLES`] images of each class and domain, the first of `of`, with the model as in evaluation;
 /// class tokens are not counted. Empty for a model without mixtures.
 pub(super) fn route(
+    place: &Place,
     model: &VitClassifier,
     set: &Set,
     of: &[usize],
@@ -82,7 +84,9 @@ pub(super) fn route(
         .collect();
     for (&(domain, class), images) in &chosen {
         let input = set.plain(images)?;
-        let (_, traces) = model.logits(set.batch(&input), None).map_err(failed)?;
+        let (_, traces) = model
+            .logits_at(place, set.batch(&input), None)
+            .map_err(failed)?;
         let labels = |label, none| -> Vec<usize> {
             let of = |t| if t % tokens == 0 { none } else { label };
             (0..images.len() * tokens).map(of).collect()

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use mass_model::Place;
 use mass_model::vit::VitClassifier;
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,7 @@ pub(super) struct Score {
 
 /// Scores a model on some images, without dropout, noise or augmentation.
 pub(super) fn evaluate(
+    place: &Place,
     model: &VitClassifier,
     set: &Set,
     which: &[usize],
@@ -34,7 +36,9 @@ pub(super) fn evaluate(
     let (mut loss, mut assignments, mut tokens) = (0.0, 0, 0);
     for part in which.chunks(BATCH) {
         let input = set.plain(part)?;
-        let (logits, layers) = model.logits(set.batch(&input), None).map_err(failed)?;
+        let (logits, layers) = model
+            .logits_at(place, set.batch(&input), None)
+            .map_err(failed)?;
         let rows = logits.chunks_exact(model.classes());
         for ((&image, &class), row) in part.iter().zip(&input.classes).zip(rows) {
             let class = class as usize;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use mass_model::bert::{BertClassifier, BertConfig, TextBatch};
 use mass_model::growth::{LossOn, Mixtures};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
-use mass_model::{DropoutKeys, Masked, ModelError, TrainPass};
+use mass_model::{DropoutKeys, Masked, ModelError, Place, PlacedGradients, TrainPass};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -134,6 +134,10 @@ impl Task for FineTune<'_> {
         &self.recipe
     }
 
+    fn place(&self) -> &Place {
+        &self.glue.args.place
+    }
+
     fn identity(&self) -> Value {
         self.identity.clone()
     }
@@ -180,9 +184,9 @@ impl Task for FineTune<'_> {
         model: &BertClassifier,
         (batch, labels): &Self::Batch,
         step: u64,
-    ) -> Result<TrainPass, ModelError> {
+    ) -> Result<TrainPass<PlacedGradients>, ModelError> {
         let mut keys = DropoutKeys::new(self.seed, step);
-        model.train_pass(batch, labels.targets(), Some(&mut keys))
+        model.train_pass_at(self.place(), batch, labels.targets(), Some(&mut keys))
     }
 
     /// An example each.
@@ -193,7 +197,9 @@ impl Task for FineTune<'_> {
         on: LossOn,
         masked: Option<Masked>,
     ) -> Result<Vec<f64>, ModelError> {
-        let of = |(batch, labels): &Self::Batch| model.losses(batch, labels.targets(), masked);
+        let of = |(batch, labels): &Self::Batch| {
+            model.losses_at(self.place(), batch, labels.targets(), masked)
+        };
         let mut found = Vec::new();
         match on {
             LossOn::Batch => found = of(batch)?,
@@ -219,7 +225,7 @@ impl Task for FineTune<'_> {
             return Ok(None);
         }
         let epoch = step / self.per_epoch;
-        let score = score::evaluate(model, self.data)?;
+        let score = score::evaluate(self.place(), model, self.data)?;
         let mut extra = Map::new();
         extra.insert("epoch".into(), json!(epoch));
         for (name, value) in &score.metrics {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use mass_model::Place;
 use mass_model::bert::BertClassifier;
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,11 @@ pub(super) struct DevScore {
 }
 
 /// Scores every development set of a task.
-pub(super) fn evaluate(model: &BertClassifier, data: &TaskData) -> Result<DevScore, BenchError> {
+pub(super) fn evaluate(
+    place: &Place,
+    model: &BertClassifier,
+    data: &TaskData,
+) -> Result<DevScore, BenchError> {
     let mut all = DevScore {
         metric: None,
         accuracy: None,
@@ -38,7 +43,7 @@ pub(super) fn evaluate(model: &BertClassifier, data: &TaskData) -> Result<DevSco
         metrics: BTreeMap::new(),
     };
     for (index, (name, examples)) in data.dev.iter().enumerate() {
-        let (score, loss, mean_k) = one(model, data.task, examples)?;
+        let (score, loss, mean_k) = one(place, model, data.task, examples)?;
         let prefix = if index == 0 {
             (all.metric, all.accuracy) = (Some(score.metric), score.accuracy);
             (all.loss, all.mean_k) = (loss, mean_k);
@@ -57,6 +62,7 @@ pub(super) fn evaluate(model: &BertClassifier, data: &TaskData) -> Result<DevSco
 
 /// Score, mean loss and mean experts a token of one set.
 fn one(
+    place: &Place,
     model: &BertClassifier,
     task: Task,
     examples: &Examples,
@@ -67,7 +73,7 @@ fn one(
     let (mut loss, mut assignments, mut tokens) = (0.0, 0, 0);
     for which in scoring_batches(examples.lengths(), BATCH) {
         let (batch, labels) = examples.batch(&which);
-        let (logits, layers) = model.logits(&batch, None).map_err(failed)?;
+        let (logits, layers) = model.logits_at(place, &batch, None).map_err(failed)?;
         for (&i, row) in which.iter().zip(logits.chunks_exact(width)) {
             outputs[i * width..(i + 1) * width].copy_from_slice(row);
         }

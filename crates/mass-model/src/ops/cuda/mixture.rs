@@ -5,9 +5,9 @@ use std::sync::Arc;
 use mass_cuda::kernels::moe_ffn::{
     self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
 };
-use mass_cuda::kernels::{Store, linear};
+use mass_cuda::kernels::{Store, linear, routing};
 use mass_cuda::{Buffer, CudaError, Device};
-use mass_routing::{AnyRouter, Router, RoutingPlan};
+use mass_routing::{AnyRouter, Combine, PlanParts, Router, RoutingPlan, TopAny, TopK, TopP};
 use ndarray::ArrayView2;
 
 use super::{Cuda, CudaGradients, CudaRows, Sweep};
@@ -18,8 +18,10 @@ use crate::kernels::scratch::Scratch;
 use crate::ops::feed_forward::Everyone;
 use crate::ops::gate::Gated;
 use crate::ops::routing_loss::LossGradients;
-use crate::ops::{Gate, MoeExpert, Network, RoutingLoss, expect_width, moe};
-use crate::param::ParamHandle;
+use crate::ops::{
+    Ahead, Gate, MoeExpert, Network, Pass, Route, Routing, RoutingLoss, expect_width, moe,
+};
+use crate::param::{Param, ParamHandle};
 
 /// A network's matrices and biases on the device, and where their gradients are.
 struct Held {
@@ -125,10 +127,25 @@ impl Assigned {
     }
 }
 
+/// Assignments that the host made, or the device itself.
+enum Assignments {
+    Given(Assigned),
+    Routed(Arc<routing::Plan>),
+}
+
+impl Assignments {
+    fn grouped(&self) -> Grouped<'_> {
+        match self {
+            Self::Given(plan) => plan.grouped(),
+            Self::Routed(plan) => plan.grouped(),
+        }
+    }
+}
+
 /// Networks, what is assigned to them, and what the backward pass needs.
 struct Experts {
     held: Vec<Held>,
-    plan: Assigned,
+    plan: Assignments,
     shape: FfnShape,
     hidden: Option<Hidden>,
 }
@@ -139,7 +156,7 @@ impl Experts {
         pass: &Cuda,
         x: &CudaRows,
         networks: impl Iterator<Item = &'n Network>,
-        plan: host::Grouped<'_>,
+        plan: Assignments,
         shape: host::FfnShape,
     ) -> Result<(Buffer<f32>, Self), ModelError> {
         let device = &pass.device;
@@ -152,8 +169,7 @@ impl Experts {
             activation: shape.activation.into(),
             gated: shape.gated,
         };
-        let assignments = plan.tokens.len();
-        let plan = Assigned::new(device, plan)?;
+        let assignments = plan.grouped().tokens.len();
         let hidden = pass
             .tape
             .as_ref()
@@ -189,11 +205,12 @@ impl Experts {
         dx: (&mut Buffer<f32>, Store),
     ) -> Result<Buffer<f32>, ModelError> {
         let device = sweep.device();
-        let mut d_weights = Buffer::uninitialised(&device, self.plan.tokens.len())?;
+        let plan = self.plan.grouped();
+        let mut d_weights = Buffer::uninitialised(&device, plan.tokens.len())?;
         let Some(hidden) = &mut self.hidden else {
             return Ok(d_weights);
         };
-        let used = |e: usize| self.plan.expert_offsets[e] < self.plan.expert_offsets[e + 1];
+        let used = |e: usize| plan.expert_offsets[e] < plan.expert_offsets[e + 1];
         let mut taken = Vec::with_capacity(self.held.len());
         for (e, expert) in self.held.iter().enumerate() {
             let own = used(e).then(|| expert.take(&mut sweep.params));
@@ -208,7 +225,7 @@ impl Experts {
             &device,
             x.view(),
             &weights,
-            self.plan.grouped(),
+            plan,
             self.shape,
             hidden,
             dy.view(),
@@ -243,7 +260,8 @@ impl Cuda {
             gated: network.up.is_some(),
         };
         let networks = std::iter::once(network);
-        let (y, experts) = Experts::forward(self, &x, networks, everyone.grouped(), shape)?;
+        let plan = Assignments::Given(Assigned::new(&self.device, everyone.grouped())?);
+        let (y, experts) = Experts::forward(self, &x, networks, plan, shape)?;
         Ok(self.output(y, x.shape, move |sweep, dy| {
             let (mut dx, store) = sweep.take(&x)?;
             experts.backward(sweep, &x, &dy, (&mut dx, store))?;
@@ -252,28 +270,46 @@ impl Cuda {
         }))
     }
 
-    /// The mixture layer. The host routes: the logits come down, the plan goes up. Gates other than linear ones are computed on
-    /// the host, of rows that come down too.
+    /// The mixture layer. Behind a linear gate, and without losses on the routing, the device routes by top-p, top-k and top-any
+    /// itself. Else the host does: the logits come down, the plan goes up. Gates other than linear ones are computed on the host,
+    /// of rows that come down too.
     pub(super) fn mixture(
         &mut self,
         x: CudaRows,
         experts: &[MoeExpert],
         (gate, losses): (&Gate, &[RoutingLoss]),
         activation: Activation,
-        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+        routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(CudaRows, Arc<RoutingPlan>), ModelError> {
         let shape = moe::check(&x.shape, experts, gate, activation)?;
-        let (gated, rows) = match gate {
-            Gate::Linear => {
-                let (gated, rows) = self.linear_gate(&x, experts, losses)?;
-                (gated, Some(rows))
+        let linear = match gate {
+            Gate::Linear => Some(self.linear_gate(&x, experts)?),
+            _ => None,
+        };
+        if let (Some((logits, _)), []) = (&linear, losses) {
+            let router = (routing.ahead)()?;
+            if let Some(routed) = self.route(logits, x.shape.0, routing.mask, &router)? {
+                if self.trains() {
+                    router.check_backward(&routed.host)?;
+                }
+                let rows = linear.map(|(_, rows)| rows);
+                return self.routed(x, experts, shape, rows, routed);
             }
-            _ => (gate.logits(&x.values.to_vec()?, experts, x.shape)?, None),
+        }
+        let (gated, rows) = match linear {
+            Some((logits, rows)) => {
+                let mut on_host = Scratch::take(logits.len());
+                logits.view().download(&mut on_host)?;
+                let read = losses.iter().any(RoutingLoss::reads_rows);
+                let rows_on_host = if read { rows.to_vec()? } else { Vec::new() };
+                (Gated::linear(on_host, rows_on_host, experts), Some(rows))
+            }
+            None => (gate.logits(&x.values.to_vec()?, experts, x.shape)?, None),
         };
         let mut plan = RoutingPlan::default();
         let view = ArrayView2::from_shape((x.shape.0, experts.len()), &gated.logits)
             .map_err(crate::ops::gate::internal)?;
-        let router = route(view, &mut plan)?;
+        let router = (routing.route)(view, &mut plan)?;
         let losses = match &self.tape {
             Some(_) => {
                 router.check_backward(&plan)?;
@@ -283,7 +319,8 @@ impl Cuda {
         };
         let plan = Arc::new(plan);
         let networks = experts.iter().map(|e| &e.network);
-        let (y, experts) = Experts::forward(self, &x, networks, moe::grouped(&plan), shape)?;
+        let given = Assignments::Given(Assigned::new(&self.device, moe::grouped(&plan))?);
+        let (y, experts) = Experts::forward(self, &x, networks, given, shape)?;
         let kept = Arc::clone(&plan);
         let y = self.output(y, x.shape, move |sweep, dy| {
             let (mut dx, store) = sweep.take(&x)?;
@@ -294,7 +331,9 @@ impl Cuda {
                 Some(rows) => {
                     let add = &mut |h: &ParamHandle, share: &[f32]| params.add_values(h, share);
                     let d = gated.backward_to_logits(&router, &kept, &losses, &d_weights, add)?;
-                    linear_backward(params, (&gated, &losses), &x, &rows, &d, &mut dx)?;
+                    let d = Buffer::from_slice(&params.device, &d)?;
+                    let of_losses = &losses.rows;
+                    linear_backward(params, gated.handles(), of_losses, &x, &rows, &d, &mut dx)?;
                 }
                 None => {
                     let mut d = Scratch::zeros(x.values.len());
@@ -317,8 +356,7 @@ impl Cuda {
         &self,
         x: &CudaRows,
         experts: &[MoeExpert],
-        losses: &[RoutingLoss],
-    ) -> Result<(Gated, Buffer<f32>), ModelError> {
+    ) -> Result<(Buffer<f32>, Buffer<f32>), ModelError> {
         let (n, dim) = x.shape;
         let mut rows = self.room(experts.len() * dim)?;
         for (e, expert) in experts.iter().enumerate() {
@@ -338,37 +376,168 @@ impl Cuda {
             logits.view_mut(),
             sizes,
         )?;
-        let mut on_host = Scratch::take(logits.len());
-        logits.view().download(&mut on_host)?;
-        let read = losses.iter().any(RoutingLoss::reads_rows);
-        let rows_on_host = if read { rows.to_vec()? } else { Vec::new() };
-        Ok((Gated::linear(on_host, rows_on_host, experts), rows))
+        Ok((logits, rows))
+    }
+
+    /// Routes on the device, if it knows the router's rules. What cannot be routed is left to the host, whose error says more.
+    fn route(
+        &self,
+        logits: &Buffer<f32>,
+        tokens: usize,
+        mask: Option<&[bool]>,
+        router: &AnyRouter,
+    ) -> Result<Option<Routed>, ModelError> {
+        let device = &self.device;
+        let renormalise = |combine| combine != Combine::Raw;
+        // Settings beyond these are the host's affair.
+        let (rules, bounds, combine) = match router {
+            AnyRouter::TopP(r) if *r == TopP::new(r.p(), r.combine())? => {
+                let (p, renormalise) = (r.p(), renormalise(r.combine()));
+                (Rules::TopP { p, renormalise }, None, r.combine())
+            }
+            AnyRouter::TopK(r) if *r == TopK::new(r.k(), r.combine())? => {
+                let (k, renormalise) = (r.k(), renormalise(r.combine()));
+                (Rules::TopK { k, renormalise }, None, r.combine())
+            }
+            AnyRouter::TopAny(r) => {
+                let mut plain = TopAny::new(r.thresholds().to_vec())?;
+                plain.set_training(r.training());
+                if *r != plain {
+                    return Ok(None);
+                }
+                let bounds = Buffer::from_slice(device, &r.bounds())?;
+                let training = r.training();
+                (Rules::TopAny { training }, Some(bounds), Combine::Raw)
+            }
+            _ => return Ok(None),
+        };
+        let experts = logits.len() / tokens.max(1);
+        let in_use = mask.map(|mask| {
+            let words: Vec<u32> = mask.iter().map(|&used| u32::from(used)).collect();
+            Buffer::from_slice(device, &words)
+        });
+        let in_use = in_use.transpose()?;
+        let on_device = match (rules, &bounds) {
+            (Rules::TopP { p, renormalise }, _) => routing::Router::TopP { p, renormalise },
+            (Rules::TopK { k, renormalise }, _) => routing::Router::TopK { k, renormalise },
+            (Rules::TopAny { training }, Some(bounds)) => {
+                let bounds = bounds.view();
+                routing::Router::TopAny { bounds, training }
+            }
+            (Rules::TopAny { .. }, None) => return Ok(None),
+        };
+        let in_use = in_use.as_ref().map(Buffer::view);
+        let mut plan = match routing::route(device, logits.view(), experts, in_use, on_device) {
+            Ok(plan) => plan,
+            Err(
+                CudaError::NonFiniteLogit { .. }
+                | CudaError::AllExpertsMasked { .. }
+                | CudaError::TooFewExperts { .. }
+                | CudaError::Setting { .. }
+                | CudaError::Length { .. }
+                | CudaError::TooLarge { .. },
+            ) => return Ok(None),
+            Err(other) => return Err(other.into()),
+        };
+        if combine == Combine::StraightThrough {
+            plan = plan.straight_through()?;
+        }
+        let parts = PlanParts {
+            expert_offsets: plan.expert_offsets.clone(),
+            tokens: plan.tokens.to_vec()?,
+            weights: plan.weights.to_vec()?,
+            scores: plan.scores.to_vec()?,
+            in_use: mask.map(<[bool]>::to_vec),
+        };
+        Ok(Some(Routed {
+            host: Arc::new(RoutingPlan::from_parts(tokens, parts, router)?),
+            device: Arc::new(plan),
+            bounds,
+        }))
+    }
+
+    /// The mixture layer by a plan that the device has made.
+    fn routed(
+        &mut self,
+        x: CudaRows,
+        experts: &[MoeExpert],
+        shape: host::FfnShape,
+        rows: Option<Buffer<f32>>,
+        routed: Routed,
+    ) -> Result<(CudaRows, Arc<RoutingPlan>), ModelError> {
+        let gates: Vec<ParamHandle> = experts.iter().map(|e| e.gate.handle()).collect();
+        let thresholds = experts.iter().filter_map(|e| e.threshold.as_ref());
+        let thresholds: Vec<ParamHandle> = thresholds.map(Param::handle).collect();
+        let networks = experts.iter().map(|e| &e.network);
+        let plan = Assignments::Routed(Arc::clone(&routed.device));
+        let (y, experts) = Experts::forward(self, &x, networks, plan, shape)?;
+        let (plan, bounds) = (routed.device, routed.bounds);
+        let y = self.output(y, x.shape, move |sweep, dy| {
+            let (mut dx, store) = sweep.take(&x)?;
+            let d_weights = experts.backward(sweep, &x, &dy, (&mut dx, store))?;
+            let params = &mut sweep.params;
+            let device = params.device.clone();
+            let mut d = Buffer::zeros(&device, plan.scores.len())?;
+            routing::backward(&device, &plan, d_weights.view(), d.view_mut())?;
+            if let Some(bounds) = &bounds {
+                let mut shares = Buffer::zeros(&device, bounds.len())?;
+                let (from, to) = (d_weights.view(), shares.view_mut());
+                routing::backward_thresholds(&device, &plan, from, bounds.view(), to)?;
+                for (e, handle) in thresholds.iter().enumerate() {
+                    let own = shares.view().range(e..e + 1)?;
+                    params.add(handle, |gradient, store| {
+                        super::elementwise::masked(&device, None, own, gradient, store)
+                    })?;
+                }
+            }
+            if let Some(rows) = &rows {
+                linear_backward(params, &gates, &[], &x, rows, &d, &mut dx)?;
+            }
+            sweep.put(&x, dx);
+            Ok(())
+        });
+        Ok((y, routed.host))
     }
 }
 
-/// Takes the gradient by the logits, which lies on the host, to the rows of a linear gate, and adds it to `dx`.
+/// A router whose rules the device knows.
+enum Rules {
+    TopP { p: f32, renormalise: bool },
+    TopK { k: usize, renormalise: bool },
+    TopAny { training: bool },
+}
+
+/// A plan that the device has made, and the same on the host.
+struct Routed {
+    device: Arc<routing::Plan>,
+    host: Arc<RoutingPlan>,
+    /// What scores of top-any must pass.
+    bounds: Option<Buffer<f32>>,
+}
+
+/// Takes the gradient by the logits to the rows of a linear gate, where those of losses on the rows join it, and adds it to `dx`.
 fn linear_backward(
     params: &mut CudaGradients,
-    (gated, losses): (&Gated, &LossGradients),
+    handles: &[ParamHandle],
+    of_losses: &[Vec<f32>],
     x: &CudaRows,
     rows: &Buffer<f32>,
-    d_logits: &[f32],
+    d_logits: &Buffer<f32>,
     dx: &mut Buffer<f32>,
 ) -> Result<(), ModelError> {
     let device = params.device.clone();
-    let d = Buffer::from_slice(&device, d_logits)?;
     let (_, dim) = x.shape;
     let sizes = (dim, rows.len() / dim);
-    let store = Store::Add;
-    linear::backward_input(&device, d.view(), rows.view(), dx.view_mut(), sizes, store)?;
+    let (d, store) = (d_logits.view(), Store::Add);
+    linear::backward_input(&device, d, rows.view(), dx.view_mut(), sizes, store)?;
     let mut d_rows = Buffer::uninitialised(&device, rows.len())?;
     let (to, store) = (d_rows.view_mut(), Store::Replace);
-    linear::backward_weight(&device, x.view(), d.view(), to, None, sizes, store)?;
-    for share in &losses.rows {
+    linear::backward_weight(&device, x.view(), d, to, None, sizes, store)?;
+    for share in of_losses {
         let share = Buffer::from_slice(&device, share)?;
         super::elementwise::add_into(&device, share.view(), d_rows.view_mut())?;
     }
-    for (e, handle) in gated.handles().iter().enumerate() {
+    for (e, handle) in handles.iter().enumerate() {
         let own = d_rows.view().range(e * dim..(e + 1) * dim)?;
         params.add(handle, |gradient, store| {
             super::elementwise::masked(&device, None, own, gradient, store)

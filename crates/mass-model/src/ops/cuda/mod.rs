@@ -73,7 +73,11 @@ impl CudaGradients {
     }
 
     /// Adds values of the host to a parameter's gradient.
-    fn add_values(&mut self, param: &ParamHandle, share: &[f32]) -> Result<(), ModelError> {
+    pub(crate) fn add_values(
+        &mut self,
+        param: &ParamHandle,
+        share: &[f32],
+    ) -> Result<(), ModelError> {
         let share = Buffer::from_slice(&self.device, share)?;
         let device = self.device.clone();
         self.add(param, |gradient, store| {
@@ -93,7 +97,7 @@ impl CudaGradients {
     }
 
     /// Takes a gradient out to be added to: zeros if there is none yet.
-    fn take_or_zeros(&mut self, param: &ParamHandle) -> Result<Buffer<f32>, ModelError> {
+    pub(crate) fn take_or_zeros(&mut self, param: &ParamHandle) -> Result<Buffer<f32>, ModelError> {
         let (mut gradient, store) = self.take_to_add(param)?;
         if store == Store::Replace {
             gradient.view_mut().clear()?;
@@ -101,8 +105,20 @@ impl CudaGradients {
         Ok(gradient)
     }
 
-    fn put(&mut self, param: &ParamHandle, gradient: Buffer<f32>) {
+    pub(crate) fn put(&mut self, param: &ParamHandle, gradient: Buffer<f32>) {
         self.of.insert(param.id(), gradient);
+    }
+
+    /// Lets `write` change a parameter's gradient, if there is one.
+    pub(crate) fn write(
+        &mut self,
+        param: &ParamHandle,
+        write: impl FnOnce(ViewMut<'_, f32>) -> Result<(), CudaError>,
+    ) -> Result<(), ModelError> {
+        match self.of.get_mut(&param.id()) {
+            Some(gradient) => Ok(write(gradient.view_mut())?),
+            None => Ok(()),
+        }
     }
 }
 

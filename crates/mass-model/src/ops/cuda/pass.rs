@@ -5,8 +5,7 @@ use mass_cuda::kernels::{
     self, Store, attention, cross_entropy, dots, elementwise, embedding, layer_norm, linear,
     patches, squared_error,
 };
-use mass_routing::{AnyRouter, RoutingPlan};
-use ndarray::ArrayView2;
+use mass_routing::RoutingPlan;
 
 use super::{Cuda, CudaLoss, CudaRows, Sweep};
 use crate::error::ModelError;
@@ -15,7 +14,8 @@ use crate::kernels::dropout::Dropout;
 use crate::kernels::scratch::Scratch;
 use crate::mirror::Mirror;
 use crate::ops::{
-    self, Attention, Gate, MoeExpert, Network, Pass, RoutingLoss, Sequences, Taps, expect_width,
+    self, Ahead, Attention, Gate, MoeExpert, Network, Pass, Route, Routing, RoutingLoss, Sequences,
+    Taps, expect_width,
 };
 use crate::param::Param;
 
@@ -255,9 +255,9 @@ impl Pass for Cuda {
         experts: &[MoeExpert],
         gate: (&Gate, &[RoutingLoss]),
         activation: Activation,
-        route: impl FnOnce(ArrayView2<'_, f32>, &mut RoutingPlan) -> Result<AnyRouter, ModelError>,
+        routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(CudaRows, Arc<RoutingPlan>), ModelError> {
-        self.mixture(x, experts, gate, activation, route)
+        self.mixture(x, experts, gate, activation, routing)
     }
 
     fn pick_rows(&mut self, x: CudaRows, picked: &[usize]) -> Result<CudaRows, ModelError> {
