@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod cuda;
+mod docs;
 mod forward;
 mod run;
 
@@ -23,6 +24,7 @@ Usage: cargo xtask <command> [arguments]
   data fetch MODEL    download a model from the Hugging Face Hub
   cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
   cuda-emu            run mass-cuda's tests on an emulated GPU
+  docs                make a site of reference, documents and reports, and check its links
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(&arguments),
         Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
         Some("cuda-emu") => cuda::emulate(&arguments[1..]),
+        Some("docs") => docs::run(&arguments[1..]),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -45,7 +48,7 @@ fn main() -> ExitCode {
                 format!("unknown command `{o}`")
             });
             eprintln!(
-                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, ci"
+                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, docs, ci"
             );
             ExitCode::from(2)
         }

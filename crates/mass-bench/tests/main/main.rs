@@ -5,10 +5,14 @@ mod browser;
 mod cli;
 mod configurations;
 mod data_check;
+// It asks the registry about packages of every platform.
+#[cfg(feature = "hub")]
+mod dependencies;
 mod dg_data;
 mod dg_study;
 mod documents;
 mod dynmoe;
+mod fuzz;
 mod ginc;
 mod glue_data;
 mod glue_metrics;
