@@ -96,6 +96,7 @@ fn links(prose: &str) -> Vec<&str> {
     let inline = inline.filter_map(|rest| rest.split_once(')').map(|(link, _)| link));
     let below = prose.lines().filter(|line| line.starts_with('['));
     let below = below.filter_map(|line| line.split_once("]: ").map(|(_, link)| link.trim()));
+    let below = below.filter(|link| !link.contains(' '));
     inline.chain(below).collect()
 }
 
@@ -177,7 +178,7 @@ fn dead_links_are_found() {
     )
     .unwrap();
     fs::write(&here, "# Here\n").unwrap();
-    let text = "see [x](../there.md#one-two-three),\n[y]: #here\n[z]: https://a.b/c\n```\n[no](link)\n```\n[t](../there.md#four)";
+    let text = "see [x](../there.md#one-two-three),\n[y]: #here\n[z]: https://a.b/c\n[1]: is none\n```\n[no](link)\n```\n[t](../there.md#four)";
     let text = prose(text);
     let found = links(&text);
     assert_eq!(
