@@ -1,4 +1,4 @@
-//! `cargo xtask docs`: a site of the reference, the documents and the reports, and a check of its links.
+//! `cargo xtask docs`: a site of the reference and the documents, and a check of its links.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -16,10 +16,12 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .5em }</style>
 ";
 
 const HELP: &str = "\
-Usage: cargo xtask docs
+Usage: cargo xtask docs [--reports]
 
-Makes a site in target/doc: the reference of every crate, the documents of docs/ and the reports of the published results,
-with docs/README.md as its front page. Fails if rustdoc warns, or if a link within the site leads nowhere.";
+Makes a site in target/doc: the reference of every crate and the documents of docs/, with docs/README.md as its front page. Fails
+if rustdoc warns, or if a link within the site leads nowhere.
+
+  --reports   the reports of the published results too, for which mass-bench is built";
 
 /// Builds the site and checks it.
 pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
@@ -27,15 +29,14 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
         println!("{HELP}");
         return ExitCode::SUCCESS;
     }
-    if let Some(argument) = arguments.first() {
-        eprintln!(
-            "error: docs takes no arguments, `{}` was given",
-            argument.to_string_lossy()
-        );
+    let reports = arguments.first().is_some_and(|a| a == "--reports");
+    if let Some(argument) = arguments.get(usize::from(reports)) {
+        let argument = argument.to_string_lossy();
+        eprintln!("error: docs takes --reports alone, `{argument}` was given");
         return ExitCode::from(2);
     }
     let site = target().join("doc");
-    match build(&site).and_then(|()| check(&site)) {
+    match build(&site, reports).and_then(|()| check(&site)) {
         Ok((pages, links)) => {
             println!(
                 "{}: {pages} pages, {links} links",
@@ -50,7 +51,7 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-fn build(site: &Path) -> Outcome<()> {
+fn build(site: &Path, reports: bool) -> Outcome<()> {
     // Pages of what is no longer there would be checked too.
     if site.exists() {
         fs::remove_dir_all(site).map_err(|e| format!("{}: {e}", site.display()))?;
@@ -68,8 +69,8 @@ fn build(site: &Path) -> Outcome<()> {
     for file in files(&docs)? {
         let name = relative(&file, &docs);
         if name.ends_with(".md") {
-            render(&file, &name, &style, site)?;
-        } else if name.ends_with("/results.json") {
+            render(&file, &name, &style, site, reports)?;
+        } else if reports && name.ends_with("/results.json") {
             let from = file.parent().unwrap_or(&docs);
             let mut report = cargo();
             // Of all packages, as tests are built: of one, its dependencies would be built anew.
@@ -89,7 +90,7 @@ fn build(site: &Path) -> Outcome<()> {
 }
 
 /// Makes a page of a document, in the same place of the site as in `docs/`.
-fn render(file: &Path, name: &str, style: &Path, site: &Path) -> Outcome<()> {
+fn render(file: &Path, name: &str, style: &Path, site: &Path, reports: bool) -> Outcome<()> {
     let page = site.join(page(name));
     let folder = page.parent().unwrap_or(site);
     fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -113,7 +114,7 @@ fn render(file: &Path, name: &str, style: &Path, site: &Path) -> Outcome<()> {
     while let Some((before, after)) = rest.split_once("href=\"") {
         let (link, after) = after.split_once('"').ok_or("a link without an end")?;
         out.push_str(before);
-        out.push_str(&format!("href=\"{}\"", place(link, name)));
+        out.push_str(&format!("href=\"{}\"", place(link, name, reports)));
         rest = after;
     }
     out.push_str(rest);
@@ -130,7 +131,7 @@ fn page(name: &str) -> String {
 }
 
 /// What a link of a document in `docs/` is on the site; what is not on the site is in the repository.
-fn place(link: &str, document: &str) -> String {
+fn place(link: &str, document: &str, reports: bool) -> String {
     if link.contains("://") || link.starts_with('#') {
         return link.to_owned();
     }
@@ -144,16 +145,16 @@ fn place(link: &str, document: &str) -> String {
     if path == "crates/mass-expand/src/guide.rs" {
         return format!("{up}mass_expand/guide/index.html");
     }
-    match path.strip_prefix("docs/") {
-        Some(name) if name.ends_with(".md") => format!("{up}{}{fragment}", page(name)),
-        Some(name) => format!(
-            "{up}reports/{}/report.html",
-            name.trim_start_matches("results/")
-        ),
-        None => match path.strip_prefix("crates/") {
-            Some(name) if name.starts_with("mass-") && !name.contains('/') => crate_page(name),
-            _ => format!("{REPOSITORY}/blob/main/{path}{fragment}"),
-        },
+    let document = path.strip_prefix("docs/");
+    if let Some(name) = document.filter(|name| name.ends_with(".md")) {
+        return format!("{up}{}{fragment}", page(name));
+    }
+    if let Some(name) = path.strip_prefix("docs/results/").filter(|_| reports) {
+        return format!("{up}reports/{name}/report.html");
+    }
+    match path.strip_prefix("crates/") {
+        Some(name) if name.starts_with("mass-") && !name.contains('/') => crate_page(name),
+        _ => format!("{REPOSITORY}/blob/main/{path}{fragment}"),
     }
 }
 
@@ -208,9 +209,9 @@ fn check(site: &Path) -> Outcome<(usize, usize)> {
                 dead.push(format!("{name}: {link}"));
                 continue;
             };
-            // Lines of source are found by a script.
-            let by_script = fragment.is_empty() || to.starts_with("src/");
-            if !by_script && !there.contains(fragment) {
+            // Lines of source are found by a script, and pages that have moved hand the fragment on.
+            let by_script = to.starts_with("src/") || pages[&to].contains("<p>Redirecting to");
+            if !fragment.is_empty() && !by_script && !there.contains(fragment) {
                 dead.push(format!("{name}: {link} (no such place on the page)"));
             }
         }

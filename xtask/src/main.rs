@@ -24,7 +24,7 @@ Usage: cargo xtask <command> [arguments]
   data fetch MODEL    download a model from the Hugging Face Hub
   cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
   cuda-emu            run mass-cuda's tests on an emulated GPU
-  docs                make a site of reference, documents and reports, and check its links
+  docs                make a site of the reference and the documents, and check its links
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.
