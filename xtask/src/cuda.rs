@@ -7,7 +7,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use crate::run::{cargo, exit_code, root};
+use crate::run::{Outcome, cargo, exit_code, must, read, root, target, write};
 
 /// The compiler of the kernels, and of that compiler's output. Any other version gives other bytes.
 const WHEELS: [&str; 2] = [
@@ -25,35 +25,11 @@ pub(crate) fn home() -> PathBuf {
     root().join("crates/mass-cuda")
 }
 
-pub(crate) fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
-}
-
-/// What ended a command early: it has been told.
-pub(crate) type Outcome<T> = Result<T, String>;
-
 pub(crate) fn report(outcome: Outcome<ExitCode>) -> ExitCode {
     outcome.unwrap_or_else(|message| {
         eprintln!("error: {message}");
         ExitCode::FAILURE
     })
-}
-
-fn read(path: &Path) -> Outcome<String> {
-    fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))
-}
-
-pub(crate) fn write(path: &Path, text: &str) -> Outcome<()> {
-    fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
-}
-
-pub(crate) fn must(command: &mut Command) -> Outcome<()> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    match command.status() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!("{program} failed: {status}")),
-        Err(e) => Err(format!("cannot run {program}: {e}")),
-    }
 }
 
 /// The kernels' sources: what all share, then the others by name.

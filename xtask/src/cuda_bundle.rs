@@ -7,8 +7,8 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-use crate::cuda::{Outcome, build_driver, home, must, report, target, write};
-use crate::run::{cargo, root};
+use crate::cuda::{build_driver, home, report};
+use crate::run::{Outcome, cargo, must, root, target, write};
 
 const HELP: &str = "\
 Usage: cargo xtask cuda-bundle [--try]

@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod cuda;
 mod cuda_bundle;
+mod docs;
 mod forward;
 mod run;
 
@@ -25,6 +26,7 @@ Usage: cargo xtask <command> [arguments]
   cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
   cuda-emu            run the tests that need a GPU on an emulated one
   cuda-bundle         make an archive that checks and measures a GPU elsewhere
+  docs                make a site of the reference and the documents, and check its links
   ci                  run what CI runs
 
 `cargo xtask <command> --help` lists a command's arguments.
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
         Some("cuda-emu") => cuda::emulate(&arguments[1..]),
         Some("cuda-bundle") => cuda_bundle::run(&arguments[1..]),
+        Some("docs") => docs::run(&arguments[1..]),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -48,7 +51,7 @@ fn main() -> ExitCode {
                 format!("unknown command `{o}`")
             });
             eprintln!(
-                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, cuda-bundle, ci"
+                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, cuda-bundle, docs, ci"
             );
             ExitCode::from(2)
         }

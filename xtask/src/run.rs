@@ -1,7 +1,8 @@
-//! Running other programs.
+//! Running other programs, and what else commands share.
 
 use std::{
-    path::PathBuf,
+    fs,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
@@ -44,5 +45,31 @@ pub(crate) fn exit_code(mut command: Command) -> ExitCode {
             eprintln!("error: cannot run {program}: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Where cargo builds.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// What ended a command early: it has been told.
+pub(crate) type Outcome<T> = Result<T, String>;
+
+pub(crate) fn read(path: &Path) -> Outcome<String> {
+    fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))
+}
+
+pub(crate) fn write(path: &Path, text: &str) -> Outcome<()> {
+    fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+}
+
+/// Runs a program that has to succeed.
+pub(crate) fn must(command: &mut Command) -> Outcome<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{program} failed: {status}")),
+        Err(e) => Err(format!("cannot run {program}: {e}")),
     }
 }

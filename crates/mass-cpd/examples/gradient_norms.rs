@@ -26,39 +26,35 @@ struct Stream {
 }
 
 impl Stream {
-    fn update(&mut self, step: usize, x: f64) -> Result<(), mass_cpd::CpdError> {
+    /// The alarm that an observation raises, in words.
+    fn update(&mut self, step: usize, x: f64) -> Result<Option<String>, mass_cpd::CpdError> {
         if x == 0.0 {
-            return Ok(());
+            return Ok(None);
         }
         let seen = self.detector.update(x)?;
         self.steps.push(step);
-        if seen.alarm {
-            let onset = seen.onset.map_or(step, |o| self.steps[o as usize - 1]);
-            let p = seen.p_horizon.unwrap_or(1.0);
-            println!(
-                "step {step}: {} changed, probably at step {onset} (p = {p:.1e})",
-                self.name
-            );
+        if !seen.alarm {
+            return Ok(None);
         }
-        Ok(())
+        let onset = seen.onset.map_or(step, |o| self.steps[o as usize - 1]);
+        let p = seen.p_horizon.unwrap_or(1.0);
+        let name = &self.name;
+        Ok(Some(format!(
+            "step {step}: {name} changed, probably at step {onset} (p = {p:.1e})"
+        )))
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let path = env::args().nth(1).ok_or("usage: gradient_norms FILE.csv")?;
-    let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
+/// The alarms in the text of a file.
+pub(crate) fn alarms(text: &str) -> Result<Vec<String>, Box<dyn std::error::Error>> {
     let mut lines = text.lines();
-    let header: Vec<&str> = lines
-        .next()
-        .ok_or("the file is empty")?
-        .split(',')
-        .map(str::trim)
-        .collect();
+    let header = lines.next().ok_or("the file is empty")?;
+    let header: Vec<&str> = header.split(',').map(str::trim).collect();
     let watched: Vec<usize> = (0..header.len())
         .filter(|&i| header[i] == "loss" || header[i].starts_with("norm_"))
         .collect();
     if watched.is_empty() {
-        return Err(format!("{path}: no column `loss` or `norm_*` in {header:?}").into());
+        return Err(format!("no column `loss` or `norm_*` in {header:?}").into());
     }
     let detector = CalibratedCusumParams::training(watched.len() + 1).check()?;
     let stream = |name: &str| Stream {
@@ -68,30 +64,39 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let mut streams: Vec<Stream> = watched.iter().map(|&i| stream(header[i])).collect();
     let mut layer = stream("layer");
+    let mut alarms = Vec::new();
     for (step, line) in lines.enumerate() {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
         if fields.len() != header.len() {
-            return Err(format!(
-                "{path}, step {step}: {} fields, not {}",
-                fields.len(),
-                header.len()
-            )
-            .into());
+            let (found, needed) = (fields.len(), header.len());
+            return Err(format!("step {step}: {found} fields, not {needed}").into());
         }
         let mut square = 0.0;
         for (stream, &column) in streams.iter_mut().zip(&watched) {
-            let field = fields[column];
-            let value: f64 = field
-                .parse()
-                .map_err(|e| format!("{path}, step {step}, {}: {field:?}: {e}", header[column]))?;
-            stream.update(step, value)?;
-            if header[column].starts_with("norm_") {
+            let (name, field) = (header[column], fields[column]);
+            let refused = |why: String| format!("step {step}, {name}: {field:?}: {why}");
+            let value: f64 = field.parse().map_err(|e| refused(format!("{e}")))?;
+            alarms.extend(
+                stream
+                    .update(step, value)
+                    .map_err(|e| refused(e.to_string()))?,
+            );
+            if name.starts_with("norm_") {
                 square += value * value;
             }
         }
         if square > 0.0 {
-            layer.update(step, square.sqrt())?;
+            alarms.extend(layer.update(step, square.sqrt())?);
         }
+    }
+    Ok(alarms)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let path = env::args().nth(1).ok_or("usage: gradient_norms FILE.csv")?;
+    let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
+    for alarm in alarms(&text).map_err(|e| format!("{path}: {e}"))? {
+        println!("{alarm}");
     }
     Ok(())
 }

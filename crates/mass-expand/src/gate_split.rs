@@ -225,6 +225,39 @@ pub fn bisect(
     })
 }
 
+/// [`bisect`] on a plain slice of gate inputs, token by token, each as long as the gate row.
+///
+/// # Errors
+/// As there, and [`ExpandError::Shape`] if the inputs are not whole tokens.
+///
+/// # Examples
+/// ```
+/// use mass_expand::{BisectParams, bisect_slice};
+/// let tokens = [-2.0, 0.1, -1.0, -0.1, 1.0, -0.1, 2.0, 0.1];
+/// let halves = bisect_slice(&tokens, &[0.5, 0.5], 0.0, BisectParams::default())?;
+/// assert!(halves.direction[0] > 0.99);
+/// # Ok::<(), mass_expand::ExpandError>(())
+/// ```
+pub fn bisect_slice(
+    inputs: &[f32],
+    gate_row: &[f32],
+    offset: f32,
+    params: BisectParams,
+) -> Result<Bisection, ExpandError> {
+    let dim = gate_row.len();
+    let tokens = inputs.len().checked_div(dim);
+    let tokens = tokens.ok_or(ExpandError::Empty { what: "gate row" })?;
+    match ArrayView2::from_shape((tokens, dim), inputs) {
+        // A view would take a slice that is longer than it.
+        Ok(view) if view.len() == inputs.len() => bisect(view, gate_row, offset, params),
+        _ => Err(ExpandError::Shape {
+            what: "gate inputs (whole tokens, each as long as the gate row)",
+            got: inputs.len(),
+            expected: tokens * dim,
+        }),
+    }
+}
+
 fn check(
     params: &BisectParams,
     gate_row: &[f32],

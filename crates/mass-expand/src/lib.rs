@@ -7,6 +7,7 @@ mod decomposition;
 mod error;
 mod expert;
 mod gate_split;
+pub mod guide;
 mod redundancy;
 mod sweep;
 
@@ -21,7 +22,7 @@ pub use decomposition::{Decomposition, decompose, divide_gradient, project_onto_
 pub use error::ExpandError;
 pub use expert::ExpertId;
 pub use gate_split::{
-    BisectDirection, BisectParams, Bisection, absorb_mass, bisect, preserve_mass,
+    BisectDirection, BisectParams, Bisection, absorb_mass, bisect, bisect_slice, preserve_mass,
 };
 pub use redundancy::{
     Reduction, RedundancyShare, redundancy_gradient, redundancy_loss, redundancy_shares,

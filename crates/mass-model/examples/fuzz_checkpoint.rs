@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use checkpoint::{Harness, Outcome};
 
-#[path = "../fuzz/checkpoint.rs"]
+#[path = "../tests/fuzz/checkpoint.rs"]
 mod checkpoint;
-#[path = "../fuzz/mutate.rs"]
+#[path = "../tests/fuzz/mutate.rs"]
 mod mutate;
 
 fn main() -> ExitCode {
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     let mut harness = Harness::new();
     let (mut read, mut slowest) = (0u64, (0.0, 0));
     for number in first..first + inputs {
-        let input = mutate::input(&harness, number);
+        let input = checkpoint::input(&harness, number);
         let begun = Instant::now();
         let run = || harness.run(&input);
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {

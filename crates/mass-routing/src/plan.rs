@@ -15,6 +15,8 @@ pub use parts::PlanParts;
 
 pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
 
+use crate::RoutingError;
+
 /// How the probabilities of a token's selected experts become its routing weights.
 ///
 /// The choice decides the weights, and what the gate learns from: see [`RoutingPlan::backward`]. Renormalised weights depend on the
@@ -287,6 +289,53 @@ impl RoutingPlan {
                 WeightRule::Given => false,
             })
             .count()
+    }
+
+    /// Each expert's share of the batch's loss, which says where one more expert is worth most:
+    ///
+    /// ```text
+    /// share[e] = Σ_(t of e) w[t, e] loss[t] / Σ_e' Σ_(t of e') w[t, e'] loss[t]
+    /// ```
+    ///
+    /// `token_losses` has one for each of the `N` tokens; the result has `K` entries, all of them `None` if the sum below the line
+    /// is not positive.
+    ///
+    /// # Errors
+    /// Another number of losses than of tokens, or one that is NaN or infinite.
+    ///
+    /// # Examples
+    /// ```
+    /// use mass_routing::RoutingPlan;
+    /// // Token 0 goes to expert 0, token 1 to both.
+    /// let plan = RoutingPlan::from_assignments(2, 2, [(0, 0, 1.0), (1, 0, 0.5), (1, 1, 0.5)])?;
+    /// assert_eq!(plan.loss_shares(&[1.0, 2.0])?, [Some(2.0 / 3.0), Some(1.0 / 3.0)]);
+    /// # Ok::<(), mass_routing::RoutingError>(())
+    /// ```
+    pub fn loss_shares(&self, token_losses: &[f32]) -> Result<Vec<Option<f64>>, RoutingError> {
+        if token_losses.len() != self.num_tokens {
+            return Err(RoutingError::ShapeMismatch {
+                what: "token losses",
+                expected: self.num_tokens,
+                found: token_losses.len(),
+            });
+        }
+        if let Some(index) = token_losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(RoutingError::NonFinite {
+                what: "token losses",
+                index,
+                value: token_losses[index].into(),
+            });
+        }
+        let loss = |(&t, &w): (&u32, &f32)| f64::from(w) * f64::from(token_losses[t as usize]);
+        let of = |e| {
+            let segment = self.segment(e);
+            let weights = &self.weights[segment.clone()];
+            self.tokens[segment].iter().zip(weights).map(loss).sum()
+        };
+        let losses: Vec<f64> = (0..self.num_experts).map(of).collect();
+        let total: f64 = losses.iter().sum();
+        let share = |loss| (total > 0.0).then(|| loss / total);
+        Ok(losses.into_iter().map(share).collect())
     }
 
     /// Empties the plan but keeps its buffers.

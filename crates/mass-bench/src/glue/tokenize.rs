@@ -16,6 +16,19 @@ use super::error::GlueError;
 /// Special tokens that BERT needs.
 const NEEDED: [&str; 3] = ["[UNK]", "[CLS]", "[SEP]"];
 
+/// A `tokenizer.json`, without what turns ids back into text and is not needed here.
+fn read_json(path: &Path) -> Result<Tokenizer, GlueError> {
+    let bytes = std::fs::read(path).map_err(|e| broken(path, e))?;
+    let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| broken(path, e))?;
+    if let Some(decoder) = value.get_mut("decoder") {
+        *decoder = Value::Null;
+    }
+    // The library panics where some of its parts cannot be read, a precompiled normaliser for one.
+    let parsed = std::panic::catch_unwind(|| value.to_string().parse::<Tokenizer>());
+    let parsed = parsed.map_err(|_| broken(path, "its parts do not fit together"))?;
+    parsed.map_err(|e| broken(path, e))
+}
+
 /// A text, or two, as the model reads them: `[CLS] first [SEP]` or `[CLS] first [SEP] second [SEP]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
@@ -47,7 +60,7 @@ impl TextTokenizer {
         let json = dir.join("tokenizer.json");
         let config = dir.join("tokenizer_config.json");
         if json.exists() {
-            let mut inner = Tokenizer::from_file(&json).map_err(|e| broken(&json, e))?;
+            let mut inner = read_json(&json)?;
             let rules = Rules::read(&config, false)?;
             if let Some(NormalizerWrapper::BertNormalizer(own)) = inner.get_normalizer() {
                 let both = rules.over(*own);

@@ -1,7 +1,7 @@
-//! What the documents print is what the results beside them say.
+//! What the documents print is what the results beside them say, and their links lead somewhere.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use mass_bench::cli::{Cli, Command};
@@ -129,4 +129,149 @@ fn the_readme_is_narrow_its_commands_exist_and_its_picture_is_the_study_s() {
         fs::read_to_string(root.join("docs/results/frontier.svg")).unwrap(),
         picture
     );
+}
+
+/// Where the repository's files are to be read.
+const PUBLISHED: [&str; 3] = [
+    "https://github.com/mass-moe/mass/blob/main/",
+    "https://github.com/mass-moe/mass/tree/main/",
+    "https://raw.githubusercontent.com/mass-moe/mass/main/",
+];
+
+/// Every Markdown file below a folder, but for what was built and what is hidden.
+fn markdown(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            markdown(&path, found);
+        } else if name.ends_with(".md") {
+            found.push(path);
+        }
+    }
+}
+
+/// A document without its blocks of code.
+fn prose(text: &str) -> String {
+    let blocks = text.split("\n```").step_by(2);
+    blocks.collect::<Vec<_>>().join("\n")
+}
+
+/// Targets of `[..](..)` and `[..]: ..`.
+fn links(prose: &str) -> Vec<&str> {
+    let inline = prose.split("](").skip(1);
+    let inline = inline.filter_map(|rest| rest.split_once(')').map(|(link, _)| link));
+    let below = prose.lines().filter(|line| line.starts_with('['));
+    let below = below.filter_map(|line| line.split_once("]: ").map(|(_, link)| link.trim()));
+    let below = below.filter(|link| !link.contains(' '));
+    inline.chain(below).collect()
+}
+
+/// The fragments by which headings of a document are reached.
+fn headings(text: &str) -> Vec<String> {
+    let text = prose(text);
+    let headings = text.lines().filter(|line| line.starts_with('#'));
+    let fragment = |heading: &str| {
+        let heading = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = heading
+            .chars()
+            .filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(fragment).collect()
+}
+
+/// What is wrong with a link in a document, `None` if nothing is. Pages of others are not asked for.
+fn fault(root: &Path, document: &Path, link: &str) -> Option<String> {
+    let ours = PUBLISHED.iter().find_map(|at| link.strip_prefix(at));
+    let (link, from) = match ours {
+        Some(path) => (path, root),
+        None if link.contains("://") || link.starts_with("mailto:") => return None,
+        None => (link, document.parent().unwrap()),
+    };
+    let (path, fragment) = link.split_once('#').unwrap_or((link, ""));
+    let there = match path {
+        "" => document.to_owned(),
+        _ => from.join(path),
+    };
+    if !there.exists() {
+        return Some(format!("there is no {path}"));
+    }
+    if fragment.is_empty() || there.extension().is_none_or(|e| e != "md") {
+        return None;
+    }
+    let known = headings(&fs::read_to_string(&there).unwrap());
+    let missing = !known.iter().any(|heading| heading == fragment);
+    missing.then(|| format!("{path} has no heading {fragment}: {known:?}"))
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = root.canonicalize().unwrap();
+    let mut documents = Vec::new();
+    markdown(&root, &mut documents);
+    let (mut faults, mut count) = (Vec::new(), 0);
+    for document in &documents {
+        let text = prose(&fs::read_to_string(document).unwrap());
+        // What crates.io and docs.rs show stands in no folder.
+        let manifest =
+            fs::read_to_string(document.with_file_name("Cargo.toml")).unwrap_or_default();
+        let shown = document.ends_with("README.md") && manifest.contains("[package]");
+        for link in links(&text) {
+            count += 1;
+            let fault = match shown && !link.contains("://") && !link.starts_with('#') {
+                true => Some("it has to be absolute: docs.rs shows this file elsewhere".to_owned()),
+                false => fault(&root, document, link),
+            };
+            faults.extend(fault.map(|why| format!("{}: {link}: {why}", document.display())));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    assert!(
+        documents.len() > 20 && count > 60,
+        "{count} links in {documents:?}"
+    );
+}
+
+#[test]
+fn dead_links_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, there) = (dir.path().join("a/here.md"), dir.path().join("there.md"));
+    fs::create_dir(dir.path().join("a")).unwrap();
+    fs::write(
+        &there,
+        "# One `two`, three\n```\n# no heading\n```\n## Four\n",
+    )
+    .unwrap();
+    fs::write(&here, "# Here\n").unwrap();
+    let text = "see [x](../there.md#one-two-three),\n[y]: #here\n[z]: https://a.b/c\n[1]: is none\n```\n[no](link)\n```\n[t](../there.md#four)";
+    let text = prose(text);
+    let found = links(&text);
+    assert_eq!(
+        found,
+        [
+            "../there.md#one-two-three",
+            "../there.md#four",
+            "#here",
+            "https://a.b/c"
+        ]
+    );
+    for link in found {
+        assert_eq!(fault(dir.path(), &here, link), None);
+    }
+    let published = PUBLISHED.map(|at| format!("{at}there.md#four"));
+    for link in &published {
+        assert_eq!(fault(dir.path(), &here, link), None);
+    }
+    for link in [
+        "there.md",
+        "../there.md#five",
+        "#there",
+        "../there.md#no-heading",
+    ] {
+        assert!(fault(dir.path(), &here, link).is_some(), "{link}");
+    }
+    let gone = format!("{}gone.md", PUBLISHED[0]);
+    assert!(fault(dir.path(), &here, &gone).is_some());
 }

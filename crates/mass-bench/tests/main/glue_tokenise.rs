@@ -299,6 +299,18 @@ fn what_is_no_bert_tokenizer_is_refused() {
         "vocab": {"[UNK]": 0, "a": 1, "b": 2}}}"###;
     write("tokenizer.json", bare.as_bytes());
     refused(TextTokenizer::open(at, 16), "no BERT tokenizer");
+    // In each of these places the library panics.
+    for (sound, damaged) in [
+        (r#""decoder": null"#, r#""decoder": }"#),
+        (r#""decoder": null"#, r#""decoder": {"type": "#),
+        (
+            r#""normalizer": null"#,
+            r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA"}"#,
+        ),
+    ] {
+        write("tokenizer.json", bare.replace(sound, damaged).as_bytes());
+        refused(TextTokenizer::open(at, 16), "tokenizer.json");
+    }
 }
 
 #[test]

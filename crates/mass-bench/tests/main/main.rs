@@ -7,10 +7,14 @@ mod configurations;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod data_check;
+// It asks the registry about packages of every platform.
+#[cfg(feature = "hub")]
+mod dependencies;
 mod dg_data;
 mod dg_study;
 mod documents;
 mod dynmoe;
+mod fuzz;
 mod ginc;
 mod glue_data;
 mod glue_metrics;

@@ -2,8 +2,8 @@
 
 use mass_expand::{
     Alignment, BisectDirection, BisectParams, Decomposition, ExpandError, Reduction, absorb_mass,
-    alignment, bisect, decompose, divide_gradient, preserve_mass, project_onto_weights,
-    redundancy_gradient, redundancy_loss, redundancy_shares,
+    alignment, bisect, bisect_slice, decompose, divide_gradient, preserve_mass,
+    project_onto_weights, redundancy_gradient, redundancy_loss, redundancy_shares,
 };
 use ndarray::{Array2, arr2};
 use proptest::prelude::*;
@@ -333,6 +333,20 @@ fn a_view_that_is_not_contiguous_gives_the_same_halves() {
         bisect(strided, &[0.1, 0.2], 0.0, params).unwrap(),
         bisect(packed.view(), &[0.1, 0.2], 0.0, params).unwrap()
     );
+    let slice = packed.as_slice().expect("standard layout");
+    assert_eq!(
+        bisect(strided, &[0.1, 0.2], 0.0, params),
+        bisect_slice(slice, &[0.1, 0.2], 0.0, params)
+    );
+    for (inputs, row) in [(&slice[1..], &[0.1, 0.2][..]), (slice, &[]), (&[], &[])] {
+        let refused = bisect_slice(inputs, row, 0.0, params);
+        let shape =
+            matches!(refused, Err(ExpandError::Shape { got, .. }) if got == slice.len() - 1);
+        let empty = matches!(refused, Err(ExpandError::Empty { .. }));
+        assert!(if row.is_empty() { empty } else { shape }, "{refused:?}");
+    }
+    let refused = bisect_slice(&[], &[0.1, 0.2], 0.0, params);
+    assert_eq!(refused, Err(ExpandError::NoSpread { tokens: 0 }));
 }
 
 #[test]

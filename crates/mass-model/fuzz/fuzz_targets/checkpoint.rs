@@ -1,8 +1,11 @@
 //! libFuzzer on the reader of checkpoints: `cargo +nightly fuzz run checkpoint`, in the folder of the crate.
 #![no_main]
 
-#[path = "../checkpoint.rs"]
+#[path = "../../tests/fuzz/checkpoint.rs"]
 mod checkpoint;
+#[path = "../../tests/fuzz/mutate.rs"]
+#[allow(dead_code)]
+mod mutate;
 
 use std::cell::RefCell;
 

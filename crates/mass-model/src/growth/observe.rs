@@ -13,11 +13,12 @@ use crate::pass::LayerTrace;
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss. The routing entropy, which
 /// one choice alone asks for, is that of [`routing_entropies`].
 ///
-/// The share of the loss is `Σ_t w[t, e] loss[t]` over the tokens routed to the expert, divided by the same over all.
+/// The share of the loss is [`RoutingPlan::loss_shares`].
 ///
 /// # Errors
 /// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced;
-/// [`ModelError::NoGradient`] if an expert has tokens but no gradient: the gradients are not those of the pass that was traced.
+/// [`ModelError::NoGradient`] if an expert has tokens but no gradient: the gradients are not those of the pass that was traced;
+/// [`ModelError::Routing`] for a loss that is NaN or infinite.
 pub fn observe(
     layer: &MoeLayer,
     trace: &LayerTrace,
@@ -50,19 +51,7 @@ pub(super) fn observe_with(
     if traced != experts {
         return Err(ModelError::shape("experts traced", &[experts], &[traced]));
     }
-    let shares: Vec<f64> = (0..plan.num_experts())
-        .map(|e| {
-            let segment = plan.segment(e);
-            let tokens = &plan.tokens()[segment.clone()];
-            let weights = &plan.weights()[segment];
-            tokens
-                .iter()
-                .zip(weights)
-                .map(|(&t, &w)| f64::from(w) * f64::from(token_losses[t as usize]))
-                .sum()
-        })
-        .collect();
-    let total: f64 = shares.iter().sum();
+    let shares = plan.loss_shares(token_losses)?;
     let entropies = match entropy {
         true => routing_entropies(plan)?,
         false => vec![None; experts],
@@ -78,7 +67,7 @@ pub(super) fn observe_with(
             gradient_norm: squares[e].sqrt(),
             cosine: None,
             load: plan.load(e) as u64,
-            loss_share: (total > 0.0).then(|| shares[e] / total),
+            loss_share: shares[e],
             routing_entropy: entropies[e],
         });
     }

@@ -2,9 +2,9 @@
 
 use checkpoint::{Harness, Outcome};
 
-#[path = "../../fuzz/checkpoint.rs"]
+#[path = "../fuzz/checkpoint.rs"]
 mod checkpoint;
-#[path = "../../fuzz/mutate.rs"]
+#[path = "../fuzz/mutate.rs"]
 mod mutate;
 
 #[test]
@@ -12,7 +12,7 @@ fn damaged_files_are_read_or_refused_and_nothing_else() {
     let mut harness = Harness::new();
     let (mut read, mut refused) = (0, 0);
     for number in 0..8000 {
-        let input = mutate::input(&harness, number);
+        let input = checkpoint::input(&harness, number);
         match harness.run(&input) {
             Outcome::Read => read += 1,
             Outcome::Refused => refused += 1,

@@ -346,3 +346,37 @@ fn the_gradient_of_a_large_batch_has_the_same_bits_on_any_number_of_threads() {
         }
     }
 }
+
+#[test]
+fn shares_of_the_loss_are_those_of_weights_times_losses() {
+    let mut plan = RoutingPlan::default();
+    let mut router = TopP::new(0.7, Combine::Renormalised).unwrap();
+    router.route(logits(17, 5).view(), None, &mut plan).unwrap();
+    let losses: Vec<f32> = (0..17).map(|t| 0.25 * (t % 5) as f32).collect();
+    let shares = plan.loss_shares(&losses).unwrap();
+    // Weights of a token sum to one, so the experts' losses to the batch's.
+    let total: f64 = losses.iter().copied().map(f64::from).sum();
+    for (e, share) in shares.iter().enumerate() {
+        let own = (0..plan.num_assignments()).filter(|&a| plan.expert_of(a) == e);
+        let loss = own
+            .map(|a| f64::from(plan.weights()[a]) * f64::from(losses[plan.tokens()[a] as usize]));
+        assert!((share.unwrap() - loss.sum::<f64>() / total).abs() < 1e-6);
+    }
+    assert_eq!(plan.loss_shares(&[0.0; 17]).unwrap(), [None; 5]);
+    assert_eq!(RoutingPlan::default().loss_shares(&[]).unwrap(), []);
+
+    let refused = plan.loss_shares(&losses[1..]);
+    let Err(RoutingError::ShapeMismatch { found, .. }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(found, 16);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut losses = losses.clone();
+        losses[3] = bad;
+        let refused = plan.loss_shares(&losses);
+        assert!(
+            matches!(refused, Err(RoutingError::NonFinite { index: 3, .. })),
+            "{refused:?}"
+        );
+    }
+}

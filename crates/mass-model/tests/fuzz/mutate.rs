@@ -1,10 +1,7 @@
-//! Inputs for the reader of checkpoints: valid files with random damage, the same for the same seed.
+//! Random damage to valid files, the same for the same seed; shared by all fuzz tests.
 
-use mass_model::seeded_rng;
 use ndarray_rand::rand::Rng;
 use rand_chacha::ChaCha8Rng;
-
-use super::checkpoint::{Harness, SEALED};
 
 /// Numbers that readers stumble over.
 const NUMBERS: [&str; 12] = [
@@ -25,24 +22,8 @@ const NUMBERS: [&str; 12] = [
 /// Bytes that mean something to JSON.
 const SYNTAX: &[u8] = b"\"{}[],:0189-.eE\\ \0\xff";
 
-/// The input of a number.
-pub(crate) fn input(harness: &Harness, number: u64) -> Vec<u8> {
-    let mut rng = seeded_rng(number);
-    let rng = &mut rng;
-    let files = harness.names().len();
-    let which = rng.random_range(0..files);
-    let mut bytes = harness.file(which).to_vec();
-    // Three in four have checksums that agree.
-    let sealed = rng.random_range(0..4) > 0;
-    for _ in 0..rng.random_range(1..=4) {
-        damage(&mut bytes, harness, rng);
-    }
-    let selector = which as u8 | if sealed { SEALED } else { 0 };
-    bytes.insert(0, selector);
-    bytes
-}
-
-fn damage(bytes: &mut Vec<u8>, harness: &Harness, rng: &mut ChaCha8Rng) {
+/// Changes one thing in a file: a bit, a byte, a number, a piece, its length. Pieces come from `files`.
+pub(crate) fn damage(bytes: &mut Vec<u8>, files: &[&[u8]], rng: &mut ChaCha8Rng) {
     if bytes.is_empty() {
         bytes.push(rng.random());
         return;
@@ -65,8 +46,8 @@ fn damage(bytes: &mut Vec<u8>, harness: &Harness, rng: &mut ChaCha8Rng) {
         }
         6 => {
             // A piece of this or another file.
-            let other = harness.file(rng.random_range(0..harness.names().len()));
-            let from = rng.random_range(0..other.len());
+            let other = files[rng.random_range(0..files.len())];
+            let from = rng.random_range(0..=other.len());
             let to = (from + rng.random_range(1..64)).min(other.len());
             let replaced = at..(at + rng.random_range(0..64)).min(bytes.len());
             bytes.splice(replaced, other[from..to].iter().copied());

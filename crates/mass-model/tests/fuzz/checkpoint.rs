@@ -11,6 +11,7 @@ use mass_model::checkpoint::{self, Checkpoint, Files, Snapshot};
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamW, AdamWConfig, Ema};
 use mass_model::seeded_rng;
+use ndarray_rand::rand::Rng;
 use serde_json::{Value, json};
 
 /// Marks an input whose checksums are to be right.
@@ -150,4 +151,24 @@ fn use_it(checkpoint: &Checkpoint<LanguageModel, Value>) {
     checkpoint::encode(&snapshot).expect("what was read can be written");
     // Weights may be NaN by now, which is an error or a result, but no panic.
     let _ = model.score(&[0], &[0], 1, None);
+}
+
+/// The input of a number: a file with random damage.
+#[allow(dead_code, reason = "libFuzzer has inputs of its own")]
+pub(crate) fn input(harness: &Harness, number: u64) -> Vec<u8> {
+    let mut rng = seeded_rng(number);
+    let rng = &mut rng;
+    let files: Vec<&[u8]> = (0..harness.names().len())
+        .map(|i| harness.file(i))
+        .collect();
+    let which = rng.random_range(0..files.len());
+    let mut bytes = files[which].to_vec();
+    // Three in four have checksums that agree.
+    let sealed = rng.random_range(0..4) > 0;
+    for _ in 0..rng.random_range(1..=4) {
+        super::mutate::damage(&mut bytes, &files, rng);
+    }
+    let selector = which as u8 | if sealed { SEALED } else { 0 };
+    bytes.insert(0, selector);
+    bytes
 }
