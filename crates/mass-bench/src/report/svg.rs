@@ -100,11 +100,14 @@ impl Chart<'_> {
         let (svg, legend) = self.drawn()?;
         let (above, tall) = (24.0, self.height());
         let height = above + tall + 8.0 + LINE * legend.len() as f64;
+        // Text does not wrap here; a letter of 12 pixels is some 7 wide.
+        let longest = legend.iter().map(|l| l.name.chars().count()).max();
+        let width = WIDTH.max(LEFT + 44.0 + 7.0 * longest.unwrap_or(0) as f64);
         let mut picture = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{}\" font-family=\"sans-serif\">\n\
-             <style>\n{style}</style>\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"var(--page)\"/>\n\
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{}\" font-family=\"sans-serif\">\n\
+             <style>\n{style}</style>\n<rect width=\"{width}\" height=\"{height}\" fill=\"var(--page)\"/>\n\
              <text x=\"{LEFT}\" y=\"16\" font-weight=\"bold\">{}</text>\n",
-            2.0 * WIDTH,
+            2.0 * width,
             escape(&self.title)
         );
         let placed = format!("<svg y=\"{above}\" width=\"{WIDTH}\" height=\"{tall}\" ");

@@ -36,6 +36,7 @@ fn tables_are_those_of_the_results() {
         ),
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-quick"]),
+        ("continual.md", &["continual-quick"]),
         ("glue.md", &["glue-full"]),
         ("dg.md", &["dg-full"]),
     ] {
