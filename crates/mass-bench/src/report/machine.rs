@@ -1,6 +1,5 @@
 use std::{fmt, fs};
 
-use mass_model::Place;
 use serde::{Deserialize, Serialize};
 
 /// The machine that runs were made on.
@@ -10,14 +9,20 @@ pub struct Machine {
     pub cpu: String,
     /// Threads used.
     pub threads: usize,
-    /// What computed: `cpu`, or a GPU with its name, compute capability and memory.
-    #[serde(default = "cpu")]
+    /// What computed: `cpu`, or a GPU with its name, compute capability and memory. Files of the processor's results do not say it.
+    #[serde(default = "cpu", skip_serializing_if = "is_cpu")]
     pub device: String,
 }
 
 /// The device of results that say of none.
+pub(super) const CPU: &str = "cpu";
+
 fn cpu() -> String {
-    Place::Cpu.to_string()
+    CPU.into()
+}
+
+fn is_cpu(device: &str) -> bool {
+    device == CPU
 }
 
 impl Machine {
@@ -37,7 +42,7 @@ impl Machine {
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {} threads", self.cpu, self.threads)?;
-        match self.device == cpu() {
+        match self.device == CPU {
             true => Ok(()),
             false => write!(f, "; {}", self.device),
         }

@@ -11,6 +11,7 @@ use crate::durable;
 
 use super::growth::drawn;
 use super::html::write_reports;
+use super::machine::CPU;
 use super::published;
 use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey};
 
@@ -298,8 +299,9 @@ fn prior(
         path: dir.to_owned(),
         problem: format!("settings: {e}"),
     })?;
-    if let Some(settings) = settings.as_object_mut() {
-        settings.insert("devices".into(), [header.machine.device.as_str()].into());
+    let device = header.machine.device.as_str();
+    if let Some(settings) = settings.as_object_mut().filter(|_| device != CPU) {
+        settings.insert("devices".into(), [device].into());
     }
     let mut results = Results::new(header);
     let results_path = dir.join("results.json");
@@ -404,8 +406,9 @@ pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
     };
     let parts = by_name.map(|what| (what, take(&mut old, what), take(&mut new, what)));
     // A run may go on elsewhere; both are kept.
-    let mut devices = taken_devices(&mut old);
-    for device in taken_devices(&mut new) {
+    let (of_old, of_new) = (taken_devices(&mut old), taken_devices(&mut new));
+    let mut devices: Vec<Value> = Vec::new();
+    for device in of_old.into_iter().chain(of_new) {
         if !devices.contains(&device) {
             devices.push(device);
         }
@@ -423,17 +426,17 @@ pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
             new[what] = Value::Object(all);
         }
     }
-    if !devices.is_empty() {
+    if devices != [CPU] {
         new["devices"] = devices.into();
     }
     Ok(new)
 }
 
-/// Takes out what settings say of devices.
+/// Takes out what settings say of devices: nothing where the processor alone has computed.
 fn taken_devices(settings: &mut Value) -> Vec<Value> {
     let devices = settings.as_object_mut().and_then(|s| s.remove("devices"));
     let devices = devices.and_then(|d| d.as_array().cloned());
-    devices.unwrap_or_default()
+    devices.unwrap_or_else(|| vec![CPU.into()])
 }
 
 /// Indented JSON with a newline at the end.
