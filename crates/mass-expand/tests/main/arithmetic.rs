@@ -581,7 +581,8 @@ fn shares_of_the_redundancy_loss_add_up_to_its_gradient() {
         let mut views: Vec<&mut [f32]> = wanted.iter_mut().map(|g| &mut g[..]).collect();
         let loss = redundancy_gradient(&rows, &pairs, reduction, 0.7, &mut views).unwrap();
         let (same, shares) = redundancy_shares(&products, &pairs, reduction, 0.7).unwrap();
-        assert!((loss - same).abs() < 1e-12);
+        // The products of rows at hand are taken in single precision.
+        assert!((loss - same).abs() < 1e-6, "{loss} {same}");
         let mut sums = [[0.0_f64; 3]; 4];
         for share in shares {
             for (sum, x) in sums[share.gradient].iter_mut().zip(rows[share.row]) {

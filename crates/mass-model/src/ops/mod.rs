@@ -41,7 +41,9 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use moe::{MoeExpert, moe_ffn};
 pub use network::Network;
-pub(crate) use pass::{Ahead, Host, Pass, Route, Routing, Training, check_loss};
+#[cfg(feature = "cuda")]
+pub(crate) use pass::Ahead;
+pub(crate) use pass::{Host, Pass, Route, Routing, Training, check_loss};
 pub use routing_loss::RoutingLoss;
 pub use rows::{pick_rows, scale_rows};
 pub use sequences::Sequences;

@@ -146,6 +146,10 @@ pub(crate) trait Pass {
 }
 
 /// How a mixture layer routes.
+#[cfg_attr(
+    not(feature = "cuda"),
+    allow(dead_code, reason = "the host needs `route` alone")
+)]
 pub(crate) struct Routing<'a, A, R> {
     /// Which experts may be used.
     pub(crate) mask: Option<&'a [bool]>,
