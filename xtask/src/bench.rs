@@ -75,7 +75,7 @@ const BENCHES: [Bench; 10] = [
             "-p",
             "mass-routing",
             "--example",
-            "compare",
+            "compare_gate",
         ]],
         task: false,
         peers: Some(TORCH),

@@ -1,6 +1,6 @@
 """Top-p routing as its authors' PyTorch gate does it: softmax, sort, cumsum, mask, then an argsort by expert.
 
-Called by `cargo run --release --example compare`; prints one JSON object per line.
+Called by `cargo run --release --example compare_gate`; prints one JSON object per line.
 """
 import json
 import sys

@@ -118,7 +118,7 @@ pub const STUDIES: &[Study] = &[
     },
     Study {
         name: "noise",
-        about: "GINC: noisy gradients, small batches, large learning rates: which splits help, and which are found",
+        about: "GINC: noise, small batches, large learning rates: which splits help, and are found",
         tasks: noise::TASKS,
         other_tasks: false,
         has_method: |_| false,

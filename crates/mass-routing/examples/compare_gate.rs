@@ -2,7 +2,7 @@
 //! method's authors, in one run on the same number of threads. Prints a Markdown table.
 //!
 //! ```text
-//! MASS_PEER_PYTHON=venv/bin/python cargo run --release -p mass-routing --example compare
+//! MASS_PEER_PYTHON=venv/bin/python cargo run --release -p mass-routing --example compare_gate
 //! ```
 //!
 //! With `plot FILE` it measures 2^20 logits cut into rows of 8 to 4096 experts instead, and draws the time per logit as an SVG.
