@@ -1,8 +1,8 @@
 //! `cargo xtask reproduce | report | train | bench | data`: builds mass-bench and hands the arguments on.
 
-use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, io::IsTerminal, process::ExitCode};
 
-use crate::run::{become_program, cargo, root};
+use crate::run::{become_program, cargo, root, target};
 
 /// Builds the release binary (cargo's progress goes to standard error), or that of the profile `$MASS_XTASK_PROFILE`, then runs
 /// it here.
@@ -49,8 +49,6 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
 
 /// Whether a release binary is there, up to date or not.
 fn built_before() -> bool {
-    let target = std::env::var_os("CARGO_TARGET_DIR");
-    let target = target.map_or_else(|| root().join("target"), PathBuf::from);
     let binary = format!("mass-bench{}", std::env::consts::EXE_SUFFIX);
-    target.join("release").join(binary).exists()
+    target().join("release").join(binary).exists()
 }

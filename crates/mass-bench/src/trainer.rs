@@ -8,7 +8,7 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{Grower, Mixtures, pair_figures};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
-use mass_model::{ModelError, PlacedGradients, TrainPass};
+use mass_model::{ModelError, Place, PlacedGradients, TrainPass};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -55,9 +55,13 @@ struct Saved<P> {
     /// Time of training steps, and of waiting for their batches, seconds.
     training_s: f64,
     waited_s: f64,
-    /// What has computed it, in order.
-    #[serde(default)]
+    /// What has computed it, in order; what was saved before there was a choice is the processor's.
+    #[serde(default = "processor")]
     devices: Vec<String>,
+}
+
+fn processor() -> Vec<String> {
+    vec![Place::Cpu.to_string()]
 }
 
 /// A run under way.

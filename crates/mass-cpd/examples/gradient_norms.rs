@@ -4,8 +4,8 @@
 //! cargo run -p mass-cpd --example gradient_norms -- FILE.csv
 //! ```
 //!
-//! The file has a header and one row a training step; the columns `loss` and `norm_0`, `norm_1`, .. are used. In
-//! PyTorch such a row is
+//! The file has a header and one row a training step that was logged; the columns `step` (without it rows are counted from
+//! 0), `loss` and `norm_0`, `norm_1`, .. are used. In PyTorch such a row is
 //!
 //! ```python
 //! row = [step, loss.item()] + [expert.fc1.weight.grad.norm().item() for expert in layer.experts]
@@ -56,6 +56,7 @@ pub(crate) fn alarms(text: &str) -> Result<Vec<String>, Box<dyn std::error::Erro
     if watched.is_empty() {
         return Err(format!("no column `loss` or `norm_*` in {header:?}").into());
     }
+    let steps = header.iter().position(|name| *name == "step");
     let detector = CalibratedCusumParams::training(watched.len() + 1).check()?;
     let stream = |name: &str| Stream {
         name: name.to_owned(),
@@ -65,12 +66,18 @@ pub(crate) fn alarms(text: &str) -> Result<Vec<String>, Box<dyn std::error::Erro
     let mut streams: Vec<Stream> = watched.iter().map(|&i| stream(header[i])).collect();
     let mut layer = stream("layer");
     let mut alarms = Vec::new();
-    for (step, line) in lines.enumerate() {
+    for (row, line) in lines.enumerate() {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
         if fields.len() != header.len() {
             let (found, needed) = (fields.len(), header.len());
-            return Err(format!("step {step}: {found} fields, not {needed}").into());
+            return Err(format!("row {row}: {found} fields, not {needed}").into());
         }
+        let step = match steps.map(|column| fields[column]) {
+            Some(text) => text
+                .parse()
+                .map_err(|e| format!("row {row}, step: {text:?}: {e}"))?,
+            None => row,
+        };
         let mut square = 0.0;
         for (stream, &column) in streams.iter_mut().zip(&watched) {
             let (name, field) = (header[column], fields[column]);

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Checks a GPU and measures it: ./run.sh [FILE], which gets the tables (cuda.md unless named).
 #
-# The machine needs a driver and a shell, nothing else. All is meant to take under six minutes. With MASS_BUNDLE_SMALL=1 sizes are tiny, for
-# an emulated driver. Exit code 0 if everything passed.
+# The machine needs a driver and a shell, nothing else. All is meant to take under six minutes. With MASS_BUNDLE_SMALL=1 sizes are
+# tiny, for an emulated driver. Exit code 0 if everything passed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 report=${1:-cuda.md}
@@ -19,7 +19,8 @@ block() {
     title=$1
     shift
     say "" "## $title" "" '```text'
-    # The output is looked at as it comes, and its code kept.
+    # The output is looked at as it comes, and its code kept. What leaves none has not ended by itself.
+    echo 1 >"$work/code"
     { "$@" 2>&1; echo $? >"$work/code"; } | tee -a "$report"
     code=$(cat "$work/code")
     say '```'
@@ -49,6 +50,10 @@ tests() {
     shift
     if MASS_CUDA_REAL=1 "$here/bin/$name" --test-threads=1 "$@" >"$work/$name.log" 2>&1; then
         grep '^test result' "$work/$name.log"
+        if grep -q '^test result: ok. 0 passed' "$work/$name.log"; then
+            echo "no test of $name is called $*"
+            return 1
+        fi
     else
         grep -v ' ok$' "$work/$name.log"
         return 1
@@ -131,11 +136,14 @@ crossing() {
         echo 'it had ended before it could be interrupted'
     fi
     train moved --steps $steps --resume --device cpu || return 1
-    grep -A 3 '"devices"' "$work/moved/results.json" || true
+    grep -A 3 '"devices"' "$work/moved/results.json" || { echo 'it has not crossed'; return 1; }
     for run in whole moved; do
-        loss=$(grep -o '"test_loss": *[0-9.]*' "$work/$run/results.json" | head -n 1)
-        echo "$run: $loss"
+        grep -o '"test_loss": *[0-9.]*' "$work/$run/results.json" | head -n 1 | sed 's/.*: *//' >"$work/$run.loss"
+        echo "$run: test loss $(cat "$work/$run.loss")"
     done
+    # Sums of other orders, in a run that splits: a twentieth apart would be another run.
+    paste "$work/whole.loss" "$work/moved.loss" | awk '{ d = $1 - $2; if (d < 0) d = -d; exit !(d < 0.05 * $1) }' ||
+        { echo 'the losses differ'; return 1; }
 }
 block 'Training with growth, and a checkpoint that crosses to the CPU' crossing
 

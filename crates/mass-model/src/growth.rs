@@ -126,8 +126,9 @@ impl Grower {
     /// [`ModelError::Config`] for rules that the model cannot follow: a bisection without a linear gate, a pool that may shrink
     /// below what its router takes, a choice by routing entropy where the router has no softmax. As the controller's, those of `losses`, and [`ModelError::Shape`] if there is no loss, or the
     /// pass is of a model with another number of mixture layers. After these the grower is as it was, and the step may be made
-    /// again. Those of the layers when a split cannot be carried out: what the controller has decided is then done in part, and
-    /// model and grower have to be read back from a checkpoint.
+    /// again. Those of the layers when a split cannot be carried out, or of a device without memory for the redundancy loss that
+    /// follows: what the controller has decided is then done in part, and model and grower have to be read back from a
+    /// checkpoint.
     pub fn step<M: Mixtures, G: Gradients>(
         &mut self,
         step: u64,

@@ -23,10 +23,26 @@ fn read_json(path: &Path) -> Result<Tokenizer, GlueError> {
     if let Some(decoder) = value.get_mut("decoder") {
         *decoder = Value::Null;
     }
-    // The library panics where some of its parts cannot be read, a precompiled normaliser for one.
+    // On which the library panics where it cannot be read. It is none of BERT's.
+    if is_or_holds(&value["normalizer"], "Precompiled") {
+        return Err(broken(path, "its normalizer is precompiled, not BERT's"));
+    }
+    // Other parts may do so too.
     let parsed = std::panic::catch_unwind(|| value.to_string().parse::<Tokenizer>());
     let parsed = parsed.map_err(|_| broken(path, "its parts do not fit together"))?;
     parsed.map_err(|e| broken(path, e))
+}
+
+/// Whether a part of a `tokenizer.json`, or a part within it, is of a type.
+fn is_or_holds(part: &Value, kind: &str) -> bool {
+    match part {
+        Value::Object(fields) => {
+            fields.get("type").is_some_and(|t| t == kind)
+                || fields.values().any(|part| is_or_holds(part, kind))
+        }
+        Value::Array(parts) => parts.iter().any(|part| is_or_holds(part, kind)),
+        _ => false,
+    }
 }
 
 /// A text, or two, as the model reads them: `[CLS] first [SEP]` or `[CLS] first [SEP] second [SEP]`.

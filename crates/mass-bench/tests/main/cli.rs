@@ -86,10 +86,6 @@ fn bad_arguments_exit_2_with_one_line() {
         (&["reproduce", "--shard", "0/4"], &["--shard", "I/N"]),
         (&["reproduce", "--shard", "5/4"], &["5/4"]),
         (&["reproduce", "--shard", "x"], &["x"]),
-        (
-            &["reproduce", "--device", "cuda"],
-            &["CUDA", "--device cpu"],
-        ),
         (&["reproduce", "--device", "tpu"], &["tpu", "cuda"]),
         (
             &["reproduce", "--data", "absent"],

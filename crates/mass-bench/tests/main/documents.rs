@@ -84,14 +84,17 @@ fn the_readme_is_narrow_its_commands_exist_and_its_picture_is_the_study_s() {
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
     let wide: Vec<&str> = readme.lines().filter(|l| l.chars().count() > 100).collect();
     assert_eq!(wide, Vec::<&str>::new());
+    let benches = fs::read_to_string(root.join("xtask/src/bench.rs")).unwrap();
     let mut studies = Vec::new();
     for line in blocks(&readme, "console") {
         let command = line.split(" #").next().unwrap_or_default();
         let words: Vec<&str> = command.split_whitespace().skip(1).collect();
         match words[..] {
-            ["cargo", "xtask", "ci" | "docs"]
-            | ["cargo", "xtask", "bench", ..]
-            | ["cargo", "test", ..] => {}
+            ["cargo", "xtask", "ci" | "docs"] | ["cargo", "test", "--workspace"] => {}
+            ["cargo", "xtask", "bench", name, "--peers"] => {
+                let there = benches.contains(&format!("name: \"{name}\""));
+                assert!(there || name == "all", "{line}");
+            }
             ["cargo", "xtask", ref arguments @ ..] => {
                 let cli = Cli::try_parse_from(["mass-bench"].iter().chain(arguments));
                 match cli.unwrap_or_else(|e| panic!("{line}: {e}")).command {

@@ -14,8 +14,7 @@ use crate::pass::LayerTrace;
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
 /// The newcomer gets the source's weights, biases, gate row, full gradient and what its router has learned of it (a balancing
-/// bias). What happens to the source's gradient and
-/// to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
+/// bias). What happens to the source's gradient and to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
 /// back to a clone that preserves the pair's routing mass.
 ///
 /// # Errors

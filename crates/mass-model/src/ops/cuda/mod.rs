@@ -1,7 +1,8 @@
 //! The operations on a CUDA device, with a tape and gradients of its own.
 //!
 //! Parameters and their gradients, what operations keep for the backward pass, and the rows between them stay on the device.
-//! Down come the logits of a mixture's gate, by which the host routes, and the losses of the rows; up go plans and targets.
+//! Down come plans, made by the device or, of routers that it does not know, logits by which the host makes them, and the losses of
+//! the rows; up go targets.
 
 mod mixture;
 mod pass;
