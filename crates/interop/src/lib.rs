@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+use std::f32::consts::LN_2;
+
 use mass_expand::*;
 use mass_routing::RoutingPlan;
 
@@ -105,16 +107,18 @@ impl Growth {
             let source = ids.iter().position(|&id| id == source).expect("an active expert");
             let own = plan.tokens()[plan.segment(source)].iter().map(|&t| t as usize * DIM);
             let inputs: Vec<f32> = own.flat_map(|at| &x[at..at + DIM]).copied().collect();
-            let halves = bisect_slice(&inputs, &gates[source], 0.0, params)?;
-            let gate = |mut row: Vec<f32>, offset: f32| {
+            let row = &gates[source];
+            let halves = match bisect_slice(&inputs, row, 0.0, params) {
+                Ok(h) => [(h.source_row, h.source_offset), (h.newcomer_row, h.newcomer_offset)],
+                // Tokens that do not differ cannot be divided: each half gets the row, and half of its mass.
+                Err(ExpandError::NoSpread { .. }) => [0, 1].map(|_| (row.clone(), -LN_2)),
+                Err(e) => return Err(e.into()),
+            };
+            let [source_gate, newcomer_gate] = halves.map(|(mut row, offset)| {
                 row[DIM - 1] += offset;
                 row
-            };
-            splits.push(Split {
-                source,
-                source_gate: gate(halves.source_row, halves.source_offset),
-                newcomer_gate: gate(halves.newcomer_row, halves.newcomer_offset),
             });
+            splits.push(Split { source, source_gate, newcomer_gate });
         }
         Ok(splits)
     }

@@ -157,12 +157,16 @@
 //!         if let Action::Split { source, newcomer, operator: SplitOperator::Bisect(cut), .. } = action {
 //!             let e = pool.iter().position(|expert| expert.id == source).expect("an active expert");
 //!             let own = plan.segment(e).flat_map(|a| batch[plan.tokens()[a] as usize].0);
-//!             let halves = bisect_slice(&own.collect::<Vec<f32>>(), &pool[e].gate, 0.0, cut)?;
-//!             let mut twin = Expert { id: newcomer, gate: halves.newcomer_row, ..pool[e].clone() };
-//!             twin.gate[DIM - 1] += halves.newcomer_offset;
-//!             pool[e].gate = halves.source_row;
-//!             pool[e].gate[DIM - 1] += halves.source_offset;
-//!             newcomers.push(twin);
+//!             let row = &pool[e].gate;
+//!             let halves = match bisect_slice(&own.collect::<Vec<f32>>(), row, 0.0, cut) {
+//!                 Ok(h) => [(h.source_row, h.source_offset), (h.newcomer_row, h.newcomer_offset)],
+//!                 // Tokens that do not differ cannot be divided: each half gets the row, and half of its mass.
+//!                 Err(ExpandError::NoSpread { .. }) => [0, 1].map(|_| (row.clone(), -std::f32::consts::LN_2)),
+//!                 Err(e) => return Err(e.into()),
+//!             };
+//!             let [old, new] = halves.map(|(mut gate, offset)| { gate[DIM - 1] += offset; gate });
+//!             newcomers.push(Expert { id: newcomer, gate: new, ..pool[e].clone() });
+//!             pool[e].gate = old;
 //!         }
 //!     }
 //!

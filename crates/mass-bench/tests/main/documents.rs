@@ -37,6 +37,9 @@ fn tables_are_those_of_the_results() {
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-quick"]),
         ("continual.md", &["continual-quick"]),
+        ("sensitivity.md", &["sensitivity-quick"]),
+        ("noise.md", &["noise-quick"]),
+        ("scale.md", &["scale-quick", "scale-quick-top2"]),
         ("glue.md", &["glue-full"]),
         ("dg.md", &["dg-full"]),
     ] {
