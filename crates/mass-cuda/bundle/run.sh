@@ -133,7 +133,9 @@ crossing() {
         wait $child
         echo 'interrupted on the GPU; the CPU goes on:'
     else
-        echo 'it had ended before it could be interrupted'
+        wait $child || { cat "$work/log"; return 1; }
+        echo 'it had ended before it could be interrupted: nothing crossed'
+        return 0
     fi
     train moved --steps $steps --resume --device cpu || return 1
     grep -A 3 '"devices"' "$work/moved/results.json" || { echo 'it has not crossed'; return 1; }
