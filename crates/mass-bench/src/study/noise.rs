@@ -8,10 +8,10 @@
 use serde_json::json;
 
 use super::plan::Plan;
-use super::synthetic::{Regime, Synthetic, TASKS as SETS, names};
+use super::synthetic::{POOL, Regime, Synthetic, names};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Overrides, Pool};
+use crate::method::{Mass, Method, Overrides};
 
 /// Gradients with so many times their own size in noise.
 const fn noisy(gradient_noise: f32) -> Regime {
@@ -62,23 +62,14 @@ pub(crate) const WITHOUT: &str = "no split";
 /// # Errors
 /// None: nothing has to be there.
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
-    let mut family = Synthetic::fresh(args, TASKS);
-    family.regimes = REGIMES;
-    let (family, seeds) = match args.preset {
-        Preset::Smoke => (Synthetic::fresh(args, &SETS[..1]).smoke(), 1),
-        Preset::Quick => (family, 1),
-        Preset::Full | Preset::Paper => (family, 5),
+    let seeds = match args.preset {
+        Preset::Smoke | Preset::Quick => 1,
+        Preset::Full | Preset::Paper => 5,
     };
     Ok(Plan {
-        family,
+        family: Synthetic::in_regimes(args, TASKS, REGIMES),
         methods: methods().into_iter().map(Method::Mass).collect(),
-        pool: Pool {
-            experts: 5,
-            experts_max: 20,
-            k: 2,
-            p: 0.5,
-            live_percent: Some(30),
-        },
+        pool: POOL,
         seeds,
         variant: None,
     })

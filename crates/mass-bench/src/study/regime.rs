@@ -5,10 +5,10 @@
 //! learning rates, shorter and longer training, and some of these together.
 
 use super::plan::Plan;
-use super::synthetic::{Regime, Synthetic, names};
+use super::synthetic::{POOL, Regime, Synthetic, names};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs};
-use crate::method::{Method, Pool};
+use crate::method::Method;
 
 /// Width of the model and of an expert, largest learning rate, steps.
 const fn regime(dim: usize, hidden: usize, peak: f64, steps: u64) -> Regime {
@@ -55,13 +55,9 @@ pub const TASKS: &[&str] = &names(REGIMES);
 /// # Errors
 /// None: nothing has to be there.
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
-    let mut family = Synthetic::fresh(args, TASKS);
-    family.regimes = REGIMES;
-    let (family, seeds) = match args.preset {
-        // As short as the other studies' smoke, in one regime.
-        Preset::Smoke => (Synthetic::fresh(args, &TASKS[..1]).smoke(), 1),
-        Preset::Quick => (family, 1),
-        Preset::Full | Preset::Paper => (family, 3),
+    let seeds = match args.preset {
+        Preset::Smoke | Preset::Quick => 1,
+        Preset::Full | Preset::Paper => 3,
     };
     let methods = [5, 10, 15, 20].map(|experts| Method::Static {
         experts,
@@ -69,15 +65,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         router: None,
     });
     Ok(Plan {
-        family,
+        family: Synthetic::in_regimes(args, TASKS, REGIMES),
         methods: methods.to_vec(),
-        pool: Pool {
-            experts: 5,
-            experts_max: 20,
-            k: 2,
-            p: 0.5,
-            live_percent: Some(30),
-        },
+        pool: POOL,
         seeds,
         variant: None,
     })

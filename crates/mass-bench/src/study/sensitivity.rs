@@ -8,18 +8,10 @@ use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
 
 use super::plan::Plan;
-use super::synthetic::{Synthetic, TASKS};
+use super::synthetic::{POOL, Synthetic, TASKS};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Pool};
-
-const POOL: Pool = Pool {
-    experts: 5,
-    experts_max: 20,
-    k: 2,
-    p: 0.5,
-    live_percent: Some(30),
-};
+use crate::method::{Mass, Method};
 
 /// Where the settings stand.
 const DELTA: &str = "controller.alignment.absolute";

@@ -103,6 +103,15 @@ impl Regime {
     }
 }
 
+/// What grows in the studies that change one thing after another on these data.
+pub(super) const POOL: Pool = Pool {
+    experts: 5,
+    experts_max: 20,
+    k: 2,
+    p: 0.5,
+    live_percent: Some(30),
+};
+
 /// The names of regimes.
 pub(super) const fn names<const N: usize>(
     regimes: &[(&'static str, Regime); N],
@@ -122,7 +131,7 @@ pub struct Synthetic {
     place: Place,
     pub(super) regime: Regime,
     /// Sets of a vocabulary of 50 that are trained on in another regime.
-    pub(super) regimes: &'static [(&'static str, Regime)],
+    regimes: &'static [(&'static str, Regime)],
     documents: usize,
     document_length: usize,
     windows_per_concept: usize,
@@ -144,6 +153,21 @@ impl Synthetic {
             windows_per_concept: 100,
             sets,
             asked: args.task.clone(),
+        }
+    }
+
+    /// Those in other regimes; in the preset `smoke` one that is as short as the other studies'.
+    pub(super) fn in_regimes(
+        args: &ReproduceArgs,
+        names: &'static [&'static str],
+        regimes: &'static [(&'static str, Regime)],
+    ) -> Self {
+        match args.preset {
+            Preset::Smoke => Self::fresh(args, &names[..1]).smoke(),
+            _ => Self {
+                regimes,
+                ..Self::fresh(args, names)
+            },
         }
     }
 
