@@ -1,6 +1,5 @@
 //! Tests of `mass-model` from outside, in one binary: each binary is linked by itself.
 
-mod allocations;
 mod bert;
 mod checkpoint;
 mod configurations;

@@ -1,4 +1,9 @@
 //! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool.
+//!
+//! A program of its own, and one test at a time: the pool is the process's, and another test's kernels would take the buffers
+//! that the run before has left in it.
+
+use std::sync::{Mutex, PoisonError};
 
 use dfdx::prelude::{Backward, Cpu, NoneTape, OwnedTape, SumTo, TensorFromVec, Trace};
 use mass_model::kernels::attention::{self, AttentionShape};
@@ -12,6 +17,19 @@ use mass_model::ops::{self, Attention, Rows, Sequences};
 use mass_model::{Activation, DropoutKeys, Param, Parameters};
 use mass_routing::{Combine, RouterConfig};
 
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Runs it on one thread, while no other test runs. With more threads, one may do its first work (and get its packing buffers)
+/// at any time.
+fn alone(run: fn()) {
+    let _guard = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build()
+        .unwrap();
+    pool.install(run);
+}
+
 /// Bytes that the third run asks for on this thread.
 fn steady(mut run: impl FnMut()) -> u64 {
     run();
@@ -21,12 +39,7 @@ fn steady(mut run: impl FnMut()) -> u64 {
 
 #[test]
 fn kernels_allocate_nothing_of_the_size_of_their_data() {
-    // One thread: with more, a thread may do its first work (and get its packing buffers) at any time.
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .build()
-        .unwrap();
-    pool.install(run_kernels);
+    alone(run_kernels);
 }
 
 fn run_kernels() {
@@ -202,11 +215,7 @@ fn run_kernels() {
 
 #[test]
 fn operations_allocate_their_results_and_gradients_and_no_copies_of_data() {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .build()
-        .unwrap();
-    pool.install(run_operations);
+    alone(run_operations);
 }
 
 /// Forward and backward passes of operations on 1024 rows of width 64, in units of that many values.
