@@ -1,7 +1,9 @@
 //! `--device`: without a driver, and on a device, which `cargo xtask cuda-emu` emulates. Where there is none, the tests that need
 //! one do nothing and say so.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -27,6 +29,24 @@ fn done(arguments: &[&str], dir: &Path) -> String {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{arguments:?}: {error}");
     error
+}
+
+/// The words that the emulated driver shares: see mass-cuda's `emu/README.md`. A real one has none.
+fn control() -> Option<File> {
+    let path = std::env::var_os("EMU_CONTROL")?;
+    Some(File::options().read(true).write(true).open(path).unwrap())
+}
+
+/// What a command has launched on the emulated device; `None` on a real one.
+fn launches_of(command: impl FnOnce()) -> Option<u64> {
+    let launches = || {
+        let mut word = [0; 8];
+        control()?.read_exact_at(&mut word, 0).unwrap();
+        Some(u64::from_ne_bytes(word))
+    };
+    let before = launches();
+    command();
+    Some(launches()? - before?)
 }
 
 /// Whether a device was promised.
@@ -263,7 +283,12 @@ fn every_method_trains_on_a_device() {
             let out = format!("out {choices} {device}").replace([' ', '/', ':'], "-");
             let more = ["--steps", "8", "--device", device, "--out", &out];
             let choices: Vec<&str> = choices.split(' ').collect();
-            done(&train(&[&choices[..], &more].concat()), dir.path());
+            let launched = launches_of(|| {
+                done(&train(&[&choices[..], &more].concat()), dir.path());
+            });
+            if let Some(launched) = launched {
+                assert_eq!(launched > 0, device != "cpu", "{choices} {device}");
+            }
             let results = read(&dir.path().join(&out).join("results.json"));
             results["runs"][0]["test_loss"].as_f64().unwrap()
         };
@@ -284,28 +309,32 @@ fn a_study_runs_on_a_device() {
     let study = "reproduce glue --methods mass --variant paper --task CoLA --preset smoke --seeds 1 --threads 1";
     let mut arguments: Vec<&str> = study.split(' ').collect();
     arguments.extend(["--device", "cuda", "--out", "out"]);
-    let said = done(&arguments, dir.path());
-    assert!(said.contains("on cuda:0 "), "{said}");
+    let launched = launches_of(|| {
+        let said = done(&arguments, dir.path());
+        assert!(said.contains("on cuda:0 "), "{said}");
+    });
     let results = read(&dir.path().join("out/results.json"));
     let device = results["machine"]["device"].as_str().unwrap();
     assert!(device.starts_with("cuda:0 "));
     let run = &results["runs"][0];
     assert!(run["test_loss"].as_f64().unwrap() > 0.0, "{run}");
+    // A line that names the device computes nothing; kernels do.
+    let steps = run["steps"].as_u64().unwrap();
+    assert!(
+        launched.is_none_or(|n| n > 50 * steps),
+        "{launched:?} launches in {steps} steps"
+    );
 }
 
 #[test]
 fn memory_that_does_not_suffice_is_an_error_that_says_how_much() {
-    let Some(path) = std::env::var_os("EMU_CONTROL") else {
+    let Some(control) = control() else {
         promised();
         return;
     };
     let dir = tempfile::tempdir().unwrap();
     text(dir.path());
-    let limit = |bytes: u64| {
-        use std::os::unix::fs::FileExt;
-        let file = std::fs::File::options().write(true).open(&path).unwrap();
-        file.write_all_at(&bytes.to_ne_bytes(), 8 * 19).unwrap();
-    };
+    let limit = |bytes: u64| control.write_all_at(&bytes.to_ne_bytes(), 8 * 19).unwrap();
     limit(300_000);
     let output = run(
         &train(&["--steps", "40", "--out", "out", "--device", "cuda"]),
