@@ -282,9 +282,9 @@ fn every_method_trains_on_a_device() {
         let run = |device: &str| {
             let out = format!("out {choices} {device}").replace([' ', '/', ':'], "-");
             let more = ["--steps", "8", "--device", device, "--out", &out];
-            let choices: Vec<&str> = choices.split(' ').collect();
+            let arguments: Vec<&str> = choices.split(' ').chain(more).collect();
             let launched = launches_of(|| {
-                done(&train(&[&choices[..], &more].concat()), dir.path());
+                done(&train(&arguments), dir.path());
             });
             if let Some(launched) = launched {
                 assert_eq!(launched > 0, device != "cpu", "{choices} {device}");
