@@ -72,6 +72,25 @@ parity() {
 }
 block 'Parity: every kernel, passes, growth, checkpoints' parity
 
+# NVIDIA's own look for wrong accesses; it comes with toolkits, not with drivers.
+sanitised() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo 'no compute-sanitizer'
+        return 0
+    fi
+    which='moe:: attention:: routing:: norms:: --skip emulated_'
+    [ -z "$small" ] || which=norms::
+    # shellcheck disable=SC2086
+    if MASS_CUDA_REAL=1 compute-sanitizer --error-exitcode 9 "$here/bin/mass-cuda" --test-threads=1 $which \
+        >"$work/sanitised.log" 2>&1; then
+        grep -E '^test result|ERROR SUMMARY' "$work/sanitised.log"
+    else
+        grep -v ' ok$' "$work/sanitised.log"
+        return 1
+    fi
+}
+block 'Accesses to memory' sanitised
+
 # A text of its own, the same everywhere.
 i=0
 while [ $i -lt 400 ]; do
