@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The same steps in PyTorch eager, single precision, on the same card: peer.py [RUNS].
+"""The same steps in PyTorch, eager and compiled, single precision, on the same card: peer.py [RUNS].
 
 Its mixture is a loop over experts of index_select, two linear layers and index_add_. TF32 is off, as on the other side.
 """
@@ -22,7 +22,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     nn, F, device = torch.nn, torch.nn.functional, "cuda"
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name(0)}, eager, f32; medians of {runs}")
+    print(f"torch {torch.__version__} on {torch.cuda.get_device_name(0)}, f32; medians of {runs}")
 
     def median(step):
         times = []
@@ -34,6 +34,15 @@ def main():
             if i >= 3:
                 times.append(time.perf_counter() - start)
         return sorted(times)[len(times) // 2] * 1e3
+
+    def measure(name, make):
+        """Prints the time of the step that `make` gives for a way to prepare a model."""
+        for way, prepare in [("eager", lambda m: m), ("compiled", torch.compile)]:
+            try:
+                ms = f"{median(make(prepare)):9.3f} ms"
+            except Exception as e:  # torch.compile needs Triton and a C compiler
+                ms = f"not measured: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0][:60]}"
+            print(f"{name:<58} {way:<8} {ms}", flush=True)
 
     class Mixture(nn.Module):
         def __init__(self, dim, hidden, experts, k):
@@ -78,19 +87,19 @@ def main():
     def dense(dim, hidden):
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    # The mixture layer, forward and backward.
-    layer = Mixture(1024, 4096, 16, 2).to(device)
-    x = torch.randn(16384, 1024, device=device, requires_grad=True)
-    dy = torch.randn_like(x)
+    def mixture(prepare):
+        layer = Mixture(1024, 4096, 16, 2).to(device)
+        x = torch.randn(16384, 1024, device=device, requires_grad=True)
+        dy, run = torch.randn_like(x), prepare(layer)
 
-    def mixture():
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
-        layer(x).backward(dy)
+        def step():
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            run(x).backward(dy)
 
-    ms = median(mixture)
-    print(f"mixture 16384 tokens, 1024 x 4096 x 16, top 2, with gradients   {ms:9.3f} ms")
-    del layer, x, dy
+        return step
+
+    measure("mixture 16384 tokens, 1024 x 4096 x 16, top 2, gradients", mixture)
 
     class Language(nn.Module):
         def __init__(self):
@@ -117,23 +126,27 @@ def main():
                 x = F.dropout(layer(x), 0.1)
             return self.head(torch.tanh(self.pooler(x[:, 0])))
 
-    for name, model, ids, targets in [
+    for name, made, ids, targets in [
         ("language model of one layer, 32 x 64", Language, torch.randint(0, 64, (32, 64)), None),
         ("BERT-large, 32 x 128", Bert, torch.randint(1, 28996, (32, 128)), torch.randint(0, 2, (32,))),
     ]:
-        model = model().to(device)
         ids = ids.to(device)
         wanted = ids.reshape(-1) if targets is None else targets.to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            logits = model(ids)
-            F.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted).backward()
-            optimizer.step()
+        def training(prepare):
+            model = made().to(device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            run = prepare(model)
 
-        print(f"{name + ', with AdamW':<62} {median(step):9.3f} ms")
-        del model, optimizer
+            def step():
+                optimizer.zero_grad(set_to_none=True)
+                logits = run(ids)
+                F.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted).backward()
+                optimizer.step()
+
+            return step
+
+        measure(name + ", with AdamW", training)
 
 
 main()

@@ -139,7 +139,7 @@ peer() {
         echo 'no python3: PyTorch was not measured'
     fi
 }
-block 'PyTorch eager' peer
+block 'PyTorch, eager and compiled' peer
 
 crossing() {
     steps=300
