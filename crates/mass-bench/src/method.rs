@@ -284,13 +284,15 @@ impl Method {
         })
     }
 
-    /// The same with another router, if its routing is a choice.
-    pub fn routed_by(&mut self, chosen: &RouterConfig) {
-        match self {
-            Self::Static { router, .. } => *router = Some(chosen.clone()),
-            Self::Mass(m) => m.router = Some(chosen.clone()),
-            Self::Dense | Self::DynMoe { .. } | Self::Gmoe { .. } => {}
-        }
+    /// The same with another router, if its routing is a choice: whether it is.
+    pub fn routed_by(&mut self, chosen: &RouterConfig) -> bool {
+        let router = match self {
+            Self::Static { router, .. } => router,
+            Self::Mass(m) => &mut m.router,
+            Self::Dense | Self::DynMoe { .. } | Self::Gmoe { .. } => return false,
+        };
+        *router = Some(chosen.clone());
+        true
     }
 
     /// MASS's rules for a run of so many steps in `layers` mixtures, `None` for other methods; `tune` is what a task changes in

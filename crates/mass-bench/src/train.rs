@@ -98,7 +98,7 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
         experts: args.experts,
         experts_max: args.experts_max,
         k: 2.min(args.experts),
-        p: args.p as f32,
+        p: args.p.unwrap_or(0.5) as f32,
         live_percent: Some(LIVE_PERCENT),
     };
     let bisects = args.router.as_ref().is_none_or(gate_is_linear);
@@ -110,8 +110,20 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
     let Some(mut method) = found.and_then(|found| found.into_iter().next()) else {
         return Err(crate::method::unknown(&args.method));
     };
-    if let Some(router) = &args.router {
-        method.routed_by(router);
+    // What would change nothing was not meant so.
+    let grows = matches!(method, Method::Mass(_));
+    let routed = args.router.as_ref().is_none_or(|r| method.routed_by(r));
+    for (flag, heard) in [
+        ("--router", routed),
+        ("--p", args.p.is_none() || grows),
+        ("--variant", args.variant.is_none() || grows),
+    ] {
+        if !heard {
+            return Err(BenchError::Usage(format!(
+                "{flag} changes nothing of --method {}; leave it out",
+                args.method
+            )));
+        }
     }
     let mut run = method.run(args.seed);
     if let Method::Mass(Mass { router, .. }) = &method {

@@ -69,6 +69,9 @@ pub struct ReproduceArgs {
     /// That, opened.
     #[arg(skip)]
     pub place: Place,
+    /// Whether the study is one of `all`: then what it does not heed is meant for others.
+    #[arg(skip)]
+    pub of_all: bool,
     /// Print results.json alone on standard output
     #[arg(long)]
     pub json: bool,
@@ -238,6 +241,7 @@ impl ReproduceArgs {
             data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
             models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
             out: self.out_dir(study.name, all)?,
+            of_all: all,
             ..self.clone()
         })
     }

@@ -34,9 +34,10 @@ pub struct TrainArgs {
     /// Training steps
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub steps: usize,
-    /// Routing mass p of Top-p, in (0, 1]
-    #[arg(long, value_name = "P", default_value_t = 0.5)]
-    pub p: f64,
+    /// Routing mass p of Top-p, in (0, 1] [default: 0.5]
+    #[arg(long, value_name = "P")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub p: Option<f64>,
     /// How tokens choose experts, instead of Top-p of mass --p: NAME:SETTING=VALUE,... with top_p, top_k, top_any, bias_balanced,
     /// target_k, expert_choice or noisy, such as bias_balanced:k=2,rate=0.001 or noisy:std=0.25/top_k:k=2,combine=raw
     #[arg(long, value_name = "ROUTER", conflicts_with = "p", value_parser = method::parse_router)]
@@ -118,11 +119,8 @@ impl TrainArgs {
     /// [`BenchError::Usage`], saying what to give instead.
     pub fn check(&self) -> Result<(), BenchError> {
         let usage = |message: String| Err(BenchError::Usage(message));
-        if !(self.p > 0.0 && self.p <= 1.0) {
-            return usage(format!(
-                "--p is {}; it must be above 0 and at most 1",
-                self.p
-            ));
+        if let Some(p) = self.p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+            return usage(format!("--p is {p}; it must be above 0 and at most 1"));
         }
         if !(self.lr > 0.0 && self.lr.is_finite()) {
             return usage(format!("--lr is {}; it must be above 0", self.lr));

@@ -178,8 +178,18 @@ impl<F: Family> Plan<F> {
                 }
             }
         }
+        let grows = methods.iter().any(|m| matches!(m, Method::Mass(_)));
+        let mut routed = args.router.is_none();
         if let Some(router) = &args.router {
-            methods = routed(methods, router);
+            (methods, routed) = by(router, methods);
+        }
+        // What would change nothing was not meant so.
+        let variant = args.variant.is_none() || grows;
+        for (flag, heard) in [("--router", routed), ("--variant", variant)] {
+            if !heard && !args.of_all {
+                let what = "changes nothing of these methods; leave it out or choose others";
+                return Err(BenchError::Usage(format!("{flag} {what} by --methods")));
+            }
         }
         methods.iter().try_for_each(Method::check)?;
         Ok(methods)
@@ -350,15 +360,17 @@ fn sets(runs: &[Planned]) -> impl Iterator<Item = &str> {
     firsts.map(|i| runs[i].assignment.set.as_str())
 }
 
-/// The same with a router that was chosen. Methods that differed by their routing alone are one then.
-fn routed(methods: Vec<Method>, router: &RouterConfig) -> Vec<Method> {
+/// The same with a router that was chosen, and whether it is any one's choice. Methods that differed by their routing alone are
+/// one then.
+fn by(router: &RouterConfig, methods: Vec<Method>) -> (Vec<Method>, bool) {
     let mut all: Vec<Method> = Vec::new();
+    let mut heard = false;
     for mut method in methods {
-        method.routed_by(router);
+        heard |= method.routed_by(router);
         let key = method.run(0).key();
         if !all.iter().any(|m| m.run(0).key() == key) {
             all.push(method);
         }
     }
-    all
+    (all, heard)
 }

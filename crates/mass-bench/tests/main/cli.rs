@@ -198,6 +198,32 @@ fn bad_arguments_exit_2_with_one_line() {
         refused(&given, at, &[part]);
     };
     train(&["--p", "1e-50"], "p");
+    for (method, flag) in [
+        ("dense", "--router top_k:k=1"),
+        ("dynmoe", "--router top_k:k=1"),
+        ("gmoe", "--router top_k:k=1"),
+        ("static", "--p 0.7"),
+        ("dense", "--p 0.7"),
+        ("dynmoe", "--variant ours"),
+        ("static", "--variant paper"),
+    ] {
+        let given: Vec<&str> = flag.split(' ').chain(["--method", method]).collect();
+        let name = given[0];
+        train(
+            &given,
+            &format!("{name} changes nothing of --method {method}"),
+        );
+    }
+    for flags in [
+        "synthetic --methods dense --router top_k:k=1",
+        "synthetic --methods dynmoe,gmoe --router top_k:k=1",
+        "regime --variant ours",
+        "synthetic --methods static,dynmoe --variant ours",
+    ] {
+        let given: Vec<&str> = flags.split(' ').collect();
+        let given = [&["reproduce"], &given[..]].concat();
+        refused(&given, at, &["changes nothing of these methods", "--methods"]);
+    }
     train(&["--variant", "paper", "--steps", "900000000"], "window");
     // Nothing was left behind by a refused command.
     let left = std::fs::read_dir(at).expect("the directory").count();
