@@ -222,7 +222,11 @@ fn bad_arguments_exit_2_with_one_line() {
     ] {
         let given: Vec<&str> = flags.split(' ').collect();
         let given = [&["reproduce"], &given[..]].concat();
-        refused(&given, at, &["changes nothing of these methods", "--methods"]);
+        refused(
+            &given,
+            at,
+            &["changes nothing of these methods", "--methods"],
+        );
     }
     train(&["--variant", "paper", "--steps", "900000000"], "window");
     // Nothing was left behind by a refused command.

@@ -121,8 +121,9 @@ fn a_chosen_router_names_the_run_and_any_method_may_be_named() {
     runs(&["--router", "top_any", "--variant", "paper"]).unwrap();
     let text = refused(&["--router", "top_k:k=1"]);
     assert!(text.contains("add combine=straight_through"), "{text}");
-    // Nobody is asked to route otherwise.
-    runs(&["--router", "top_k:k=1", "--methods", "dense,dynmoe,gmoe"]).unwrap();
+    // A router that nobody heeds was not meant so.
+    let text = refused(&["--router", "top_k:k=1", "--methods", "dense,dynmoe,gmoe"]);
+    assert!(text.contains("changes nothing"), "{text}");
     // What the preset does not list has its pools, whatever the study calls the dense model.
     assert_eq!(
         keys(&["--methods", "gmoe,erm,plain_cloning"]),
