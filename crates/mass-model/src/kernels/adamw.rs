@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::vectorised;
+use super::{vector, vectorised};
 
 /// Elements handled by one task.
 const BLOCK: usize = 1 << 15;
@@ -62,11 +62,39 @@ pub fn update(theta: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: 
                         theta.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut())
                     {
                         let g = g * gradient_scale;
-                        *m = beta1 * *m + take1 * g;
-                        *v = beta2 * *v + take2 * g * g;
+                        // Moments of what has no gradient any more decay: rows of words that a text does not have.
+                        *m = vector::flush(beta1 * *m + take1 * g);
+                        *v = vector::flush(beta2 * *v + take2 * g * g);
                         *theta = *theta * keep - rate * *m / ((*v).sqrt() / root + eps);
                     }
                 },
             );
         });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_that_decay_end_at_zero() {
+        let step = AdamWStep {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.9,
+            take1: 0.1,
+            take2: 0.1,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            bias1: 1.0,
+            bias2: 1.0,
+            gradient_scale: 1.0,
+        };
+        let (mut theta, mut m, mut v) = (vec![1.0; 40], vec![0.3; 40], vec![0.2; 40]);
+        for _ in 0..1200 {
+            update(&mut theta, &[0.0; 40], &mut m, &mut v, step);
+            assert!(!m.iter().chain(&v).any(|x| x.is_subnormal()));
+        }
+        assert!(m.iter().chain(&v).all(|&x| x == 0.0));
+    }
 }

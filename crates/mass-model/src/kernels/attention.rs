@@ -325,7 +325,7 @@ impl<'a> Head<'a> {
                     *x = vector::exp(*x - max);
                 }
                 for x in seen.iter_mut() {
-                    *x *= inverse;
+                    *x = vector::probability(*x * inverse);
                 }
                 self.hide(seen);
             }
@@ -479,7 +479,7 @@ fn backward_head(
                 for (ds, p) in ds.chunks_exact_mut(seq).zip(p.chunks_exact(seq)) {
                     let inner = vector::dot(ds, p);
                     for (ds, p) in ds.iter_mut().zip(p) {
-                        *ds = p * (*ds - inner);
+                        *ds = vector::flush(p * (*ds - inner));
                     }
                 }
             },
@@ -541,6 +541,27 @@ mod tests {
                     assert!((a - b).abs() < 2e-6, "{a} {b}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn sharp_attention_keeps_no_probabilities_that_are_nothing() {
+        let offsets = [0, 64];
+        let shape = AttentionShape {
+            offsets: &offsets,
+            keys: None,
+            heads: 2,
+            dim: 16,
+            causal: true,
+            dropout: None,
+            longest_kept: LONGEST_KEPT,
+        };
+        for sharpness in [3.0, 10.0, 100.0] {
+            let qkv: Vec<f32> = values(64 * 48, 0.2).iter().map(|x| x * sharpness).collect();
+            let (mut kept, mut y) = (vec![f32::NAN; shape.kept()], vec![f32::NAN; 64 * 16]);
+            forward(&qkv, &mut kept, &mut y, shape);
+            let tiny = kept.iter().filter(|&&p| p > 0.0 && p < 1e-31).count();
+            assert_eq!(tiny, 0, "sharpness {sharpness}");
         }
     }
 

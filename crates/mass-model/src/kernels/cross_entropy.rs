@@ -50,10 +50,31 @@ pub fn backward(
                         if store == Store::Replace {
                             d.fill(0.0);
                         }
-                        vector::axpy(scale, p, d);
+                        for (d, p) in d.iter_mut().zip(p) {
+                            *d = vector::flush(*d + scale * p);
+                        }
                         d[target as usize] -= scale;
                     }
                 },
             );
         });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities_far_below_the_largest_leave_no_subnormal_numbers() {
+        let classes = 7;
+        let mut logits: Vec<f32> = (0..classes * 20).map(|i| -(i as f32) * 0.9).collect();
+        let targets = vec![0; 20];
+        let (mut nll, mut d) = (vec![0.0; 20], vec![0.0; logits.len()]);
+        logits.iter_mut().step_by(classes).for_each(|x| *x = 20.0);
+        forward(&mut logits, &targets, &mut nll, classes);
+        backward(&logits, &targets, 1e-3, (&mut d, Store::Replace), classes);
+        let mut all = logits.iter().chain(&d);
+        assert!(!all.any(|x| x.is_subnormal()), "{d:?}");
+        assert!(d.iter().any(|&x| x > 0.0 && x < 1e-25));
+    }
 }

@@ -208,7 +208,7 @@ fn softmax(logits: ArrayView2<'_, f32>, in_use: &[bool]) -> Array2<f32> {
         if let Some(row) = row.as_slice_mut() {
             softmax_in_place(row);
         }
-        // The exponential of a kernel ends above zero.
+        // Whatever was under their logits.
         hide(&mut row, 0.0);
     }
     r
