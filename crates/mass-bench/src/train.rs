@@ -31,7 +31,9 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    ResultStore::check_kept(&args.out, args.existing())?;
+    if ctx.ranks.is_first() {
+        ResultStore::check_kept(&args.out, args.existing())?;
+    }
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let (method, run) = method(args)?;
     method.check()?;
@@ -44,12 +46,13 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     let rules = check(&task, &method, args.seed)?;
     let header = Header::new("train", "text", args.threads).on(&task.place);
     let settings = json!({ "arguments": args, "settings": { "text": data } });
-    let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
+    let ranks = ctx.ranks.clone();
+    let mut store = ResultStore::open_among(&ranks, &args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
     let folder = RunContext::checkpoint_dir(store.dir(), &run.key());
-    let mut trainer = Trainer::open(&task, &run, &method, &folder, args.resume)?;
+    let mut trainer = Trainer::open_among(&ranks, &task, (&run, &method), &folder, args.resume)?;
     if let Some(diagnosis) = rules.and_then(|g| g.controller.unreachable()) {
         ctx.progress.note(&format!("as set, {diagnosis}"));
     }

@@ -23,13 +23,15 @@ use crate::error::ModelError;
 pub use crate::mixtures::Mixtures;
 use crate::nn::GateConfig;
 use crate::optim::{AdamW, Gradients};
+use crate::parallel::Ranks;
 use crate::param::join;
 use crate::pass::{Masked, TrainPass};
+use observe::observe_among;
 pub use observe::{observe, routing_entropies};
-use observe::{observe_routing, observe_with};
 use pairs::fc1_cosine;
-pub use pairs::{PairFigures, pair_figures};
+pub use pairs::{PairFigures, pair_figures, pair_figures_among};
 pub use shift::GateShift;
+use split::split_expert_among;
 pub use split::{remove_expert, split_expert};
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
@@ -137,6 +139,25 @@ impl Grower {
         pass: &mut TrainPass<G>,
         losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
+        self.step_among(&Ranks::default(), step, model, optimizer, pass, losses)
+    }
+
+    /// [`step`](Self::step) of one of several ranks, which have a share of the batch each and decide the same.
+    ///
+    /// The pass is one whose loss and gradients are those of the whole batch ([`reduce`](crate::parallel::reduce)); `losses` gives
+    /// the same on every rank, those of the whole batch.
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Parallel`].
+    pub fn step_among<M: Mixtures, G: Gradients>(
+        &mut self,
+        ranks: &Ranks,
+        step: u64,
+        model: &mut M,
+        optimizer: &mut AdamW,
+        pass: &mut TrainPass<G>,
+        losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
+    ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
         // Before the controller moves: a device that holds what is looked at may have failed.
         for l in 0..model.mixtures() {
@@ -147,7 +168,7 @@ impl Grower {
         let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
             || self.controller.params().pruning.is_some();
         let before = asks.then(|| self.controller.clone());
-        let actions = match self.decide(step, model, pass, losses) {
+        let actions = match self.decide((ranks, step), model, pass, losses) {
             Ok(actions) => actions,
             Err(error) => {
                 if let Some(before) = before {
@@ -156,7 +177,7 @@ impl Grower {
                 return Err(error);
             }
         };
-        self.carry_out(actions, model, optimizer, pass)?;
+        self.carry_out(ranks, actions, model, optimizer, pass)?;
         for l in 0..model.mixtures() {
             if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
                 let pairs = self.controller.pair_positions(l);
@@ -218,24 +239,14 @@ impl Grower {
     /// Tells the controller what the step's gradients are, and gets what it asks for and what it decides.
     fn decide<M: Mixtures, G: Gradients>(
         &mut self,
-        step: u64,
+        (ranks, step): (&Ranks, u64),
         model: &mut M,
         pass: &mut TrainPass<G>,
         mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Action>, ModelError> {
         let entropy = self.controller.params().choice == Choice::RoutingEntropy;
-        let mut observed = Vec::with_capacity(pass.layers.len());
-        for (l, trace) in pass.layers.iter().enumerate() {
-            let norm = self.watches(l, step).then_some(self.config.gradient_norm);
-            observed.push(observe_with(
-                model.mixture(l),
-                trace,
-                &pass.token_losses,
-                &mut pass.gradients,
-                norm,
-                entropy,
-            )?);
-        }
+        let norm = |l| self.watches(l, step).then_some(self.config.gradient_norm);
+        let (observed, routing) = observe_among(ranks, model, pass, norm, entropy)?;
         let layers: Vec<LayerObservation<'_>> = observed
             .iter()
             .enumerate()
@@ -254,9 +265,8 @@ impl Grower {
             layers: &layers,
         };
         let mut requests = self.controller.begin_step(&observation)?;
-        for (l, trace) in pass.layers.iter().enumerate() {
-            let routing = observe_routing(model.mixture(l), &trace.plan);
-            self.controller.observe_routing(l, &routing)?;
+        for (l, routing) in routing.iter().enumerate() {
+            self.controller.observe_routing(l, routing)?;
         }
         while let Some(request) = requests.pop() {
             let answer = match request {
@@ -293,6 +303,7 @@ impl Grower {
 
     fn carry_out<M: Mixtures, G: Gradients>(
         &mut self,
+        ranks: &Ranks,
         actions: Vec<Action>,
         model: &mut M,
         optimizer: &mut AdamW,
@@ -310,7 +321,8 @@ impl Grower {
                     let name = model.mixture_name(layer);
                     let trace = &pass.layers[layer];
                     let moe = model.mixture_mut(layer);
-                    let shift = split_expert(moe, source, operator, trace, &mut pass.gradients)?;
+                    let gradients = &mut pass.gradients;
+                    let shift = split_expert_among(ranks, moe, source, operator, trace, gradients)?;
                     if shift.newcomer != newcomer {
                         return Err(ModelError::Config(format!(
                             "the controller names its newcomer {}, the layer {}",

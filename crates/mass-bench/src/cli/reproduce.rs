@@ -4,7 +4,7 @@ use clap::Args;
 use mass_model::Place;
 use mass_routing::RouterConfig;
 
-use super::{Device, Preset, Variant, all_threads, within};
+use super::{Device, Parallel, Preset, Variant, all_threads, within};
 use crate::{
     BenchError, method,
     report::{Existing, Header, Part},
@@ -69,6 +69,9 @@ pub struct ReproduceArgs {
     /// That, opened.
     #[arg(skip)]
     pub place: Place,
+    /// Which processes train together
+    #[arg(long, value_enum, default_value_t)]
+    pub parallel: Parallel,
     /// Print results.json alone on standard output
     #[arg(long)]
     pub json: bool,

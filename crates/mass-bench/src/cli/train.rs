@@ -5,7 +5,7 @@ use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
 use super::reproduce::{existing, not_a_file};
-use super::{Device, Variant, all_threads, within};
+use super::{Device, Parallel, Variant, all_threads, within};
 use crate::method::MASS;
 use crate::report::Existing;
 use crate::{BenchError, method};
@@ -99,6 +99,10 @@ pub struct TrainArgs {
     /// Share of the text, at its end, that is never trained on
     #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]
     pub held_out: f64,
+    /// Which processes train together
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(skip)]
+    pub parallel: Parallel,
     /// Print results.json alone on standard output
     #[arg(long)]
     #[serde(skip)]

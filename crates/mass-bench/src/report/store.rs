@@ -7,7 +7,9 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::durable;
+use mass_model::parallel::Ranks;
+
+use crate::{BenchError, durable};
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -27,6 +29,22 @@ pub enum Existing {
     Replace,
 }
 
+/// Lines that are appended.
+#[derive(Debug)]
+struct Files {
+    metrics: BufWriter<File>,
+    events: BufWriter<File>,
+}
+
+impl Files {
+    fn open(dir: &Path) -> Result<Self, ReportError> {
+        Ok(Self {
+            metrics: append_to(&dir.join("metrics.jsonl"))?,
+            events: append_to(&dir.join("events.jsonl"))?,
+        })
+    }
+}
+
 /// The output directory of one study.
 ///
 /// metrics.jsonl and events.jsonl are appended to; [`ResultStore::flush`] pushes what is buffered to
@@ -35,8 +53,8 @@ pub enum Existing {
 pub struct ResultStore {
     dir: PathBuf,
     results: Results,
-    metrics: BufWriter<File>,
-    events: BufWriter<File>,
+    /// None of a process that leaves the writing to another.
+    files: Option<Files>,
     /// Whether lines of an earlier process may be there.
     resumed: bool,
 }
@@ -88,12 +106,52 @@ impl ResultStore {
         write_atomically(&dir.join("results.json"), &pretty(&results))?;
         write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
         Ok(Self {
-            metrics: append_to(&dir.join("metrics.jsonl"))?,
-            events: append_to(&dir.join("events.jsonl"))?,
+            files: Some(Files::open(dir)?),
             dir: dir.to_owned(),
             results,
             resumed: resume,
         })
+    }
+
+    /// [`open`](Self::open) by the first of several ranks, which has to say so to the others if it fails; the others learn from it
+    /// what is finished, and write nothing.
+    ///
+    /// # Errors
+    /// As there, and those of the ranks.
+    pub fn open_among(
+        ranks: &Ranks,
+        dir: &Path,
+        header: Header,
+        settings: &impl Serialize,
+        existing: Existing,
+    ) -> Result<Self, BenchError> {
+        if ranks.is_alone() {
+            return Ok(Self::open(dir, header, settings, existing)?);
+        }
+        let mut all = vec![
+            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("study".to_owned(), header.study.clone()),
+            ("preset".to_owned(), header.preset.clone()),
+            ("existing results".to_owned(), format!("{existing:?}")),
+        ];
+        let settings = serde_json::to_value(settings).map_err(|e| ReportError::Malformed {
+            path: dir.to_owned(),
+            problem: format!("settings: {e}"),
+        })?;
+        leaves("", &settings, &mut all);
+        let all: Vec<_> = all.iter().map(|(what, v)| (what.as_str(), v.clone())).collect();
+        ranks.agree(&all)?;
+        let own = match ranks.is_first() {
+            true => Some(Self::open(dir, header, &settings, existing)?),
+            false => None,
+        };
+        let results = ranks.of_first(own.as_ref().map(|own| &own.results))?;
+        Ok(own.unwrap_or_else(|| Self {
+            dir: dir.to_owned(),
+            results,
+            files: None,
+            resumed: false,
+        }))
     }
 
     /// Whether [`open`](Self::open) would take the directory, as far as can be told without writing to it: a study asks before it
@@ -180,8 +238,10 @@ impl ResultStore {
         }
         self.results.push(run);
         self.flush()?;
-        self.write_results()?;
-        self.write_report()?;
+        if self.files.is_some() {
+            self.write_results()?;
+            self.write_report()?;
+        }
         Ok(dropped)
     }
 
@@ -190,7 +250,10 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn metric(&mut self, line: &MetricLine) -> Result<(), ReportError> {
-        append(&mut self.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
+        append(&mut files.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
     }
 
     /// Appends a line to events.jsonl.
@@ -202,7 +265,10 @@ impl ResultStore {
             run: run.to_owned(),
             event,
         };
-        append(&mut self.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
+        append(&mut files.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
     }
 
     /// Pushes buffered lines to disk.
@@ -210,9 +276,12 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn flush(&mut self) -> Result<(), ReportError> {
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
         for (file, name) in [
-            (&mut self.metrics, "metrics.jsonl"),
-            (&mut self.events, "events.jsonl"),
+            (&mut files.metrics, "metrics.jsonl"),
+            (&mut files.events, "events.jsonl"),
         ] {
             file.flush()
                 .map_err(|e| io_error(&self.dir.join(name), e))?;
@@ -233,10 +302,11 @@ impl ResultStore {
         };
         let metrics = self.dir.join("metrics.jsonl");
         let events = self.dir.join("events.jsonl");
-        filter_lines(&metrics, keep)?;
-        filter_lines(&events, keep)?;
-        self.metrics = append_to(&metrics)?;
-        self.events = append_to(&events)?;
+        if self.files.is_some() {
+            filter_lines(&metrics, keep)?;
+            filter_lines(&events, keep)?;
+            self.files = Some(Files::open(&self.dir)?);
+        }
         Ok(())
     }
 
@@ -283,6 +353,19 @@ impl ResultStore {
         let events = lines_of(&self.dir.join("events.jsonl"))?;
         let events = drawn(events.iter().map(String::as_str));
         write_reports(&self.dir, &self.results, &self.metrics()?, &events)
+    }
+}
+
+/// What settings say, each by where it stands in them.
+fn leaves(prefix: &str, settings: &Value, all: &mut Vec<(String, String)>) {
+    match settings {
+        Value::Object(entries) => {
+            for (name, value) in entries {
+                let dot = if prefix.is_empty() { "" } else { "." };
+                leaves(&format!("{prefix}{dot}{name}"), value, all);
+            }
+        }
+        other => all.push((prefix.to_owned(), other.to_string())),
     }
 }
 

@@ -17,6 +17,8 @@ mod weights;
 
 pub(crate) use weights::unusable_model;
 
+use mass_model::parallel::Ranks;
+
 use crate::{
     BenchError,
     cli::{Preset, ReproduceArgs, RunContext},
@@ -193,10 +195,14 @@ pub fn find(name: &str) -> Option<&'static Study> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<(), BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
     (study.check)(args)?;
-    Ok(ResultStore::check_kept(&args.out, args.existing())?)
+    // Others may be so late that the first has begun to write.
+    if ranks.is_first() {
+        ResultStore::check_kept(&args.out, args.existing())?;
+    }
+    Ok(())
 }
 
 /// Runs the study that the arguments name.

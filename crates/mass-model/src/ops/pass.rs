@@ -16,6 +16,7 @@ use crate::kernels::activation::Activation;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::scratch::Scratch;
 use crate::mirror::Mirror;
+use crate::parallel::Ranks;
 use crate::param::Param;
 
 /// Where a layer computes, and whether a backward pass can follow. A layer is written once, over this.
@@ -157,6 +158,8 @@ pub(crate) struct Routing<'a, A, R> {
     pub(crate) ahead: A,
     /// Makes a plan of the logits, and returns the router as it was then: only meanwhile need it be in hand.
     pub(crate) route: R,
+    /// Who has the other rows of the batch.
+    pub(crate) ranks: &'a Ranks,
 }
 
 /// See [`Routing::ahead`].
@@ -292,7 +295,8 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
         activation: Activation,
         routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
-        moe::run(&mut self.0, x, experts, gate, activation, routing.route)
+        let how = (routing.route, routing.ranks);
+        moe::run(&mut self.0, x, experts, gate, activation, how)
     }
 
     fn pick_rows(&mut self, x: Activations, picked: &[usize]) -> Result<Activations, ModelError> {
