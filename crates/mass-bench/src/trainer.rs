@@ -122,7 +122,10 @@ impl<'t, T: Task> Trainer<'t, T> {
             }
         }
         let model = task.model().map_err(made)?;
-        parallel::check(ranks, &model).map_err(made)?;
+        parallel::check(ranks, &model).map_err(|e| match e {
+            ModelError::Parallel(e) => BenchError::Parallel(e),
+            e => made(e),
+        })?;
         let (layers, steps) = (model.mixtures(), recipe.schedule.steps);
         let grower = method.growth(layers, steps, run.seed, |rules| task.tune(rules))?;
         let (mut dynmoe, mut templates) = (None, Vec::new());
@@ -383,12 +386,17 @@ impl<'t, T: Task> Trainer<'t, T> {
         let mut sum = crc32fast::Hasher::new();
         self.model.visit("", &mut |name, param| {
             sum.update(name.as_bytes());
-            param.values().iter().for_each(|x| sum.update(&x.to_le_bytes()));
+            param
+                .values()
+                .iter()
+                .for_each(|x| sum.update(&x.to_le_bytes()));
         });
         let events = serde_json::to_string(&self.saved.events).unwrap_or_default();
         sum.update(events.as_bytes());
         let what = format!("weights and events after step {} of checksum", self.step);
-        Ok(self.ranks.agree(&[(&what, format!("{:08x}", sum.finalize()))])?)
+        Ok(self
+            .ranks
+            .agree(&[(&what, format!("{:08x}", sum.finalize()))])?)
     }
 
     fn save(&self, dir: &Path) -> Result<(), BenchError> {

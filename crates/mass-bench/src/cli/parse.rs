@@ -122,8 +122,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn fail(error: &BenchError) -> ExitCode {
-    // Standard error may be closed; the exit code still says it.
-    writeln!(std::io::stderr(), "error: {}", error.one_line()).ok();
+    // At once: other processes may write to the same place. It may be closed; the exit code still says it.
+    let line = format!("error: {}\n", error.one_line());
+    std::io::stderr().write_all(line.as_bytes()).ok();
     ExitCode::from(error.exit_code())
 }
 

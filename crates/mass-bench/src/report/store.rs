@@ -139,7 +139,10 @@ impl ResultStore {
             problem: format!("settings: {e}"),
         })?;
         leaves("", &settings, &mut all);
-        let all: Vec<_> = all.iter().map(|(what, v)| (what.as_str(), v.clone())).collect();
+        let all: Vec<_> = all
+            .iter()
+            .map(|(what, v)| (what.as_str(), v.clone()))
+            .collect();
         ranks.agree(&all)?;
         let own = match ranks.is_first() {
             true => Some(Self::open(dir, header, &settings, existing)?),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// A run of 200 steps in which experts are split and removed.
-const TRAIN: &str = "--text text --method schedule --steps 200 --dim 16 --layers 2 --heads 2 --hidden 16 --experts 2 \
+const TRAIN: &str = "--text text --method schedule --variant calibrated --steps 200 --dim 16 --layers 2 --heads 2 --hidden 16 --experts 2 \
                      --experts-max 6 --seq 16 --batch 8 --lr 1e-3 --threads 1";
 
 fn text(dir: &Path) {
@@ -57,7 +57,9 @@ fn done(output: &Output) {
 
 fn lines(path: PathBuf) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    text.lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
 }
 
 /// Losses by step.
@@ -72,7 +74,9 @@ fn events(out: &Path) -> Vec<String> {
     let all = lines(out.join("events.jsonl")).into_iter();
     let what = |e: Value| {
         let of = |key: &str| e[key].to_string();
-        ["step", "kind", "layer", "source", "newcomer", "expert"].map(of).join(" ")
+        ["step", "kind", "layer", "source", "newcomer", "expert"]
+            .map(of)
+            .join(" ")
     };
     all.map(what).collect()
 }
@@ -105,6 +109,188 @@ fn a_text_is_learnt_alike_by_1_2_and_4_processes() {
         assert!(difference < 1e-5, "{processes} processes: {difference}");
         assert_eq!(events(&one), events(&several));
         let of = |kind: &str| events(&one).iter().filter(|e| e.contains(kind)).count();
-        assert!(of("expand") > 0 && of("remove") > 0, "{:?}", events(&one));
+        assert!(of("split") > 0 && of("remove") > 0, "{:?}", events(&one));
     }
+}
+
+#[test]
+fn the_synthetic_study_gives_the_same_on_2_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let study = "reproduce synthetic --preset smoke --methods mass --variant ours --threads 1";
+    done(&alone(&format!("{study} --out 1"), dir.path()));
+    done(&mpirun(2, &format!("{study} --out 2"), dir.path()));
+    let (one, two) = (dir.path().join("1"), dir.path().join("2"));
+    let difference = largest_difference(&one, &two);
+    assert!(difference < 1e-5, "{difference}");
+    assert_eq!(events(&one), events(&two));
+    let tests = |out: &Path| {
+        let results: Value =
+            serde_json::from_slice(&std::fs::read(out.join("results.json")).unwrap()).unwrap();
+        let runs = results["runs"].as_array().unwrap().clone();
+        let loss = |run: &Value| run["test_loss"].as_f64().unwrap();
+        runs.iter().map(loss).collect::<Vec<f64>>()
+    };
+    let (one, two) = (tests(&one), tests(&two));
+    assert!(one.len() == 1 && one.len() == two.len(), "{one:?} {two:?}");
+    let far = one.iter().zip(&two).any(|(a, b)| (a - b).abs() > 1e-5);
+    assert!(!far, "{one:?} {two:?}");
+}
+
+#[test]
+fn a_run_goes_on_on_any_other_number_of_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    done(&alone(&format!("train {TRAIN} --out whole"), dir.path()));
+    // A process that is asked to stop stops all, after the same step: that of the checkpoint.
+    for next in [1, 2, 4] {
+        let out = dir.path().join(next.to_string());
+        let arguments = format!("train {TRAIN} --out {next}");
+        let first = if next == 4 { 2 } else { 4 };
+        let mut child = launch(&[(first, arguments.clone())], dir.path());
+        wait_for(&mut child, || checkpoint(&out).is_some());
+        kill(&children(child.id())[1], "-TERM");
+        let ended = child.wait_with_output().unwrap();
+        let error = String::from_utf8_lossy(&ended.stderr);
+        assert!(
+            !ended.status.success() && error.contains("interrupted"),
+            "{error}"
+        );
+        let resume = format!("{arguments} --resume");
+        done(&match next {
+            1 => alone(&resume, dir.path()),
+            n => mpirun(n, &resume, dir.path()),
+        });
+        let difference = largest_difference(&dir.path().join("whole"), &out);
+        assert!(difference < 1e-5, "on {next}: {difference}");
+        assert_eq!(events(&dir.path().join("whole")), events(&out));
+    }
+}
+
+/// The newest checkpoint of a run.
+fn checkpoint(out: &Path) -> Option<PathBuf> {
+    let mut runs = std::fs::read_dir(out.join("checkpoints")).ok()?;
+    let latest = runs.next()?.ok()?.path().join("latest");
+    latest.exists().then_some(latest)
+}
+
+fn wait_for(child: &mut Child, until: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !until() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended");
+        assert!(started.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The processes that mpirun has started.
+fn children(mpirun: u32) -> Vec<String> {
+    let path = format!("/proc/{mpirun}/task/{mpirun}/children");
+    let all = std::fs::read_to_string(path).unwrap();
+    all.split_whitespace().map(str::to_owned).collect()
+}
+
+fn kill(process: &str, signal: &str) {
+    let done = Command::new("kill").args([signal, process]).status();
+    assert!(done.unwrap().success());
+}
+
+#[test]
+fn a_process_that_dies_ends_the_others_and_leaves_a_good_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let arguments = format!("train {TRAIN} --steps 1000 --out out").replace("--steps 200 ", "");
+    let mut child = launch(&[(2, arguments.clone())], dir.path());
+    let out = dir.path().join("out");
+    wait_for(&mut child, || checkpoint(&out).is_some());
+    kill(&children(child.id())[1], "-KILL");
+    let killed = Instant::now();
+    let ended = child.wait_with_output().unwrap();
+    assert!(!ended.status.success());
+    assert!(killed.elapsed() < Duration::from_secs(15));
+    done(&alone(&format!("{arguments} --resume"), dir.path()));
+    assert!(losses(&out).last().unwrap().0 == 1000);
+}
+
+/// Every process ends with an error of its own, and nothing hangs.
+fn ends(groups: &[(usize, String)], dir: &Path, each: &[&str]) {
+    let started = Instant::now();
+    let output = launch(groups, dir).wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(started.elapsed() < Duration::from_secs(30));
+    assert!(!output.status.success());
+    for what in each {
+        assert!(error.contains(what), "no `{what}` in {error}");
+    }
+    let own = error.lines().filter(|l| l.starts_with("error: ")).count();
+    let processes: usize = groups.iter().map(|(n, _)| n).sum();
+    assert_eq!(own, processes, "{error}");
+}
+
+#[test]
+fn processes_that_were_given_different_things_end_with_what_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let other = "to be or not to be, that is another question of mixtures; ";
+    std::fs::write(dir.path().join("other"), other.repeat(60)).unwrap();
+    let train = |more: &str| format!("train {TRAIN} --out out {more}");
+    let plain = (1, train(""));
+    for (others, what) in [
+        ((1, train("--seed 3")), "arguments.seed 3, and rank 0 has 0"),
+        (
+            (1, train("--p 0.25")),
+            "arguments.p 0.25, and rank 0 has 0.5",
+        ),
+        (
+            (1, train("").replace("--text text", "--text other")),
+            "settings.text",
+        ),
+        (
+            (1, train("--fresh")),
+            "existing results Replace, and rank 0 has Refuse",
+        ),
+        (
+            (
+                1,
+                "reproduce synthetic --preset smoke --threads 1 --out other-out".into(),
+            ),
+            "study synthetic, and rank 0 has train",
+        ),
+    ] {
+        ends(&[plain.clone(), others], dir.path(), &[what]);
+        assert!(!dir.path().join("out/results.json").exists());
+    }
+}
+
+#[test]
+fn what_one_process_cannot_do_ends_all() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let train = |more: &str| format!("train {TRAIN} --out out {more}");
+    // Data that one of them does not have.
+    let lacks = train("").replace("--text text", "--text missing");
+    let groups = [(1, train("")), (1, lacks), (1, train(""))];
+    ends(
+        &groups,
+        dir.path(),
+        &["rank 1 has failed: missing: ", "error: missing: "],
+    );
+    // What cannot be shared.
+    let groups = [(2, train("--router expert_choice:capacity=1.1"))];
+    ends(&groups, dir.path(), &["expert-choice routing"]);
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    let groups = [(3, train("").replace("--batch 8", "--batch 2"))];
+    ends(
+        &groups,
+        dir.path(),
+        &["fewer sequences than there are ranks"],
+    );
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    // A checkpoint that cannot be written.
+    std::fs::create_dir(dir.path().join("out")).unwrap();
+    std::fs::write(dir.path().join("out/checkpoints"), "in the way").unwrap();
+    ends(
+        &[(2, train(""))],
+        dir.path(),
+        &["rank 0 has failed: saving a checkpoint"],
+    );
 }

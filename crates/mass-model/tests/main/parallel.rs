@@ -23,7 +23,10 @@ const ROWS: usize = 8;
 fn batch(step: u64) -> (Vec<u32>, Vec<u32>) {
     let token = |i: u64| ((i * i + 3 * i * step + step) % 11) as u32;
     let tokens = (ROWS * SEQ) as u64;
-    ((0..tokens).map(token).collect(), (1..=tokens).map(token).collect())
+    (
+        (0..tokens).map(token).collect(),
+        (1..=tokens).map(token).collect(),
+    )
 }
 
 /// How a run goes.
@@ -100,7 +103,11 @@ fn train(ranks: &Ranks, recipe: &Recipe) -> Result<Left, ModelError> {
 /// What happened to which expert, without figures.
 fn name(event: &EventKind) -> String {
     let value = serde_json::to_value(event).unwrap();
-    let of = |key: &str| value.get(key).map_or(String::new(), |v| format!(" {key} {v}"));
+    let of = |key: &str| {
+        value
+            .get(key)
+            .map_or(String::new(), |v| format!(" {key} {v}"))
+    };
     let kind = value["kind"].as_str().unwrap_or_default().to_owned();
     kind + &of("layer") + &of("source") + &of("newcomer") + &of("expert")
 }
@@ -275,7 +282,10 @@ fn ranks_that_do_different_things_say_so() {
     });
     for end in ends {
         let error = end.unwrap_err();
-        assert!(matches!(error, ParallelError::OutOfStep { rank: 1, .. }), "{error}");
+        assert!(
+            matches!(error, ParallelError::OutOfStep { rank: 1, .. }),
+            "{error}"
+        );
     }
     let ends = Threads::run(2, |ranks| {
         ranks.weighted_sum(&mut vec![1.0; 4 + ranks.rank()], &[1.0; 2])
@@ -306,7 +316,13 @@ fn a_loss_that_is_no_number_ends_all_ranks() {
         let mut pass = model.train_pass_at(&Place::Cpu, &tokens, &targets, SEQ)?;
         parallel::reduce(ranks, &model, &mut pass, 1)
     });
-    let errors: Vec<String> = ends.into_iter().map(|e| e.unwrap_err().to_string()).collect();
+    let errors: Vec<String> = ends
+        .into_iter()
+        .map(|e| e.unwrap_err().to_string())
+        .collect();
     assert_eq!(errors[1], "the training loss is not finite");
-    assert_eq!(errors[0], "rank 1 has failed: the training loss is not finite");
+    assert_eq!(
+        errors[0],
+        "rank 1 has failed: the training loss is not finite"
+    );
 }
