@@ -209,6 +209,13 @@ impl Task for Language<'_> {
         })
     }
 
+    fn scores_after(&self, step: u64) -> bool {
+        let ends = self.stream.as_ref().is_some_and(|s| s.ends.contains(&step));
+        ends || self
+            .validation
+            .is_some_and(|(every, _)| step.is_multiple_of(every))
+    }
+
     fn score(
         &self,
         model: &LanguageModel,

@@ -150,6 +150,13 @@ pub trait Task: Sync {
         optimizer.step(model, gradients, rate)
     }
 
+    /// Whether [`score`](Self::score) looks at the model after so many steps: experts that are on several processes are brought
+    /// together for that.
+    fn scores_after(&self, step: u64) -> bool {
+        let _ = step;
+        true
+    }
+
     /// Scores the model after `step` steps, if it is time.
     ///
     /// # Errors

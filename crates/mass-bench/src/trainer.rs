@@ -174,6 +174,12 @@ impl<'t, T: Task> Trainer<'t, T> {
                 .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
         }
         trainer.model.set_ranks(ranks);
+        let divided = parallel::divide(ranks, &mut trainer.model, &mut trainer.optimizer);
+        divided.map_err(made)?;
+        if ranks.divides_experts() && trainer.saved.dynmoe.is_some() {
+            let what = "DynMoE, whose newcomers are drawn anew, with --expert-parallel";
+            return Err(ParallelError::Unsupported(what.into()).into());
+        }
         ranks.agree(&[
             (
                 "the settings of the run",
@@ -296,7 +302,13 @@ impl<'t, T: Task> Trainer<'t, T> {
         if let Some(grower) = &mut saved.grower {
             let losses = |model: &T::Model, on, masked| match on {
                 _ if ranks.is_alone() => task.losses(model, batch, on, masked),
-                LossOn::Probe if !ranks.is_first() => Ok(ranks.gather_f64(&[])?),
+                // Where experts are divided all ranks have to take part.
+                LossOn::Probe if !ranks.is_first() => {
+                    if ranks.divides_experts() {
+                        task.losses(model, batch, on, masked)?;
+                    }
+                    Ok(ranks.gather_f64(&[])?)
+                }
                 _ => Ok(ranks.gather_f64(&task.losses(model, batch, on, masked)?)?),
             };
             let events = grower.step_among(ranks, step, model, optimizer, &mut pass, losses)?;
@@ -352,11 +364,20 @@ impl<'t, T: Task> Trainer<'t, T> {
     }
 
     fn score(&mut self) -> Result<(), BenchError> {
-        if !self.ranks.is_first() {
+        let apart = self.ranks.divides_experts();
+        if apart && !self.task.scores_after(self.step) {
             return Ok(());
         }
+        if apart {
+            self.bring_together()?;
+        }
         let progress = &mut self.saved.progress;
-        let Some(scored) = self.task.score(&self.model, self.step, progress)? else {
+        let scored = match self.ranks.is_first() {
+            true => self.task.score(&self.model, self.step, progress)?,
+            false => None,
+        };
+        parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
+        let Some(scored) = scored else {
             return Ok(());
         };
         self.saved.stopped |= scored.stop;
@@ -384,7 +405,12 @@ impl<'t, T: Task> Trainer<'t, T> {
             return Ok(());
         }
         let mut sum = crc32fast::Hasher::new();
+        let everywhere = !self.ranks.divides_experts();
         self.model.visit("", &mut |name, param| {
+            // A network of an expert is what some ranks have and others do not.
+            if !everywhere && name.contains(".experts.") && name.contains(".fc") {
+                return;
+            }
             sum.update(name.as_bytes());
             param
                 .values()
@@ -399,11 +425,27 @@ impl<'t, T: Task> Trainer<'t, T> {
             .agree(&[(&what, format!("{:08x}", sum.finalize()))])?)
     }
 
-    fn save(&self, dir: &Path) -> Result<(), BenchError> {
+    /// Gives the first rank all experts; those that are others' are given up by [`parallel::release`].
+    fn bring_together(&mut self) -> Result<(), BenchError> {
+        let (ranks, model, optimizer) = (&self.ranks, &mut self.model, &mut self.optimizer);
+        parallel::whole(ranks, model, optimizer).map_err(|e| match e {
+            ModelError::Parallel(e) => BenchError::Parallel(e),
+            e => BenchError::failed("bringing experts together", e),
+        })
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<(), BenchError> {
         self.compare()?;
-        if !self.ranks.is_first() {
-            return Ok(());
-        }
+        self.bring_together()?;
+        let saved = match self.ranks.is_first() {
+            true => self.write(dir),
+            false => Ok(()),
+        };
+        parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
+        saved
+    }
+
+    fn write(&self, dir: &Path) -> Result<(), BenchError> {
         let progress = &self.saved.progress;
         self.task.save(dir, self.step, progress, false)?;
         let (model, optimizer) = (&self.model, &self.optimizer);
@@ -417,7 +459,8 @@ impl<'t, T: Task> Trainer<'t, T> {
     ///
     /// # Errors
     /// [`BenchError::Failed`] for a model that cannot be scored.
-    pub fn finish(self) -> Result<Outcome, BenchError> {
+    pub fn finish(mut self) -> Result<Outcome, BenchError> {
+        self.bring_together()?;
         let saved = self.saved;
         let Saved { tokens, wall_s, .. } = saved;
         let controller = saved.grower.as_ref().map(Grower::controller);

@@ -13,8 +13,8 @@ mod shift;
 mod split;
 
 use mass_expand::{
-    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, LayerObservation,
-    Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
+    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, ExpertObservation,
+    LayerObservation, Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
 };
 use mass_routing::Router;
 use serde::{Deserialize, Serialize};
@@ -23,16 +23,19 @@ use crate::error::ModelError;
 pub use crate::mixtures::Mixtures;
 use crate::nn::GateConfig;
 use crate::optim::{AdamW, Gradients};
-use crate::parallel::Ranks;
+use crate::parallel::{self, Ranks};
 use crate::param::join;
 use crate::pass::{Masked, TrainPass};
 use observe::observe_among;
 pub use observe::{observe, routing_entropies};
-use pairs::fc1_cosine;
+use pairs::cosine_among;
 pub use pairs::{PairFigures, pair_figures, pair_figures_among};
 pub use shift::GateShift;
 use split::split_expert_among;
 pub use split::{remove_expert, split_expert};
+
+/// Tokens of each expert of each layer.
+type Loads = Vec<Vec<f64>>;
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 
@@ -168,8 +171,8 @@ impl Grower {
         let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
             || self.controller.params().pruning.is_some();
         let before = asks.then(|| self.controller.clone());
-        let actions = match self.decide((ranks, step), model, pass, losses) {
-            Ok(actions) => actions,
+        let (actions, loads) = match self.decide((ranks, step), model, pass, losses) {
+            Ok(decided) => decided,
             Err(error) => {
                 if let Some(before) = before {
                     self.controller = before;
@@ -177,7 +180,7 @@ impl Grower {
                 return Err(error);
             }
         };
-        self.carry_out(ranks, actions, model, optimizer, pass)?;
+        self.carry_out((ranks, loads), actions, model, optimizer, pass)?;
         for l in 0..model.mixtures() {
             if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
                 let pairs = self.controller.pair_positions(l);
@@ -243,10 +246,15 @@ impl Grower {
         model: &mut M,
         pass: &mut TrainPass<G>,
         mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
-    ) -> Result<Vec<Action>, ModelError> {
+    ) -> Result<(Vec<Action>, Loads), ModelError> {
         let entropy = self.controller.params().choice == Choice::RoutingEntropy;
         let norm = |l| self.watches(l, step).then_some(self.config.gradient_norm);
         let (observed, routing) = observe_among(ranks, model, pass, norm, entropy)?;
+        let loads = |experts: &Vec<ExpertObservation>| {
+            let of_experts = experts.iter().map(|e| e.load as f64);
+            of_experts.collect::<Vec<f64>>()
+        };
+        let loads: Loads = observed.iter().map(loads).collect();
         let layers: Vec<LayerObservation<'_>> = observed
             .iter()
             .enumerate()
@@ -273,7 +281,8 @@ impl Grower {
                 Request::Alignment { layer, expert } => {
                     let (moe, trace) = (model.mixture(layer), &pass.layers[layer]);
                     let place = moe.index_of(expert)?;
-                    let cosine = fc1_cosine(moe, trace, &mut pass.gradients, place)?;
+                    let gradients = &mut pass.gradients;
+                    let cosine = cosine_among(ranks, moe, trace, gradients, place)?;
                     Answer::Alignment {
                         layer,
                         expert,
@@ -298,12 +307,12 @@ impl Grower {
             };
             requests.extend(self.controller.answer(answer)?);
         }
-        Ok(self.controller.finish_step()?)
+        Ok((self.controller.finish_step()?, loads))
     }
 
     fn carry_out<M: Mixtures, G: Gradients>(
         &mut self,
-        ranks: &Ranks,
+        (ranks, mut loads): (&Ranks, Loads),
         actions: Vec<Action>,
         model: &mut M,
         optimizer: &mut AdamW,
@@ -332,6 +341,17 @@ impl Grower {
                     self.shifts.push((layer, shift));
                     let prefix = |id: ExpertId| join(&name, &format!("experts.{}", id.0));
                     optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
+                    let moe = model.mixture_mut(layer);
+                    if !moe.owners().is_empty() {
+                        let loads = &mut loads[layer];
+                        let place = moe.index_of(source)?;
+                        loads[place] /= 2.0;
+                        let to = parallel::least_loaded(ranks, moe.owners(), loads);
+                        loads.push(loads[place]);
+                        let gradients = &mut pass.gradients;
+                        let what = (&*name, newcomer, to);
+                        parallel::move_newcomer(ranks, moe, what, gradients, optimizer)?;
+                    }
                 }
                 Action::Remove {
                     layer,
@@ -339,6 +359,7 @@ impl Grower {
                     reason,
                 } => {
                     let name = model.mixture_name(layer);
+                    loads[layer].remove(model.mixture(layer).index_of(expert)?);
                     // The tokens of an unused expert went to others long ago.
                     let latest = self.latest_split(layer, expert);
                     let latest = latest.filter(|_| reason != RemovalReason::Unused);

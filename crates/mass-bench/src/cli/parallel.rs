@@ -19,18 +19,21 @@ pub enum Parallel {
 }
 
 impl Parallel {
-    /// Joins the others, where there are some.
+    /// Joins the others, where there are some, in groups of `expert_parallel`.
     ///
     /// # Errors
     /// [`BenchError::Usage`] if there are others and this build has no MPI, [`BenchError::Parallel`] if MPI refuses.
-    pub fn join(self) -> Result<Ranks, BenchError> {
-        match (self, started()) {
+    pub fn join(self, expert_parallel: usize) -> Result<Ranks, BenchError> {
+        let ranks = match (self, started()) {
             (Self::None, _) | (Self::Auto, None) => Ok(Ranks::default()),
             (Self::Mpi, _) => join("--parallel mpi"),
             (Self::Auto, Some(n)) => join(&format!(
                 "this is one of {n} processes that were started together (--parallel none trains each on its own)"
             )),
-        }
+        }?;
+        ranks
+            .in_groups(expert_parallel)
+            .map_err(|e| BenchError::Usage(format!("--expert-parallel {expert_parallel}: {e}")))
     }
 }
 

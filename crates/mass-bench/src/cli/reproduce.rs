@@ -72,6 +72,9 @@ pub struct ReproduceArgs {
     /// Which processes train together
     #[arg(long, value_enum, default_value_t)]
     pub parallel: Parallel,
+    /// Processes of a group, among which experts are divided; every group has all of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub expert_parallel: usize,
     /// Print results.json alone on standard output
     #[arg(long)]
     pub json: bool,

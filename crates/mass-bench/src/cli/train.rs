@@ -103,6 +103,10 @@ pub struct TrainArgs {
     #[arg(long, value_enum, default_value_t)]
     #[serde(skip)]
     pub parallel: Parallel,
+    /// Processes of a group, among which experts are divided; every group has all of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[serde(skip)]
+    pub expert_parallel: usize,
     /// Print results.json alone on standard output
     #[arg(long)]
     #[serde(skip)]

@@ -96,9 +96,10 @@ fn a_text_is_learnt_alike_by_1_2_and_4_processes() {
     let dir = tempfile::tempdir().unwrap();
     text(dir.path());
     done(&alone(&format!("train {TRAIN} --out 1"), dir.path()));
-    for processes in [2, 4] {
-        let out = processes.to_string();
-        let output = mpirun(processes, &format!("train {TRAIN} --out {out}"), dir.path());
+    for (processes, group) in [(2, 1), (4, 1), (2, 2), (4, 4), (4, 2)] {
+        let out = format!("{processes}-{group}");
+        let arguments = format!("train {TRAIN} --expert-parallel {group} --out {out}");
+        let output = mpirun(processes, &arguments, dir.path());
         done(&output);
         // The first alone prints.
         let printed = String::from_utf8_lossy(&output.stdout);
@@ -106,7 +107,10 @@ fn a_text_is_learnt_alike_by_1_2_and_4_processes() {
         let (one, several) = (dir.path().join("1"), dir.path().join(out));
         assert_eq!(losses(&one).len(), 200);
         let difference = largest_difference(&one, &several);
-        assert!(difference < 1e-5, "{processes} processes: {difference}");
+        assert!(
+            difference < 1e-5,
+            "{processes} processes in groups of {group}: {difference}"
+        );
         assert_eq!(events(&one), events(&several));
         let of = |kind: &str| events(&one).iter().filter(|e| e.contains(kind)).count();
         assert!(of("split") > 0 && of("remove") > 0, "{:?}", events(&one));
@@ -146,7 +150,12 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
         let out = dir.path().join(next.to_string());
         let arguments = format!("train {TRAIN} --out {next}");
         let first = if next == 4 { 2 } else { 4 };
-        let mut child = launch(&[(first, arguments.clone())], dir.path());
+        // Whether experts were divided is nothing that a checkpoint knows of.
+        let divided = format!(
+            "{arguments} --expert-parallel {}",
+            if next == 2 { 1 } else { 2 }
+        );
+        let mut child = launch(&[(first, divided)], dir.path());
         wait_for(&mut child, || checkpoint(&out).is_some());
         kill(&children(child.id())[1], "-TERM");
         let ended = child.wait_with_output().unwrap();
@@ -158,7 +167,7 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
         let resume = format!("{arguments} --resume");
         done(&match next {
             1 => alone(&resume, dir.path()),
-            n => mpirun(n, &resume, dir.path()),
+            n => mpirun(n, &format!("{resume} --expert-parallel 2"), dir.path()),
         });
         let difference = largest_difference(&dir.path().join("whole"), &out);
         assert!(difference < 1e-5, "on {next}: {difference}");

@@ -9,7 +9,7 @@ use crate::mixtures::Mixtures;
 use crate::nn::MoeLayer;
 use crate::optim::Gradients;
 use crate::parallel::Ranks;
-use crate::param::Param;
+use crate::param::{Held, Param};
 use crate::pass::{LayerTrace, TrainPass};
 
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss. The routing entropy, which
@@ -109,6 +109,15 @@ pub(super) fn observe_among<M: Mixtures, G: Gradients>(
             let load = expert.load as f64;
             sums.extend([load, loss, expert.routing_entropy.unwrap_or(0.0) * load]);
         }
+        // Where each rank has the gradients of its own experts alone, those of the first group count.
+        for (expert, owner) in observed[l].iter().zip(model.mixture(l).owners()) {
+            let own = *owner == ranks.rank();
+            sums.push(if own {
+                expert.gradient_norm.powi(2)
+            } else {
+                0.0
+            });
+        }
         let RoutingObservation {
             tokens,
             assignments,
@@ -118,8 +127,12 @@ pub(super) fn observe_among<M: Mixtures, G: Gradients>(
     }
     ranks.sum(&mut sums)?;
     let mut rest = &sums[..];
-    for (experts, routing) in observed.iter_mut().zip(&mut routing) {
+    for (l, (experts, routing)) in observed.iter_mut().zip(&mut routing).enumerate() {
         let (of_experts, after) = rest.split_at(3 * experts.len());
+        let (squares, after) = after.split_at(model.mixture(l).owners().len());
+        for (expert, square) in experts.iter_mut().zip(squares) {
+            expert.gradient_norm = square.sqrt();
+        }
         let total: f64 = of_experts.iter().skip(1).step_by(3).sum();
         for (expert, sums) in experts.iter_mut().zip(of_experts.chunks_exact(3)) {
             expert.load = sums[0] as u64;
@@ -147,8 +160,11 @@ fn squares(
     let mut counts = Vec::with_capacity(layer.experts().len());
     for expert in layer.experts() {
         let before = params.len();
-        params.push(&expert.network.fc1.0);
-        if norm == GradientNorm::AllParameters {
+        let here = expert.network.fc1.0.held() != Held::Elsewhere;
+        if here {
+            params.push(&expert.network.fc1.0);
+        }
+        if norm == GradientNorm::AllParameters && here {
             params.extend([
                 &expert.gate,
                 &expert.network.fc1.1,

@@ -256,6 +256,10 @@ pub struct MoeLayer {
     config: MoeConfig,
     /// Who trains with it, each on a share of a batch.
     ranks: Ranks,
+    /// The place in its group of the rank that holds each expert's network; empty where every rank has all.
+    owners: Vec<usize>,
+    /// Whether this rank has all experts for a while.
+    together: bool,
 }
 
 impl Clone for MoeLayer {
@@ -269,6 +273,8 @@ impl Clone for MoeLayer {
             router: Mutex::new(self.router().clone()),
             config: self.config.clone(),
             ranks: self.ranks.clone(),
+            owners: self.owners.clone(),
+            together: self.together,
         }
     }
 }
@@ -424,6 +430,8 @@ impl MoeLayer {
             router: Mutex::new(router),
             config: config.clone(),
             ranks: Ranks::default(),
+            owners: Vec::new(),
+            together: false,
         })
     }
 
@@ -504,6 +512,21 @@ impl MoeLayer {
         self.ranks = ranks;
     }
 
+    /// Where each expert's network is, by the place of a rank in its group; empty where every rank has all.
+    pub fn owners(&self) -> &[usize] {
+        &self.owners
+    }
+
+    /// Says whether this rank has all experts for a while, whoever owns them.
+    pub(crate) fn set_together(&mut self, together: bool) {
+        self.together = together;
+    }
+
+    /// The owners, and all that there is of the experts.
+    pub(crate) fn experts_and_owners(&mut self) -> (&mut [MoeExpert], &mut Vec<usize>) {
+        (&mut self.experts, &mut self.owners)
+    }
+
     /// Tells the router of the rows that other ranks have, if it would compute something else without.
     fn place_rows(&self, rows: usize) -> Result<(), ModelError> {
         if self.ranks.is_alone() || !matches!(&*self.router(), AnyRouter::Noisy(_)) {
@@ -567,6 +590,10 @@ impl MoeLayer {
         self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
         self.experts.push(expert);
         self.ids.push(id);
+        if !self.owners.is_empty() {
+            // Until somebody gives it away: every rank has made the same.
+            self.owners.push(self.ranks.place());
+        }
         Ok(id)
     }
 
@@ -583,6 +610,9 @@ impl MoeLayer {
         let index = self.index_of(source)?;
         let id = self.push(newcomer)?;
         let last = self.experts.len() - 1;
+        if let Some(&owner) = self.owners.get(index) {
+            self.owners[last] = owner;
+        }
         self.router_mut().split_expert(index, last);
         Ok(id)
     }
@@ -599,6 +629,9 @@ impl MoeLayer {
             ));
         }
         self.ids.remove(index);
+        if !self.owners.is_empty() {
+            self.owners.remove(index);
+        }
         self.router_mut().remove_expert(index);
         Ok(self.experts.remove(index))
     }
@@ -634,6 +667,7 @@ impl MoeLayer {
                 ..template.clone()
             })
             .collect();
+        self.owners = Vec::new();
         (self.ids, self.next_id, self.router) = (ids, next_id, Mutex::new(router));
         Ok(())
     }
@@ -739,6 +773,7 @@ impl MoeLayer {
             ahead,
             route: plan_of,
             ranks: &self.ranks,
+            owners: if self.together { &[] } else { &self.owners },
         };
         let gate = (&self.gate, &self.config.losses[..]);
         let activation = self.config.activation;

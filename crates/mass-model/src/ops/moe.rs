@@ -7,7 +7,7 @@ use ndarray::ArrayView2;
 
 use super::gate::{add, set_thresholds};
 use super::routing_loss::LossGradients;
-use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, enter, expect_width};
+use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, apart, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -105,7 +105,7 @@ impl Held {
     }
 
     /// The gradients of an expert without tokens: empty, so that nothing is computed for it.
-    fn nothing(&self) -> TakenExpert {
+    pub(super) fn nothing(&self) -> TakenExpert {
         TakenExpert {
             values: vec![Vec::new(); self.handles.len()],
             store: Store::Add,
@@ -176,7 +176,7 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         Ok(router.clone())
     };
     let (x, mut pass) = enter(x)?;
-    let how = (route, &Ranks::default());
+    let how = (route, &Ranks::default(), &[][..]);
     let (y, plan) = run(&mut pass.0, x, experts, (gate, losses), activation, how)?;
     Ok((y.into_tensor(pass.0)?, plan))
 }
@@ -228,7 +228,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     experts: &[MoeExpert],
     (gate, losses): (&Gate, &[RoutingLoss]),
     activation: Activation,
-    (route, ranks): (impl Route, &Ranks),
+    (route, ranks, owners): (impl Route, &Ranks, &[usize]),
 ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
     let shape = check(x.shape(), experts, gate, activation)?;
     let (n, dim) = *x.shape();
@@ -245,6 +245,11 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         LossGradients::default()
     };
     let plan = Arc::new(plan);
+    if !owners.is_empty() {
+        let (gate, held) = ((gated, losses, router), (ranks, owners));
+        let y = apart::run(tape, x, experts, gate, Arc::clone(&plan), shape, held)?;
+        return Ok((y, plan));
+    }
 
     let weights = experts.iter().map(|e| e.network.weights());
     let weights = weights.collect::<Result<Vec<ExpertWeights<'_>>, _>>()?;

@@ -10,7 +10,7 @@ use super::{
     Activations, Attention, Gate, MoeExpert, Network, RoutingLoss, Scalar, Sequences, Taps, add,
     assemble, attention, cross_entropy, embedding, feed_forward, layer_norm, linear, moe, rows,
 };
-use crate::error::ModelError;
+use crate::error::{ModelError, last_error};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::Dropout;
@@ -160,6 +160,8 @@ pub(crate) struct Routing<'a, A, R> {
     pub(crate) route: R,
     /// Who has the other rows of the batch.
     pub(crate) ranks: &'a Ranks,
+    /// Where the experts are, by the place of a rank in its group; empty where every rank has all.
+    pub(crate) owners: &'a [usize],
 }
 
 /// See [`Routing::ahead`].
@@ -190,7 +192,10 @@ impl Training for Host<OwnedTape<f32, Cpu>> {
 
     fn backward(self, loss: Scalar) -> Result<(f32, CpuGradients), ModelError> {
         let value = check_loss(loss.array())?;
-        Ok((value, loss.put_tape(self.0).try_backward()?))
+        let gradients = loss.put_tape(self.0).try_backward();
+        // What an operation has refused says more than what dfdx could be told of it.
+        let gradients = gradients.map_err(|e| last_error().unwrap_or(ModelError::Tensor(e)));
+        Ok((value, gradients?))
     }
 }
 
@@ -295,7 +300,7 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
         activation: Activation,
         routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
-        let how = (routing.route, routing.ranks);
+        let how = (routing.route, routing.ranks, routing.owners);
         moe::run(&mut self.0, x, experts, gate, activation, how)
     }
 

@@ -21,6 +21,7 @@
 //! rank that cannot calls [`Ranks::fail`], whatever the others wait for: their collective ends with [`ParallelError::Peer`] on
 //! every one of them. Ranks that call different collectives, or with other sizes, get [`ParallelError::OutOfStep`].
 
+mod experts;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod reduce;
@@ -34,6 +35,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use experts::{divide, release, whole};
+pub(crate) use experts::{least_loaded, move_newcomer};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 pub use reduce::{check, reduce};
@@ -168,7 +171,11 @@ const KINDS: [Kind; 6] = [
 /// assert!(sums.into_iter().all(|sum| sum == Ok([3.0, 3.0])));
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Ranks(Option<Arc<Shared>>);
+pub struct Ranks {
+    shared: Option<Arc<Shared>>,
+    /// Ranks of a group, among which experts are divided; 0 and 1 say that every rank has all.
+    group: usize,
+}
 
 #[derive(Debug)]
 struct Shared {
@@ -180,23 +187,62 @@ struct Shared {
 impl Ranks {
     /// Those that a communicator joins. If it joins one alone, nothing is exchanged.
     pub fn new(communicator: impl Communicator + 'static) -> Self {
-        Self(Some(Arc::new(Shared {
+        let shared = Arc::new(Shared {
             communicator: Box::new(communicator),
             ended: AtomicBool::new(false),
             traffic: Mutex::default(),
-        })))
+        });
+        Self {
+            shared: Some(shared),
+            group: 1,
+        }
+    }
+
+    /// The same, in groups of so many ranks: the experts of every mixture are divided among the ranks of a group, and each group
+    /// has all of them.
+    ///
+    /// # Errors
+    /// [`ParallelError::Unsupported`] unless the ranks make whole groups.
+    pub fn in_groups(mut self, of: usize) -> Result<Self, ParallelError> {
+        let size = self.size();
+        if of == 0 || !size.is_multiple_of(of) {
+            let what = format!("{size} ranks cannot make groups of {of}");
+            return Err(ParallelError::Unsupported(what));
+        }
+        self.group = of;
+        Ok(self)
+    }
+
+    /// The ranks of this one's group.
+    #[must_use]
+    pub fn group(&self) -> std::ops::Range<usize> {
+        let of = self.group.max(1);
+        let start = self.rank() / of * of;
+        start..start + of
+    }
+
+    /// The place of this rank in its group.
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.rank() - self.group().start
+    }
+
+    /// Whether experts are divided among ranks.
+    #[must_use]
+    pub fn divides_experts(&self) -> bool {
+        self.group > 1
     }
 
     /// The number of this one, from 0. The first writes results and checkpoints.
     #[must_use]
     pub fn rank(&self) -> usize {
-        self.0.as_ref().map_or(0, |s| s.communicator.rank())
+        self.shared.as_ref().map_or(0, |s| s.communicator.rank())
     }
 
     /// How many there are.
     #[must_use]
     pub fn size(&self) -> usize {
-        self.0.as_ref().map_or(1, |s| s.communicator.size())
+        self.shared.as_ref().map_or(1, |s| s.communicator.size())
     }
 
     /// Whether this rank is the first.
@@ -213,7 +259,7 @@ impl Ranks {
 
     /// The ranks, if there are several.
     fn several(&self) -> Option<&Shared> {
-        self.0.as_deref().filter(|s| s.communicator.size() > 1)
+        self.shared.as_deref().filter(|s| s.communicator.size() > 1)
     }
 
     /// What this rank has sent to others so far.
@@ -381,6 +427,43 @@ impl Ranks {
             let others = bucket.len() - mine + (size - 1) * mine;
             shared.sent_in_all(others * size_of::<f32>(), 2 * (size - 1));
         }
+        Ok(())
+    }
+
+    /// Adds what the ranks in the same place of every group have, in rank order; each of them gets the same bits.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub(crate) fn sum_over_groups(&self, values: &mut [f32]) -> Result<(), ParallelError> {
+        let (size, of) = (self.size(), self.group.max(1));
+        if size == of {
+            return Ok(());
+        }
+        let groups = size / of;
+        let alike = |rank: usize| rank % of == self.place();
+        let of_group = |group: usize| part(values.len(), groups, group);
+        let to = |rank: usize| {
+            if alike(rank) {
+                of_group(rank / of).len()
+            } else {
+                0
+            }
+        };
+        let to: Vec<usize> = (0..size).map(to).collect();
+        let (received, from) = self.exchange(values, &to)?;
+        let mine = of_group(self.rank() / of).len();
+        if (0..size).any(|rank| from[rank] != if alike(rank) { mine } else { 0 }) {
+            let what = "gradients of other experts than this rank holds";
+            return Err(ParallelError::Transport(what.into()));
+        }
+        let sum = |i: usize| -> f32 {
+            let terms = (0..groups).map(|g| f64::from(received[g * mine + i]));
+            terms.sum::<f64>() as f32
+        };
+        let own: Vec<f32> = (0..mine).map(sum).collect();
+        let to = (0..size).map(|rank| if alike(rank) { mine } else { 0 });
+        let (all, _) = self.exchange(&own.repeat(groups), &to.collect::<Vec<_>>())?;
+        values.copy_from_slice(&all);
         Ok(())
     }
 

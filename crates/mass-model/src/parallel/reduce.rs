@@ -6,7 +6,7 @@ use crate::gradients::CpuGradients;
 use crate::growth::Mixtures;
 use crate::kernels::scratch::give_back;
 use crate::ops::RoutingLoss;
-use crate::param::{Param, Parameters};
+use crate::param::{Held, Param, Parameters};
 use crate::pass::TrainPass;
 use crate::place::PlacedGradients;
 
@@ -102,9 +102,31 @@ pub fn reduce<M: Parameters + ?Sized>(
     }
     weights.iter_mut().for_each(|w| *w /= total as f64);
     pass.loss = (loss / total as f64) as f32;
-    let there = params.into_iter().zip(found).filter(|(_, found)| *found);
-    let there: Vec<&Param> = there.map(|(param, _)| param).collect();
-    sum_gradients(ranks, &there, gradients, &weights)?;
+    let there = params.iter().zip(found).filter(|(_, found)| *found);
+    let there: Vec<&Param> = there.map(|(param, _)| *param).collect();
+    let held = |how: Held| there.iter().copied().filter(move |p| p.held() == how);
+    let everywhere: Vec<&Param> = held(Held::Everywhere).collect();
+    sum_gradients(ranks, &everywhere, gradients, &weights)?;
+    if params.iter().any(|p| p.held() != Held::Everywhere) {
+        // Rows of all ranks of a group, each weighted by its part of the batch, are in them already.
+        let mut sums = Vec::new();
+        for param in held(Held::Here) {
+            match param.find_gradient(gradients)? {
+                Some(gradient) => sums.extend_from_slice(gradient),
+                None => sums.resize(sums.len() + param.len(), 0.0),
+            }
+        }
+        ranks.sum_over_groups(&mut sums)?;
+        let mut rest = &sums[..];
+        for param in held(Held::Here) {
+            let (own, others) = rest.split_at(param.len());
+            match param.find_gradient(gradients)? {
+                Some(gradient) => gradient.copy_from_slice(own),
+                None => param.set_gradient(gradients, own.to_vec())?,
+            }
+            rest = others;
+        }
+    }
     Ok(total)
 }
 

@@ -75,6 +75,7 @@ fn train(ranks: &Ranks, recipe: &Recipe) -> Result<Left, ModelError> {
         ..AdamWConfig::default()
     };
     let mut optimizer = AdamW::new(clip)?;
+    parallel::divide(ranks, &mut model, &mut optimizer)?;
     let mut grower = Grower::new(GrowerConfig::new(recipe.controller.clone()))?;
     let (mut losses, mut events) = (Vec::new(), Vec::new());
     for step in 0..recipe.steps {
@@ -96,6 +97,21 @@ fn train(ranks: &Ranks, recipe: &Recipe) -> Result<Left, ModelError> {
         events.extend(made.into_iter().map(|e| (step, name(&e.kind))));
         optimizer.step(&mut model, &mut pass.gradients, 1e-3)?;
         losses.push(pass.loss);
+    }
+    if ranks.divides_experts() {
+        // Each rank has held a part of the experts, and no other.
+        let moe = model.mixture(0);
+        for (expert, owner) in moe.experts().iter().zip(moe.owners()) {
+            let here = !expert.network.fc1.0.values().is_empty();
+            assert_eq!(here, *owner == ranks.place());
+        }
+        let counts = (0..ranks.group().len())
+            .map(|place| moe.owners().iter().filter(|o| **o == place).count());
+        assert!(counts.clone().min() > Some(0), "{:?}", moe.owners());
+        parallel::whole(ranks, &mut model, &mut optimizer)?;
+        if !ranks.is_first() {
+            return Ok((losses, events, String::new()));
+        }
     }
     Ok((losses, events, format!("{:?}", all_values(&model))))
 }
@@ -121,11 +137,26 @@ fn same_on_any_number(recipe: &Recipe) -> Vec<(u64, String)> {
         // To the bit between ranks.
         assert!(all.iter().all(|one| *one == all[0]), "{size} ranks");
         assert_eq!(all[0].1, alone.1, "{size} ranks");
-        for (step, (a, b)) in all[0].0.iter().zip(&alone.0).enumerate() {
-            assert!((a - b).abs() < 1e-5, "{size} ranks, step {step}: {a}, {b}");
+        near(&all[0], &alone, &format!("{size} ranks"));
+    }
+    for (size, group) in [(2, 2), (3, 3), (4, 2), (4, 4)] {
+        let all = Threads::run(size, |ranks| {
+            train(&ranks.clone().in_groups(group)?, recipe)
+        });
+        let all: Vec<Left> = all.into_iter().map(Result::unwrap).collect();
+        let what = format!("{size} ranks in groups of {group}");
+        for one in &all {
+            assert_eq!((&one.0, &one.1), (&all[0].0, &alone.1), "{what}");
         }
+        near(&all[0], &alone, &what);
     }
     alone.1
+}
+
+fn near(one: &Left, other: &Left, what: &str) {
+    for (step, (a, b)) in one.0.iter().zip(&other.0).enumerate() {
+        assert!((a - b).abs() < 1e-5, "{what}, step {step}: {a}, {b}");
+    }
 }
 
 fn top_p() -> RouterConfig {
