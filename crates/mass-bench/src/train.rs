@@ -56,6 +56,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     if let Some(diagnosis) = rules.and_then(|g| g.controller.unreachable()) {
         ctx.progress.note(&format!("as set, {diagnosis}"));
     }
+    let before = trainer.step();
     ctx.progress.start("training", args.steps as u64);
     let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
     let complete = trainer.train(&folder, true, &mut |step, loss| {
@@ -66,6 +67,15 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         return Err(BenchError::Interrupted {
             out: args.out.clone(),
         });
+    }
+    let (sent, made) = (ranks.traffic(), trainer.step() - before);
+    if made > 0 && !ranks.is_alone() {
+        ctx.progress.note(&format!(
+            "of {} processes the first sent {:.1} kB in {:.1} messages a step",
+            ranks.size(),
+            sent.bytes as f64 / 1e3 / made as f64,
+            sent.messages as f64 / made as f64
+        ));
     }
     let layers = trainer.experts();
     let layers: Vec<String> = layers.iter().map(|ids| ids.len().to_string()).collect();

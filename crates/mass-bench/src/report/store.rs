@@ -129,7 +129,7 @@ impl ResultStore {
             return Ok(Self::open(dir, header, settings, existing)?);
         }
         let mut all = vec![
-            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("program".to_owned(), program()),
             ("study".to_owned(), header.study.clone()),
             ("preset".to_owned(), header.preset.clone()),
             ("existing results".to_owned(), format!("{existing:?}")),
@@ -357,6 +357,16 @@ impl ResultStore {
         let events = drawn(events.iter().map(String::as_str));
         write_reports(&self.dir, &self.results, &self.metrics()?, &events)
     }
+}
+
+/// Which program this is: its version, and a checksum of it where the system lets it be read.
+fn program() -> String {
+    let own = std::env::current_exe().and_then(fs::read);
+    let sum = own.map_or_else(
+        |_| String::new(),
+        |own| format!(" {:08x}", crc32fast::hash(&own)),
+    );
+    format!("{}{sum}", env!("CARGO_PKG_VERSION"))
 }
 
 /// What settings say, each by where it stands in them.

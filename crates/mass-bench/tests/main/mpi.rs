@@ -294,12 +294,14 @@ fn what_one_process_cannot_do_ends_all() {
         &["fewer sequences than there are ranks"],
     );
     std::fs::remove_dir_all(dir.path().join("out")).unwrap();
-    // A checkpoint that cannot be written.
-    std::fs::create_dir(dir.path().join("out")).unwrap();
-    std::fs::write(dir.path().join("out/checkpoints"), "in the way").unwrap();
-    ends(
-        &[(2, train(""))],
-        dir.path(),
-        &["rank 0 has failed: saving a checkpoint"],
-    );
+    // A checkpoint that cannot be written: something is in the way, once the run has begun.
+    let long = train("").replace("--steps 200", "--steps 2000");
+    let mut child = launch(&[(2, long)], dir.path());
+    let out = dir.path().join("out");
+    wait_for(&mut child, || out.join("settings.json").exists());
+    std::fs::write(out.join("checkpoints"), "in the way").unwrap();
+    let ended = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&ended.stderr);
+    let told = error.contains("rank 0 has failed: saving a checkpoint");
+    assert!(!ended.status.success() && told, "{error}");
 }

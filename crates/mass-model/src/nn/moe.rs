@@ -494,7 +494,7 @@ impl MoeLayer {
                 found,
             }));
         }
-        if ranks.is_alone() {
+        if ranks.is_alone() || !learns(&self.router()) {
             return Ok(self.router_mut().adapt(plan)?);
         }
         let mut loads = Loads::of(plan);
@@ -783,6 +783,15 @@ impl MoeLayer {
         };
         let both = shared.run(pass, x)?;
         Ok((pass.add(both, y, None)?, plan))
+    }
+}
+
+/// Whether a router learns from loads.
+fn learns(router: &AnyRouter) -> bool {
+    match router {
+        AnyRouter::BiasBalanced(_) | AnyRouter::TargetK(_) => true,
+        AnyRouter::Noisy(noisy) => learns(noisy.inner()),
+        _ => false,
     }
 }
 

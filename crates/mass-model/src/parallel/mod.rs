@@ -41,7 +41,7 @@ pub(crate) use experts::{least_loaded, move_newcomer};
 pub use mpi::Mpi;
 pub use reduce::{check, reduce};
 pub use threads::Threads;
-pub use traffic::Traffic;
+pub use traffic::{Step, Traffic};
 
 /// Values of one sum at a time: this, twice, is the memory that summing gradients takes.
 const BUCKET: usize = 1 << 20;

@@ -9,9 +9,10 @@ use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::LanguageModel;
 use mass_model::nn::GateConfig;
 use mass_model::ops::RoutingLoss;
+use mass_model::optim::Gradients;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::parallel::{self, ParallelError, Ranks, Threads};
-use mass_model::{Masked, ModelError, Place, seeded_rng};
+use mass_model::parallel::{self, ParallelError, Ranks, Step, Threads, Traffic};
+use mass_model::{Masked, ModelError, Parameters, Place, seeded_rng};
 use mass_routing::losses::BalanceCount;
 use mass_routing::{Combine, RouterConfig};
 
@@ -356,4 +357,75 @@ fn a_loss_that_is_no_number_ends_all_ranks() {
         errors[0],
         "rank 1 has failed: the training loss is not finite"
     );
+}
+
+/// What is sent is what the cost model says, by ranks, groups, experts, width and experts a token.
+#[test]
+fn what_is_sent_is_what_the_cost_model_says() {
+    for (size, group) in [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4)] {
+        for (dim, experts, k) in [(12, 4, 4), (24, 8, 8), (12, 16, 2)] {
+            let router = RouterConfig::TopK {
+                k,
+                combine: Combine::Raw,
+            };
+            let mut config = config(router);
+            (config.block.moe.dim, config.block.moe.experts) = (dim, experts);
+            let sent = Threads::run(size, |ranks| {
+                let ranks = &ranks.clone().in_groups(group)?;
+                let mut model = LanguageModel::new(&config, &mut seeded_rng(5))?;
+                let mut optimizer = AdamW::new(AdamWConfig::default())?;
+                model.set_ranks(ranks);
+                parallel::divide(ranks, &mut model, &mut optimizer)?;
+                let controller = ControllerParams::paper(2, experts, experts, 40);
+                let mut grower = Grower::new(GrowerConfig::new(controller))?;
+                let (mut away, mut assignments, mut values) = (0.0, 0.0, [0; 2]);
+                for step in 0..2 {
+                    let (tokens, targets) = batch(step);
+                    let rows = ranks.share(ROWS);
+                    let own = rows.start * SEQ..rows.end * SEQ;
+                    let (tokens, targets) = (&tokens[own.clone()], &targets[own.clone()]);
+                    let mut pass = model.train_pass_at(&Place::Cpu, tokens, targets, SEQ)?;
+                    parallel::reduce(ranks, &model, &mut pass, own.len() as u64)?;
+                    model.adapt_among(ranks, &pass.layers)?;
+                    let none = |_: &LanguageModel, _, _| Ok(vec![1.0]);
+                    grower.step_among(ranks, step, &mut model, &mut optimizer, &mut pass, none)?;
+                    // An expert without tokens has no gradients, and none are sent.
+                    model.visit("", &mut |name, param| {
+                        if pass.gradients.copy(param).unwrap().is_some() {
+                            let own = group > 1 && name.contains(".fc");
+                            values[usize::from(own)] += param.len();
+                        }
+                    });
+                    optimizer.step(&mut model, &mut pass.gradients, 1e-3)?;
+                    for layer in &pass.layers {
+                        let owners = model.mixture(0).owners();
+                        let of = |e: &usize| layer.plan.load(*e) as f64;
+                        let away_to =
+                            |e: &usize| owners.get(*e).is_some_and(|o| *o != ranks.place());
+                        away += (0..experts).filter(away_to).map(|e| of(&e)).sum::<f64>();
+                        assignments += layer.plan.num_assignments() as f64;
+                    }
+                }
+                // Two steps of two layers.
+                let of_layer = assignments / 4.0;
+                let step = Step {
+                    everywhere: values[0] / 2,
+                    own_experts: values[1] / 2,
+                    ..Step::of(ranks, &model, of_layer, away / assignments)
+                }
+                .growing();
+                Ok::<_, ModelError>((ranks.traffic(), step.traffic()))
+            });
+            let sent: Vec<(Traffic, Traffic)> = sent.into_iter().map(Result::unwrap).collect();
+            let sum = |of: fn(&(Traffic, Traffic)) -> u64| sent.iter().map(of).sum::<u64>() as f64;
+            for (what, counted, model) in [
+                ("bytes", sum(|t| t.0.bytes), sum(|t| t.1.bytes)),
+                ("messages", sum(|t| t.0.messages), sum(|t| t.1.messages)),
+            ] {
+                let ratio = counted / (2.0 * model);
+                let case = (size, group, dim, experts, k);
+                assert!((ratio - 1.0).abs() < 0.02, "{case:?} {what}: {ratio}");
+            }
+        }
+    }
 }
