@@ -7,9 +7,7 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use mass_model::parallel::Ranks;
-
-use crate::{BenchError, durable};
+use crate::durable;
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -113,48 +111,14 @@ impl ResultStore {
         })
     }
 
-    /// [`open`](Self::open) by the first of several ranks, which has to say so to the others if it fails; the others learn from it
-    /// what is finished, and write nothing.
-    ///
-    /// # Errors
-    /// As there, and those of the ranks.
-    pub fn open_among(
-        ranks: &Ranks,
-        dir: &Path,
-        header: Header,
-        settings: &impl Serialize,
-        existing: Existing,
-    ) -> Result<Self, BenchError> {
-        if ranks.is_alone() {
-            return Ok(Self::open(dir, header, settings, existing)?);
-        }
-        let mut all = vec![
-            ("program".to_owned(), program()),
-            ("study".to_owned(), header.study.clone()),
-            ("preset".to_owned(), header.preset.clone()),
-            ("existing results".to_owned(), format!("{existing:?}")),
-        ];
-        let settings = serde_json::to_value(settings).map_err(|e| ReportError::Malformed {
-            path: dir.to_owned(),
-            problem: format!("settings: {e}"),
-        })?;
-        leaves("", &settings, &mut all);
-        let all: Vec<_> = all
-            .iter()
-            .map(|(what, v)| (what.as_str(), v.clone()))
-            .collect();
-        ranks.agree(&all)?;
-        let own = match ranks.is_first() {
-            true => Some(Self::open(dir, header, &settings, existing)?),
-            false => None,
-        };
-        let results = ranks.of_first(own.as_ref().map(|own| &own.results))?;
-        Ok(own.unwrap_or_else(|| Self {
+    /// The store of a process that leaves the writing to another.
+    pub(super) fn follower(dir: &Path, results: Results) -> Self {
+        Self {
             dir: dir.to_owned(),
             results,
             files: None,
             resumed: false,
-        }))
+        }
     }
 
     /// Whether [`open`](Self::open) would take the directory, as far as can be told without writing to it: a study asks before it
@@ -356,29 +320,6 @@ impl ResultStore {
         let events = lines_of(&self.dir.join("events.jsonl"))?;
         let events = drawn(events.iter().map(String::as_str));
         write_reports(&self.dir, &self.results, &self.metrics()?, &events)
-    }
-}
-
-/// Which program this is: its version, and a checksum of it where the system lets it be read.
-fn program() -> String {
-    let own = std::env::current_exe().and_then(fs::read);
-    let sum = own.map_or_else(
-        |_| String::new(),
-        |own| format!(" {:08x}", crc32fast::hash(&own)),
-    );
-    format!("{}{sum}", env!("CARGO_PKG_VERSION"))
-}
-
-/// What settings say, each by where it stands in them.
-fn leaves(prefix: &str, settings: &Value, all: &mut Vec<(String, String)>) {
-    match settings {
-        Value::Object(entries) => {
-            for (name, value) in entries {
-                let dot = if prefix.is_empty() { "" } else { "." };
-                leaves(&format!("{prefix}{dot}{name}"), value, all);
-            }
-        }
-        other => all.push((prefix.to_owned(), other.to_string())),
     }
 }
 

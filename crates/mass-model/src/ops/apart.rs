@@ -90,7 +90,7 @@ impl Routes {
     }
 
     /// Sends `width` values of each assignment to its expert's rank; returns those that come here, by expert.
-    fn to_experts(
+    fn send_out(
         &self,
         width: usize,
         mut put: impl FnMut(usize, &mut Vec<f32>),
@@ -111,7 +111,7 @@ impl Routes {
     }
 
     /// Sends `width` values of each row back, in the order that it came; returns those of each assignment of this rank's tokens.
-    fn from_experts(&self, width: usize, rows: &[f32]) -> Result<Vec<f32>, ModelError> {
+    fn send_back(&self, width: usize, rows: &[f32]) -> Result<Vec<f32>, ModelError> {
         let to: Vec<usize> = self.incoming().iter().map(|n| n * width).collect();
         let starts_of = starts(&to);
         let (mut send, mut rest) = (vec![0.0; rows.len()], rows);
@@ -211,7 +211,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         let offsets = &plan.token_offsets()[t as usize..t as usize + 2];
         plan.token_assignments()[offsets[0] as usize..offsets[1] as usize].to_vec()
     };
-    let received = routes.to_experts(dim + 1, |a, send| {
+    let received = routes.send_out(dim + 1, |a, send| {
         send.extend_from_slice(&x[row(tokens[a])]);
         send.push(plan.weights()[a]);
     })?;
@@ -228,7 +228,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         let plan = rows.grouped(&rows.ones);
         kernel::forward(&rows.x, &weights, plan, shape, hidden.as_mut(), &mut made);
     }
-    let outputs = routes.from_experts(dim, &made)?;
+    let outputs = routes.send_back(dim, &made)?;
     let mut y = Scratch::zeros(n * dim);
     for t in 0..n as u32 {
         let to = &mut y[row(t)];
@@ -245,7 +245,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         };
         // Of the mean over all tokens, as if one process had them all.
         let part = routes.part;
-        let sent = routes.to_experts(dim, |a, send| {
+        let sent = routes.send_out(dim, |a, send| {
             send.extend(dy[row(tokens[a])].iter().map(|d| d * part));
         });
         let dy_rows = sent.map_err(into_dfdx)?;
@@ -283,7 +283,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             back.extend_from_slice(dx);
             back.push(*dw);
         }
-        let back = routes.from_experts(dim + 1, &back).map_err(into_dfdx)?;
+        let back = routes.send_back(dim + 1, &back).map_err(into_dfdx)?;
         let mut dx = x.take_gradient(g)?;
         if dx.store == Store::Replace {
             dx.values.fill(0.0);

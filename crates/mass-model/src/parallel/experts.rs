@@ -87,7 +87,7 @@ pub fn whole<M: Mixtures>(
     if !ranks.divides_experts() {
         return Ok(());
     }
-    // One mixture at a time: no rank needs room for more.
+    // One expert at a time: no rank needs room for more to send, and no message is larger.
     for l in 0..model.mixtures() {
         let name = model.mixture_name(l);
         let moe = model.mixture_mut(l);
@@ -95,24 +95,21 @@ pub fn whole<M: Mixtures>(
         let ids = moe.ids().to_vec();
         let prefix = |e: usize| join(&name, &format!("experts.{}", ids[e].0));
         let (experts, owners) = moe.experts_and_owners();
-        let (mut send, mut to) = (Vec::new(), vec![0; ranks.size()]);
         let in_first_group = ranks.rank() == ranks.place();
-        if in_first_group && !ranks.is_first() {
-            let own = (0..experts.len()).filter(|&e| owners[e] == ranks.place());
-            own.for_each(|e| write(&experts[e], &prefix(e), optimizer, &mut send));
-            to[0] = send.len();
-        }
-        let (received, from) = ranks.exchange(&send, &to)?;
-        if !ranks.is_first() {
-            continue;
-        }
-        let mut rest = &received[..];
-        for (rank, n) in from.into_iter().enumerate().skip(1) {
-            let (mut own, others) = rest.split_at(n);
-            for e in (0..owners.len()).filter(|&e| owners[e] == rank && n > 0) {
-                read(&mut experts[e], &prefix(e), optimizer, &mut own)?;
+        for (e, expert) in experts
+            .iter_mut()
+            .enumerate()
+            .filter(|(e, _)| owners[*e] != 0)
+        {
+            let (mut send, mut to) = (Vec::new(), vec![0; ranks.size()]);
+            if in_first_group && owners[e] == ranks.place() {
+                write(expert, &prefix(e), optimizer, &mut send);
+                to[0] = send.len();
             }
-            rest = others;
+            let (received, _) = ranks.exchange(&send, &to)?;
+            if ranks.is_first() {
+                read(expert, &prefix(e), optimizer, &mut &received[..])?;
+            }
         }
     }
     Ok(())

@@ -21,6 +21,7 @@
 //! rank that cannot calls [`Ranks::fail`], whatever the others wait for: their collective ends with [`ParallelError::Peer`] on
 //! every one of them. Ranks that call different collectives, or with other sizes, get [`ParallelError::OutOfStep`].
 
+mod communicator;
 mod experts;
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -28,13 +29,13 @@ mod reduce;
 mod threads;
 mod traffic;
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use communicator::{Communicator, ParallelError};
 pub use experts::{divide, release, whole};
 pub(crate) use experts::{least_loaded, move_newcomer};
 #[cfg(feature = "mpi")]
@@ -45,94 +46,6 @@ pub use traffic::{Step, Traffic};
 
 /// Values of one sum at a time: this, twice, is the memory that summing gradients takes.
 const BUCKET: usize = 1 << 20;
-
-/// What goes wrong between ranks.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ParallelError {
-    /// Another rank cannot go on.
-    #[error("rank {rank} has failed: {message}")]
-    Peer {
-        /// Which; the lowest, if several.
-        rank: usize,
-        /// What it says.
-        message: String,
-    },
-    /// Ranks do different things at the same time: they do not run the same program on the same settings.
-    #[error("rank {rank} does something else than rank 0: {what}")]
-    OutOfStep {
-        /// Which; the lowest, if several.
-        rank: usize,
-        /// What the two do.
-        what: String,
-    },
-    /// Ranks that should agree do not.
-    #[error("rank {rank} has {what} {found}, and rank 0 has {expected}")]
-    Differ {
-        /// Which; the lowest, if several.
-        rank: usize,
-        /// What they differ in.
-        what: String,
-        /// What rank 0 has.
-        expected: String,
-        /// What that rank has.
-        found: String,
-    },
-    /// Something that cannot be done on several ranks.
-    #[error("on several ranks: {0}")]
-    Unsupported(String),
-    /// The ranks have parted after an earlier error.
-    #[error("the ranks have parted: there was an error before")]
-    Ended,
-    /// What carries the data failed, or refused.
-    #[error("communication: {0}")]
-    Transport(String),
-}
-
-/// What carries data between ranks: every rank calls the same method at the same time.
-///
-/// Nothing outside an implementation knows how. Counts are those of values, one for each rank; what a rank sends to itself is
-/// copied.
-pub trait Communicator: Send + Sync + fmt::Debug {
-    /// The number of this rank, from 0.
-    fn rank(&self) -> usize;
-
-    /// How many ranks there are.
-    fn size(&self) -> usize;
-
-    /// Sends the same number of words to every rank, `send` in the order of ranks; so is `receive`.
-    ///
-    /// # Errors
-    /// [`ParallelError::Transport`]; so do the others.
-    fn words(&self, send: &[u64], receive: &mut [u64]) -> Result<(), ParallelError>;
-
-    /// Sends every rank its own part of `send`; both come with how much is whose.
-    ///
-    /// # Errors
-    /// As [`words`](Self::words).
-    fn exchange(
-        &self,
-        send: (&[f32], &[usize]),
-        receive: (&mut [f32], &[usize]),
-    ) -> Result<(), ParallelError>;
-
-    /// Sends every rank all of `own`.
-    ///
-    /// # Errors
-    /// As [`words`](Self::words).
-    fn gather(&self, own: &[f32], all: &mut [f32], counts: &[usize]) -> Result<(), ParallelError>;
-
-    /// Sends every rank all of `own`.
-    ///
-    /// # Errors
-    /// As [`words`](Self::words).
-    fn gather_bytes(
-        &self,
-        own: &[u8],
-        all: &mut [u8],
-        counts: &[usize],
-    ) -> Result<(), ParallelError>;
-}
 
 /// What a collective is for: ranks compare it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -441,29 +354,37 @@ impl Ranks {
         }
         let groups = size / of;
         let alike = |rank: usize| rank % of == self.place();
-        let of_group = |group: usize| part(values.len(), groups, group);
-        let to = |rank: usize| {
-            if alike(rank) {
-                of_group(rank / of).len()
-            } else {
-                0
+        // Ranks in other places have other experts, and take part in every exchange all the same.
+        let lengths = self.gather_f64(&[values.len() as f64])?;
+        let longest = lengths.iter().fold(0.0, |most: f64, n| most.max(*n)) as usize;
+        let mut rest = values;
+        for _ in 0..longest.div_ceil(BUCKET) {
+            let (bucket, others) = rest.split_at_mut(rest.len().min(BUCKET));
+            rest = others;
+            let of_group = |group: usize| part(bucket.len(), groups, group);
+            let to = |rank: usize| {
+                if alike(rank) {
+                    of_group(rank / of).len()
+                } else {
+                    0
+                }
+            };
+            let to: Vec<usize> = (0..size).map(to).collect();
+            let (received, from) = self.exchange(bucket, &to)?;
+            let mine = of_group(self.rank() / of).len();
+            let each: Vec<usize> = (0..size).map(|r| if alike(r) { mine } else { 0 }).collect();
+            if from != each {
+                let what = "gradients of other experts than this rank holds";
+                return Err(ParallelError::Transport(what.into()));
             }
-        };
-        let to: Vec<usize> = (0..size).map(to).collect();
-        let (received, from) = self.exchange(values, &to)?;
-        let mine = of_group(self.rank() / of).len();
-        if (0..size).any(|rank| from[rank] != if alike(rank) { mine } else { 0 }) {
-            let what = "gradients of other experts than this rank holds";
-            return Err(ParallelError::Transport(what.into()));
+            let sum = |i: usize| -> f32 {
+                let terms = (0..groups).map(|g| f64::from(received[g * mine + i]));
+                terms.sum::<f64>() as f32
+            };
+            let own: Vec<f32> = (0..mine).map(sum).collect();
+            let (all, _) = self.exchange(&own.repeat(groups), &each)?;
+            bucket.copy_from_slice(&all);
         }
-        let sum = |i: usize| -> f32 {
-            let terms = (0..groups).map(|g| f64::from(received[g * mine + i]));
-            terms.sum::<f64>() as f32
-        };
-        let own: Vec<f32> = (0..mine).map(sum).collect();
-        let to = (0..size).map(|rank| if alike(rank) { mine } else { 0 });
-        let (all, _) = self.exchange(&own.repeat(groups), &to.collect::<Vec<_>>())?;
-        values.copy_from_slice(&all);
         Ok(())
     }
 

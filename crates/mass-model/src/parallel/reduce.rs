@@ -63,6 +63,10 @@ pub fn reduce<M: Parameters + ?Sized>(
     if ranks.is_alone() {
         return Ok(weight);
     }
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(clippy::infallible_destructuring_match, reason = "there are devices")
+    )]
     let gradients = match &mut pass.gradients {
         PlacedGradients::Cpu(gradients) => gradients,
         #[cfg(feature = "cuda")]

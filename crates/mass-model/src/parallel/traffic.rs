@@ -163,6 +163,9 @@ impl Step {
             // The norm of all gradients.
             gather(8.0);
         }
+        if self.group > 1 && self.ranks > self.group {
+            gather(8.0);
+        }
         let buckets = self.everywhere.div_ceil(BUCKET);
         collectives += buckets;
         messages += 2 * others * buckets;
@@ -172,8 +175,9 @@ impl Step {
             if groups > 1 {
                 let of_others = (groups - 1) as f64 / groups as f64;
                 bytes += 4.0 * 2.0 * self.own_experts as f64 * of_others;
-                collectives += 2;
-                messages += 2 * others;
+                let buckets = self.own_experts.div_ceil(BUCKET);
+                collectives += 2 * buckets;
+                messages += 2 * others * buckets;
             }
             // Counts, and tokens out, back, and both once more.
             let values = self.away * self.assignments * (4 * self.dim + 2) as f64;
