@@ -38,6 +38,8 @@ pub struct Study {
     pub other_tasks: bool,
     /// Whether it has a method of that name that other studies do not have.
     pub has_method: fn(&str) -> bool,
+    /// Whether several processes can train a run together.
+    pub shared: bool,
     /// What a preset takes from directories.
     pub inputs: fn(Preset) -> Inputs,
     /// Whether its inputs are named and there, without reading them.
@@ -84,6 +86,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| synthetic::plan(args)?.check(args),
         run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
@@ -94,6 +97,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: ablation::is_own,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| ablation::plan(args)?.check(args),
         run: |args, ctx| ablation::plan(args)?.run(args, ctx),
@@ -104,6 +108,7 @@ pub const STUDIES: &[Study] = &[
         tasks: regime::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| regime::plan(args)?.check(args),
         run: |args, ctx| regime::plan(args)?.run(args, ctx),
@@ -114,6 +119,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| sensitivity::plan(args)?.check(args),
         run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
@@ -124,6 +130,7 @@ pub const STUDIES: &[Study] = &[
         tasks: noise::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| noise::plan(args)?.check(args),
         run: |args, ctx| noise::plan(args)?.run(args, ctx),
@@ -134,6 +141,7 @@ pub const STUDIES: &[Study] = &[
         tasks: &[],
         other_tasks: false,
         has_method: |_| false,
+        shared: false,
         inputs: |_| Inputs::NONE,
         check: |args| scale::plan(args)?.check(args),
         run: |args, ctx| scale::plan(args)?.run(args, ctx),
@@ -144,6 +152,7 @@ pub const STUDIES: &[Study] = &[
         tasks: glue::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: false,
         inputs: |preset| Inputs {
             images: false,
             ..Inputs::but_for_smoke(preset)
@@ -157,6 +166,7 @@ pub const STUDIES: &[Study] = &[
         tasks: dg::TASKS,
         other_tasks: true,
         has_method: |_| false,
+        shared: false,
         inputs: Inputs::but_for_smoke,
         check: |args| dg::plan(args)?.check(args),
         run: |args, ctx| dg::plan(args)?.run(args, ctx),
@@ -167,6 +177,7 @@ pub const STUDIES: &[Study] = &[
         tasks: continual::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |preset| Inputs {
             data: matches!(preset, Preset::Full | Preset::Paper),
             ..Inputs::NONE
@@ -197,6 +208,12 @@ pub fn find(name: &str) -> Option<&'static Study> {
 /// As [`run`].
 pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<(), BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
+    if !ranks.is_alone() && !study.shared {
+        return Err(BenchError::Usage(format!(
+            "{} is not made by several processes together; start one, or give --parallel none",
+            study.name
+        )));
+    }
     (study.check)(args)?;
     // Others may be so late that the first has begun to write.
     if ranks.is_first() {

@@ -296,6 +296,14 @@ fn what_one_process_cannot_do_ends_all() {
         &["fewer sequences than there are ranks"],
     );
     std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    for study in ["scale", "glue", "dg"] {
+        let groups = [(2, format!("reproduce {study} --preset smoke --out {study}"))];
+        ends(
+            &groups,
+            dir.path(),
+            &["is not made by several processes together"],
+        );
+    }
     // A checkpoint that cannot be written: something is in the way, once the run has begun.
     let long = train("").replace("--steps 200", "--steps 2000");
     let mut child = launch(&[(2, long)], dir.path());
