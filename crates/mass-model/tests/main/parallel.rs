@@ -338,12 +338,22 @@ fn ranks_that_do_different_things_say_so() {
 
 #[test]
 fn a_loss_that_is_no_number_ends_all_ranks() {
+    for group in [1, 2] {
+        fails(group);
+    }
+}
+
+fn fails(group: usize) {
     let recipe = Recipe::new(top_p());
     let ends = Threads::run(2, |ranks| {
+        let ranks = &ranks.clone().in_groups(group)?;
         let mut model = LanguageModel::new(&config(recipe.router.clone()), &mut seeded_rng(5))?;
         if ranks.rank() == 1 {
             model.head.weight.values_mut()[0] = f32::NAN;
         }
+        model.set_ranks(ranks);
+        let mut optimizer = AdamW::new(AdamWConfig::default())?;
+        parallel::divide(ranks, &mut model, &mut optimizer)?;
         let (tokens, targets) = batch(0);
         let mut pass = model.train_pass_at(&Place::Cpu, &tokens, &targets, SEQ)?;
         parallel::reduce(ranks, &model, &mut pass, 1)
