@@ -73,13 +73,13 @@ const KINDS: [Kind; 6] = [
 /// A clone is the same. Each collective must be called by every rank, in the same order.
 ///
 /// ```
-/// use mass_model::parallel::{Ranks, Threads};
+/// use mass_model::parallel::{ParallelError, Ranks, Threads};
 ///
 /// assert_eq!(Ranks::default().size(), 1);
 /// let sums = Threads::run(3, |ranks| {
 ///     let mut values = [1.0, ranks.rank() as f64];
 ///     ranks.sum(&mut values)?;
-///     Ok(values)
+///     Ok::<_, ParallelError>(values)
 /// });
 /// assert!(sums.into_iter().all(|sum| sum == Ok([3.0, 3.0])));
 /// ```

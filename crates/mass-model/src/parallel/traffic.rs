@@ -56,13 +56,14 @@ impl Add for Traffic {
 /// ```
 /// use mass_model::parallel::Step;
 ///
-/// // 64 experts of 4 d x d in one layer, two for each of 4096 tokens of a rank.
+/// // 64 experts of width 4 d in one layer, two for each of 4096 tokens of a rank.
+/// let (rest, experts) = (5_000_000, 64 * 8 * 512 * 512);
 /// let step = |ranks, group| Step {
 ///     ranks,
 ///     group,
 ///     parameters: 300,
-///     everywhere: 5_000_000,
-///     own_experts: 64 * 8 * 512 * 512 / group,
+///     everywhere: if group > 1 { rest } else { rest + experts },
+///     own_experts: if group > 1 { experts / group } else { 0 },
 ///     layers: 1,
 ///     experts: 64,
 ///     dim: 512,
