@@ -405,10 +405,9 @@ impl<'t, T: Task> Trainer<'t, T> {
             return Ok(());
         }
         let mut sum = crc32fast::Hasher::new();
-        let everywhere = !self.ranks.divides_experts();
         self.model.visit("", &mut |name, param| {
-            // A network of an expert is what some ranks have and others do not.
-            if !everywhere && name.contains(".experts.") && name.contains(".fc") {
+            // What some ranks have and others do not cannot be compared.
+            if param.is_divided() {
                 return;
             }
             sum.update(name.as_bytes());

@@ -180,6 +180,12 @@ impl Param {
         Ok(())
     }
 
+    /// Whether some of the ranks that train together have its values and others do not, as of experts that are
+    /// [divided](crate::parallel::divide); those that do not have an empty slice.
+    pub fn is_divided(&self) -> bool {
+        self.held != Held::Everywhere
+    }
+
     /// Which ranks have its values.
     pub(crate) fn held(&self) -> Held {
         self.held
