@@ -52,6 +52,21 @@ impl TokenBatch {
         all
     }
 
+    /// Some of the windows.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    #[must_use]
+    pub fn rows(&self, which: std::ops::Range<usize>) -> Self {
+        let tokens = which.start * self.length..which.end * self.length;
+        Self {
+            rows: which.len(),
+            length: self.length,
+            inputs: self.inputs[tokens.clone()].to_vec(),
+            targets: self.targets[tokens].to_vec(),
+        }
+    }
+
     /// Tokens to predict in the whole batch.
     #[must_use]
     pub fn tokens(&self) -> usize {

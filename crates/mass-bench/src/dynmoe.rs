@@ -13,6 +13,7 @@ use mass_model::growth::Mixtures;
 use mass_model::nn::MoeLayer;
 use mass_model::ops::MoeExpert;
 use mass_model::optim::{AdamW, Gradients};
+use mass_model::parallel::Ranks;
 use mass_model::{LayerTrace, ModelError, TrainPass};
 use mass_routing::losses::diverse_and_simple;
 use mass_routing::{AnyRouter, UsageStats};
@@ -166,6 +167,21 @@ impl DynMoe {
         pass: &TrainPass<G>,
         templates: &[MoeExpert],
     ) -> Result<Vec<DynMoeEvent>, ModelError> {
+        self.step_among((&Ranks::default(), step), model, optimizer, pass, templates)
+    }
+
+    /// [`step`](Self::step) of one of several ranks, which have a share of the batch each and record what all of them route.
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Parallel`].
+    pub fn step_among<M: Mixtures, G>(
+        &mut self,
+        (ranks, step): (&Ranks, u64),
+        model: &mut M,
+        optimizer: &mut AdamW,
+        pass: &TrainPass<G>,
+        templates: &[MoeExpert],
+    ) -> Result<Vec<DynMoeEvent>, ModelError> {
         let (record_from, adapt_at) = self.config.window();
         let within = step % self.config.steps_per_epoch;
         let mut events = Vec::new();
@@ -181,7 +197,7 @@ impl DynMoe {
             return Ok(events);
         }
         for (layer, trace) in pass.layers.iter().enumerate() {
-            self.record(layer, trace)?;
+            self.record(ranks, layer, trace)?;
             if within == adapt_at
                 && let Some(record) = self.records[layer].take()
             {
@@ -196,24 +212,47 @@ impl DynMoe {
         Ok(events)
     }
 
-    fn record(&mut self, layer: usize, trace: &LayerTrace) -> Result<(), ModelError> {
+    fn record(
+        &mut self,
+        ranks: &Ranks,
+        layer: usize,
+        trace: &LayerTrace,
+    ) -> Result<(), ModelError> {
         let plan = &trace.plan;
         let record = self.records[layer].get_or_insert_with(|| Record {
             usage: UsageStats::new(plan.num_experts()),
             nowhere: Vec::new(),
         });
-        record.usage.record(plan)?;
+        let mut nowhere = Vec::new();
         let nobody = (0..plan.num_tokens() as u32).filter(|&t| plan.k(t as usize) == 0);
         let nobody: Vec<u32> = nobody.collect();
         if !nobody.is_empty() {
             let input = trace.gate_input.rows(&nobody)?;
             let dim = trace.gate_input.shape().1;
-            record.nowhere.resize(dim, 0.0);
+            // Onto what was seen before where there is one process: a sum over steps of sums would round otherwise.
+            let sums = match ranks.is_alone() {
+                true => &mut record.nowhere,
+                false => &mut nowhere,
+            };
+            sums.resize(dim, 0.0);
             for row in input.chunks_exact(dim) {
-                for (sum, x) in record.nowhere.iter_mut().zip(row) {
+                for (sum, x) in sums.iter_mut().zip(row) {
                     *sum += f64::from(*x);
                 }
             }
+        }
+        if ranks.is_alone() {
+            return Ok(record.usage.record(plan)?);
+        }
+        let mut usage = UsageStats::new(plan.num_experts());
+        usage.record(plan)?;
+        for own in ranks.gather_json(&Record { usage, nowhere })? {
+            record.usage.merge(&own.usage)?;
+            record
+                .nowhere
+                .resize(record.nowhere.len().max(own.nowhere.len()), 0.0);
+            let sums = record.nowhere.iter_mut();
+            sums.zip(&own.nowhere).for_each(|(sum, x)| *sum += x);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use mass_model::parallel::ParallelError;
+
 use crate::{ginc::GincError, glue::GlueError, report::ReportError, text::TextError};
 
 /// Everything that ends a command, and the exit code it ends with.
@@ -38,6 +40,9 @@ pub enum BenchError {
         /// The output directory that holds the checkpoint.
         out: PathBuf,
     },
+    /// Processes that train together failed, or parted.
+    #[error(transparent)]
+    Parallel(#[from] mass_model::parallel::ParallelError),
     /// A failure below this crate: a model, an optimiser, a device.
     #[error("{doing}: {source}")]
     Failed {
@@ -74,7 +79,9 @@ impl BenchError {
                 2
             }
             Self::Report(error) => error.exit_code(),
-            Self::Interrupted { .. } | Self::Failed { .. } => 1,
+            // Another process was given something else than this one, or something that several cannot do.
+            Self::Parallel(ParallelError::Differ { .. } | ParallelError::Unsupported(_)) => 2,
+            Self::Interrupted { .. } | Self::Failed { .. } | Self::Parallel(_) => 1,
         }
     }
 

@@ -4,6 +4,7 @@ use mass_model::growth::LossOn;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::nn::{BlockConfig, MoeConfig};
 use mass_model::optim::Gradients;
+use mass_model::parallel::Ranks;
 use mass_model::{
     Activation, LayerTrace, Masked, ModelError, Parameters, Place, PlacedGradients, TrainPass,
 };
@@ -165,13 +166,27 @@ impl Task for Language<'_> {
         batch: &TokenBatch,
         step: u64,
     ) -> Result<TrainPass<PlacedGradients>, ModelError> {
-        let mut pass =
-            model.train_pass_at(&self.place, &batch.inputs, &batch.targets, batch.length)?;
+        let _ = step;
+        model.train_pass_at(&self.place, &batch.inputs, &batch.targets, batch.length)
+    }
+
+    fn disturb(
+        &self,
+        model: &LanguageModel,
+        gradients: &mut PlacedGradients,
+        step: u64,
+    ) -> Result<(), ModelError> {
         if self.gradient_noise > 0.0 {
             let mut rng = stream(self.seed, Purpose::Noise, step);
-            disturb(model, &mut pass.gradients, self.gradient_noise, &mut rng)?;
+            disturb(model, gradients, self.gradient_noise, &mut rng)?;
         }
-        Ok(pass)
+        Ok(())
+    }
+
+    fn share(&self, batch: &TokenBatch, ranks: &Ranks) -> Option<(TokenBatch, u64)> {
+        let own = batch.rows(ranks.share(batch.rows));
+        let targets = own.tokens() as u64;
+        Some((own, targets))
     }
 
     /// Of the batch by token, of the probe by sequence.
@@ -192,6 +207,13 @@ impl Task for Language<'_> {
                 nll.chunks(self.probe.length).map(mean).collect()
             }
         })
+    }
+
+    fn scores_after(&self, step: u64) -> bool {
+        let ends = self.stream.as_ref().is_some_and(|s| s.ends.contains(&step));
+        ends || self
+            .validation
+            .is_some_and(|(every, _)| step.is_multiple_of(every))
     }
 
     fn score(

@@ -59,6 +59,9 @@ pub fn sweep<P: Sync>(
         AtomicU64::new(0),
         AtomicBool::new(false),
     );
+    let ranks = ctx.ranks.clone();
+    // Several processes do the same things in the same order.
+    let side = if ranks.is_alone() { side } else { Side::Alone };
     let workers = match side {
         Side::BySide => threads.clamp(1, planned.len().max(1)),
         Side::Alone => 1,
@@ -106,7 +109,11 @@ pub fn sweep<P: Sync>(
                     };
                     match made {
                         Ok(Some(outcome)) => drop(send.send((index, outcome))),
-                        Ok(None) => break,
+                        Ok(None) => {
+                            // Another rank may have been asked.
+                            interrupt.store(true, Ordering::SeqCst);
+                            break;
+                        }
                         Err(e) => return fail(e),
                     }
                 }
@@ -145,7 +152,7 @@ fn write(ctx: &RunContext, store: &mut ResultStore, outcome: Outcome) -> Result<
     let folder = RunContext::checkpoint_dir(store.dir(), &outcome.run.key());
     let line = describe(&outcome.run);
     store.keep(outcome.run, &outcome.metrics, &outcome.events)?;
-    if folder.is_dir() {
+    if ctx.ranks.is_first() && folder.is_dir() {
         std::fs::remove_dir_all(&folder)
             .map_err(|e| BenchError::failed("removing a checkpoint", e))?;
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use mass_model::checkpoint::Checkpointed;
 use mass_model::growth::{GrowerConfig, LossOn};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
+use mass_model::parallel::Ranks;
 use mass_model::{Masked, ModelError, Place, PlacedGradients, TrainPass};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,27 @@ pub trait Task: Sync {
     /// Tokens that a batch trains on.
     fn tokens(&self, batch: &Self::Batch) -> u64;
 
+    /// A rank's share of a batch and how many targets it has, of which its loss is the mean; `None` if batches of this task cannot
+    /// be shared.
+    fn share(&self, batch: &Self::Batch, ranks: &Ranks) -> Option<(Self::Batch, u64)> {
+        let _ = (batch, ranks);
+        None
+    }
+
+    /// What is done to the gradients of a whole batch before anybody looks at them.
+    ///
+    /// # Errors
+    /// The gradients'.
+    fn disturb(
+        &self,
+        model: &Self::Model,
+        gradients: &mut PlacedGradients,
+        step: u64,
+    ) -> Result<(), ModelError> {
+        let _ = (model, gradients, step);
+        Ok(())
+    }
+
     /// Loss and gradients of a step.
     ///
     /// # Errors
@@ -126,6 +148,13 @@ pub trait Task: Sync {
         rate: f64,
     ) -> Result<f64, ModelError> {
         optimizer.step(model, gradients, rate)
+    }
+
+    /// Whether [`score`](Self::score) looks at the model after so many steps: experts that are on several processes are brought
+    /// together for that.
+    fn scores_after(&self, step: u64) -> bool {
+        let _ = step;
+        true
     }
 
     /// Scores the model after `step` steps, if it is time.

@@ -31,7 +31,9 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    ResultStore::check_kept(&args.out, args.existing())?;
+    if ctx.ranks.is_first() {
+        ResultStore::check_kept(&args.out, args.existing())?;
+    }
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let (method, run) = method(args)?;
     method.check()?;
@@ -44,15 +46,17 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     let rules = check(&task, &method, args.seed)?;
     let header = Header::new("train", "text", args.threads).on(&task.place);
     let settings = json!({ "arguments": args, "settings": { "text": data } });
-    let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
+    let ranks = ctx.ranks.clone();
+    let mut store = ResultStore::open_among(&ranks, &args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {
         return Ok(store.into_results());
     }
     let folder = RunContext::checkpoint_dir(store.dir(), &run.key());
-    let mut trainer = Trainer::open(&task, &run, &method, &folder, args.resume)?;
+    let mut trainer = Trainer::open_among(&ranks, &task, (&run, &method), &folder, args.resume)?;
     if let Some(diagnosis) = rules.and_then(|g| g.controller.unreachable()) {
         ctx.progress.note(&format!("as set, {diagnosis}"));
     }
+    let before = trainer.step();
     ctx.progress.start("training", args.steps as u64);
     let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
     let complete = trainer.train(&folder, true, &mut |step, loss| {
@@ -63,6 +67,15 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         return Err(BenchError::Interrupted {
             out: args.out.clone(),
         });
+    }
+    let (sent, made) = (ranks.traffic(), trainer.step() - before);
+    if made > 0 && !ranks.is_alone() {
+        ctx.progress.note(&format!(
+            "of {} processes the first sent {:.1} kB in {:.1} messages a step",
+            ranks.size(),
+            sent.bytes as f64 / 1e3 / made as f64,
+            sent.messages as f64 / made as f64
+        ));
     }
     let layers = trainer.experts();
     let layers: Vec<String> = layers.iter().map(|ids| ids.len().to_string()).collect();

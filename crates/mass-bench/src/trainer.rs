@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use mass_expand::ExpertId;
 use mass_model::checkpoint::{self, Snapshot};
-use mass_model::growth::{Grower, Mixtures, pair_figures};
+use mass_model::growth::{Grower, LossOn, Mixtures, pair_figures_among};
 use mass_model::ops::MoeExpert;
 use mass_model::optim::AdamW;
-use mass_model::{ModelError, Place, PlacedGradients, TrainPass};
+use mass_model::parallel::{self, ParallelError, Ranks};
+use mass_model::{ModelError, Parameters as _, Place, PlacedGradients, TrainPass};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -74,6 +75,7 @@ pub struct Trainer<'t, T: Task> {
     templates: Vec<MoeExpert>,
     step: u64,
     saved: Saved<T::Progress>,
+    ranks: Ranks,
 }
 
 impl<'t, T: Task> Trainer<'t, T> {
@@ -90,13 +92,40 @@ impl<'t, T: Task> Trainer<'t, T> {
         dir: &Path,
         resume: bool,
     ) -> Result<Self, BenchError> {
+        Self::open_among(&Ranks::default(), task, (run, method), dir, resume)
+    }
+
+    /// [`open`](Self::open) on one of several ranks that train together: each computes its share of every batch, all decide the
+    /// same, and the first alone writes checkpoints and scores. All of them read the same checkpoint.
+    ///
+    /// # Errors
+    /// As there, and [`BenchError::Usage`] for a task or a method that several ranks cannot share, [`BenchError::Parallel`] where
+    /// ranks differ.
+    pub fn open_among(
+        ranks: &Ranks,
+        task: &'t T,
+        (run, method): (&Run, &Method),
+        dir: &Path,
+        resume: bool,
+    ) -> Result<Self, BenchError> {
         let name = run.key().to_string();
         let made = |e: ModelError| crate::study::unusable_model(e, format!("setting up {name}"));
         let recipe = task.recipe();
         let mut settings = json!({ "run": name, "method": method, "recipe": recipe });
         settings["task"] = task.identity();
-        let device = task.place().to_string();
+        let mut device = task.place().to_string();
+        if !ranks.is_alone() {
+            device = format!("{device}, {} ranks", ranks.size());
+            if *task.place() != Place::Cpu {
+                let what = "several ranks train on processors alone; use --device cpu";
+                return Err(BenchError::Usage(what.into()));
+            }
+        }
         let model = task.model().map_err(made)?;
+        parallel::check(ranks, &model).map_err(|e| match e {
+            ModelError::Parallel(e) => BenchError::Parallel(e),
+            e => made(e),
+        })?;
         let (layers, steps) = (model.mixtures(), recipe.schedule.steps);
         let grower = method.growth(layers, steps, run.seed, |rules| task.tune(rules))?;
         let (mut dynmoe, mut templates) = (None, Vec::new());
@@ -131,6 +160,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             templates,
             step: 0,
             saved,
+            ranks: ranks.clone(),
         };
         if resume && checkpoint::exists(dir) {
             trainer.go_on(dir)?;
@@ -138,11 +168,25 @@ impl<'t, T: Task> Trainer<'t, T> {
             if devices.last() != Some(&device) {
                 devices.push(device);
             }
-        } else if dir.is_dir() {
+        } else if dir.is_dir() && ranks.is_first() {
             // Nothing that goes on: what an earlier run left there must not be taken for this one's.
             std::fs::remove_dir_all(dir)
                 .map_err(|e| BenchError::failed("removing an older checkpoint", e))?;
         }
+        trainer.model.set_ranks(ranks);
+        let divided = parallel::divide(ranks, &mut trainer.model, &mut trainer.optimizer);
+        divided.map_err(made)?;
+        if ranks.divides_experts() && trainer.saved.dynmoe.is_some() {
+            let what = "DynMoE, whose newcomers are drawn anew, with --expert-parallel";
+            return Err(ParallelError::Unsupported(what.into()).into());
+        }
+        ranks.agree(&[
+            (
+                "the settings of the run",
+                trainer.saved.settings.to_string(),
+            ),
+            ("steps made", trainer.step.to_string()),
+        ])?;
         Ok(trainer)
     }
 
@@ -208,7 +252,13 @@ impl<'t, T: Task> Trainer<'t, T> {
             waited = batches.waited();
             self.score()?;
             ended = self.saved.stopped || self.step == self.steps();
-            let go_on = on_step(self.step, loss);
+            let mut go_on = on_step(self.step, loss);
+            if !self.ranks.is_alone() {
+                let mut ends = [!go_on, self.saved.stopped].map(|end| f64::from(u8::from(end)));
+                self.ranks.sum(&mut ends)?;
+                (go_on, ended) = (ends[0] == 0.0, ended || ends[1] > 0.0);
+                self.saved.stopped |= ends[1] > 0.0;
+            }
             self.saved.wall_s += started.elapsed().as_secs_f64();
             started = Instant::now();
             let due = self.step - saved_at >= self.task.recipe().checkpoint_every;
@@ -220,13 +270,14 @@ impl<'t, T: Task> Trainer<'t, T> {
                 break;
             }
         }
+        self.compare()?;
         Ok(ended)
     }
 
     fn advance(&mut self, batch: &T::Batch) -> Result<f64, BenchError> {
-        let loss = self.step_on(batch).map_err(|e| {
-            let doing = format!("{} at step {}", self.name(), self.step);
-            BenchError::failed(doing, e)
+        let loss = self.step_on(batch).map_err(|e| match e {
+            ModelError::Parallel(e) => BenchError::Parallel(e),
+            e => BenchError::failed(format!("{} at step {}", self.name(), self.step), e),
         })?;
         self.step += 1;
         self.saved.tokens += self.task.tokens(batch);
@@ -235,14 +286,32 @@ impl<'t, T: Task> Trainer<'t, T> {
     }
 
     fn step_on(&mut self, batch: &T::Batch) -> Result<f64, ModelError> {
-        let (step, task) = (self.step, self.task);
+        let (step, task, ranks) = (self.step, self.task, &self.ranks);
         let (model, optimizer, saved) = (&mut self.model, &mut self.optimizer, &mut self.saved);
+        let own = match ranks.is_alone() {
+            true => None,
+            false => Some(share(task, batch, ranks)?),
+        };
+        let (batch, weight) = own.as_ref().map_or((batch, 1), |(own, n)| (own, *n));
         let mut pass = task.pass(model, batch, step)?;
-        model.adapt(&pass.layers)?;
-        look_at_pairs(step, model, &mut pass, &saved.expansions, &mut saved.pairs)?;
+        parallel::reduce(ranks, model, &mut pass, weight)?;
+        task.disturb(model, &mut pass.gradients, step)?;
+        model.adapt_among(ranks, &pass.layers)?;
+        let (splits, pairs) = (&saved.expansions, &mut saved.pairs);
+        look_at_pairs((ranks, step), model, &mut pass, splits, pairs)?;
         if let Some(grower) = &mut saved.grower {
-            let losses = |model: &T::Model, on, masked| task.losses(model, batch, on, masked);
-            let events = grower.step(step, model, optimizer, &mut pass, losses)?;
+            let losses = |model: &T::Model, on, masked| match on {
+                _ if ranks.is_alone() => task.losses(model, batch, on, masked),
+                // Where experts are divided all ranks have to take part.
+                LossOn::Probe if !ranks.is_first() => {
+                    if ranks.divides_experts() {
+                        task.losses(model, batch, on, masked)?;
+                    }
+                    Ok(ranks.gather_f64(&[])?)
+                }
+                _ => Ok(ranks.gather_f64(&task.losses(model, batch, on, masked)?)?),
+            };
+            let events = grower.step_among(ranks, step, model, optimizer, &mut pass, losses)?;
             saved.expansions.extend(expansions(&events));
             saved.events.extend(events.iter().map(|e| json!(e)));
         }
@@ -252,10 +321,18 @@ impl<'t, T: Task> Trainer<'t, T> {
         let rate = task.recipe().schedule.at(step);
         task.update(optimizer, model, &mut pass.gradients, rate)?;
         if let Some(dynmoe) = &mut saved.dynmoe {
-            let events = dynmoe.step(step, model, optimizer, &pass, &self.templates)?;
+            let events =
+                dynmoe.step_among((ranks, step), model, optimizer, &pass, &self.templates)?;
             saved.events.extend(events.iter().map(|e| json!(e)));
         }
-        let k: f64 = pass.layers.iter().map(|l| l.plan.mean_k()).sum();
+        let mut counts: Vec<f64> = Vec::new();
+        for layer in &pass.layers {
+            let (assignments, tokens) = (layer.plan.num_assignments(), layer.plan.num_tokens());
+            counts.extend([assignments as f64, tokens as f64]);
+        }
+        ranks.sum(&mut counts)?;
+        let mean_k = |of: &[f64]| if of[1] > 0.0 { of[0] / of[1] } else { 0.0 };
+        let k: f64 = counts.chunks_exact(2).map(mean_k).sum();
         let sums = &mut saved.since_log;
         sums.0 += 1;
         sums.1 += f64::from(pass.loss);
@@ -287,8 +364,20 @@ impl<'t, T: Task> Trainer<'t, T> {
     }
 
     fn score(&mut self) -> Result<(), BenchError> {
+        let apart = self.ranks.divides_experts();
+        if apart && !self.task.scores_after(self.step) {
+            return Ok(());
+        }
+        if apart {
+            self.bring_together()?;
+        }
         let progress = &mut self.saved.progress;
-        let Some(scored) = self.task.score(&self.model, self.step, progress)? else {
+        let scored = match self.ranks.is_first() {
+            true => self.task.score(&self.model, self.step, progress)?,
+            false => None,
+        };
+        parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
+        let Some(scored) = scored else {
             return Ok(());
         };
         self.saved.stopped |= scored.stop;
@@ -310,7 +399,52 @@ impl<'t, T: Task> Trainer<'t, T> {
         }
     }
 
-    fn save(&self, dir: &Path) -> Result<(), BenchError> {
+    /// Refuses ranks that have come apart: their processors round in another way.
+    fn compare(&self) -> Result<(), BenchError> {
+        if self.ranks.is_alone() {
+            return Ok(());
+        }
+        let mut sum = crc32fast::Hasher::new();
+        self.model.visit("", &mut |name, param| {
+            // What some ranks have and others do not cannot be compared.
+            if param.is_divided() {
+                return;
+            }
+            sum.update(name.as_bytes());
+            param
+                .values()
+                .iter()
+                .for_each(|x| sum.update(&x.to_le_bytes()));
+        });
+        let events = serde_json::to_string(&self.saved.events).unwrap_or_default();
+        sum.update(events.as_bytes());
+        let what = format!("weights and events after step {} of checksum", self.step);
+        Ok(self
+            .ranks
+            .agree(&[(&what, format!("{:08x}", sum.finalize()))])?)
+    }
+
+    /// Gives the first rank all experts; those that are others' are given up by [`parallel::release`].
+    fn bring_together(&mut self) -> Result<(), BenchError> {
+        let (ranks, model, optimizer) = (&self.ranks, &mut self.model, &mut self.optimizer);
+        parallel::whole(ranks, model, optimizer).map_err(|e| match e {
+            ModelError::Parallel(e) => BenchError::Parallel(e),
+            e => BenchError::failed("bringing experts together", e),
+        })
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<(), BenchError> {
+        self.compare()?;
+        self.bring_together()?;
+        let saved = match self.ranks.is_first() {
+            true => self.write(dir),
+            false => Ok(()),
+        };
+        parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
+        saved
+    }
+
+    fn write(&self, dir: &Path) -> Result<(), BenchError> {
         let progress = &self.saved.progress;
         self.task.save(dir, self.step, progress, false)?;
         let (model, optimizer) = (&self.model, &self.optimizer);
@@ -324,7 +458,8 @@ impl<'t, T: Task> Trainer<'t, T> {
     ///
     /// # Errors
     /// [`BenchError::Failed`] for a model that cannot be scored.
-    pub fn finish(self) -> Result<Outcome, BenchError> {
+    pub fn finish(mut self) -> Result<Outcome, BenchError> {
+        self.bring_together()?;
         let saved = self.saved;
         let Saved { tokens, wall_s, .. } = saved;
         let controller = saved.grower.as_ref().map(Grower::controller);
@@ -354,7 +489,9 @@ impl<'t, T: Task> Trainer<'t, T> {
             progress: &saved.progress,
             waiting: (saved.training_s > 0.0).then(|| saved.waited_s / saved.training_s),
         };
-        self.task.finish(&end, &mut run)?;
+        if self.ranks.is_first() {
+            self.task.finish(&end, &mut run)?;
+        }
         run.peak_rss_mib = peak_rss_mib();
         Ok(Outcome {
             run,
@@ -390,9 +527,26 @@ impl<'t, T: Task> Trainer<'t, T> {
     }
 }
 
+/// This rank's share of a batch, and its number of targets.
+fn share<T: Task>(
+    task: &T,
+    batch: &T::Batch,
+    ranks: &Ranks,
+) -> Result<(T::Batch, u64), ModelError> {
+    let refused = |what: String| ParallelError::Unsupported(what).into();
+    match task.share(batch, ranks) {
+        None => Err(refused("batches of this study cannot be shared".into())),
+        Some((_, 0)) => Err(refused(format!(
+            "a batch has fewer sequences than there are ranks, {}; start fewer",
+            ranks.size()
+        ))),
+        Some(own) => Ok(own),
+    }
+}
+
 /// Adds the figures of this step's pairs: those that were split so many steps ago, and whose halves are both there.
 fn look_at_pairs<M: Mixtures>(
-    step: u64,
+    (ranks, step): (&Ranks, u64),
     model: &M,
     pass: &mut TrainPass<PlacedGradients>,
     splits: &[Expansion],
@@ -405,7 +559,8 @@ fn look_at_pairs<M: Mixtures>(
         let there = |id| layer.ids().contains(id);
         if PairSums::looks_at(age) && [source, new].iter().all(there) {
             let (trace, gradients) = (&pass.layers[split.layer], &mut pass.gradients);
-            sums.add(age, &pair_figures(layer, trace, gradients, source, new)?);
+            let figures = pair_figures_among(ranks, layer, trace, gradients, (source, new))?;
+            sums.add(age, &figures);
         }
     }
     Ok(())

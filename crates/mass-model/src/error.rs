@@ -53,6 +53,9 @@ pub enum ModelError {
     /// The expansion engine refused its input.
     #[error("expansion: {0}")]
     Expand(#[from] mass_expand::ExpandError),
+    /// Ranks that train together failed, or parted.
+    #[error("{0}")]
+    Parallel(#[from] crate::parallel::ParallelError),
     /// The tensor library failed.
     #[error("tensor library: {0}")]
     Tensor(#[from] CpuError),

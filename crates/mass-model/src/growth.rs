@@ -13,8 +13,8 @@ mod shift;
 mod split;
 
 use mass_expand::{
-    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, LayerObservation,
-    Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
+    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, ExpertObservation,
+    LayerObservation, Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
 };
 use mass_routing::Router;
 use serde::{Deserialize, Serialize};
@@ -23,14 +23,19 @@ use crate::error::ModelError;
 pub use crate::mixtures::Mixtures;
 use crate::nn::GateConfig;
 use crate::optim::{AdamW, Gradients};
+use crate::parallel::{self, Ranks};
 use crate::param::join;
 use crate::pass::{Masked, TrainPass};
+use observe::observe_among;
 pub use observe::{observe, routing_entropies};
-use observe::{observe_routing, observe_with};
-use pairs::fc1_cosine;
-pub use pairs::{PairFigures, pair_figures};
+use pairs::cosine_among;
+pub use pairs::{PairFigures, pair_figures, pair_figures_among};
 pub use shift::GateShift;
+use split::split_expert_among;
 pub use split::{remove_expert, split_expert};
+
+/// Tokens of each expert of each layer.
+type Loads = Vec<Vec<f64>>;
 
 const BISECT_NEEDS: &str = "bisecting an expert's tokens needs a linear gate";
 
@@ -137,6 +142,25 @@ impl Grower {
         pass: &mut TrainPass<G>,
         losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
     ) -> Result<Vec<Event>, ModelError> {
+        self.step_among(&Ranks::default(), step, model, optimizer, pass, losses)
+    }
+
+    /// [`step`](Self::step) of one of several ranks, which have a share of the batch each and decide the same.
+    ///
+    /// The pass is one whose loss and gradients are those of the whole batch ([`reduce`](crate::parallel::reduce)); `losses` gives
+    /// the same on every rank, those of the whole batch.
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Parallel`].
+    pub fn step_among<M: Mixtures, G: Gradients>(
+        &mut self,
+        ranks: &Ranks,
+        step: u64,
+        model: &mut M,
+        optimizer: &mut AdamW,
+        pass: &mut TrainPass<G>,
+        losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
+    ) -> Result<Vec<Event>, ModelError> {
         self.check_rules(model, pass)?;
         // Before the controller moves: a device that holds what is looked at may have failed.
         for l in 0..model.mixtures() {
@@ -147,8 +171,8 @@ impl Grower {
         let asks = (0..model.mixtures()).any(|l| self.watches(l, step) || judges(l))
             || self.controller.params().pruning.is_some();
         let before = asks.then(|| self.controller.clone());
-        let actions = match self.decide(step, model, pass, losses) {
-            Ok(actions) => actions,
+        let (actions, loads) = match self.decide((ranks, step), model, pass, losses) {
+            Ok(decided) => decided,
             Err(error) => {
                 if let Some(before) = before {
                     self.controller = before;
@@ -156,7 +180,7 @@ impl Grower {
                 return Err(error);
             }
         };
-        self.carry_out(actions, model, optimizer, pass)?;
+        self.carry_out((ranks, loads), actions, model, optimizer, pass)?;
         for l in 0..model.mixtures() {
             if self.config.redundancy_weight > 0.0 && self.controller.stopped(l).is_none() {
                 let pairs = self.controller.pair_positions(l);
@@ -218,24 +242,19 @@ impl Grower {
     /// Tells the controller what the step's gradients are, and gets what it asks for and what it decides.
     fn decide<M: Mixtures, G: Gradients>(
         &mut self,
-        step: u64,
+        (ranks, step): (&Ranks, u64),
         model: &mut M,
         pass: &mut TrainPass<G>,
         mut losses: impl FnMut(&M, LossOn, Option<Masked>) -> Result<Vec<f64>, ModelError>,
-    ) -> Result<Vec<Action>, ModelError> {
+    ) -> Result<(Vec<Action>, Loads), ModelError> {
         let entropy = self.controller.params().choice == Choice::RoutingEntropy;
-        let mut observed = Vec::with_capacity(pass.layers.len());
-        for (l, trace) in pass.layers.iter().enumerate() {
-            let norm = self.watches(l, step).then_some(self.config.gradient_norm);
-            observed.push(observe_with(
-                model.mixture(l),
-                trace,
-                &pass.token_losses,
-                &mut pass.gradients,
-                norm,
-                entropy,
-            )?);
-        }
+        let norm = |l| self.watches(l, step).then_some(self.config.gradient_norm);
+        let (observed, routing) = observe_among(ranks, model, pass, norm, entropy)?;
+        let loads = |experts: &Vec<ExpertObservation>| {
+            let of_experts = experts.iter().map(|e| e.load as f64);
+            of_experts.collect::<Vec<f64>>()
+        };
+        let loads: Loads = observed.iter().map(loads).collect();
         let layers: Vec<LayerObservation<'_>> = observed
             .iter()
             .enumerate()
@@ -254,16 +273,16 @@ impl Grower {
             layers: &layers,
         };
         let mut requests = self.controller.begin_step(&observation)?;
-        for (l, trace) in pass.layers.iter().enumerate() {
-            let routing = observe_routing(model.mixture(l), &trace.plan);
-            self.controller.observe_routing(l, &routing)?;
+        for (l, routing) in routing.iter().enumerate() {
+            self.controller.observe_routing(l, routing)?;
         }
         while let Some(request) = requests.pop() {
             let answer = match request {
                 Request::Alignment { layer, expert } => {
                     let (moe, trace) = (model.mixture(layer), &pass.layers[layer]);
                     let place = moe.index_of(expert)?;
-                    let cosine = fc1_cosine(moe, trace, &mut pass.gradients, place)?;
+                    let gradients = &mut pass.gradients;
+                    let cosine = cosine_among(ranks, moe, trace, gradients, place)?;
                     Answer::Alignment {
                         layer,
                         expert,
@@ -288,11 +307,12 @@ impl Grower {
             };
             requests.extend(self.controller.answer(answer)?);
         }
-        Ok(self.controller.finish_step()?)
+        Ok((self.controller.finish_step()?, loads))
     }
 
     fn carry_out<M: Mixtures, G: Gradients>(
         &mut self,
+        (ranks, mut loads): (&Ranks, Loads),
         actions: Vec<Action>,
         model: &mut M,
         optimizer: &mut AdamW,
@@ -310,7 +330,8 @@ impl Grower {
                     let name = model.mixture_name(layer);
                     let trace = &pass.layers[layer];
                     let moe = model.mixture_mut(layer);
-                    let shift = split_expert(moe, source, operator, trace, &mut pass.gradients)?;
+                    let gradients = &mut pass.gradients;
+                    let shift = split_expert_among(ranks, moe, source, operator, trace, gradients)?;
                     if shift.newcomer != newcomer {
                         return Err(ModelError::Config(format!(
                             "the controller names its newcomer {}, the layer {}",
@@ -320,6 +341,17 @@ impl Grower {
                     self.shifts.push((layer, shift));
                     let prefix = |id: ExpertId| join(&name, &format!("experts.{}", id.0));
                     optimizer.adopt(&prefix(source), &prefix(newcomer), moments);
+                    let moe = model.mixture_mut(layer);
+                    if !moe.owners().is_empty() {
+                        let loads = &mut loads[layer];
+                        let place = moe.index_of(source)?;
+                        loads[place] /= 2.0;
+                        let to = parallel::least_loaded(ranks, moe.owners(), loads);
+                        loads.push(loads[place]);
+                        let gradients = &mut pass.gradients;
+                        let what = (&*name, newcomer, to);
+                        parallel::move_newcomer(ranks, moe, what, gradients, optimizer)?;
+                    }
                 }
                 Action::Remove {
                     layer,
@@ -327,6 +359,7 @@ impl Grower {
                     reason,
                 } => {
                     let name = model.mixture_name(layer);
+                    loads[layer].remove(model.mixture(layer).index_of(expert)?);
                     // The tokens of an unused expert went to others long ago.
                     let latest = self.latest_split(layer, expert);
                     let latest = latest.filter(|_| reason != RemovalReason::Unused);

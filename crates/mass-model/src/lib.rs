@@ -15,6 +15,7 @@ mod mixtures;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod parallel;
 mod param;
 mod pass;
 mod place;

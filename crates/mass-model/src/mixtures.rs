@@ -3,6 +3,7 @@
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::nn::{Block, MoeConfig, MoeLayer};
+use crate::parallel::Ranks;
 use crate::param::{Parameters, join};
 use crate::pass::{LayerTrace, Masked};
 
@@ -78,6 +79,14 @@ pub trait Mixtures: Parameters {
     /// [`ModelError::Shape`] if the traces are of another number of mixture layers, [`ModelError::Routing`] if a plan is of another
     /// number of experts than its layer.
     fn adapt(&mut self, layers: &[LayerTrace]) -> Result<(), ModelError> {
+        self.adapt_among(&Ranks::default(), layers)
+    }
+
+    /// [`adapt`](Self::adapt), where the plans are of this rank's share of a batch.
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Parallel`].
+    fn adapt_among(&mut self, ranks: &Ranks, layers: &[LayerTrace]) -> Result<(), ModelError> {
         let (expected, found) = (self.mixtures(), layers.len());
         if expected != found {
             return Err(ModelError::shape(
@@ -87,9 +96,15 @@ pub trait Mixtures: Parameters {
             ));
         }
         for (l, trace) in layers.iter().enumerate() {
-            self.mixture_mut(l).adapt(&trace.plan)?;
+            self.mixture_mut(l).adapt_among(ranks, &trace.plan)?;
         }
         Ok(())
+    }
+
+    /// Tells every layer which ranks it computes its routing losses and noise with, of which this one has a share of each batch.
+    /// It is asked in training passes alone.
+    fn set_ranks(&mut self, ranks: &Ranks) {
+        self.visit_mixtures_mut("", &mut |_, moe| moe.set_ranks(ranks.clone()));
     }
 
     /// The prefix of its parameters' names; empty if the layer is all there is.

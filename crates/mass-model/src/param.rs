@@ -42,6 +42,19 @@ pub struct Param {
     decays: bool,
     identity: Identity,
     lineage: Lineage,
+    held: Held,
+}
+
+/// Which of several ranks have the values of a parameter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Held {
+    /// All.
+    #[default]
+    Everywhere,
+    /// This one, and those in the same place of other groups.
+    Here,
+    /// Others: it has no values here.
+    Elsewhere,
 }
 
 impl Param {
@@ -60,6 +73,7 @@ impl Param {
             shape: shape.to_vec(),
             decays,
             lineage: Lineage::new(),
+            held: Held::Everywhere,
         })
     }
 
@@ -164,6 +178,41 @@ impl Param {
         }
         self.values = values.into();
         Ok(())
+    }
+
+    /// Whether some of the ranks that train together have its values and others do not, as of experts that are
+    /// [divided](crate::parallel::divide); those that do not have an empty slice.
+    pub fn is_divided(&self) -> bool {
+        self.held != Held::Everywhere
+    }
+
+    /// Which ranks have its values.
+    pub(crate) fn held(&self) -> Held {
+        self.held
+    }
+
+    /// Says that this rank holds the values, and some others do not: those that it has, or those that are given.
+    pub(crate) fn hold(&mut self, values: Option<Vec<f32>>) -> Result<(), ModelError> {
+        if let Some(values) = values {
+            let expected = count(&self.shape)?;
+            if values.len() != expected {
+                let found = [values.len()];
+                return Err(ModelError::shape(
+                    "values from another rank",
+                    &[expected],
+                    &found,
+                ));
+            }
+            self.values = values.into();
+        }
+        self.held = Held::Here;
+        Ok(())
+    }
+
+    /// Gives the values up, which another rank holds.
+    pub(crate) fn release(&mut self) {
+        self.values = Vec::new().into();
+        self.held = Held::Elsewhere;
     }
 
     /// The values, wherever they lie.
@@ -301,8 +350,10 @@ impl Clone for Param {
             values: self.values.clone(),
             shape: self.shape.clone(),
             decays: self.decays,
-            identity: Identity::new(self.len()).expect("room for two values"),
+            // Not the number of values: another rank may have them.
+            identity: Identity::new(self.identity.len()).expect("room for two values"),
             lineage: self.lineage.of_a_copy(),
+            held: self.held,
         }
     }
 }

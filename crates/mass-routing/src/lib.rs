@@ -22,8 +22,8 @@ pub use gate::{
 pub use ndarray;
 pub use plan::{Combine, PlanParts, RoutingPlan};
 pub use router::{
-    AnyRouter, BiasBalanced, ExpertChoice, GateGradient, Noisy, Router, RouterConfig, TargetK,
-    TopAny, TopK, TopP,
+    AnyRouter, BiasBalanced, ExpertChoice, GateGradient, Loads, Noisy, Router, RouterConfig,
+    TargetK, TopAny, TopK, TopP,
 };
 pub use specialisation::{
     LabelUsage, LabelWeighting, jensen_shannon_bound, jensen_shannon_divergence,

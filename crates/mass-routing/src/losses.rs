@@ -14,7 +14,10 @@ mod balance;
 mod gate_weights;
 mod shape;
 
-pub use balance::{BalanceCount, gshard_balance, importance, load};
+pub use balance::{
+    BalanceCount, gshard_balance, gshard_balance_among, importance, importance_among, load,
+    load_among,
+};
 pub use gate_weights::{Reduction, diverse_and_simple, redundancy};
 pub use shape::{dirichlet_prior, router_z, routing_entropy, softmax_backward};
 

@@ -312,6 +312,18 @@ impl RoutingPlan {
     /// # Ok::<(), mass_routing::RoutingError>(())
     /// ```
     pub fn loss_shares(&self, token_losses: &[f32]) -> Result<Vec<Option<f64>>, RoutingError> {
+        let losses = self.loss_sums(token_losses)?;
+        let total: f64 = losses.iter().sum();
+        let share = |loss| (total > 0.0).then(|| loss / total);
+        Ok(losses.into_iter().map(share).collect())
+    }
+
+    /// The loss of each expert: routing weight times token loss, summed over its tokens. [`loss_shares`](Self::loss_shares) are
+    /// these over their total; processes that have routed parts of a batch add them up first.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn loss_sums(&self, token_losses: &[f32]) -> Result<Vec<f64>, RoutingError> {
         if token_losses.len() != self.num_tokens {
             return Err(RoutingError::ShapeMismatch {
                 what: "token losses",
@@ -332,10 +344,7 @@ impl RoutingPlan {
             let weights = &self.weights[segment.clone()];
             self.tokens[segment].iter().zip(weights).map(loss).sum()
         };
-        let losses: Vec<f64> = (0..self.num_experts).map(of).collect();
-        let total: f64 = losses.iter().sum();
-        let share = |loss| (total > 0.0).then(|| loss / total);
-        Ok(losses.into_iter().map(share).collect())
+        Ok((0..self.num_experts).map(of).collect())
     }
 
     /// Empties the plan but keeps its buffers.

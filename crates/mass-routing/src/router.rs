@@ -48,6 +48,37 @@ impl GateGradient {
     }
 }
 
+/// How many tokens went where: all that a router that balances itself learns from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loads {
+    /// Tokens that were routed, those left out for a logit that is no number not among them.
+    pub tokens: u64,
+    /// Tokens of each expert.
+    pub of_experts: Vec<u64>,
+    /// Which experts could be chosen.
+    pub in_use: Vec<bool>,
+}
+
+impl Loads {
+    /// Those of a plan.
+    #[must_use]
+    pub fn of(plan: &RoutingPlan) -> Self {
+        Self {
+            tokens: (plan.num_tokens() - plan.skipped()) as u64,
+            of_experts: (0..plan.num_experts())
+                .map(|e| plan.load(e) as u64)
+                .collect(),
+            in_use: plan.in_use().to_vec(),
+        }
+    }
+
+    /// Tokens by expert, each as often as it has experts.
+    #[must_use]
+    pub fn assignments(&self) -> u64 {
+        self.of_experts.iter().sum()
+    }
+}
+
 /// Turns the logits of tokens for experts into a [`RoutingPlan`], and gradients of its weights back into gradients of the logits.
 ///
 /// `route` takes `&mut self` because some routers adapt as they go (a balancing bias, a controlled p). `backward` takes `&self` and
@@ -142,8 +173,22 @@ pub trait Router: Send {
     /// # Errors
     /// The plan does not fit the router's state.
     fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
-        let _ = plan;
+        self.adapt_to(&Loads::of(plan))
+    }
+
+    /// [`adapt`](Self::adapt) to loads alone, which several processes may have added up: all that it looks at.
+    ///
+    /// # Errors
+    /// The loads do not fit the router's state.
+    fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
+        let _ = loads;
         Ok(())
+    }
+
+    /// Says that the next logits are rows of a larger batch, with so many before them and after them: noise is drawn as it would be
+    /// for all of them, wherever the others are routed.
+    fn set_rows_around(&mut self, before: usize, after: usize) {
+        let _ = (before, after);
     }
 
     /// Gives an expert that joins the pool at position `newcomer`, the last, what was learned of the one it was split from: its

@@ -7,6 +7,7 @@ use std::{
 };
 
 use mass_model::Place;
+use mass_model::parallel::Ranks;
 
 use super::Progress;
 use crate::{BenchError, fnv::Fnv};
@@ -16,6 +17,8 @@ use crate::{BenchError, fnv::Fnv};
 pub struct RunContext {
     /// Where progress goes.
     pub progress: Progress,
+    /// The processes that train together; one, unless there are others.
+    pub ranks: Ranks,
     interrupt: Arc<AtomicBool>,
 }
 
@@ -25,6 +28,7 @@ impl RunContext {
     pub fn new(progress: Progress) -> Self {
         Self {
             progress,
+            ranks: Ranks::default(),
             interrupt: Arc::new(AtomicBool::new(false)),
         }
     }

@@ -2,6 +2,7 @@
 
 mod context;
 mod device;
+mod parallel;
 mod parse;
 mod progress;
 mod reproduce;
@@ -9,6 +10,7 @@ mod train;
 
 pub use context::RunContext;
 pub use device::Device;
+pub use parallel::Parallel;
 pub use parse::{BenchCommand, Cli, Command, DataCommand, ReportCommand, main};
 pub use progress::Progress;
 pub(crate) use reproduce::directory;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use clap::{Parser, Subcommand, error::ErrorKind};
+use mass_model::parallel::Ranks;
 
 #[cfg(feature = "hub")]
 use super::reproduce::not_a_file;
@@ -100,15 +101,30 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         Err(error) => return fail(&BenchError::Usage(one_line(&error))),
     };
-    match run(&cli.command) {
+    let ranks = match &cli.command {
+        Command::Reproduce(args) => args.parallel.join(args.expert_parallel),
+        Command::Train(args) => args.parallel.join(args.expert_parallel),
+        _ => Ok(Ranks::default()),
+    };
+    let ranks = match ranks {
+        Ok(ranks) => ranks,
+        Err(error) => return fail(&error),
+    };
+    let done = run(&cli.command, &ranks).and_then(|()| Ok(ranks.finish()?));
+    match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+        Err(error) => {
+            // The others stop wherever they are; those that know it already do not listen any more.
+            ranks.fail(&error.one_line());
+            fail(&error)
+        }
     }
 }
 
 fn fail(error: &BenchError) -> ExitCode {
-    // Standard error may be closed; the exit code still says it.
-    writeln!(std::io::stderr(), "error: {}", error.one_line()).ok();
+    // At once: other processes may write to the same place. It may be closed; the exit code still says it.
+    let line = format!("error: {}\n", error.one_line());
+    std::io::stderr().write_all(line.as_bytes()).ok();
     ExitCode::from(error.exit_code())
 }
 
@@ -134,12 +150,19 @@ fn one_line(error: &clap::Error) -> String {
     }
 }
 
-fn run(command: &Command) -> Result<(), BenchError> {
+/// What a command has beside its arguments. The first of several processes alone says how it goes.
+fn context(silent: bool, ranks: &Ranks) -> Result<RunContext, BenchError> {
+    let mut ctx = RunContext::new(Progress::new(silent || !ranks.is_first()));
+    ctx.ranks = ranks.clone();
+    ctx.watch_signals()?;
+    Ok(ctx)
+}
+
+fn run(command: &Command, ranks: &Ranks) -> Result<(), BenchError> {
     match command {
         Command::Reproduce(command) => {
             let studies = command.check()?;
-            let mut ctx = RunContext::new(Progress::new(command.json));
-            ctx.watch_signals()?;
+            let mut ctx = context(command.json, ranks)?;
             set_threads(studies.first().map_or(1, |args| args.threads))?;
             if let Some(args) = studies.first() {
                 ctx.say_where(&args.place);
@@ -148,11 +171,12 @@ fn run(command: &Command) -> Result<(), BenchError> {
         }
         Command::Train(args) => {
             args.check()?;
-            let mut ctx = RunContext::new(Progress::new(args.json));
-            ctx.watch_signals()?;
+            let mut ctx = context(args.json, ranks)?;
             set_threads(args.threads)?;
             let results = train::run(args, &mut ctx)?;
-            if args.json {
+            if !ranks.is_first() {
+                Ok(())
+            } else if args.json {
                 print(&json(&results))
             } else {
                 let out = args.out.display();
@@ -206,15 +230,18 @@ fn reproduce(
     command: &ReproduceArgs,
 ) -> Result<(), BenchError> {
     let mut all = Vec::new();
-    studies.iter().try_for_each(study::check)?;
+    let ranks = ctx.ranks.clone();
+    studies
+        .iter()
+        .try_for_each(|args| study::check(args, &ranks))?;
     for args in studies {
         let results = study::run(args, ctx)?;
-        if !command.json {
+        if !command.json && ranks.is_first() {
             print(&summary(&results, &args.out))?;
         }
         all.push(results);
     }
-    match (command.json, all.as_slice()) {
+    match (command.json && ranks.is_first(), all.as_slice()) {
         (false, _) => Ok(()),
         // results.json as it is; `all` gives a list of them.
         (true, [one]) if command.study != "all" => print(&json(one)),

@@ -4,7 +4,7 @@ use clap::Args;
 use mass_model::Place;
 use mass_routing::RouterConfig;
 
-use super::{Device, Preset, Variant, all_threads, within};
+use super::{Device, Parallel, Preset, Variant, all_threads, within};
 use crate::{
     BenchError, method,
     report::{Existing, Header, Part},
@@ -72,6 +72,12 @@ pub struct ReproduceArgs {
     /// Whether the study is one of `all`: then what it does not heed is meant for others.
     #[arg(skip)]
     pub of_all: bool,
+    /// Which processes train together
+    #[arg(long, value_enum, default_value_t)]
+    pub parallel: Parallel,
+    /// Processes of a group, among which experts are divided; every group has all of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub expert_parallel: usize,
     /// Print results.json alone on standard output
     #[arg(long)]
     pub json: bool,

@@ -5,7 +5,7 @@ use mass_routing::RouterConfig;
 use serde::{Deserialize, Serialize};
 
 use super::reproduce::{existing, not_a_file};
-use super::{Device, Variant, all_threads, within};
+use super::{Device, Parallel, Variant, all_threads, within};
 use crate::method::MASS;
 use crate::report::Existing;
 use crate::{BenchError, method};
@@ -100,6 +100,14 @@ pub struct TrainArgs {
     /// Share of the text, at its end, that is never trained on
     #[arg(long, value_name = "FRACTION", default_value_t = 0.1)]
     pub held_out: f64,
+    /// Which processes train together
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(skip)]
+    pub parallel: Parallel,
+    /// Processes of a group, among which experts are divided; every group has all of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[serde(skip)]
+    pub expert_parallel: usize,
     /// Print results.json alone on standard output
     #[arg(long)]
     #[serde(skip)]

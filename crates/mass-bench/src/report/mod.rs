@@ -36,6 +36,7 @@ mod paired;
 mod pairs;
 mod paper;
 mod published;
+mod ranks;
 mod results;
 mod store;
 mod summary;

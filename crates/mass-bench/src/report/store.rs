@@ -27,6 +27,22 @@ pub enum Existing {
     Replace,
 }
 
+/// Lines that are appended.
+#[derive(Debug)]
+struct Files {
+    metrics: BufWriter<File>,
+    events: BufWriter<File>,
+}
+
+impl Files {
+    fn open(dir: &Path) -> Result<Self, ReportError> {
+        Ok(Self {
+            metrics: append_to(&dir.join("metrics.jsonl"))?,
+            events: append_to(&dir.join("events.jsonl"))?,
+        })
+    }
+}
+
 /// The output directory of one study.
 ///
 /// metrics.jsonl and events.jsonl are appended to; [`ResultStore::flush`] pushes what is buffered to
@@ -35,8 +51,8 @@ pub enum Existing {
 pub struct ResultStore {
     dir: PathBuf,
     results: Results,
-    metrics: BufWriter<File>,
-    events: BufWriter<File>,
+    /// None of a process that leaves the writing to another.
+    files: Option<Files>,
     /// Whether lines of an earlier process may be there.
     resumed: bool,
 }
@@ -88,12 +104,21 @@ impl ResultStore {
         write_atomically(&dir.join("results.json"), &pretty(&results))?;
         write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
         Ok(Self {
-            metrics: append_to(&dir.join("metrics.jsonl"))?,
-            events: append_to(&dir.join("events.jsonl"))?,
+            files: Some(Files::open(dir)?),
             dir: dir.to_owned(),
             results,
             resumed: resume,
         })
+    }
+
+    /// The store of a process that leaves the writing to another.
+    pub(super) fn follower(dir: &Path, results: Results) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            results,
+            files: None,
+            resumed: false,
+        }
     }
 
     /// Whether [`open`](Self::open) would take the directory, as far as can be told without writing to it: a study asks before it
@@ -180,8 +205,10 @@ impl ResultStore {
         }
         self.results.push(run);
         self.flush()?;
-        self.write_results()?;
-        self.write_report()?;
+        if self.files.is_some() {
+            self.write_results()?;
+            self.write_report()?;
+        }
         Ok(dropped)
     }
 
@@ -190,7 +217,10 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn metric(&mut self, line: &MetricLine) -> Result<(), ReportError> {
-        append(&mut self.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
+        append(&mut files.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
     }
 
     /// Appends a line to events.jsonl.
@@ -202,7 +232,10 @@ impl ResultStore {
             run: run.to_owned(),
             event,
         };
-        append(&mut self.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
+        append(&mut files.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
     }
 
     /// Pushes buffered lines to disk.
@@ -210,9 +243,12 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn flush(&mut self) -> Result<(), ReportError> {
+        let Some(files) = &mut self.files else {
+            return Ok(());
+        };
         for (file, name) in [
-            (&mut self.metrics, "metrics.jsonl"),
-            (&mut self.events, "events.jsonl"),
+            (&mut files.metrics, "metrics.jsonl"),
+            (&mut files.events, "events.jsonl"),
         ] {
             file.flush()
                 .map_err(|e| io_error(&self.dir.join(name), e))?;
@@ -233,10 +269,11 @@ impl ResultStore {
         };
         let metrics = self.dir.join("metrics.jsonl");
         let events = self.dir.join("events.jsonl");
-        filter_lines(&metrics, keep)?;
-        filter_lines(&events, keep)?;
-        self.metrics = append_to(&metrics)?;
-        self.events = append_to(&events)?;
+        if self.files.is_some() {
+            filter_lines(&metrics, keep)?;
+            filter_lines(&events, keep)?;
+            self.files = Some(Files::open(&self.dir)?);
+        }
         Ok(())
     }
 

@@ -17,6 +17,8 @@ mod weights;
 
 pub(crate) use weights::unusable_model;
 
+use mass_model::parallel::Ranks;
+
 use crate::{
     BenchError,
     cli::{Preset, ReproduceArgs, RunContext},
@@ -36,6 +38,8 @@ pub struct Study {
     pub other_tasks: bool,
     /// Whether it has a method of that name that other studies do not have.
     pub has_method: fn(&str) -> bool,
+    /// Whether several processes can train a run together.
+    pub shared: bool,
     /// What a preset takes from directories.
     pub inputs: fn(Preset) -> Inputs,
     /// Whether its inputs are named and there, without reading them.
@@ -82,6 +86,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| synthetic::plan(args)?.check(args),
         run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
@@ -92,6 +97,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: ablation::is_own,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| ablation::plan(args)?.check(args),
         run: |args, ctx| ablation::plan(args)?.run(args, ctx),
@@ -102,6 +108,7 @@ pub const STUDIES: &[Study] = &[
         tasks: regime::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| regime::plan(args)?.check(args),
         run: |args, ctx| regime::plan(args)?.run(args, ctx),
@@ -112,6 +119,7 @@ pub const STUDIES: &[Study] = &[
         tasks: synthetic::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| sensitivity::plan(args)?.check(args),
         run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
@@ -122,6 +130,7 @@ pub const STUDIES: &[Study] = &[
         tasks: noise::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |_| Inputs::NONE,
         check: |args| noise::plan(args)?.check(args),
         run: |args, ctx| noise::plan(args)?.run(args, ctx),
@@ -132,6 +141,7 @@ pub const STUDIES: &[Study] = &[
         tasks: &[],
         other_tasks: false,
         has_method: |_| false,
+        shared: false,
         inputs: |_| Inputs::NONE,
         check: |args| scale::plan(args)?.check(args),
         run: |args, ctx| scale::plan(args)?.run(args, ctx),
@@ -142,6 +152,7 @@ pub const STUDIES: &[Study] = &[
         tasks: glue::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: false,
         inputs: |preset| Inputs {
             images: false,
             ..Inputs::but_for_smoke(preset)
@@ -155,6 +166,7 @@ pub const STUDIES: &[Study] = &[
         tasks: dg::TASKS,
         other_tasks: true,
         has_method: |_| false,
+        shared: false,
         inputs: Inputs::but_for_smoke,
         check: |args| dg::plan(args)?.check(args),
         run: |args, ctx| dg::plan(args)?.run(args, ctx),
@@ -165,6 +177,7 @@ pub const STUDIES: &[Study] = &[
         tasks: continual::TASKS,
         other_tasks: false,
         has_method: |_| false,
+        shared: true,
         inputs: |preset| Inputs {
             data: matches!(preset, Preset::Full | Preset::Paper),
             ..Inputs::NONE
@@ -193,10 +206,20 @@ pub fn find(name: &str) -> Option<&'static Study> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn check(args: &ReproduceArgs) -> Result<(), BenchError> {
+pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<(), BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
+    if !ranks.is_alone() && !study.shared {
+        return Err(BenchError::Usage(format!(
+            "{} is not made by several processes together; start one, or give --parallel none",
+            study.name
+        )));
+    }
     (study.check)(args)?;
-    Ok(ResultStore::check_kept(&args.out, args.existing())?)
+    // Others may be so late that the first has begun to write.
+    if ranks.is_first() {
+        ResultStore::check_kept(&args.out, args.existing())?;
+    }
+    Ok(())
 }
 
 /// Runs the study that the arguments name.

@@ -272,7 +272,7 @@ impl<F: Family> Plan<F> {
             .into_iter()
             .map(|p| p.run.key().to_string());
         let header = args.header(names.collect());
-        if !F::KEPT {
+        if !F::KEPT && ctx.ranks.is_first() {
             // So much takes long to read: whether the results can be kept is asked before.
             ResultStore::check(&args.out, header.clone(), &settings, args.existing())?;
         }
@@ -295,7 +295,8 @@ impl<F: Family> Plan<F> {
         if !args.resume {
             self.family.readable(&names[0])?;
         }
-        let mut store = ResultStore::open(&args.out, header, &settings, args.existing())?;
+        let (ranks, existing) = (ctx.ranks.clone(), args.existing());
+        let mut store = ResultStore::open_among(&ranks, &args.out, header, &settings, existing)?;
         runs.retain(|planned| store.finished(&planned.run.key()).is_none());
         for set in &names {
             let of_set = |planned: &&Planned| planned.assignment.set == *set;
@@ -327,7 +328,7 @@ impl<F: Family> Plan<F> {
         let steps = |task: &F::Task<'_>| task.recipe().schedule.steps;
         let total = tasks.iter().map(steps).sum();
         let out = store.dir().to_owned();
-        let work: Vec<_> = runs.iter().zip(&tasks).collect();
+        let (work, ranks): (Vec<_>, _) = (runs.iter().zip(&tasks).collect(), ctx.ranks.clone());
         sweep(
             ctx,
             store,
@@ -338,7 +339,8 @@ impl<F: Family> Plan<F> {
                 let key = planned.run.key();
                 let folder = RunContext::checkpoint_dir(&out, &key);
                 let (run, method) = (&planned.run, &planned.method);
-                let mut trainer = Trainer::open(*task, run, method, &folder, args.resume)?;
+                let mut trainer =
+                    Trainer::open_among(&ranks, *task, (run, method), &folder, args.resume)?;
                 ticker.tick(trainer.step(), String::new);
                 let keep = F::SIDE == Side::BySide;
                 let on_step = &mut |_, loss| ticker.tick(1, || format!("{key}: loss {loss:.3}"));

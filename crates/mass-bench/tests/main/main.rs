@@ -25,6 +25,8 @@ mod glue_tokenise;
 mod golden;
 mod hub;
 mod models;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod report;
 mod shards;
 mod synthetic;

@@ -5,10 +5,12 @@ use mass_routing::{GateGradient, Router, RoutingPlan};
 
 use super::GradientNorm;
 use crate::error::ModelError;
+use crate::mixtures::Mixtures;
 use crate::nn::MoeLayer;
 use crate::optim::Gradients;
-use crate::param::Param;
-use crate::pass::LayerTrace;
+use crate::parallel::Ranks;
+use crate::param::{Held, Param};
+use crate::pass::{LayerTrace, TrainPass};
 
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss. The routing entropy, which
 /// one choice alone asks for, is that of [`routing_entropies`].
@@ -31,7 +33,7 @@ pub fn observe(
 
 /// [`observe`], with gradient norms of zero where nobody asks for them: they cost a pass over all gradients. With the routing
 /// entropy if `entropy`.
-pub(super) fn observe_with(
+fn observe_with(
     layer: &MoeLayer,
     trace: &LayerTrace,
     token_losses: &[f32],
@@ -74,6 +76,79 @@ pub(super) fn observe_with(
     Ok(observed)
 }
 
+/// What a controller is told of every layer, of the rows of all ranks: gradients are theirs already.
+pub(super) fn observe_among<M: Mixtures, G: Gradients>(
+    ranks: &Ranks,
+    model: &M,
+    pass: &mut TrainPass<G>,
+    norm: impl Fn(usize) -> Option<GradientNorm>,
+    entropy: bool,
+) -> Result<(Vec<Vec<ExpertObservation>>, Vec<RoutingObservation>), ModelError> {
+    let (mut observed, mut routing) = (Vec::new(), Vec::new());
+    for (l, trace) in pass.layers.iter().enumerate() {
+        let (layer, losses) = (model.mixture(l), &pass.token_losses);
+        let gradients = &mut pass.gradients;
+        observed.push(observe_with(
+            layer,
+            trace,
+            losses,
+            gradients,
+            norm(l),
+            entropy,
+        )?);
+        routing.push(observe_routing(layer, &trace.plan));
+    }
+    if ranks.is_alone() {
+        return Ok((observed, routing));
+    }
+    // Sums, in whose place shares and means come again once they are those of all ranks.
+    let mut sums = Vec::new();
+    for (l, trace) in pass.layers.iter().enumerate() {
+        let losses = trace.plan.loss_sums(&pass.token_losses)?;
+        for (expert, loss) in observed[l].iter().zip(losses) {
+            let load = expert.load as f64;
+            sums.extend([load, loss, expert.routing_entropy.unwrap_or(0.0) * load]);
+        }
+        // Where each rank has the gradients of its own experts alone, those of the first group count.
+        for (expert, owner) in observed[l].iter().zip(model.mixture(l).owners()) {
+            let own = *owner == ranks.rank();
+            sums.push(if own {
+                expert.gradient_norm.powi(2)
+            } else {
+                0.0
+            });
+        }
+        let RoutingObservation {
+            tokens,
+            assignments,
+            constant,
+        } = routing[l];
+        sums.extend([tokens, assignments, constant].map(|n| n as f64));
+    }
+    ranks.sum(&mut sums)?;
+    let mut rest = &sums[..];
+    for (l, (experts, routing)) in observed.iter_mut().zip(&mut routing).enumerate() {
+        let (of_experts, after) = rest.split_at(3 * experts.len());
+        let (squares, after) = after.split_at(model.mixture(l).owners().len());
+        for (expert, square) in experts.iter_mut().zip(squares) {
+            expert.gradient_norm = square.sqrt();
+        }
+        let total: f64 = of_experts.iter().skip(1).step_by(3).sum();
+        for (expert, sums) in experts.iter_mut().zip(of_experts.chunks_exact(3)) {
+            expert.load = sums[0] as u64;
+            expert.loss_share = (total > 0.0).then(|| sums[1] / total);
+            expert.routing_entropy = (entropy && sums[0] > 0.0).then(|| sums[2] / sums[0]);
+        }
+        *routing = RoutingObservation {
+            tokens: after[0] as u64,
+            assignments: after[1] as u64,
+            constant: after[2] as u64,
+        };
+        rest = &after[3..];
+    }
+    Ok((observed, routing))
+}
+
 /// The sum of squares of each expert's gradient.
 fn squares(
     layer: &MoeLayer,
@@ -85,8 +160,11 @@ fn squares(
     let mut counts = Vec::with_capacity(layer.experts().len());
     for expert in layer.experts() {
         let before = params.len();
-        params.push(&expert.network.fc1.0);
-        if norm == GradientNorm::AllParameters {
+        let here = expert.network.fc1.0.held() != Held::Elsewhere;
+        if here {
+            params.push(&expert.network.fc1.0);
+        }
+        if norm == GradientNorm::AllParameters && here {
             params.extend([
                 &expert.gate,
                 &expert.network.fc1.1,
@@ -167,7 +245,7 @@ pub fn routing_entropies(plan: &RoutingPlan) -> Result<Vec<Option<f64>>, ModelEr
 ///
 /// A token's weight is constant where it has one expert, at a weight of 1 but for the rounding of the division. DynMoE's gate,
 /// whose gradient goes past the weights, and one that has a loss of its own learn from such tokens all the same.
-pub(super) fn observe_routing(layer: &MoeLayer, plan: &RoutingPlan) -> RoutingObservation {
+fn observe_routing(layer: &MoeLayer, plan: &RoutingPlan) -> RoutingObservation {
     let learns_otherwise =
         !layer.config().losses.is_empty() || layer.experts().iter().any(|e| e.threshold.is_some());
     // Straight-through weights are 1 too, and the gate learns from the probability behind them.

@@ -9,6 +9,7 @@ use crate::error::ModelError;
 use crate::nn::{GateConfig, MoeLayer};
 use crate::ops::MoeExpert;
 use crate::optim::Gradients;
+use crate::parallel::Ranks;
 use crate::pass::LayerTrace;
 
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
@@ -21,6 +22,19 @@ use crate::pass::LayerTrace;
 /// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it
 /// came after the trace, [`ModelError::Expand`] for gradients that are not finite.
 pub fn split_expert(
+    layer: &mut MoeLayer,
+    source: ExpertId,
+    operator: SplitOperator,
+    trace: &LayerTrace,
+    gradients: &mut impl Gradients,
+) -> Result<GateShift, ModelError> {
+    let alone = Ranks::default();
+    split_expert_among(&alone, layer, source, operator, trace, gradients)
+}
+
+/// [`split_expert`] on one of several ranks, whose tokens are bisected together.
+pub(super) fn split_expert_among(
+    ranks: &Ranks,
     layer: &mut MoeLayer,
     source: ExpertId,
     operator: SplitOperator,
@@ -41,7 +55,7 @@ pub fn split_expert(
     }
     let inputs = match operator {
         SplitOperator::Bisect(_) if linear_gate && index < trace.plan.num_experts() => {
-            Some(tokens_of(index, trace)?)
+            Some(tokens_of(ranks, index, trace)?)
         }
         _ => None,
     };
@@ -169,11 +183,12 @@ fn copy_gradients(
     Ok(())
 }
 
-/// The gate inputs of the tokens routed to an expert.
-fn tokens_of(index: usize, trace: &LayerTrace) -> Result<Array2<f32>, ModelError> {
+/// The gate inputs of the tokens routed to an expert, on whatever rank.
+fn tokens_of(ranks: &Ranks, index: usize, trace: &LayerTrace) -> Result<Array2<f32>, ModelError> {
     let tokens = &trace.plan.tokens()[trace.plan.segment(index)];
     let (rows, dim) = (trace.gate_input.rows(tokens)?, trace.gate_input.shape().1);
-    let shape = (tokens.len(), dim);
+    let rows = ranks.gather(rows)?;
+    let (found, shape) = (rows.len(), (rows.len() / dim.max(1), dim));
     Array2::from_shape_vec(shape, rows)
-        .map_err(|_| ModelError::shape("gate inputs", &[shape.0, shape.1], &[tokens.len() * dim]))
+        .map_err(|_| ModelError::shape("gate inputs", &[shape.0, shape.1], &[found]))
 }

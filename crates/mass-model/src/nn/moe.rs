@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dfdx::prelude::{Cpu, HasShape, ReshapeTo, Shape, Tape, Tensor};
 use mass_expand::ExpertId;
-use mass_routing::{AnyRouter, Router, RouterConfig, RoutingError, RoutingPlan};
+use mass_routing::{AnyRouter, Loads, Router, RouterConfig, RoutingError, RoutingPlan};
 use ndarray::ArrayView2;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use super::in_dfdx::rows;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, Pass, Routing, RoutingLoss, Rows, enter, on_tensors};
+use crate::parallel::Ranks;
 use crate::param::{Param, Parameters, join};
 use crate::pass::{GateInput, LayerTrace, Masked};
 
@@ -253,6 +254,12 @@ pub struct MoeLayer {
     // Behind a lock because a forward pass, which borrows the layer, moves the state of some routers (their noise).
     router: Mutex<AnyRouter>,
     config: MoeConfig,
+    /// Who trains with it, each on a share of a batch.
+    ranks: Ranks,
+    /// The place in its group of the rank that holds each expert's network; empty where every rank has all.
+    owners: Vec<usize>,
+    /// Whether this rank has all experts for a while.
+    together: bool,
 }
 
 impl Clone for MoeLayer {
@@ -265,6 +272,9 @@ impl Clone for MoeLayer {
             next_id: self.next_id,
             router: Mutex::new(self.router().clone()),
             config: self.config.clone(),
+            ranks: self.ranks.clone(),
+            owners: self.owners.clone(),
+            together: self.together,
         }
     }
 }
@@ -419,6 +429,9 @@ impl MoeLayer {
             next_id: count,
             router: Mutex::new(router),
             config: config.clone(),
+            ranks: Ranks::default(),
+            owners: Vec::new(),
+            together: false,
         })
     }
 
@@ -461,6 +474,18 @@ impl MoeLayer {
     /// # Errors
     /// [`ModelError::Routing`] if the plan is of another number of experts.
     pub fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), ModelError> {
+        self.adapt_among(&Ranks::default(), plan)
+    }
+
+    /// [`adapt`](Self::adapt), where the plan is of this rank's share of a batch.
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Parallel`].
+    pub(crate) fn adapt_among(
+        &mut self,
+        ranks: &Ranks,
+        plan: &RoutingPlan,
+    ) -> Result<(), ModelError> {
         let (expected, found) = (self.experts.len(), plan.num_experts());
         if expected != found {
             return Err(ModelError::Routing(RoutingError::ShapeMismatch {
@@ -469,7 +494,50 @@ impl MoeLayer {
                 found,
             }));
         }
-        Ok(self.router_mut().adapt(plan)?)
+        if ranks.is_alone() || !learns(&self.router()) {
+            return Ok(self.router_mut().adapt(plan)?);
+        }
+        let mut loads = Loads::of(plan);
+        let counts = std::iter::once(loads.tokens).chain(loads.of_experts);
+        let mut counts: Vec<f64> = counts.map(|n| n as f64).collect();
+        ranks.sum(&mut counts)?;
+        let mut counts = counts.into_iter().map(|n| n as u64);
+        loads.tokens = counts.next().unwrap_or_default();
+        loads.of_experts = counts.collect();
+        Ok(self.router_mut().adapt_to(&loads)?)
+    }
+
+    /// Says which ranks train it, each on a share of a batch: routing losses and noise are those of the whole batch then.
+    pub(crate) fn set_ranks(&mut self, ranks: Ranks) {
+        self.ranks = ranks;
+    }
+
+    /// Where each expert's network is, by the place of a rank in its group; empty where every rank has all.
+    pub fn owners(&self) -> &[usize] {
+        &self.owners
+    }
+
+    /// Says whether this rank has all experts for a while, whoever owns them.
+    pub(crate) fn set_together(&mut self, together: bool) {
+        self.together = together;
+    }
+
+    /// The owners, and all that there is of the experts.
+    pub(crate) fn experts_and_owners(&mut self) -> (&mut [MoeExpert], &mut Vec<usize>) {
+        (&mut self.experts, &mut self.owners)
+    }
+
+    /// Tells the router of the rows that other ranks have, if it would compute something else without.
+    fn place_rows(&self, rows: usize) -> Result<(), ModelError> {
+        if self.ranks.is_alone() || !matches!(&*self.router(), AnyRouter::Noisy(_)) {
+            return Ok(());
+        }
+        let counts = self.ranks.gather_f64(&[rows as f64])?;
+        let sum = |of: &[f64]| of.iter().sum::<f64>() as usize;
+        let rank = self.ranks.rank();
+        let (before, after) = (sum(&counts[..rank]), sum(&counts[rank + 1..]));
+        self.router().set_rows_around(before, after);
+        Ok(())
     }
 
     /// The id that the next newcomer will get.
@@ -522,6 +590,10 @@ impl MoeLayer {
         self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
         self.experts.push(expert);
         self.ids.push(id);
+        if !self.owners.is_empty() {
+            // Until somebody gives it away: every rank has made the same.
+            self.owners.push(self.ranks.place());
+        }
         Ok(id)
     }
 
@@ -538,6 +610,9 @@ impl MoeLayer {
         let index = self.index_of(source)?;
         let id = self.push(newcomer)?;
         let last = self.experts.len() - 1;
+        if let Some(&owner) = self.owners.get(index) {
+            self.owners[last] = owner;
+        }
         self.router_mut().split_expert(index, last);
         Ok(id)
     }
@@ -554,6 +629,9 @@ impl MoeLayer {
             ));
         }
         self.ids.remove(index);
+        if !self.owners.is_empty() {
+            self.owners.remove(index);
+        }
         self.router_mut().remove_expert(index);
         Ok(self.experts.remove(index))
     }
@@ -589,6 +667,7 @@ impl MoeLayer {
                 ..template.clone()
             })
             .collect();
+        self.owners = Vec::new();
         (self.ids, self.next_id, self.router) = (ids, next_id, Mutex::new(router));
         Ok(())
     }
@@ -666,6 +745,9 @@ impl MoeLayer {
                 Ok(router.clone())
             };
         let trains = pass.trains();
+        if trains {
+            self.place_rows(pass.shape(&x).0)?;
+        }
         let plan_of = |logits: ArrayView2<'_, f32>, plan: &mut RoutingPlan| {
             if trains {
                 // Locked for the plan alone: kernels wait for other threads, which may be routing through this layer.
@@ -690,6 +772,8 @@ impl MoeLayer {
             mask,
             ahead,
             route: plan_of,
+            ranks: &self.ranks,
+            owners: if self.together { &[] } else { &self.owners },
         };
         let gate = (&self.gate, &self.config.losses[..]);
         let activation = self.config.activation;
@@ -699,6 +783,15 @@ impl MoeLayer {
         };
         let both = shared.run(pass, x)?;
         Ok((pass.add(both, y, None)?, plan))
+    }
+}
+
+/// Whether a router learns from loads.
+fn learns(router: &AnyRouter) -> bool {
+    match router {
+        AnyRouter::BiasBalanced(_) | AnyRouter::TargetK(_) => true,
+        AnyRouter::Noisy(noisy) => learns(noisy.inner()),
+        _ => false,
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod activations;
 mod add;
+mod apart;
 mod assemble;
 mod attention;
 mod cross_entropy;

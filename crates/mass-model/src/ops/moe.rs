@@ -7,7 +7,7 @@ use ndarray::ArrayView2;
 
 use super::gate::{add, set_thresholds};
 use super::routing_loss::LossGradients;
-use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, enter, expect_width};
+use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, apart, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
@@ -16,6 +16,7 @@ use crate::kernels::moe_ffn::{
     self as kernel, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
 };
 use crate::kernels::scratch::Scratch;
+use crate::parallel::Ranks;
 use crate::param::{Param, ParamHandle};
 
 /// The parameters of one expert: a gate row and a network, and a fixed offset on its logit.
@@ -104,7 +105,7 @@ impl Held {
     }
 
     /// The gradients of an expert without tokens: empty, so that nothing is computed for it.
-    fn nothing(&self) -> TakenExpert {
+    pub(super) fn nothing(&self) -> TakenExpert {
         TakenExpert {
             values: vec![Vec::new(); self.handles.len()],
             store: Store::Add,
@@ -175,7 +176,8 @@ pub fn moe_ffn<T: Tape<f32, Cpu>>(
         Ok(router.clone())
     };
     let (x, mut pass) = enter(x)?;
-    let (y, plan) = run(&mut pass.0, x, experts, (gate, losses), activation, route)?;
+    let how = (route, &Ranks::default(), &[][..]);
+    let (y, plan) = run(&mut pass.0, x, experts, (gate, losses), activation, how)?;
     Ok((y.into_tensor(pass.0)?, plan))
 }
 
@@ -226,7 +228,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     experts: &[MoeExpert],
     (gate, losses): (&Gate, &[RoutingLoss]),
     activation: Activation,
-    route: impl Route,
+    (route, ranks, owners): (impl Route, &Ranks, &[usize]),
 ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
     let shape = check(x.shape(), experts, gate, activation)?;
     let (n, dim) = *x.shape();
@@ -238,11 +240,16 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     // What the backward pass cannot do is said now, in the router's or the loss's own words.
     let losses = if T::OWNS_TAPE {
         router.check_backward(&plan)?;
-        LossGradients::of(losses, &router, &plan, &gated)?
+        LossGradients::of(losses, &router, &plan, (&gated, ranks))?
     } else {
         LossGradients::default()
     };
     let plan = Arc::new(plan);
+    if !owners.is_empty() {
+        let (gate, held) = ((gated, losses, router), (ranks, owners));
+        let y = apart::run(tape, x, experts, gate, Arc::clone(&plan), shape, held)?;
+        return Ok((y, plan));
+    }
 
     let weights = experts.iter().map(|e| e.network.weights());
     let weights = weights.collect::<Result<Vec<ExpertWeights<'_>>, _>>()?;

@@ -22,6 +22,19 @@ impl Network {
             .chain(up)
     }
 
+    /// [`params`](Self::params), to be changed.
+    pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        let up = self.up.iter_mut().flat_map(|(w, b)| [w, b]);
+        [
+            &mut self.fc1.0,
+            &mut self.fc1.1,
+            &mut self.fc2.0,
+            &mut self.fc2.1,
+        ]
+        .into_iter()
+        .chain(up)
+    }
+
     pub(crate) fn offspring(&self) -> Self {
         let pair = |(w, b): &(Param, Param)| (w.offspring(), b.offspring());
         Self {

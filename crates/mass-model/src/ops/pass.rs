@@ -10,12 +10,13 @@ use super::{
     Activations, Attention, Gate, MoeExpert, Network, RoutingLoss, Scalar, Sequences, Taps, add,
     assemble, attention, cross_entropy, embedding, feed_forward, layer_norm, linear, moe, rows,
 };
-use crate::error::ModelError;
+use crate::error::{ModelError, last_error};
 use crate::gradients::CpuGradients;
 use crate::kernels::activation::Activation;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::scratch::Scratch;
 use crate::mirror::Mirror;
+use crate::parallel::Ranks;
 use crate::param::Param;
 
 /// Where a layer computes, and whether a backward pass can follow. A layer is written once, over this.
@@ -157,6 +158,10 @@ pub(crate) struct Routing<'a, A, R> {
     pub(crate) ahead: A,
     /// Makes a plan of the logits, and returns the router as it was then: only meanwhile need it be in hand.
     pub(crate) route: R,
+    /// Who has the other rows of the batch.
+    pub(crate) ranks: &'a Ranks,
+    /// Where the experts are, by the place of a rank in its group; empty where every rank has all.
+    pub(crate) owners: &'a [usize],
 }
 
 /// See [`Routing::ahead`].
@@ -187,7 +192,10 @@ impl Training for Host<OwnedTape<f32, Cpu>> {
 
     fn backward(self, loss: Scalar) -> Result<(f32, CpuGradients), ModelError> {
         let value = check_loss(loss.array())?;
-        Ok((value, loss.put_tape(self.0).try_backward()?))
+        let gradients = loss.put_tape(self.0).try_backward();
+        // What an operation has refused says more than what dfdx could be told of it.
+        let gradients = gradients.map_err(|e| last_error().unwrap_or(ModelError::Tensor(e)));
+        Ok((value, gradients?))
     }
 }
 
@@ -292,7 +300,8 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
         activation: Activation,
         routing: Routing<'_, impl Ahead, impl Route>,
     ) -> Result<(Activations, Arc<RoutingPlan>), ModelError> {
-        moe::run(&mut self.0, x, experts, gate, activation, routing.route)
+        let how = (routing.route, routing.ranks, routing.owners);
+        moe::run(&mut self.0, x, experts, gate, activation, how)
     }
 
     fn pick_rows(&mut self, x: Activations, picked: &[usize]) -> Result<Activations, ModelError> {

@@ -1,8 +1,8 @@
 //! Losses on the routing of a mixture layer.
 
 use mass_routing::losses::{
-    BalanceCount, dirichlet_prior, diverse_and_simple, gshard_balance, importance, load, router_z,
-    routing_entropy, softmax_backward,
+    BalanceCount, dirichlet_prior, diverse_and_simple, gshard_balance_among, importance_among,
+    load_among, router_z, routing_entropy, softmax_backward,
 };
 use mass_routing::{AnyRouter, Noisy, RoutingPlan};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -13,13 +13,14 @@ use crate::error::ModelError;
 use crate::kernels::scratch::Scratch;
 use crate::kernels::vector::softmax_in_place;
 use crate::nn::GateConfig;
+use crate::parallel::Ranks;
 
 /// A loss on the routing of a batch, added to the model's own with a weight. It changes gradients only: the loss that a
 /// training pass reports does not hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "loss", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RoutingLoss {
-    /// [`gshard_balance`].
+    /// [`gshard_balance`](mass_routing::losses::gshard_balance).
     Balance {
         /// Factor.
         weight: f32,
@@ -31,12 +32,12 @@ pub enum RoutingLoss {
         /// Factor.
         weight: f32,
     },
-    /// [`importance`] of the softmax of the logits, without a router's noise.
+    /// [`importance`](mass_routing::losses::importance) of the softmax of the logits, without a router's noise.
     Importance {
         /// Factor.
         weight: f32,
     },
-    /// [`load`] of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
+    /// [`load`](mass_routing::losses::load) of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
     /// takes.
     Load {
         /// Factor.
@@ -76,11 +77,11 @@ impl LossGradients {
         losses: &[RoutingLoss],
         router: &AnyRouter,
         plan: &RoutingPlan,
-        gated: &Gated,
+        (gated, ranks): (&Gated, &Ranks),
     ) -> Result<Self, ModelError> {
         let mut gradients = Self::default();
         for loss in losses {
-            loss.gradient(router, plan, gated, &mut gradients)?;
+            loss.gradient(router, plan, (gated, ranks), &mut gradients)?;
         }
         Ok(gradients)
     }
@@ -141,9 +142,11 @@ impl RoutingLoss {
         self,
         router: &AnyRouter,
         plan: &RoutingPlan,
-        gated: &Gated,
+        (gated, ranks): (&Gated, &Ranks),
         gradients: &mut LossGradients,
     ) -> Result<(), ModelError> {
+        // What is not linear in the batch is computed from sums over all of it, wherever its rows are.
+        let sum = |values: &mut [f64]| -> Result<(), ModelError> { Ok(ranks.sum(values)?) };
         let size = (plan.num_tokens(), plan.num_experts());
         let in_use = Some(plan.in_use());
         let logits = ArrayView2::from_shape(size, &gated.logits).map_err(internal)?;
@@ -161,7 +164,9 @@ impl RoutingLoss {
         let d_logits = &mut ArrayViewMut2::from_shape(size, &mut d).map_err(internal)?;
         let mut through_noise = None;
         match self {
-            Self::Balance { weight, count } => gshard_balance(plan, count, weight, d_logits)?,
+            Self::Balance { weight, count } => {
+                gshard_balance_among(plan, count, weight, d_logits, sum)?
+            }
             Self::Entropy { weight } => routing_entropy(plan, weight, d_logits)?,
             Self::RouterZ { weight } => router_z(logits, in_use, weight, d_logits)?,
             Self::Dirichlet { weight, alpha } => {
@@ -170,7 +175,7 @@ impl RoutingLoss {
             Self::Importance { weight } => {
                 let r = softmax(logits, plan.in_use());
                 let mut d_r = Array2::zeros(size);
-                let loss = importance(r.view(), in_use, weight, &mut d_r.view_mut())?;
+                let loss = importance_among(r.view(), in_use, weight, &mut d_r.view_mut(), sum)?;
                 softmax_backward(r.view(), d_r.view(), d_logits)?;
                 loss
             }
@@ -182,7 +187,8 @@ impl RoutingLoss {
                 let (noised, std) = (noisy.noisy_logits(), f64::from(noisy.std()));
                 let mut other = Scratch::zeros(size.0 * size.1);
                 let into = &mut ArrayViewMut2::from_shape(size, &mut other).map_err(internal)?;
-                let loss = load(logits, noised, in_use, k, std, weight, d_logits, into)?;
+                let (scores, d_scores) = ((logits, noised), (d_logits, into));
+                let loss = load_among(scores, in_use, (k, std), weight, d_scores, sum)?;
                 // The noise is added, so that both have the same gradient.
                 through_noise = Some(other);
                 loss

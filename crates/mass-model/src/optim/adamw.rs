@@ -15,7 +15,8 @@ use crate::kernels::scratch::give_back;
 use crate::kernels::vector::dot;
 use crate::kernels::vectorised;
 use crate::mirror::Mirror;
-use crate::param::{Param, Parameters};
+use crate::parallel::Ranks;
+use crate::param::{Held, Param, Parameters};
 #[cfg(feature = "cuda")]
 use {
     crate::ops::CudaGradients,
@@ -112,6 +113,8 @@ pub struct ParameterState {
 pub struct AdamW {
     config: AdamWConfig,
     state: BTreeMap<String, ParameterState>,
+    /// Who holds the parameters that are not all here.
+    ranks: Ranks,
 }
 
 impl AdamW {
@@ -156,7 +159,18 @@ impl AdamW {
         Ok(Self {
             config,
             state: BTreeMap::new(),
+            ranks: Ranks::default(),
         })
+    }
+
+    /// Says which ranks hold a part of the model each ([`divide`](crate::parallel::divide)): the norm of all gradients is taken
+    /// over all of them.
+    pub fn set_ranks(&mut self, ranks: &Ranks) {
+        self.ranks = ranks.clone();
+    }
+
+    pub(crate) fn state_mut(&mut self) -> &mut BTreeMap<String, ParameterState> {
+        &mut self.state
     }
 
     /// The settings.
@@ -197,6 +211,8 @@ impl AdamW {
             params.push(param);
         });
         let (mut squares, mut found) = (0.0, Vec::with_capacity(params.len()));
+        // Of what this rank holds and others do not.
+        let (mut own_squares, mut divided) = (0.0, false);
         let all = gradients.sums_of_squares(&params)?;
         for ((name, param), own) in names.iter().zip(&params).zip(all) {
             if let Some(s) = self.state.get(name)
@@ -206,13 +222,24 @@ impl AdamW {
                 return Err(ModelError::shape(what, &[param.len()], &[s.m.len()]));
             }
             found.push(own.is_some());
+            divided |= param.held() != Held::Everywhere;
             let Some(own) = own else {
                 continue;
             };
             if !own.is_finite() {
                 return Err(ModelError::NonFinite(format!("the gradient of {name}")));
             }
-            squares += own;
+            match param.held() {
+                Held::Everywhere => squares += own,
+                _ => own_squares += own,
+            }
+        }
+        if divided {
+            // Every group has them all: the first counts.
+            let first = self.ranks.rank() == self.ranks.place();
+            let mut sum = [if first { own_squares } else { 0.0 }];
+            self.ranks.sum(&mut sum)?;
+            squares += sum[0];
         }
         if !params.is_empty() && !found.contains(&true) {
             let what = format!("each of the optimiser's {} parameters", params.len());

@@ -30,6 +30,7 @@ mod kill;
 mod layers;
 mod optim;
 mod own_models;
+mod parallel;
 mod passed_over;
 mod pretrained;
 mod routers;

@@ -42,13 +42,29 @@ pub fn gshard_balance(
     weight: f32,
     d_logits: &mut ArrayViewMut2<'_, f32>,
 ) -> Result<f64, RoutingError> {
+    gshard_balance_among(plan, count, weight, d_logits, |_| Ok(()))
+}
+
+/// [`gshard_balance`] of a batch of which this process has routed a part.
+///
+/// `sum` adds what all processes have to what it is given; with that the gradient is that of the whole loss by the logits of this
+/// part, times the number of all tokens over that of this part's: the mean of the parts' gradients, weighted by their tokens, is the
+/// gradient of the whole. The value is this part's summand of the loss.
+///
+/// # Errors
+/// As there, and those of `sum`.
+pub fn gshard_balance_among<E: From<RoutingError>>(
+    plan: &RoutingPlan,
+    count: BalanceCount,
+    weight: f32,
+    d_logits: &mut ArrayViewMut2<'_, f32>,
+    sum: impl FnOnce(&mut [f64]) -> Result<(), E>,
+) -> Result<f64, E> {
     let weight = finite_weight(weight)?;
     let r = probabilities(plan, d_logits)?;
     let (n, k) = r.dim();
-    if n == 0 {
-        return Ok(0.0);
-    }
-    let mut counts = vec![0.0_f64; k];
+    let mut counts = vec![0.0_f64; k + 1];
+    counts[k] = n as f64;
     match count {
         BalanceCount::First => {
             for row in r.outer_iter() {
@@ -63,11 +79,18 @@ pub fn gshard_balance(
         }
         BalanceCount::Selected => counts
             .iter_mut()
+            .take(k)
             .enumerate()
             .for_each(|(e, c)| *c = plan.load(e) as f64),
     }
+    sum(&mut counts)?;
+    if n == 0 {
+        return Ok(0.0);
+    }
+    let all = counts.pop().unwrap_or_default();
     let used = plan.in_use().iter().filter(|&&u| u).count();
-    let scale = used as f64 / (n as f64 * n as f64);
+    let scale = used as f64 / (all * all);
+    let weight = weight * (all / n as f64);
     let g: Vec<f64> = counts.iter().map(|c| c * scale).collect();
     let mut loss = 0.0;
     for (row, d) in r.outer_iter().zip(d_logits.outer_iter_mut()) {
@@ -110,19 +133,34 @@ pub fn importance(
     weight: f32,
     d_scores: &mut ArrayViewMut2<'_, f32>,
 ) -> Result<f64, RoutingError> {
+    importance_among(scores, mask, weight, d_scores, |_| Ok(()))
+}
+
+/// [`importance`] of a batch of which this process has a part: see [`gshard_balance_among`]. The value is that of the whole.
+///
+/// # Errors
+/// As there, and those of `sum`.
+pub fn importance_among<E: From<RoutingError>>(
+    scores: ArrayView2<'_, f32>,
+    mask: Option<&[bool]>,
+    weight: f32,
+    d_scores: &mut ArrayViewMut2<'_, f32>,
+    sum: impl FnOnce(&mut [f64]) -> Result<(), E>,
+) -> Result<f64, E> {
     let weight = finite_weight(weight)?;
     let (n, k) = scores.dim();
     same("rows of d_scores (tokens)", n, d_scores.nrows())?;
     same("columns of d_scores (experts)", k, d_scores.ncols())?;
     let used = in_use(mask, k)?;
     finite("scores", &scores)?;
-    if n == 0 {
-        return Ok(0.0);
-    }
-    let sums: Vec<f64> = used
+    let mut sums: Vec<f64> = used
         .iter()
         .map(|&e| scores.column(e).iter().map(|&s| f64::from(s)).sum())
         .collect();
+    let weight = weight * of_all(n, &mut sums, sum)?;
+    if n == 0 {
+        return Ok(0.0);
+    }
     let (loss, gradient) = variation(&sums);
     for (&e, g) in used.iter().zip(gradient) {
         d_scores
@@ -159,6 +197,30 @@ pub fn load(
     d_scores: &mut ArrayViewMut2<'_, f32>,
     d_noisy_scores: &mut ArrayViewMut2<'_, f32>,
 ) -> Result<f64, RoutingError> {
+    let whole = |_: &mut [f64]| Ok(());
+    load_among(
+        (scores, noisy_scores),
+        mask,
+        (k, std),
+        weight,
+        (d_scores, d_noisy_scores),
+        whole,
+    )
+}
+
+/// [`load`] of a batch of which this process has a part: see [`gshard_balance_among`]. The value is that of the whole. Scores and
+/// noisy scores come together, and so do their gradients.
+///
+/// # Errors
+/// As there, and those of `sum`.
+pub fn load_among<E: From<RoutingError>>(
+    (scores, noisy_scores): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
+    mask: Option<&[bool]>,
+    (k, std): (usize, f64),
+    weight: f32,
+    (d_scores, d_noisy_scores): (&mut ArrayViewMut2<'_, f32>, &mut ArrayViewMut2<'_, f32>),
+    sum: impl FnOnce(&mut [f64]) -> Result<(), E>,
+) -> Result<f64, E> {
     let weight = finite_weight(weight)?;
     let (n, experts) = scores.dim();
     for (what, (rows, columns)) in [
@@ -178,26 +240,23 @@ pub fn load(
             name: "k",
             expected: "at least 1",
             value: 0.0,
-        });
+        }
+        .into());
     }
     if k > used.len() {
-        return Err(RoutingError::TooFewExperts {
-            k,
-            available: used.len(),
-        });
+        let available = used.len();
+        return Err(RoutingError::TooFewExperts { k, available }.into());
     }
     if !(std > 0.0 && std.is_finite()) {
         return Err(RoutingError::InvalidParameter {
             name: "std",
             expected: "positive and finite",
             value: std,
-        });
+        }
+        .into());
     }
     finite("scores", &scores)?;
     finite("noisy scores", &noisy_scores)?;
-    if n == 0 {
-        return Ok(0.0);
-    }
     let mut order = used.clone();
     let mut threshold = Vec::with_capacity(n);
     let mut loads = vec![0.0_f64; used.len()];
@@ -208,6 +267,10 @@ pub fn load(
             *sum += normal_cdf(f64::from(row[e] - noisy[at]) / std);
         }
         threshold.push(at);
+    }
+    let weight = weight * of_all(n, &mut loads, sum)?;
+    if n == 0 {
+        return Ok(0.0);
     }
     let (loss, gradient) = variation(&loads);
     for (t, &at) in threshold.iter().enumerate() {
@@ -221,6 +284,18 @@ pub fn load(
         d_noisy_scores[(t, at)] -= (weight * through) as f32;
     }
     Ok(loss)
+}
+
+/// Makes sums over this part's `n` tokens sums over all; returns all tokens over these.
+fn of_all<E>(
+    n: usize,
+    sums: &mut Vec<f64>,
+    sum: impl FnOnce(&mut [f64]) -> Result<(), E>,
+) -> Result<f64, E> {
+    sums.push(n as f64);
+    sum(sums)?;
+    let all = sums.pop().unwrap_or_default();
+    Ok(all / n.max(1) as f64)
 }
 
 fn normal_cdf(z: f64) -> f64 {

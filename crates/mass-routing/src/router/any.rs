@@ -4,7 +4,9 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{BiasBalanced, ExpertChoice, GateGradient, Noisy, Router, TargetK, TopAny, TopK, TopP};
+use super::{
+    BiasBalanced, ExpertChoice, GateGradient, Loads, Noisy, Router, TargetK, TopAny, TopK, TopP,
+};
 use crate::{Combine, RoutingError, RoutingPlan};
 
 /// Which router, with which settings: the plain, serialisable form for configuration files. [`build`](Self::build) checks it.
@@ -231,8 +233,12 @@ impl Router for AnyRouter {
         self.inner_mut().split_expert(source, newcomer);
     }
 
-    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
-        self.inner_mut().adapt(plan)
+    fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
+        self.inner_mut().adapt_to(loads)
+    }
+
+    fn set_rows_around(&mut self, before: usize, after: usize) {
+        self.inner_mut().set_rows_around(before, after);
     }
 
     fn remove_expert(&mut self, index: usize) {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "serde")]
 use super::top_p::yes;
-use super::{GateGradient, Router};
+use super::{GateGradient, Loads, Router};
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::{Machine, fold2, vectors, vectors_mut};
@@ -164,21 +164,22 @@ impl Router for BiasBalanced {
     /// Moves the bias of every expert in use against its load.
     ///
     /// # Errors
-    /// The plan has more experts than were ever routed.
-    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
-        if plan.num_experts() > self.bias.len() {
-            let (expected, found) = (self.bias.len(), plan.num_experts());
+    /// There are more experts than were ever routed.
+    fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
+        let experts = loads.of_experts.len();
+        if experts > self.bias.len() {
+            let (expected, found) = (self.bias.len(), experts);
             return Err(RoutingError::ShapeMismatch {
                 what: "experts of the plan to adapt to",
                 expected,
                 found,
             });
         }
-        let available = plan.in_use().iter().filter(|&&u| u).count().max(1);
-        let mean = plan.num_assignments() as f64 / available as f64;
-        for e in 0..plan.num_experts() {
-            let gap = mean - plan.load(e) as f64;
-            if plan.in_use()[e] && gap != 0.0 {
+        let available = loads.in_use.iter().filter(|&&u| u).count().max(1);
+        let mean = loads.assignments() as f64 / available as f64;
+        for (e, &load) in loads.of_experts.iter().enumerate() {
+            let gap = mean - load as f64;
+            if loads.in_use[e] && gap != 0.0 {
                 self.bias[e] += self.rate * gap.signum() as f32;
             }
         }

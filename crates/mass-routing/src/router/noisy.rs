@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{AnyRouter, GateGradient, Router};
+use super::{AnyRouter, GateGradient, Loads, Router};
 use crate::{RoutingError, RoutingPlan};
 
 /// Any router, with Gaussian noise added to the logits while training.
@@ -31,6 +31,8 @@ pub struct Noisy {
     rng: ChaCha8Rng,
     training: bool,
     buffer: Array2<f32>,
+    /// Rows of the batch before and after those that are routed here.
+    around: (usize, usize),
 }
 
 impl Noisy {
@@ -55,6 +57,7 @@ impl Noisy {
             rng,
             training: true,
             buffer,
+            around: (0, 0),
         })
     }
 
@@ -86,10 +89,14 @@ impl Router for Noisy {
         }
         self.buffer.assign(&logits);
         if self.training && self.std > 0.0 {
+            let (experts, (before, after)) = (logits.ncols(), self.around);
+            // A draw may take more than one number of the stream, so that others' noise is passed over by drawing it.
+            let mut draw = || -> f32 { StandardNormal.sample(&mut self.rng) };
+            (0..before * experts).for_each(|_| _ = draw());
             for l in &mut self.buffer {
-                let z: f32 = StandardNormal.sample(&mut self.rng);
-                *l += self.std * z;
+                *l += self.std * draw();
             }
+            (0..after * experts).for_each(|_| _ = draw());
         }
         self.inner.route(self.buffer.view(), mask, plan)
     }
@@ -115,8 +122,13 @@ impl Router for Noisy {
         self.inner.split_expert(source, newcomer);
     }
 
-    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
-        self.inner.adapt(plan)
+    fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
+        self.inner.adapt_to(loads)
+    }
+
+    fn set_rows_around(&mut self, before: usize, after: usize) {
+        self.around = (before, after);
+        self.inner.set_rows_around(before, after);
     }
 
     fn remove_expert(&mut self, index: usize) {
@@ -171,6 +183,7 @@ impl From<Noisy> for Parts {
             rng,
             training,
             buffer: _,
+            around: _,
         } = router;
         let position = rng.get_word_pos();
         Self {

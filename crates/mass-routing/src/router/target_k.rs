@@ -4,7 +4,7 @@ use ndarray::ArrayView2;
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 
-use super::{GateGradient, Router, TopP};
+use super::{GateGradient, Loads, Router, TopP};
 use crate::{Combine, NonFinite, RoutingError, RoutingPlan};
 
 /// Top-p whose `p` a PI controller steers so that tokens use a wanted number of experts on average.
@@ -150,13 +150,12 @@ impl Router for TargetK {
         self.inner.gate_gradient()
     }
 
-    /// One step of the controller; a plan without assignments changes nothing.
-    fn adapt(&mut self, plan: &RoutingPlan) -> Result<(), RoutingError> {
-        let routed = plan.num_tokens() - plan.skipped();
-        if routed == 0 {
+    /// One step of the controller; without assignments nothing changes.
+    fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
+        if loads.tokens == 0 {
             return Ok(());
         }
-        let error = (self.target * routed as f64 / plan.num_assignments() as f64).ln();
+        let error = (self.target * loads.tokens as f64 / loads.assignments() as f64).ln();
         let limit = ((1.0 - MARGIN) / MARGIN).ln();
         let step = self.proportional * (error - self.previous_error) + self.integral * error;
         self.x = (self.x + step).clamp(-limit, limit);

@@ -6,6 +6,7 @@ mod golden;
 mod gradients;
 mod losses;
 mod own_plans;
+mod parts;
 mod routing;
 mod settings;
 mod statistics;

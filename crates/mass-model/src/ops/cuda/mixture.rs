@@ -313,7 +313,7 @@ impl Cuda {
         let losses = match &self.tape {
             Some(_) => {
                 router.check_backward(&plan)?;
-                LossGradients::of(losses, &router, &plan, &gated)?
+                LossGradients::of(losses, &router, &plan, (&gated, routing.ranks))?
             }
             None => LossGradients::default(),
         };

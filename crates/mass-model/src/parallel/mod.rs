@@ -1,0 +1,550 @@
+//! Training on several processes, or threads, at once: ranks.
+//!
+//! Every rank holds the model and computes a share of each batch, and what the shares say is put together before anybody decides
+//! anything:
+//!
+//! ```text
+//! each step, on every rank:
+//!     pass = train_pass(own rows)
+//!     reduce(ranks, model, pass, rows)     g = sum_r (n_r / N) g_r, in rank order, in f64: every rank has the same bits
+//!     model.adapt_among(ranks, ..)         loads of all ranks
+//!     grower.step_among(ranks, ..)         loads, shares of the loss, entropies of all ranks; norms of g
+//!     optimizer.step(model, g)             the same on every rank
+//! ```
+//!
+//! [`Communicator`] is all that is asked of what carries the data: four collectives. [`Threads`] are ranks within one process, for
+//! tests; `Mpi` (feature `mpi`) those of an MPI library. [`Ranks`] is what everything else uses; by default there is one rank, and
+//! nothing is exchanged.
+//!
+//! # Failures
+//! Before its data every collective exchanges one word a pair of ranks: which collective it is, and whether its rank can go on. A
+//! rank that cannot calls [`Ranks::fail`], whatever the others wait for: their collective ends with [`ParallelError::Peer`] on
+//! every one of them. Ranks that call different collectives, or with other sizes, get [`ParallelError::OutOfStep`].
+
+mod communicator;
+mod experts;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod reduce;
+mod threads;
+mod traffic;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use communicator::{Communicator, ParallelError};
+pub use experts::{divide, release, whole};
+pub(crate) use experts::{least_loaded, move_newcomer};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+pub use reduce::{check, reduce};
+pub use threads::Threads;
+pub use traffic::{Step, Traffic};
+
+/// Values of one sum at a time: this, twice, is the memory that summing gradients takes.
+const BUCKET: usize = 1 << 20;
+
+/// What a collective is for: ranks compare it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+enum Kind {
+    Fail = 1,
+    Finish,
+    Bytes,
+    Floats,
+    Sum,
+    Exchange,
+}
+
+const KINDS: [Kind; 6] = [
+    Kind::Fail,
+    Kind::Finish,
+    Kind::Bytes,
+    Kind::Floats,
+    Kind::Sum,
+    Kind::Exchange,
+];
+
+/// The ranks that train together, as one of them sees them; by default it is alone.
+///
+/// A clone is the same. Each collective must be called by every rank, in the same order.
+///
+/// ```
+/// use mass_model::parallel::{ParallelError, Ranks, Threads};
+///
+/// assert_eq!(Ranks::default().size(), 1);
+/// let sums = Threads::run(3, |ranks| {
+///     let mut values = [1.0, ranks.rank() as f64];
+///     ranks.sum(&mut values)?;
+///     Ok::<_, ParallelError>(values)
+/// });
+/// assert!(sums.into_iter().all(|sum| sum == Ok([3.0, 3.0])));
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Ranks {
+    shared: Option<Arc<Shared>>,
+    /// Ranks of a group, among which experts are divided; 0 and 1 say that every rank has all.
+    group: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    communicator: Box<dyn Communicator>,
+    ended: AtomicBool,
+    traffic: Mutex<Traffic>,
+}
+
+impl Ranks {
+    /// Those that a communicator joins. If it joins one alone, nothing is exchanged.
+    pub fn new(communicator: impl Communicator + 'static) -> Self {
+        let shared = Arc::new(Shared {
+            communicator: Box::new(communicator),
+            ended: AtomicBool::new(false),
+            traffic: Mutex::default(),
+        });
+        Self {
+            shared: Some(shared),
+            group: 1,
+        }
+    }
+
+    /// The same, in groups of so many ranks: the experts of every mixture are divided among the ranks of a group, and each group
+    /// has all of them.
+    ///
+    /// # Errors
+    /// [`ParallelError::Unsupported`] unless the ranks make whole groups.
+    pub fn in_groups(mut self, of: usize) -> Result<Self, ParallelError> {
+        let size = self.size();
+        if of == 0 || !size.is_multiple_of(of) {
+            let what = format!("{size} ranks cannot make groups of {of}");
+            return Err(ParallelError::Unsupported(what));
+        }
+        self.group = of;
+        Ok(self)
+    }
+
+    /// The ranks of this one's group.
+    #[must_use]
+    pub fn group(&self) -> std::ops::Range<usize> {
+        let of = self.group.max(1);
+        let start = self.rank() / of * of;
+        start..start + of
+    }
+
+    /// The place of this rank in its group.
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.rank() - self.group().start
+    }
+
+    /// Whether experts are divided among ranks.
+    #[must_use]
+    pub fn divides_experts(&self) -> bool {
+        self.group > 1
+    }
+
+    /// The number of this one, from 0. The first writes results and checkpoints.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.shared.as_ref().map_or(0, |s| s.communicator.rank())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.shared.as_ref().map_or(1, |s| s.communicator.size())
+    }
+
+    /// Whether this rank is the first.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Whether there is no other.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.size() == 1
+    }
+
+    /// The ranks, if there are several.
+    fn several(&self) -> Option<&Shared> {
+        self.shared.as_deref().filter(|s| s.communicator.size() > 1)
+    }
+
+    /// What this rank has sent to others so far.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let of = |s: &Shared| *s.traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        self.several().map(of).unwrap_or_default()
+    }
+
+    /// This rank's contiguous share of so many rows: the first ranks have one more where they cannot all have the same.
+    #[must_use]
+    pub fn share(&self, rows: usize) -> std::ops::Range<usize> {
+        part(rows, self.size(), self.rank())
+    }
+
+    /// Every rank's bytes, in rank order.
+    ///
+    /// # Errors
+    /// [`ParallelError`]; so do the others.
+    pub fn gather_bytes(&self, own: &[u8]) -> Result<Vec<Vec<u8>>, ParallelError> {
+        let Some(shared) = self.several() else {
+            return Ok(vec![own.to_vec()]);
+        };
+        let counts = shared.begin(Kind::Bytes, own.len())?;
+        let mut all = vec![0; counts.iter().sum()];
+        shared.communicator.gather_bytes(own, &mut all, &counts)?;
+        shared.sent(own.len());
+        let mut rest = &all[..];
+        let cut = counts.iter().map(|&n| {
+            let (head, tail) = rest.split_at(n);
+            rest = tail;
+            head.to_vec()
+        });
+        Ok(cut.collect())
+    }
+
+    /// Every rank's value, in rank order, as JSON.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes), and [`ParallelError::Transport`] for a value that JSON does not have.
+    pub fn gather_json<T: Serialize + DeserializeOwned>(
+        &self,
+        own: &T,
+    ) -> Result<Vec<T>, ParallelError> {
+        let unreadable = |e: serde_json::Error| ParallelError::Transport(e.to_string());
+        let own = serde_json::to_vec(own).map_err(unreadable)?;
+        let all = self.gather_bytes(&own)?.into_iter();
+        all.map(|one| serde_json::from_slice(&one).map_err(unreadable))
+            .collect()
+    }
+
+    /// What the first rank has; the others give none.
+    ///
+    /// # Errors
+    /// As [`gather_json`](Self::gather_json).
+    pub fn of_first<T: Serialize + DeserializeOwned>(
+        &self,
+        own: Option<&T>,
+    ) -> Result<T, ParallelError> {
+        let own = own.filter(|_| self.is_first());
+        let unreadable = |e: serde_json::Error| ParallelError::Transport(e.to_string());
+        let own = own
+            .map(serde_json::to_vec)
+            .transpose()
+            .map_err(unreadable)?;
+        let all = self.gather_bytes(&own.unwrap_or_default())?;
+        serde_json::from_slice(&all[0]).map_err(unreadable)
+    }
+
+    /// Every rank's numbers, one rank's after another's.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn gather_f64(&self, own: &[f64]) -> Result<Vec<f64>, ParallelError> {
+        if self.is_alone() {
+            return Ok(own.to_vec());
+        }
+        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let all = self.gather_bytes(&bytes)?;
+        let numbers = all.iter().flat_map(|one| one.chunks_exact(8));
+        Ok(numbers
+            .map(|x| f64::from_le_bytes(x.try_into().expect("eight bytes")))
+            .collect())
+    }
+
+    /// Every rank's values, one rank's after another's.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn gather(&self, own: Vec<f32>) -> Result<Vec<f32>, ParallelError> {
+        let Some(shared) = self.several() else {
+            return Ok(own);
+        };
+        let counts = shared.begin(Kind::Floats, own.len())?;
+        let mut all = vec![0.0; counts.iter().sum()];
+        shared.communicator.gather(&own, &mut all, &counts)?;
+        shared.sent(own.len() * size_of::<f32>());
+        Ok(all)
+    }
+
+    /// Adds what all ranks have, in rank order; every rank gets the same bits.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn sum(&self, values: &mut [f64]) -> Result<(), ParallelError> {
+        if self.is_alone() {
+            return Ok(());
+        }
+        let all = self.gather_f64(values)?;
+        let n = values.len();
+        if all.len() != n * self.size() {
+            let what = format!("{} numbers to add, not {n} of each rank", all.len());
+            return Err(ParallelError::Transport(what));
+        }
+        values.fill(0.0);
+        for one in all.chunks_exact(n.max(1)) {
+            values.iter_mut().zip(one).for_each(|(sum, x)| *sum += x);
+        }
+        Ok(())
+    }
+
+    /// Whether it is so on any rank.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn any(&self, own: bool) -> Result<bool, ParallelError> {
+        let mut count = [f64::from(u8::from(own))];
+        self.sum(&mut count)?;
+        Ok(count[0] > 0.0)
+    }
+
+    /// `values = Σ_r weights[r] values_r`, summed in rank order in f64 and rounded once: every rank gets the same bits.
+    ///
+    /// Each rank adds up its part of the values and sends it to the others, so that each value crosses the network twice less
+    /// `2 / ranks`, whatever the number of ranks.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn weighted_sum(&self, values: &mut [f32], weights: &[f64]) -> Result<(), ParallelError> {
+        let Some(shared) = self.several() else {
+            return Ok(());
+        };
+        let (rank, size) = (self.rank(), self.size());
+        let mut received = Vec::new();
+        for bucket in values.chunks_mut(BUCKET) {
+            let counts = shared.begin(Kind::Sum, bucket.len())?;
+            shared.same("values to add", bucket.len(), &counts)?;
+            let parts: Vec<usize> = (0..size)
+                .map(|r| part(bucket.len(), size, r).len())
+                .collect();
+            let mine = parts[rank];
+            received.clear();
+            received.resize(mine * size, 0.0);
+            let from = vec![mine; size];
+            let communicator = &shared.communicator;
+            communicator.exchange((bucket, &parts), (&mut received, &from))?;
+            let own: Vec<f32> = (0..mine)
+                .map(|i| {
+                    let shares = weights.iter().enumerate();
+                    let terms = shares.map(|(r, w)| w * f64::from(received[r * mine + i]));
+                    terms.sum::<f64>() as f32
+                })
+                .collect();
+            communicator.gather(&own, bucket, &parts)?;
+            let others = bucket.len() - mine + (size - 1) * mine;
+            shared.sent_in_all(others * size_of::<f32>(), 2 * (size - 1));
+        }
+        Ok(())
+    }
+
+    /// Adds what the ranks in the same place of every group have, in rank order; each of them gets the same bits.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub(crate) fn sum_over_groups(&self, values: &mut [f32]) -> Result<(), ParallelError> {
+        let (size, of) = (self.size(), self.group.max(1));
+        if size == of {
+            return Ok(());
+        }
+        let groups = size / of;
+        let alike = |rank: usize| rank % of == self.place();
+        // Ranks in other places have other experts, and take part in every exchange all the same.
+        let lengths = self.gather_f64(&[values.len() as f64])?;
+        let longest = lengths.iter().fold(0.0, |most: f64, n| most.max(*n)) as usize;
+        let mut rest = values;
+        for _ in 0..longest.div_ceil(BUCKET) {
+            let (bucket, others) = rest.split_at_mut(rest.len().min(BUCKET));
+            rest = others;
+            let of_group = |group: usize| part(bucket.len(), groups, group);
+            let to = |rank: usize| {
+                if alike(rank) {
+                    of_group(rank / of).len()
+                } else {
+                    0
+                }
+            };
+            let to: Vec<usize> = (0..size).map(to).collect();
+            let (received, from) = self.exchange(bucket, &to)?;
+            let mine = of_group(self.rank() / of).len();
+            let each: Vec<usize> = (0..size).map(|r| if alike(r) { mine } else { 0 }).collect();
+            if from != each {
+                let what = "gradients of other experts than this rank holds";
+                return Err(ParallelError::Transport(what.into()));
+            }
+            let sum = |i: usize| -> f32 {
+                let terms = (0..groups).map(|g| f64::from(received[g * mine + i]));
+                terms.sum::<f64>() as f32
+            };
+            let own: Vec<f32> = (0..mine).map(sum).collect();
+            let (all, _) = self.exchange(&own.repeat(groups), &each)?;
+            bucket.copy_from_slice(&all);
+        }
+        Ok(())
+    }
+
+    /// Sends every rank its own part of `send`, which begins with that of the first; returns what was received, in rank order, and
+    /// how much from each.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn exchange(
+        &self,
+        send: &[f32],
+        to: &[usize],
+    ) -> Result<(Vec<f32>, Vec<usize>), ParallelError> {
+        let Some(shared) = self.several() else {
+            return Ok((send.to_vec(), vec![send.len()]));
+        };
+        let from = shared.begin_to(Kind::Exchange, to)?;
+        let mut received = vec![0.0; from.iter().sum()];
+        let communicator = &shared.communicator;
+        communicator.exchange((send, to), (&mut received, &from))?;
+        let others = send.len() - to[self.rank()];
+        shared.sent_in_all(others * size_of::<f32>(), self.size() - 1);
+        Ok((received, from))
+    }
+
+    /// Compares what every rank has with what the first has.
+    ///
+    /// # Errors
+    /// [`ParallelError::Differ`], on every rank, naming the first thing that differs and the first rank that it differs on.
+    pub fn agree(&self, all: &[(&str, String)]) -> Result<(), ParallelError> {
+        if self.is_alone() {
+            return Ok(());
+        }
+        let own: Vec<(String, String)> = all
+            .iter()
+            .map(|(what, value)| ((*what).to_owned(), value.clone()))
+            .collect();
+        let found = self.gather_json(&own)?;
+        for (i, (what, expected)) in found[0].iter().enumerate() {
+            for (rank, others) in found.iter().enumerate() {
+                if others.get(i) != Some(&(what.clone(), expected.clone())) {
+                    let none = ("", "nothing to compare".to_owned());
+                    let (_, found) = others.get(i).map_or(none, |(w, v)| (w, v.clone()));
+                    return Err(ParallelError::Differ {
+                        rank,
+                        what: what.clone(),
+                        expected: expected.clone(),
+                        found,
+                    });
+                }
+            }
+        }
+        match found.iter().position(|one| one.len() != found[0].len()) {
+            None => Ok(()),
+            Some(rank) => Err(ParallelError::Differ {
+                rank,
+                what: "a number of settings of".into(),
+                expected: found[0].len().to_string(),
+                found: found[rank].len().to_string(),
+            }),
+        }
+    }
+
+    /// Tells the other ranks that this one cannot go on, whatever they wait for, or will. Nothing is exchanged after that.
+    pub fn fail(&self, message: &str) {
+        let Some(shared) = self.several() else {
+            return;
+        };
+        // What others are told if this fails too is what their own communication says.
+        let _ = shared.begin_with(Kind::Fail, &vec![message.len(); self.size()], message);
+    }
+
+    /// Waits until every rank is done.
+    ///
+    /// # Errors
+    /// As [`gather_bytes`](Self::gather_bytes).
+    pub fn finish(&self) -> Result<(), ParallelError> {
+        match self.several() {
+            Some(shared) => shared.begin(Kind::Finish, 0).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The part of `0..n` that is a rank's.
+fn part(n: usize, size: usize, rank: usize) -> std::ops::Range<usize> {
+    let (each, more) = (n / size, n % size);
+    let start = |r: usize| r * each + r.min(more);
+    start(rank)..start(rank + 1)
+}
+
+impl Shared {
+    fn begin(&self, kind: Kind, count: usize) -> Result<Vec<usize>, ParallelError> {
+        self.begin_to(kind, &vec![count; self.communicator.size()])
+    }
+
+    fn begin_to(&self, kind: Kind, to: &[usize]) -> Result<Vec<usize>, ParallelError> {
+        self.begin_with(kind, to, "")
+    }
+
+    /// Tells every rank what comes, and how much of it for that rank; returns how much will come from each.
+    fn begin_with(
+        &self,
+        kind: Kind,
+        to: &[usize],
+        message: &str,
+    ) -> Result<Vec<usize>, ParallelError> {
+        let size = self.communicator.size();
+        if self.ended.load(Ordering::SeqCst) {
+            return Err(ParallelError::Ended);
+        }
+        let send: Vec<u64> = to.iter().flat_map(|&n| [kind as u64, n as u64]).collect();
+        let mut received = vec![0; 2 * size];
+        self.communicator.words(&send, &mut received)?;
+        self.sent_in_all((size - 1) * 16, size - 1);
+        let kinds: Vec<u64> = received.chunks_exact(2).map(|word| word[0]).collect();
+        let counts: Vec<usize> = received.chunks_exact(2).map(|w| w[1] as usize).collect();
+        if let Some(rank) = kinds.iter().position(|&k| k == Kind::Fail as u64) {
+            self.ended.store(true, Ordering::SeqCst);
+            let failed = |r: usize| kinds[r] == Kind::Fail as u64;
+            let lengths = (0..size).map(|r| if failed(r) { counts[r] } else { 0 });
+            let lengths: Vec<usize> = lengths.collect();
+            let mut all = vec![0; lengths.iter().sum()];
+            self.communicator
+                .gather_bytes(message.as_bytes(), &mut all, &lengths)?;
+            all.truncate(lengths[rank]);
+            let message = String::from_utf8_lossy(&all).into_owned();
+            return Err(ParallelError::Peer { rank, message });
+        }
+        if let Some(rank) = kinds.iter().position(|&k| k != kinds[0]) {
+            self.ended.store(true, Ordering::SeqCst);
+            let name = |k: u64| KINDS.iter().find(|kind| **kind as u64 == k);
+            let what = format!("{:?} and {:?}", name(kinds[rank]), name(kinds[0]));
+            return Err(ParallelError::OutOfStep { rank, what });
+        }
+        Ok(counts)
+    }
+
+    /// Refuses counts that differ between ranks.
+    fn same(&self, what: &str, own: usize, counts: &[usize]) -> Result<(), ParallelError> {
+        let _ = own;
+        match counts.iter().position(|&n| n != counts[0]) {
+            None => Ok(()),
+            Some(rank) => {
+                self.ended.store(true, Ordering::SeqCst);
+                let what = format!("{} {what}, not {}", counts[rank], counts[0]);
+                Err(ParallelError::OutOfStep { rank, what })
+            }
+        }
+    }
+
+    /// Counts bytes that were sent to every other rank.
+    fn sent(&self, bytes: usize) {
+        let others = self.communicator.size() - 1;
+        self.sent_in_all(bytes * others, others);
+    }
+
+    fn sent_in_all(&self, bytes: usize, messages: usize) {
+        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        traffic.bytes += bytes as u64;
+        traffic.messages += messages as u64;
+    }
+}
