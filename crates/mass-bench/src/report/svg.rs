@@ -362,48 +362,58 @@ pub(super) fn in_parts(mut chart: Chart<'_>) -> String {
 pub(super) fn heat_maps(title: &str, maps: &[(&str, &[Vec<f64>])]) -> String {
     const CELL: f64 = 15.0;
     const GAP: f64 = 18.0;
-    const FIRST: f64 = 34.0;
-    let rows = maps.iter().map(|(_, map)| map.len()).max().unwrap_or(0);
+    let all = maps.iter().map(|(_, map)| map.len()).max().unwrap_or(0);
     let of_map = |map: &[Vec<f64>]| map.first().map_or(0, Vec::len);
     let columns: usize = maps.iter().map(|(_, map)| of_map(map)).sum();
     let values = || maps.iter().flat_map(|(_, map)| map.iter().flatten());
     let most = values().copied().fold(0.0, f64::max);
-    if rows == 0 || columns == 0 || most <= 0.0 {
+    if all == 0 || columns == 0 || most <= 0.0 {
         return String::new();
     }
-    let width = (WIDTH - FIRST - 4.0 - GAP * (maps.len() - 1) as f64) / columns as f64;
-    let height = TOP + CELL * rows as f64 + 26.0;
+    let rows = busiest(all, maps);
+    let title = &match rows.len() < all {
+        true => format!("{title}: the {} busiest of {all} experts", rows.len()),
+        false => title.to_owned(),
+    };
+    // Room for the largest number.
+    let first = 13.0 + 7.0 * all.to_string().len().max(3) as f64;
+    let width = (WIDTH - first - 4.0 - GAP * (maps.len() - 1) as f64) / columns as f64;
+    let height = TOP + CELL * rows.len() as f64 + 26.0;
     let mut svg = format!(
         "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">\n",
         escape(title)
     );
-    for row in 0..rows {
-        let y = TOP + CELL * row as f64 + 11.0;
+    for (place, row) in rows.iter().enumerate() {
+        let y = TOP + CELL * place as f64 + 11.0;
         let _ = write!(
             svg,
             "<text x=\"{}\" y=\"{y}\" class=\"e\">{row}</text>",
-            FIRST - 5.0
+            first - 5.0
         );
     }
-    let mut left = FIRST;
+    let mut left = first;
     for (name, map) in maps {
         let wide = width * of_map(map) as f64;
         let _ = writeln!(
             svg,
             "<rect class=\"frame\" x=\"{left:.1}\" y=\"{TOP}\" width=\"{wide:.1}\" height=\"{}\"/>\
              <text x=\"{:.1}\" y=\"{}\" class=\"m\">{}</text>",
-            CELL * map.len() as f64,
+            CELL * rows.len() as f64,
             left + wide / 2.0,
             height - 8.0,
             escape(name)
         );
-        for (row, values) in map.iter().enumerate() {
+        for (place, values) in rows
+            .iter()
+            .enumerate()
+            .filter_map(|(i, r)| Some((i, map.get(*r)?)))
+        {
             for (column, value) in values.iter().enumerate().filter(|(_, v)| **v > 0.0) {
                 let _ = write!(
                     svg,
                     "<rect class=\"heat\" x=\"{:.1}\" y=\"{}\" width=\"{width:.1}\" height=\"{CELL}\" fill-opacity=\"{:.2}\"/>",
                     left + width * column as f64,
-                    TOP + CELL * row as f64,
+                    TOP + CELL * place as f64,
                     value / most
                 );
             }
@@ -418,6 +428,21 @@ pub(super) fn heat_maps(title: &str, maps: &[(&str, &[Vec<f64>])]) -> String {
         name: format!("{most:.2} of the slots, the greatest share"),
     };
     figure(title, &svg, &[entry])
+}
+
+/// The rows that are shown of so many, in order: all, or of more than can be looked at those with the largest sums.
+fn busiest(all: usize, maps: &[(&str, &[Vec<f64>])]) -> Vec<usize> {
+    const MOST: usize = 100;
+    let sum = |row: usize| -> f64 {
+        let of = |map: &[Vec<f64>]| map.get(row).map_or(0.0, |values| values.iter().sum());
+        maps.iter().map(|(_, map)| of(map)).sum()
+    };
+    let mut rows: Vec<(f64, usize)> = (0..all).map(|row| (sum(row), row)).collect();
+    rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+    rows.truncate(MOST);
+    let mut rows: Vec<usize> = rows.into_iter().map(|(_, row)| row).collect();
+    rows.sort_unstable();
+    rows
 }
 
 /// A line of a legend.

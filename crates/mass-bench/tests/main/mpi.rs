@@ -249,7 +249,7 @@ fn processes_that_were_given_different_things_end_with_what_differs() {
         ((1, train("--seed 3")), "arguments.seed 3, and rank 0 has 0"),
         (
             (1, train("--p 0.25")),
-            "arguments.p 0.25, and rank 0 has 0.5",
+            "arguments.p 0.25, and rank 0 has nothing",
         ),
         (
             (1, train("").replace("--text text", "--text other")),

@@ -413,39 +413,30 @@ impl Ranks {
     /// Compares what every rank has with what the first has.
     ///
     /// # Errors
-    /// [`ParallelError::Differ`], on every rank, naming the first thing that differs and the first rank that it differs on.
+    /// [`ParallelError::Differ`], on every rank, naming the first thing, by its name, that differs, and the first rank that it differs on.
     pub fn agree(&self, all: &[(&str, String)]) -> Result<(), ParallelError> {
         if self.is_alone() {
             return Ok(());
         }
-        let own: Vec<(String, String)> = all
+        let own: BTreeMap<String, String> = all
             .iter()
             .map(|(what, value)| ((*what).to_owned(), value.clone()))
             .collect();
         let found = self.gather_json(&own)?;
-        for (i, (what, expected)) in found[0].iter().enumerate() {
-            for (rank, others) in found.iter().enumerate() {
-                if others.get(i) != Some(&(what.clone(), expected.clone())) {
-                    let none = ("", "nothing to compare".to_owned());
-                    let (_, found) = others.get(i).map_or(none, |(w, v)| (w, v.clone()));
-                    return Err(ParallelError::Differ {
-                        rank,
-                        what: what.clone(),
-                        expected: expected.clone(),
-                        found,
-                    });
-                }
+        // Not every rank need have said something of everything: settings that are left out.
+        let names: BTreeSet<&String> = found.iter().flat_map(BTreeMap::keys).collect();
+        for what in names {
+            let of = |rank: usize| found[rank].get(what).map_or("nothing", String::as_str);
+            if let Some(rank) = (0..found.len()).find(|&rank| of(rank) != of(0)) {
+                return Err(ParallelError::Differ {
+                    rank,
+                    what: what.clone(),
+                    expected: of(0).to_owned(),
+                    found: of(rank).to_owned(),
+                });
             }
         }
-        match found.iter().position(|one| one.len() != found[0].len()) {
-            None => Ok(()),
-            Some(rank) => Err(ParallelError::Differ {
-                rank,
-                what: "a number of settings of".into(),
-                expected: found[0].len().to_string(),
-                found: found[rank].len().to_string(),
-            }),
-        }
+        Ok(())
     }
 
     /// Tells the other ranks that this one cannot go on, whatever they wait for, or will. Nothing is exchanged after that.
