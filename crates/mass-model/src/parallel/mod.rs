@@ -29,6 +29,7 @@ mod reduce;
 mod threads;
 mod traffic;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
