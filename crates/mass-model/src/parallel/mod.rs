@@ -29,7 +29,7 @@ mod reduce;
 mod threads;
 mod traffic;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -414,20 +414,28 @@ impl Ranks {
     /// Compares what every rank has with what the first has.
     ///
     /// # Errors
-    /// [`ParallelError::Differ`], on every rank, naming the first thing, by its name, that differs, and the first rank that it differs on.
+    /// [`ParallelError::Differ`], on every rank, naming the first thing that differs and the first rank that it differs on.
     pub fn agree(&self, all: &[(&str, String)]) -> Result<(), ParallelError> {
         if self.is_alone() {
             return Ok(());
         }
-        let own: BTreeMap<String, String> = all
+        let own: Vec<(String, String)> = all
             .iter()
             .map(|(what, value)| ((*what).to_owned(), value.clone()))
             .collect();
         let found = self.gather_json(&own)?;
-        // Not every rank need have said something of everything: settings that are left out.
-        let names: BTreeSet<&String> = found.iter().flat_map(BTreeMap::keys).collect();
-        for what in names {
-            let of = |rank: usize| found[rank].get(what).map_or("nothing", String::as_str);
+        // By name: settings may be left out on some ranks.
+        let by_name: Vec<BTreeMap<&str, &str>> = found
+            .iter()
+            .map(|one| one.iter().map(|(w, v)| (w.as_str(), v.as_str())).collect())
+            .collect();
+        for (what, _) in found.iter().flatten() {
+            let of = |rank: usize| {
+                by_name[rank]
+                    .get(what.as_str())
+                    .copied()
+                    .unwrap_or("nothing")
+            };
             if let Some(rank) = (0..found.len()).find(|&rank| of(rank) != of(0)) {
                 return Err(ParallelError::Differ {
                     rank,
