@@ -12,8 +12,8 @@ use std::sync::Arc;
 use dfdx::prelude::{Cpu, Tape};
 use mass_routing::{AnyRouter, RoutingPlan};
 
-use super::gate::{Gated, add};
-use super::moe::{Held, TakenExpert};
+use super::gate::Gated;
+use super::moe::{Held, TakenExpert, put_all, route_back, take_all};
 use super::routing_loss::LossGradients;
 use super::{Activations, MoeExpert};
 use crate::error::{ModelError, into_dfdx};
@@ -249,14 +249,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             send.extend(dy[row(tokens[a])].iter().map(|d| d * part));
         });
         let dy_rows = sent.map_err(into_dfdx)?;
-        let mut taken = held
-            .iter()
-            .enumerate()
-            .map(|(e, expert)| match rows.load(e) {
-                0 => Ok(expert.nothing()),
-                _ => expert.take(g),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut taken = take_all(&held, |e| rows.load(e) > 0, g)?;
         let (mut dx_rows, mut dw) = (vec![0.0; rows.len() * dim], vec![0.0; rows.len()]);
         if rows.len() > 0 {
             let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
@@ -273,11 +266,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
                 &mut dw,
             );
         }
-        for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
-            if rows.load(e) > 0 {
-                expert.put(g, taken)?;
-            }
-        }
+        put_all(&held, |e| rows.load(e) > 0, taken, g)?;
         let mut back = Vec::with_capacity(rows.len() * (dim + 1));
         for (dx, dw) in dx_rows.chunks_exact(dim).zip(&dw) {
             back.extend_from_slice(dx);
@@ -298,17 +287,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
                 add_assign(&mut dx.values[row(t)], &own);
             }
         }
-        let given = (&*x, &*d_weights);
-        gated
-            .backward(
-                &router,
-                &plan,
-                &losses,
-                given,
-                &mut dx.values,
-                &mut |handle, share| Ok(add(handle, share, g)?),
-            )
-            .map_err(into_dfdx)?;
-        x.put_gradient(g, dx.values)
+        let gate = (&gated, &losses, &router);
+        route_back(gate, &plan, (&x, &d_weights), dx.values, g)
     })
 }

@@ -5,7 +5,7 @@ use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, Router, RoutingPlan};
 use ndarray::ArrayView2;
 
-use super::gate::{add, set_thresholds};
+use super::gate::{Gated, add, set_thresholds};
 use super::routing_loss::LossGradients;
 use super::{Activations, Gate, Network, Route, RoutingLoss, Rows, apart, enter, expect_width};
 use crate::error::{ModelError, into_dfdx};
@@ -105,7 +105,7 @@ impl Held {
     }
 
     /// The gradients of an expert without tokens: empty, so that nothing is computed for it.
-    pub(super) fn nothing(&self) -> TakenExpert {
+    fn nothing(&self) -> TakenExpert {
         TakenExpert {
             values: vec![Vec::new(); self.handles.len()],
             store: Store::Add,
@@ -221,6 +221,58 @@ pub(super) fn check(
     })
 }
 
+/// Takes out the gradients of experts that have tokens. One without takes no part: what others have added to its gradients stays,
+/// and if nobody has, it has none.
+pub(super) fn take_all(
+    held: &[Held],
+    has_tokens: impl Fn(usize) -> bool,
+    g: &mut CpuGradients,
+) -> Result<Vec<TakenExpert>, CpuError> {
+    let experts = held.iter().enumerate();
+    experts
+        .map(|(e, expert)| match has_tokens(e) {
+            false => Ok(expert.nothing()),
+            true => expert.take(g),
+        })
+        .collect()
+}
+
+/// Puts back what [`take_all`] took.
+pub(super) fn put_all(
+    held: &[Held],
+    has_tokens: impl Fn(usize) -> bool,
+    taken: Vec<TakenExpert>,
+    g: &mut CpuGradients,
+) -> Result<(), CpuError> {
+    for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
+        if has_tokens(e) {
+            expert.put(g, taken)?;
+        }
+    }
+    Ok(())
+}
+
+/// The gradients of a gate from those of the routing weights; what reaches the input is added to `dx`, which is then its gradient.
+pub(super) fn route_back(
+    (gated, losses, router): (&Gated, &LossGradients, &AnyRouter),
+    plan: &RoutingPlan,
+    (x, d_weights): (&Activations, &[f32]),
+    mut dx: Vec<f32>,
+    g: &mut CpuGradients,
+) -> Result<(), CpuError> {
+    gated
+        .backward(
+            router,
+            plan,
+            losses,
+            (x, d_weights),
+            &mut dx,
+            &mut |handle, share| Ok(add(handle, share, g)?),
+        )
+        .map_err(into_dfdx)?;
+    x.put_gradient(g, dx)
+}
+
 /// [`moe_ffn`] with a router that is in hand only while `route` makes a plan; it returns the router as it was then.
 pub(super) fn run<T: Tape<f32, Cpu>>(
     tape: &mut T,
@@ -263,15 +315,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
         let (Some(mut hidden), plan) = (hidden, kept) else {
             return Ok(());
         };
-        // An expert without tokens takes no part: what others have added to its gradients stays, and if nobody has, it has none.
-        let mut taken = held
-            .iter()
-            .enumerate()
-            .map(|(e, expert)| match plan.load(e) {
-                0 => Ok(expert.nothing()),
-                _ => expert.take(g),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut taken = take_all(&held, |e| plan.load(e) > 0, g)?;
         let weights: Vec<ExpertWeights<'_>> = held.iter().map(Held::weights).collect();
         let mut gradients: Vec<_> = taken.iter_mut().map(TakenExpert::gradients).collect();
         let mut d_weights = Scratch::take(plan.num_assignments());
@@ -288,23 +332,9 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
             &mut d_weights,
         );
 
-        for (e, (expert, taken)) in held.iter().zip(taken).enumerate() {
-            if plan.load(e) > 0 {
-                expert.put(g, taken)?;
-            }
-        }
-        let given = (&*x, &*d_weights);
-        gated
-            .backward(
-                &router,
-                &plan,
-                &losses,
-                given,
-                &mut dx.values,
-                &mut |handle, share| Ok(add(handle, share, g)?),
-            )
-            .map_err(into_dfdx)?;
-        x.put_gradient(g, dx.values)
+        put_all(&held, |e| plan.load(e) > 0, taken, g)?;
+        let gate = (&gated, &losses, &router);
+        route_back(gate, &plan, (&x, &d_weights), dx.values, g)
     })?;
     Ok((y, plan))
 }

@@ -320,7 +320,7 @@ impl Ranks {
         let mut received = Vec::new();
         for bucket in values.chunks_mut(BUCKET) {
             let counts = shared.begin(Kind::Sum, bucket.len())?;
-            shared.same("values to add", bucket.len(), &counts)?;
+            shared.same("values to add", &counts)?;
             let parts: Vec<usize> = (0..size)
                 .map(|r| part(bucket.len(), size, r).len())
                 .collect();
@@ -524,8 +524,7 @@ impl Shared {
     }
 
     /// Refuses counts that differ between ranks.
-    fn same(&self, what: &str, own: usize, counts: &[usize]) -> Result<(), ParallelError> {
-        let _ = own;
+    fn same(&self, what: &str, counts: &[usize]) -> Result<(), ParallelError> {
         match counts.iter().position(|&n| n != counts[0]) {
             None => Ok(()),
             Some(rank) => {
