@@ -2,8 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use ndarray_rand::rand::Rng as _;
+use ndarray_rand::rand::seq::SliceRandom as _;
+
 use super::error::{GlueError, LineProblem};
 use super::task::{Labels, Layout, Target, Task};
+use crate::rng::{Purpose, stream};
 
 /// One example.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,6 +94,34 @@ impl Dataset {
             dev,
             skipped,
         })
+    }
+
+    /// Gives `percent` % of the training examples, rounded, another label than theirs: another class, each as likely, or a number
+    /// drawn from the task's range. Which ones, and what they get, is the same for each `seed`; a larger share has the examples of
+    /// a smaller one. Development sets stay as they are.
+    ///
+    /// # Errors
+    /// [`GlueError::Share`] for more than 100 %.
+    pub fn mislabel(&mut self, percent: u64, seed: u64) -> Result<(), GlueError> {
+        if percent > 100 {
+            return Err(GlueError::Share { percent });
+        }
+        let mut rng = stream(seed, Purpose::Noise, 0);
+        let mut order: Vec<usize> = (0..self.train.len()).collect();
+        order.shuffle(&mut rng);
+        let wrong = (order.len() as u64 * percent + 50) / 100;
+        for &i in &order[..wrong as usize] {
+            let target = &mut self.train[i].target;
+            *target = match (*target, self.task.labels()) {
+                (Target::Class(class), Labels::Classes(classes)) => {
+                    let other = rng.gen_range(1..classes.len() as u32);
+                    Target::Class((class + other) % classes.len() as u32)
+                }
+                (_, Labels::Score { low, high }) => Target::Value(rng.gen_range(low..=high)),
+                (target, _) => target,
+            };
+        }
+        Ok(())
     }
 }
 

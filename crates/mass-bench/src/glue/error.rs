@@ -34,6 +34,12 @@ pub enum GlueError {
         /// What is wrong with it.
         problem: LineProblem,
     },
+    /// More labels than there are should be wrong.
+    #[error("{percent} % of the labels cannot be wrong, only 0 to 100")]
+    Share {
+        /// What was asked for.
+        percent: u64,
+    },
     /// A tokenizer that cannot be made from its files.
     #[error("{}: {problem}", path.display())]
     Tokenizer {

@@ -31,7 +31,7 @@ pub(super) fn tests(runs: &[Run]) -> Vec<(String, String)> {
 pub(super) fn own(results: &Results) -> (String, Vec<(String, String)>) {
     let (name, lines) = match results.study.as_str() {
         "continual" => ("Kinds of data, old and new", metrics(&results.runs)),
-        "noise" => ("What splits did", splits(&results.runs)),
+        "noise" | "labels" => ("What splits did", splits(&results.runs)),
         "scale" => {
             let costs = metrics(&results.runs).into_iter();
             let lines = costs.chain(exponents(&results.runs)).collect();

@@ -16,17 +16,19 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Planned};
+use super::synthetic::DATA_SEED;
 use super::unusable_model;
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, RunContext};
 use crate::glue::data::Dataset;
 use crate::glue::sample;
-use crate::glue::task::{Task, UnknownTask};
+use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use data::TaskData;
 use finetune::{FineTune, Pretrained};
+pub(super) use plan::family;
 pub use plan::plan;
 
 /// What `--task` may name.
@@ -41,8 +43,7 @@ pub struct Glue {
     pretrained: Pretrained,
     /// Which model that is; see [`Glue::model`].
     model: OnceLock<Value>,
-    /// Tasks with their epochs.
-    tasks: Vec<(Task, u64)>,
+    sets: Vec<Set>,
     batch: usize,
     max_length: usize,
     learning_rate: f64,
@@ -62,22 +63,51 @@ impl Glue {
         Ok(self.model.get_or_init(|| model))
     }
 
+    /// The set of that name.
+    fn set(&self, name: &str) -> Result<&Set, BenchError> {
+        let found = self.sets.iter().find(|set| set.to_string() == name);
+        found.ok_or_else(|| BenchError::Usage(format!("no set {name} in this study")))
+    }
+
     /// The directory of data sets, which must have been given.
     fn data_dir(&self) -> Result<&std::path::Path, BenchError> {
         self.args.data.as_deref().ok_or_else(|| {
             BenchError::Usage(format!(
-                "glue, preset {}, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/glue/<Task>/{{train,dev}}.tsv, or \
+                "{}, preset {}, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/glue/<Task>/{{train,dev}}.tsv, or \
                  --preset smoke, which needs none",
-                self.args.preset
+                self.args.study, self.args.preset
             ))
         })
     }
 }
 
-/// A set is called as its task.
-fn task_of(set: &str) -> Result<Task, BenchError> {
-    set.parse()
-        .map_err(|e: UnknownTask| BenchError::Usage(e.to_string()))
+/// A task's examples.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Set {
+    pub(super) task: Task,
+    pub(super) epochs: u64,
+    /// Of the training labels, so many percent are wrong.
+    pub(super) wrong: u64,
+}
+
+impl Set {
+    pub(super) const fn new(task: Task, epochs: u64) -> Self {
+        Self {
+            task,
+            epochs,
+            wrong: 0,
+        }
+    }
+}
+
+/// "MRPC", or "MRPC-wrong-20".
+impl std::fmt::Display for Set {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.wrong {
+            0 => write!(f, "{}", self.task),
+            wrong => write!(f, "{}-wrong-{wrong}", self.task),
+        }
+    }
 }
 
 impl Family for Glue {
@@ -98,41 +128,42 @@ impl Family for Glue {
     }
 
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
-        let assignment = |(task, _): &(Task, u64)| Assignment {
-            set: task.to_string(),
+        let assignment = |set: &Set| Assignment {
+            set: set.to_string(),
             part: 0,
-            task: Some(task.to_string()),
-            metric: Some(task.metric_name()),
+            task: Some(set.to_string()),
+            metric: Some(set.task.metric_name()),
         };
-        Ok(self.tasks.iter().map(assignment).collect())
+        Ok(self.sets.iter().map(assignment).collect())
     }
 
     fn there(&self, set: &str) -> Result<(), BenchError> {
         if self.args.preset == Preset::Smoke {
             return Ok(());
         }
-        Ok(Dataset::there(self.data_dir()?, task_of(set)?)?)
+        Ok(Dataset::there(self.data_dir()?, self.set(set)?.task)?)
     }
 
     fn readable(&self, set: &str) -> Result<(), BenchError> {
-        let (task, mut rng) = (task_of(set)?, stream(0, Purpose::Weights, 0));
-        let read = self.pretrained.build(task.outputs(), &mut rng);
+        let (set, mut rng) = (self.set(set)?, stream(0, Purpose::Weights, 0));
+        let read = self.pretrained.build(set.task.outputs(), &mut rng);
         read.map(drop)
             .map_err(|e| unusable_model(e, "reading the model"))
     }
 
     fn read(&self, set: &str, ctx: &mut RunContext) -> Result<TaskData, BenchError> {
-        let task = task_of(set)?;
+        let &Set { task, wrong, .. } = self.set(set)?;
         let tokenizer = match &self.pretrained {
             Pretrained::Drawn(_) => {
                 TextTokenizer::from_vocabulary(&sample::vocabulary(), true, self.max_length)?
             }
             Pretrained::Directory(dir) => TextTokenizer::open(dir, self.max_length)?,
         };
-        let data = match self.args.preset {
+        let mut data = match self.args.preset {
             Preset::Smoke => sample::dataset(task),
             _ => Dataset::read(self.data_dir()?, task)?,
         };
+        data.mislabel(wrong, DATA_SEED)?;
         if let Some(first) = data.skipped.first() {
             ctx.progress.note(&format!(
                 "{task}: {} broken lines left out, the first {}, line {}: {}",
@@ -158,8 +189,7 @@ impl Family for Glue {
         data: &'a TaskData,
         planned: &'a Planned,
     ) -> Result<FineTune<'a>, BenchError> {
-        let planned_for = |(task, _): &&(Task, u64)| *task == data.task;
-        let epochs = self.tasks.iter().find(planned_for).map_or(1, |t| t.1);
+        let epochs = self.set(&planned.assignment.set)?.epochs;
         let (method, seed) = (&planned.method, planned.run.seed);
         FineTune::new(self, data, method, (seed, epochs))
     }

@@ -7,6 +7,7 @@ pub mod ablation;
 pub mod continual;
 pub mod dg;
 pub mod glue;
+pub mod labels;
 pub mod noise;
 pub mod plan;
 pub mod regime;
@@ -159,6 +160,20 @@ pub const STUDIES: &[Study] = &[
         },
         check: |args| glue::plan(args)?.check(args),
         run: |args, ctx| glue::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "labels",
+        about: "GLUE with wrong labels: which splits help, and are found",
+        tasks: labels::TASKS,
+        other_tasks: false,
+        has_method: |_| false,
+        shared: false,
+        inputs: |preset| Inputs {
+            images: false,
+            ..Inputs::but_for_smoke(preset)
+        },
+        check: |args| labels::plan(args)?.check(args),
+        run: |args, ctx| labels::plan(args)?.run(args, ctx),
     },
     Study {
         name: "dg",

@@ -1,7 +1,7 @@
 //! The noise study: false and missed splits where gradients are noisy, batches small or large, and learning rates at their edge.
 //!
-//! Whether a split helps is measured by running both ways to the end: a pool of 5 experts by the rules of a variant that has no
-//! room for another, and the same with room for one. Both are the same run up to that split. A split that the rules find, and
+//! Whether a split helps is measured by running both ways to the end: a pool by the rules of a variant that has no room for another
+//! expert, and the same with room for one. Both are the same run up to that split. A split that the rules find, and
 //! after which the loss ends no lower, is a false one; where none is found, and one of a random expert, or of that with the
 //! largest share of the loss, would have helped, it is a missed one.
 
@@ -11,7 +11,7 @@ use super::plan::Plan;
 use super::synthetic::{POOL, Regime, Synthetic, names};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Overrides};
+use crate::method::{Mass, Method, Overrides, Pool};
 
 /// Gradients with so many times their own size in noise.
 const fn noisy(gradient_noise: f32) -> Regime {
@@ -68,44 +68,50 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     };
     Ok(Plan {
         family: Synthetic::in_regimes(args, TASKS, REGIMES),
-        methods: methods().into_iter().map(Method::Mass).collect(),
+        methods: both_ways(&POOL, &VARIANTS),
         pool: POOL,
         seeds,
         variant: None,
     })
 }
 
+/// Those whose splits are weighed.
+const VARIANTS: [Variant; 3] = [Variant::Paper, Variant::Reference, Variant::Ours];
+
 /// Runs of each variant without a split, with the first that its rules find, and with all; and with one in the middle of the
 /// paper's phase, of an expert that no rule has chosen.
-fn methods() -> Vec<Mass> {
+pub(super) fn both_ways(pool: &Pool, variants: &[Variant]) -> Vec<Method> {
     let of = |variant, experts_max, label: &str| Mass {
-        live_percent: (variant != Variant::Ours).then_some(30),
+        live_percent: pool.live_percent.filter(|_| variant != Variant::Ours),
         experts_max,
         label: label.to_owned(),
-        ..Mass::new(variant, 0.5, 5)
+        ..Mass::of(variant, pool)
     };
+    let (none, one) = (pool.experts, pool.experts + 1);
+    let middle = pool.live_percent.map_or(5, |percent| percent / 2);
+    let middle = format!("{middle} %");
     let chosen = |choice: &str, label| {
-        let once = json!({ "schedule": { "first": "15 %", "every": "15 %" } });
+        let once = json!({ "schedule": { "first": middle, "every": middle } });
         Mass {
             overrides: Overrides::from([
                 ("controller.trigger".to_owned(), once),
                 ("controller.choice".to_owned(), json!(choice)),
             ]),
-            ..of(Variant::Paper, 6, label)
+            ..of(Variant::Paper, one, label)
         }
     };
     let mut all = vec![
         chosen("random", "random expert"),
         chosen("loss_share", "largest loss"),
     ];
-    for variant in [Variant::Paper, Variant::Reference, Variant::Ours] {
+    for &variant in variants {
         all.extend([
-            of(variant, 5, WITHOUT),
-            of(variant, 6, "one split"),
-            of(variant, 20, "all splits"),
+            of(variant, none, WITHOUT),
+            of(variant, one, "one split"),
+            of(variant, pool.experts_max, "all splits"),
         ]);
     }
-    all
+    all.into_iter().map(Method::Mass).collect()
 }
 
 #[cfg(test)]
@@ -123,7 +129,12 @@ mod tests {
         assert_eq!(names.len(), runs.len());
         let different: BTreeSet<String> = REGIMES.iter().map(|(_, r)| format!("{r:?}")).collect();
         assert_eq!(different.len(), REGIMES.len());
-        let all = methods();
+        let all = both_ways(&POOL, &VARIANTS);
+        let mass = |method| match method {
+            Method::Mass(mass) => mass,
+            other => panic!("{other:?} does not grow"),
+        };
+        let all: Vec<Mass> = all.into_iter().map(mass).collect();
         for method in &all {
             let room = |m: &&Mass| m.variant == method.variant && m.label == WITHOUT;
             let without = all.iter().find(room).unwrap();

@@ -299,3 +299,46 @@ fn the_built_in_sample_covers_every_label_of_every_task() {
         assert_eq!(data.dev.len(), task.dev_files().len());
     }
 }
+
+#[test]
+fn so_many_labels_are_wrong_as_were_asked_for_and_no_others() {
+    for task in Task::ALL {
+        let right = sample::dataset(task);
+        let with = |percent| {
+            let mut data = right.clone();
+            data.mislabel(percent, 7).unwrap();
+            assert_eq!(data.dev, right.dev, "{task}");
+            let pairs = data.train.iter().zip(&right.train);
+            let wrong: Vec<bool> = pairs
+                .map(|(a, b)| {
+                    assert_eq!((&a.first, &a.second), (&b.first, &b.second));
+                    a.target != b.target
+                })
+                .collect();
+            (data, wrong)
+        };
+        let n = right.train.len();
+        for percent in [0, 1, 20, 40, 100] {
+            let (data, wrong) = with(percent);
+            let count = wrong.iter().filter(|w| **w).count();
+            assert_eq!(count as u64, (n as u64 * percent + 50) / 100, "{task}");
+            assert_eq!(data, with(percent).0);
+            for example in &data.train {
+                match (example.target, task.labels()) {
+                    (Target::Class(c), Labels::Classes(all)) => assert!((c as usize) < all.len()),
+                    (Target::Value(v), Labels::Score { low, high }) => {
+                        assert!((low..=high).contains(&v));
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        // A larger share has the wrong labels of a smaller one.
+        let ((less, few), (more, many)) = (with(20), with(40));
+        for i in (0..n).filter(|&i| few[i]) {
+            assert!(many[i] && less.train[i] == more.train[i]);
+        }
+        let refused = right.clone().mislabel(101, 7).unwrap_err();
+        assert!(refused.to_string().contains("101 %"), "{refused}");
+    }
+}

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use mass_model::Activation;
 use mass_model::bert::BertConfig;
 
-use super::{Glue, Pretrained};
+use super::{Glue, Pretrained, Set};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs};
 use crate::glue::sample;
@@ -29,17 +29,17 @@ const POOL: Pool = Pool {
     live_percent: Some(60),
 };
 
-/// The plan of a preset.
+/// What a preset fine-tunes, on which tasks, and the pools that it has.
 ///
 /// # Errors
-/// [`BenchError`] if the model that it fine-tunes is not there.
-pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
+/// [`BenchError`] if the model is not there.
+pub(in crate::study) fn family(args: &ReproduceArgs) -> Result<(Glue, Pool), BenchError> {
     let directory = |name| weights::directory(args, name, true).map(Pretrained::Directory);
     let small = |pretrained| Glue {
         args: args.clone(),
         pretrained,
         model: OnceLock::new(),
-        tasks: vec![(Task::Cola, 2), (Task::Rte, 2)],
+        sets: vec![Set::new(Task::Cola, 2), Set::new(Task::Rte, 2)],
         batch: 32,
         max_length: 128,
         learning_rate: 5e-5,
@@ -48,10 +48,14 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
         // Three times the weights, a few hundred megabytes.
         checkpoint_every: 200,
     };
-    let (mut family, pool, static_pools, seeds) = match args.preset {
+    Ok(match args.preset {
         Preset::Smoke => {
             let family = Glue {
-                tasks: vec![(Task::Cola, 12), (Task::Mnli, 8), (Task::Stsb, 8)],
+                sets: vec![
+                    Set::new(Task::Cola, 12),
+                    Set::new(Task::Mnli, 8),
+                    Set::new(Task::Stsb, 8),
+                ],
                 batch: 8,
                 max_length: 32,
                 learning_rate: 2e-3,
@@ -64,19 +68,23 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
                 live_percent: Some(90),
                 ..POOL
             };
-            (family, pool, vec![(3, 2)], 1)
+            (family, pool)
         }
-        Preset::Quick => (small(directory(SMALL_MODEL)?), POOL, vec![(8, 2)], 1),
+        Preset::Quick => (small(directory(SMALL_MODEL)?), POOL),
         Preset::Full => {
             let family = Glue {
-                tasks: vec![(Task::Cola, 3), (Task::Mrpc, 2), (Task::Rte, 2)],
+                sets: vec![
+                    Set::new(Task::Cola, 3),
+                    Set::new(Task::Mrpc, 2),
+                    Set::new(Task::Rte, 2),
+                ],
                 ..small(directory(SMALL_MODEL)?)
             };
-            (family, POOL, vec![(8, 1), (8, 2), (8, 8)], 3)
+            (family, POOL)
         }
         Preset::Paper => {
             let family = Glue {
-                tasks: Task::ALL.map(|t| (t, paper_epochs(t))).to_vec(),
+                sets: Task::ALL.map(|t| Set::new(t, paper_epochs(t))).to_vec(),
                 learning_rate: 2e-5,
                 ..small(directory(PAPER_MODEL)?)
             };
@@ -84,11 +92,27 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
                 live_percent: None,
                 ..POOL
             };
+            (family, pool)
+        }
+    })
+}
+
+/// The plan of a preset.
+///
+/// # Errors
+/// [`BenchError`] if the model that it fine-tunes is not there.
+pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
+    let (mut family, pool) = family(args)?;
+    family.only(args.task.as_deref());
+    let (static_pools, seeds) = match args.preset {
+        Preset::Smoke => (vec![(3, 2)], 1),
+        Preset::Quick => (vec![(8, 2)], 1),
+        Preset::Full => (vec![(8, 1), (8, 2), (8, 8)], 3),
+        Preset::Paper => {
             let pools = [8, 16].map(|experts| [1, 2, 4, 8].map(|k| (experts, k)));
-            (family, pool, pools.concat(), 3)
+            (pools.concat(), 3)
         }
     };
-    family.only(args.task.as_deref());
     let mut methods = vec![Method::Dense];
     for (experts, k) in static_pools {
         let router = None;
@@ -107,9 +131,9 @@ impl Glue {
         let Some(task) = task.and_then(|t| t.parse::<Task>().ok()) else {
             return;
         };
-        let planned = self.tasks.iter().find(|(t, _)| *t == task);
-        let epochs = planned.map_or_else(|| paper_epochs(task).min(3), |(_, epochs)| *epochs);
-        self.tasks = vec![(task, epochs)];
+        let planned = self.sets.iter().find(|set| set.task == task);
+        let epochs = planned.map_or_else(|| paper_epochs(task).min(3), |set| set.epochs);
+        self.sets = vec![Set::new(task, epochs)];
     }
 }
 

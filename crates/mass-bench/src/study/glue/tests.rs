@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::data::TaskData;
 use super::finetune::{FineTune, Pretrained, at_depth};
-use super::{Glue, plan};
+use super::{Glue, Set, plan};
 use crate::cli::{ReproduceArgs, Variant};
 use crate::glue::sample;
 use crate::glue::task::Task;
@@ -43,7 +43,7 @@ fn family(task: Task, patience: u64) -> Glue {
             ..BertConfig::default()
         }),
         model: OnceLock::new(),
-        tasks: vec![(task, 3)],
+        sets: vec![Set::new(task, 3)],
         batch: 8,
         max_length: 16,
         learning_rate: 1e-3,
