@@ -114,10 +114,10 @@ impl Dataset {
             let target = &mut self.train[i].target;
             *target = match (*target, self.task.labels()) {
                 (Target::Class(class), Labels::Classes(classes)) => {
-                    let other = rng.gen_range(1..classes.len() as u32);
+                    let other = rng.random_range(1..classes.len() as u32);
                     Target::Class((class + other) % classes.len() as u32)
                 }
-                (_, Labels::Score { low, high }) => Target::Value(rng.gen_range(low..=high)),
+                (_, Labels::Score { low, high }) => Target::Value(rng.random_range(low..=high)),
                 (target, _) => target,
             };
         }

@@ -43,12 +43,14 @@ pub struct Glue {
     pretrained: Pretrained,
     /// Which model that is; see [`Glue::model`].
     model: OnceLock<Value>,
-    sets: Vec<Set>,
+    pub(super) sets: Vec<Set>,
     batch: usize,
     max_length: usize,
     learning_rate: f64,
     /// Epochs without gain on the development set after which a run stops.
     patience: u64,
+    /// Whether a run's figures are those of its last epoch, not of its best.
+    pub(super) last: bool,
     log_every: u64,
     checkpoint_every: u64,
 }
@@ -117,14 +119,19 @@ impl Family for Glue {
     const SIDE: Side = Side::Alone;
 
     fn settings(&self) -> Result<Value, BenchError> {
-        Ok(json!({
+        let mut settings = json!({
             "pretrained": self.model()?,
             "batch": self.batch,
             "max_length": self.max_length,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
             "log_every": self.log_every,
-        }))
+        });
+        // Results of before there was a choice have nothing there.
+        if self.last {
+            settings["last"] = json!(true);
+        }
+        Ok(settings)
     }
 
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {

@@ -1,7 +1,7 @@
 //! The study of wrong labels: false and missed splits where a part of the training labels of GLUE's tasks is wrong.
 //!
-//! As in [the noise study](super::noise), whether a split helps is measured by running both ways to the end. Development sets keep
-//! their labels.
+//! As in [the noise study](super::noise), whether a split helps is measured by running both ways to the end: figures are those of
+//! the last epoch. Development sets keep their labels.
 
 use super::glue::{Glue, Set, family};
 use super::noise::both_ways;
@@ -61,6 +61,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
         };
         tasks.iter().flat_map(of).collect()
     };
+    family.last = true;
     family.sets = match &args.task {
         None => sets(tasks, wrong),
         Some(name) => {

@@ -58,7 +58,7 @@ impl Pretrained {
     }
 }
 
-/// The best epoch so far. Pool and routing are those of that epoch.
+/// The epoch that counts so far. Pool and routing are those of that epoch.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Best {
     pub(super) epoch: u64,
@@ -239,7 +239,7 @@ impl Task for FineTune<'_> {
                 .metric
                 .is_some_and(|m| best.score.metric.is_none_or(|b| m > b))
         };
-        if best.as_ref().is_none_or(gained) {
+        if self.glue.last || best.as_ref().is_none_or(gained) {
             *best = Some(Best {
                 epoch,
                 score,

@@ -44,6 +44,7 @@ pub(in crate::study) fn family(args: &ReproduceArgs) -> Result<(Glue, Pool), Ben
         max_length: 128,
         learning_rate: 5e-5,
         patience: 4,
+        last: false,
         log_every: 10,
         // Three times the weights, a few hundred megabytes.
         checkpoint_every: 200,

@@ -48,6 +48,7 @@ fn family(task: Task, patience: u64) -> Glue {
         max_length: 16,
         learning_rate: 1e-3,
         patience,
+        last: false,
         log_every: 7,
         checkpoint_every: 1000,
     }
