@@ -10,8 +10,8 @@ use crate::rng::{Purpose, stream};
 /// One domain left out for the test, a part of each other held out for choosing a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Split {
-    /// The domain that no training image is from.
-    pub target: usize,
+    /// The domain that no training image is from, if one is left out.
+    pub target: Option<usize>,
     /// Training images of each source domain.
     pub train: Vec<Vec<usize>>,
     /// Images of all source domains that choose the model.
@@ -39,14 +39,31 @@ impl Split {
                 "there is no domain {target}, there are {domains}"
             )));
         }
+        Self::of(images, Some(target), held_out, seed)
+    }
+
+    /// Leaves out none: the same part of each domain is held out.
+    ///
+    /// # Errors
+    /// [`DgError::Split`] if a domain is too small to give to both sides.
+    pub fn all(images: &DomainImages, held_out: f64, seed: u64) -> Result<Self, DgError> {
+        Self::of(images, None, held_out, seed)
+    }
+
+    fn of(
+        images: &DomainImages,
+        target: Option<usize>,
+        held_out: f64,
+        seed: u64,
+    ) -> Result<Self, DgError> {
         let mut split = Self {
             target,
             train: Vec::new(),
             held_out: Vec::new(),
             probe: Vec::new(),
-            test: images.of_domain(target),
+            test: target.map_or_else(Vec::new, |target| images.of_domain(target)),
         };
-        for source in (0..images.domains.len()).filter(|&d| d != target) {
+        for source in (0..images.domains.len()).filter(|&d| Some(d) != target) {
             let mut members = images.of_domain(source);
             members.shuffle(&mut stream(seed, Purpose::Evaluation, source as u64));
             let held = (members.len() as f64 * held_out) as usize;
@@ -65,8 +82,15 @@ impl Split {
 
     /// Takes up to `count` training images of each source domain, never more than a quarter of them, for judging new experts.
     #[must_use]
-    pub fn with_probe(mut self, count: usize) -> Self {
-        for members in &mut self.train {
+    pub fn with_probe(self, count: usize) -> Self {
+        let domains = self.train.len();
+        self.with_probe_of(domains, count)
+    }
+
+    /// The same of the first `domains` source domains alone.
+    #[must_use]
+    pub fn with_probe_of(mut self, domains: usize, count: usize) -> Self {
+        for members in self.train.iter_mut().take(domains) {
             let left = members.len() - count.min(members.len() / 4);
             self.probe.extend(members.split_off(left));
         }

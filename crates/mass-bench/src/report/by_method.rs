@@ -30,7 +30,7 @@ pub(super) fn tests(runs: &[Run]) -> Vec<(String, String)> {
 /// What a study alone asks: its name, and an answer for each method.
 pub(super) fn own(results: &Results) -> (String, Vec<(String, String)>) {
     let (name, lines) = match results.study.as_str() {
-        "continual" => ("Kinds of data, old and new", metrics(&results.runs)),
+        "continual" | "domains" => ("Kinds of data, old and new", metrics(&results.runs)),
         "noise" | "labels" => ("What splits did", splits(&results.runs)),
         "scale" => {
             let costs = metrics(&results.runs).into_iter();

@@ -5,9 +5,8 @@
 //! often before it, what becomes of the loss on old and new kinds, and which experts the newest kind got.
 
 use mass_expand::ControllerParams;
-use mass_model::Place;
+use mass_model::LayerTrace;
 use mass_model::growth::Mixtures;
-use mass_model::lm::LanguageModel;
 use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
 
@@ -91,7 +90,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
         experts: pool.experts,
         experts_max: pool.experts_max,
     };
-    let grown = grown(&pool, steps).into_iter().map(Method::Mass);
+    let grown = grown(&pool, steps, 12).into_iter().map(Method::Mass);
     Ok(Plan {
         family: Continual {
             regime: Regime {
@@ -110,8 +109,8 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
 }
 
 /// The paper's rule and its code's as they are meant, and live to the end; `calibrated` and `ours` as they are, and with alarms
-/// that go on. `ours` leaves itself room for them: it grows to 12 first.
-fn grown(pool: &Pool, steps: u64) -> Vec<Mass> {
+/// that go on. `ours` leaves itself room for them: it grows to `first_to` first.
+pub(super) fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
     let confined = |variant| Mass {
         live_percent: None,
         ..Mass::of(variant, pool)
@@ -128,6 +127,7 @@ fn grown(pool: &Pool, steps: u64) -> Vec<Mass> {
     let alarms = json!(ControllerParams::calibrated_watch(0.05, steps * 9 / 10));
     let continual = ("controller.phase.continual", alarms);
     let (first, every) = ((steps / 200).max(1), (steps / 1000).max(1));
+    let splits = (first_to - pool.experts) as u64;
     let schedule = json!({ "schedule_then_detector": { "first": first, "every": every } });
     vec![
         confined(Variant::Paper),
@@ -140,18 +140,18 @@ fn grown(pool: &Pool, steps: u64) -> Vec<Mass> {
             std::slice::from_ref(&continual),
         ),
         Mass {
-            experts_max: 12,
-            ..with("to 12", Variant::Ours, &[])
+            experts_max: first_to,
+            ..with(&format!("to {first_to}"), Variant::Ours, &[])
         },
         confined(Variant::Ours),
         with(
-            "12, then by alarms",
+            &format!("{first_to}, then by alarms"),
             Variant::Ours,
             &[
                 continual,
                 ("controller.unused", json!("skip")),
                 ("controller.trigger", schedule),
-                ("controller.phase.live_until", json!(first + 7 * every)),
+                ("controller.phase.live_until", json!(first + splits * every)),
             ],
         ),
     ]
@@ -237,7 +237,16 @@ impl Family for Continual {
             stream: Some(Stream {
                 ends,
                 kinds: &data.kinds,
-                tell: Box::new(|place, model, ends, run| tell(place, data, model, ends, run)),
+                tell: Box::new(|place, model, ends, run| {
+                    let parts: Vec<&[usize]> = data.parts.iter().map(|part| part.1).collect();
+                    tell(&parts, ends, run, |young, kinds| {
+                        let of = |kind: &usize| {
+                            let (_, layers) = scored(place, model, &data.kinds[*kind])?;
+                            Ok(slots_of(model, &layers, young))
+                        };
+                        kinds.iter().map(of).collect()
+                    })
+                }),
             }),
         })
     }
@@ -348,19 +357,21 @@ fn bytes(examples: &[Example]) -> Vec<u8> {
 /// - `splits_before`, `splits_after` the first change, and `delay`, the steps from it to the next split if there is one.
 /// - `new_on_newcomers`, `old_on_newcomers`: the part of the routed slots of new and old kinds that experts born after the first
 ///   change have.
-fn tell(
-    place: &Place,
-    data: &Data,
-    model: &LanguageModel,
+///
+/// `parts` are the kinds of data in each part of the run, `ends` the step after which it ended and what `L_c` was then. `slots` counts
+/// the routed slots of some kinds: those that some experts (a layer and a number) have, and all.
+pub(super) fn tell(
+    parts: &[&[usize]],
     ends: &[(u64, Vec<f64>)],
     run: &mut Run,
+    slots: impl Fn(&[(usize, usize)], &[usize]) -> Result<Vec<(usize, usize)>, BenchError>,
 ) -> Result<(), BenchError> {
     let Some((first_change, _)) = ends.first() else {
         return Ok(());
     };
     let (_, at_end) = &ends[ends.len() - 1];
-    let before = &data.parts[..data.parts.len() - 1];
-    let last_with = |kind| before.iter().rposition(|(_, kinds)| kinds.contains(&kind));
+    let before = &parts[..parts.len() - 1];
+    let last_with = |kind| before.iter().rposition(|kinds| kinds.contains(&kind));
     let (mut old, mut new, mut lost) = (Vec::new(), Vec::new(), Vec::new());
     for (kind, loss) in at_end.iter().enumerate() {
         match last_with(kind) {
@@ -386,8 +397,13 @@ fn tell(
         metrics.push(("delay", (next.step - first_change) as f64));
     }
     if after > 0 {
-        let young: Vec<usize> = run.expansions.iter().filter(later).map(|e| e.new).collect();
-        let share = |kinds: &[usize]| share_of(place, &young, kinds, data, model);
+        let born = run.expansions.iter().filter(later);
+        let young: Vec<(usize, usize)> = born.map(|e| (e.layer, e.new)).collect();
+        let share = |kinds: &[usize]| -> Result<f64, BenchError> {
+            let counts = slots(&young, kinds)?.into_iter();
+            let (theirs, all) = counts.fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
+            Ok(theirs as f64 / all as f64)
+        };
         metrics.push(("new_on_newcomers", share(&new)?));
         metrics.push(("old_on_newcomers", share(&old)?));
     }
@@ -398,30 +414,20 @@ fn tell(
     Ok(())
 }
 
-/// The part of the routed slots of some kinds that some experts have.
-fn share_of(
-    place: &Place,
-    experts: &[usize],
-    kinds: &[usize],
-    data: &Data,
-    model: &LanguageModel,
-) -> Result<f64, BenchError> {
+/// The routed slots in some layers that some experts have, and all.
+pub(super) fn slots_of(
+    model: &impl Mixtures,
+    layers: &[LayerTrace],
+    experts: &[(usize, usize)],
+) -> (usize, usize) {
     let (mut theirs, mut all) = (0, 0);
-    for kind in kinds {
-        for (l, layer) in scored(place, model, &data.kinds[*kind])?
-            .1
-            .iter()
-            .enumerate()
-        {
-            all += layer.plan.num_assignments();
-            let ids = model.mixture(l).ids().iter().enumerate();
-            let young = ids.filter(|(_, id)| experts.contains(&(id.0 as usize)));
-            theirs += young
-                .map(|(place, _)| layer.plan.load(place))
-                .sum::<usize>();
-        }
+    for (l, layer) in layers.iter().enumerate() {
+        all += layer.plan.num_assignments();
+        let ids = model.mixture(l).ids().iter().enumerate();
+        let own = ids.filter(|(_, id)| experts.contains(&(l, id.0 as usize)));
+        theirs += own.map(|(place, _)| layer.plan.load(place)).sum::<usize>();
     }
-    Ok(theirs as f64 / all as f64)
+    (theirs, all)
 }
 
 #[cfg(test)]

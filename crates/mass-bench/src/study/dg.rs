@@ -6,6 +6,7 @@
 //! nothing is chosen by the target. Where the first blocks are frozen, what they make of every image is computed once and kept.
 
 mod data;
+pub mod in_turn;
 mod leave_out;
 mod patches;
 mod plan;
@@ -32,6 +33,7 @@ use crate::dg::folder::{ImageFolder, find_set};
 use crate::dg::images::{BadImages, DomainImages, PIECE, Source};
 use crate::dg::reported::SETS;
 use crate::dg::sample;
+use crate::dg::split::Split;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use data::Set;
@@ -161,9 +163,9 @@ impl Domains {
     fn set_dir(&self, name: &str) -> Result<PathBuf, BenchError> {
         let Some(data) = &self.args.data else {
             return Err(BenchError::Usage(format!(
-                "dg, preset {}, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/{name}/<domain>/<class>/*.jpg, or \
+                "{}, preset {}, needs data: give --data DIR (or $MASS_DATA_DIR) with DIR/{name}/<domain>/<class>/*.jpg, or \
                  --preset smoke, which needs none",
-                self.args.preset
+                self.args.study, self.args.preset
             )));
         };
         find_set(data, name).ok_or_else(|| BenchError::Input {
@@ -356,7 +358,10 @@ impl Family for Domains {
     }
 
     fn task<'a>(&'a self, set: &'a Set, planned: &'a Planned) -> Result<LeaveOut<'a>, BenchError> {
-        LeaveOut::new(self, set, planned)
+        let (target, seed) = (planned.assignment.part, planned.run.seed);
+        let split = Split::leave_out(&set.images, target, self.held_out, seed)?;
+        let probed = split.train.len();
+        LeaveOut::new(self, set, planned, (split, probed))
     }
 }
 

@@ -68,6 +68,14 @@ impl Inputs {
         images: false,
     };
 
+    /// Texts and models, but nothing for a check that all is connected.
+    fn texts(preset: Preset) -> Self {
+        Self {
+            images: false,
+            ..Self::but_for_smoke(preset)
+        }
+    }
+
     /// Everything, but nothing for a check that all is connected.
     fn but_for_smoke(preset: Preset) -> Self {
         let reads = preset != Preset::Smoke;
@@ -154,10 +162,7 @@ pub const STUDIES: &[Study] = &[
         other_tasks: false,
         has_method: |_| false,
         shared: false,
-        inputs: |preset| Inputs {
-            images: false,
-            ..Inputs::but_for_smoke(preset)
-        },
+        inputs: Inputs::texts,
         check: |args| glue::plan(args)?.check(args),
         run: |args, ctx| glue::plan(args)?.run(args, ctx),
     },
@@ -168,10 +173,7 @@ pub const STUDIES: &[Study] = &[
         other_tasks: false,
         has_method: |_| false,
         shared: false,
-        inputs: |preset| Inputs {
-            images: false,
-            ..Inputs::but_for_smoke(preset)
-        },
+        inputs: Inputs::texts,
         check: |args| labels::plan(args)?.check(args),
         run: |args, ctx| labels::plan(args)?.run(args, ctx),
     },
@@ -199,6 +201,17 @@ pub const STUDIES: &[Study] = &[
         },
         check: |args| continual::plan(args)?.check(args),
         run: |args, ctx| continual::plan(args)?.run(args, ctx),
+    },
+    Study {
+        name: "domains",
+        about: "Domains of PACS one after the other, in a pretrained ViT: delay, forgetting",
+        tasks: dg::in_turn::TASKS,
+        other_tasks: true,
+        has_method: |_| false,
+        shared: false,
+        inputs: Inputs::but_for_smoke,
+        check: |args| dg::in_turn::plan(args)?.check(args),
+        run: |args, ctx| dg::in_turn::plan(args)?.run(args, ctx),
     },
 ];
 

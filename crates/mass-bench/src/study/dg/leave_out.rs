@@ -59,11 +59,11 @@ pub struct Progress {
 
 /// A model on a set of which one domain is left out.
 pub struct LeaveOut<'a> {
-    place: Place,
-    set: &'a Set,
+    pub(super) place: Place,
+    pub(super) set: &'a Set,
     method: &'a Method,
-    seed: u64,
-    split: Split,
+    pub(super) seed: u64,
+    pub(super) split: Split,
     recipe: Recipe,
     per_domain: usize,
     evaluate_every: u64,
@@ -73,13 +73,14 @@ pub struct LeaveOut<'a> {
 }
 
 impl<'a> LeaveOut<'a> {
+    /// On a split, of whose first `probed` source domains some images judge newcomers.
     pub(super) fn new(
         domains: &Domains,
         set: &'a Set,
         planned: &'a Planned,
+        (mut split, probed): (Split, usize),
     ) -> Result<Self, BenchError> {
-        let (method, key) = (&planned.method, planned.run.key());
-        let (seed, target) = (planned.run.seed, planned.assignment.part);
+        let (method, key, seed) = (&planned.method, planned.run.key(), planned.run.seed);
         let depth = set.base.config().num_hidden_layers;
         let blocks = mixture_blocks(depth);
         let first = blocks.first().filter(|_| *method != Method::Dense);
@@ -90,9 +91,8 @@ impl<'a> LeaveOut<'a> {
                 set.frozen
             )));
         }
-        let mut split = Split::leave_out(&set.images, target, domains.held_out, seed)?;
         if method.needs_probe() {
-            split = split.with_probe(PROBE);
+            split = split.with_probe_of(probed, PROBE);
             // The spread of their losses is needed too.
             if split.probe.len() < 2 {
                 return Err(BenchError::Usage(format!(
@@ -120,7 +120,6 @@ impl<'a> LeaveOut<'a> {
             set,
             method,
             seed,
-            split,
             recipe: Recipe {
                 adamw,
                 schedule: Schedule::constant(domains.learning_rate, domains.steps),
@@ -132,12 +131,13 @@ impl<'a> LeaveOut<'a> {
             identity: json!({
                 "images": set.digest,
                 "frozen": set.frozen,
-                "target": target,
+                "target": split.target,
                 "held_out": domains.held_out,
                 "per_domain": domains.per_domain,
                 "evaluate_every": domains.evaluate_every,
             }),
             patches: patches.join(folder.file_name().unwrap_or_default()),
+            split,
         })
     }
 }

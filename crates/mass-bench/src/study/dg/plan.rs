@@ -27,11 +27,11 @@ const POOL: Pool = Pool {
     live_percent: Some(60),
 };
 
-/// The plan of a preset.
+/// What a preset fine-tunes, on which sets, and the pool that it has.
 ///
 /// # Errors
-/// [`BenchError`] if the model that it fine-tunes is not there, or `--task` names no set.
-pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
+/// [`BenchError`] if the model is not there, or `--task` names no set.
+pub(super) fn family(args: &ReproduceArgs) -> Result<(Domains, Pool), BenchError> {
     let directory = |name| weights::directory(args, name, false).map(Model::Directory);
     let small = |model| Domains {
         args: args.clone(),
@@ -51,7 +51,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
         log_every: 10,
         checkpoint_every: 100,
     };
-    let (mut family, pool, gmoe, seeds) = match args.preset {
+    let (mut family, pool) = match args.preset {
         Preset::Smoke => {
             let family = Domains {
                 sets: vec![SAMPLE.into()],
@@ -72,16 +72,16 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
                 live_percent: Some(90),
                 ..POOL
             };
-            (family, pool, vec![3], 1)
+            (family, pool)
         }
         Preset::Quick => {
             let family = Domains {
                 targets: Some(1),
                 ..small(directory(SMALL_MODEL)?)
             };
-            (family, POOL, vec![6], 1)
+            (family, POOL)
         }
-        Preset::Full => (small(directory(SMALL_MODEL)?), POOL, vec![6], 3),
+        Preset::Full => (small(directory(SMALL_MODEL)?), POOL),
         Preset::Paper => {
             let family = Domains {
                 sets: SETS.map(str::to_owned).to_vec(),
@@ -100,10 +100,25 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
                 live_percent: None,
                 ..POOL
             };
-            (family, pool, vec![4, 6, 8], 3)
+            (family, pool)
         }
     };
     family.only()?;
+    Ok((family, pool))
+}
+
+/// The plan of a preset.
+///
+/// # Errors
+/// [`BenchError`] if the model that it fine-tunes is not there, or `--task` names no set.
+pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
+    let (family, pool) = family(args)?;
+    let (gmoe, seeds) = match args.preset {
+        Preset::Smoke => (vec![3], 1),
+        Preset::Quick => (vec![6], 1),
+        Preset::Full => (vec![6], 3),
+        Preset::Paper => (vec![4, 6, 8], 3),
+    };
     let mut methods = vec![Method::Dense];
     methods.extend(gmoe.into_iter().map(|experts| Method::Gmoe { experts }));
     methods.push(Method::DynMoe {

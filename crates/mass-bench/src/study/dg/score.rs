@@ -10,7 +10,7 @@ use super::data::Set;
 use crate::BenchError;
 
 /// Images scored at a time.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 /// How a model did on some images.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

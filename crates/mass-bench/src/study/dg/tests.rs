@@ -6,14 +6,18 @@ use mass_model::vit::{VitClassifier, VitConfig};
 
 use super::data::Set;
 use super::leave_out::{LeaveOut, mixture_blocks, tune};
-use super::{delta, plan};
+use super::{delta, in_turn, plan};
 use crate::BenchError;
-use crate::cli::{Progress, ReproduceArgs, RunContext, Variant};
+use crate::cli::{Preset, Progress, ReproduceArgs, RunContext, Variant};
 use crate::dg::images::{BadImages, DomainImages};
 use crate::dg::sample;
+use crate::dg::split::Split;
 use crate::method::{Mass, Method, Pool};
+use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::study::plan::{Assignment, Family, Planned};
+use crate::task::Task;
+use crate::trainer::Trainer;
 use crate::trainer::tests::resumes_to_the_same_bits;
 
 fn mass(variant: Variant) -> Mass {
@@ -145,7 +149,9 @@ fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<LeaveOut<'a>, BenchErr
     let out = std::env::temp_dir().join("mass-bench-dg-tests");
     let out = ["dg", "--preset", "smoke", "--out", out.to_str().unwrap()];
     let plan = plan(&ReproduceArgs::parsed(&out)).unwrap();
-    LeaveOut::new(&plan.family, set, planned)
+    let split = Split::leave_out(&set.images, 0, plan.family.held_out, 4)?;
+    let probed = split.train.len();
+    LeaveOut::new(&plan.family, set, planned, (split, probed))
 }
 
 /// What cannot be run is refused before results of an earlier study are replaced.
@@ -218,8 +224,63 @@ fn every_method_resumes_to_the_same_bits() {
     let runs = plan.runs(&args).unwrap();
     assert_eq!(runs.len(), 8);
     for planned in runs {
-        let task = LeaveOut::new(&plan.family, &set, &planned).unwrap();
+        let task = plan.family.task(&set, &planned).unwrap();
         // Before a score, at one, and after one whose model may be the selected one.
         resumes_to_the_same_bits(&task, &planned.method, &[7, 20, 43]);
+    }
+}
+
+#[test]
+fn domains_in_turn_resume_to_the_same_bits_and_are_all_scored_at_each_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().to_str().unwrap();
+    let args = ["domains", "--preset", "smoke", "--out", out];
+    let args = ReproduceArgs::parsed(&args);
+    let plan = in_turn::plan(&args).unwrap();
+    let mut ctx = RunContext::new(Progress::new(true));
+    let set = plan.family.read("sample", &mut ctx).unwrap();
+    let set = plan.family.prepare(set, &mut ctx).unwrap();
+    let runs = plan.runs(&args).unwrap();
+    assert_eq!(runs.len(), 12);
+    for planned in &runs {
+        let task = plan.family.task(&set, planned).unwrap();
+        // Within a domain's part, at its end, and in the last.
+        resumes_to_the_same_bits(&task, &planned.method, &[7, 20, 65]);
+    }
+    let task = plan.family.task(&set, &runs[0]).unwrap();
+    let mut draw = task.batches();
+    for (step, domain) in [(0, 0), (19, 0), (20, 1), (40, 2), (79, 3)] {
+        let of_domain = &task.images_of(step);
+        assert!(of_domain.iter().all(|&i| set.images.domain(i) == domain));
+        assert_eq!(draw(step).unwrap().classes.len(), 24);
+    }
+    let ended = trained(&task, &runs[0], dir.path());
+    assert_eq!(ended.metrics["splits_before"], 0.0);
+    let lines = ["new_loss", "old_loss", "forgetting", "new_accuracy"];
+    assert!(lines.iter().all(|name| ended.metrics[*name].is_finite()));
+}
+
+fn trained<T: Task>(task: &T, planned: &Planned, dir: &Path) -> Run {
+    let (run, method) = (&planned.run, &planned.method);
+    let mut trainer = Trainer::open(task, run, method, dir, false).unwrap();
+    assert!(trainer.train(dir, false, &mut |_, _| true).unwrap());
+    trainer.finish().unwrap().run
+}
+
+#[test]
+fn every_pool_that_sees_domains_in_turn_has_rules_that_can_be_met() {
+    for (preset, steps) in [(Preset::Quick, 400), (Preset::Full, 800)] {
+        let dir = models();
+        let mut args = full(dir.path(), "toy");
+        args.preset = preset;
+        let plan = in_turn::plan(&args).unwrap();
+        for method in plan.methods(&args).unwrap() {
+            if let Some(rules) = method
+                .growth(2, steps, 0, |rules| tune(rules, steps, 0.002))
+                .unwrap()
+            {
+                rules.controller.check_reachable().unwrap();
+            }
+        }
     }
 }
