@@ -27,7 +27,13 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
         match tested {
             // Of one package, other features of its dependencies would be wanted.
             true => cargo.args(["--workspace", "--tests", "--bins"]),
-            false => cargo.args(["--release", "--package", "mass-bench", "--bin", "mass-bench"]),
+            false => cargo.args([
+                "--release",
+                "--package",
+                "mass-bench",
+                "--bin",
+                "mass-bench",
+            ]),
         };
         // Only a download needs what speaks to a server.
         if arguments.iter().any(|a| a == "fetch") && arguments[0] == "data" {
