@@ -86,7 +86,11 @@ impl Progress {
                 if elapsed >= *next {
                     *next = elapsed + PLAIN_INTERVAL;
                     let (label, total) = (&self.label, self.total);
-                    let left = left(done.saturating_sub(from), total.saturating_sub(done), elapsed);
+                    let left = left(
+                        done.saturating_sub(from),
+                        total.saturating_sub(done),
+                        elapsed,
+                    );
                     say(&format!("{label} {done}/{total}{left} {}", message()));
                 }
             }
