@@ -323,7 +323,11 @@ fn finished_runs_are_not_deleted_unasked() {
         };
         done(&[]);
         let first = results();
-        refused(&given(&[]), at, &["finished run", "--out", "--resume", "--fresh"]);
+        refused(
+            &given(&[]),
+            at,
+            &["finished run", "--out", "--resume", "--fresh"],
+        );
         refused(&given(&["--resume", "--fresh"]), at, &["--fresh"]);
         assert_eq!(results(), first, "{command}");
         done(&["--resume"]);
