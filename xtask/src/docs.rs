@@ -16,12 +16,13 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .5em }</style>
 ";
 
 const HELP: &str = "\
-Usage: cargo xtask docs [--reports]
+Usage: cargo xtask docs [--reports] [--all-features]
 
 Makes a site in target/doc: the reference of every crate and the documents of docs/, with docs/README.md as its front page. Fails
 if rustdoc warns, or if a link within the site leads nowhere.
 
-  --reports   the reports of the published results too, for which mass-bench is built";
+  --reports        the reports of the published results too, for which mass-bench is built
+  --all-features   the reference of MPI too, for which its library has to be there";
 
 /// Builds the site and checks it.
 pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
@@ -29,14 +30,20 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
         println!("{HELP}");
         return ExitCode::SUCCESS;
     }
-    let reports = arguments.first().is_some_and(|a| a == "--reports");
-    if let Some(argument) = arguments.get(usize::from(reports)) {
-        let argument = argument.to_string_lossy();
-        eprintln!("error: docs takes --reports alone, `{argument}` was given");
-        return ExitCode::from(2);
+    let (mut reports, mut all) = (false, false);
+    for argument in arguments {
+        match argument.to_str() {
+            Some("--reports") => reports = true,
+            Some("--all-features") => all = true,
+            _ => {
+                let argument = argument.to_string_lossy();
+                eprintln!("error: docs takes --reports and --all-features, not `{argument}`");
+                return ExitCode::from(2);
+            }
+        }
     }
     let site = target().join("doc");
-    match build(&site, reports).and_then(|()| check(&site)) {
+    match build(&site, reports, all).and_then(|()| check(&site)) {
         Ok((pages, links)) => {
             println!(
                 "{}: {pages} pages, {links} links",
@@ -51,15 +58,18 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-fn build(site: &Path, reports: bool) -> Outcome<()> {
+fn build(site: &Path, reports: bool, all: bool) -> Outcome<()> {
     // Pages of what is no longer there would be checked too.
     if site.exists() {
         fs::remove_dir_all(site).map_err(|e| format!("{}: {e}", site.display()))?;
     }
     let mut reference = cargo();
-    // All but `mpi`, which wants a library of the system.
-    let features = "mass-cpd/offline,mass-bench/hub";
-    reference.args(["doc", "--workspace", "--no-deps", "--features", features]);
+    reference.args(["doc", "--workspace", "--no-deps"]);
+    match all {
+        true => reference.arg("--all-features"),
+        // All but `mpi`, which wants a library of the system.
+        false => reference.args(["--features", "mass-cpd/offline,mass-bench/hub"]),
+    };
     must(
         reference
             .env("RUSTDOCFLAGS", "-Dwarnings")

@@ -1,11 +1,16 @@
 //! `cargo xtask reproduce | report | train | bench | data`: builds mass-bench and hands the arguments on.
 
-use std::{ffi::OsString, io::IsTerminal, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::IsTerminal,
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
 
 use crate::run::{become_program, cargo, root, target};
 
-/// Builds the release binary (cargo's progress goes to standard error), or that of the profile `$MASS_XTASK_PROFILE`, then runs
-/// it here.
+/// Builds the release binary (cargo's progress goes to standard error), then runs it here. With `MASS_XTASK_PROFILE=dev` it is
+/// the one that tests use: where they have been built, it is there.
 ///
 /// Two steps, so that a build that fails is told from a command that fails, and so that relative paths
 /// mean what they mean in the user's directory.
@@ -15,12 +20,21 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     let json = arguments.iter().any(|a| a == "--json");
     let quiet = json || (!std::io::stderr().is_terminal() && built_before());
     let manifest = root().join("Cargo.toml");
-    let profile = std::env::var_os("MASS_XTASK_PROFILE").unwrap_or_else(|| "release".into());
+    let tested = std::env::var_os("MASS_XTASK_PROFILE").is_some_and(|profile| profile == "dev");
     let cargo_run = |command: &str| {
         let mut cargo = cargo();
-        cargo.arg(command).arg("--profile").arg(&profile);
-        cargo.arg("--manifest-path").arg(&manifest);
-        cargo.args(["--package", "mass-bench", "--bin", "mass-bench"]);
+        cargo.arg(command).arg("--manifest-path").arg(&manifest);
+        match tested {
+            // Of one package, other features of its dependencies would be wanted.
+            true => cargo.args(["--workspace", "--tests", "--bins"]),
+            false => cargo.args([
+                "--release",
+                "--package",
+                "mass-bench",
+                "--bin",
+                "mass-bench",
+            ]),
+        };
         // Only a download needs what speaks to a server.
         if arguments.iter().any(|a| a == "fetch") && arguments[0] == "data" {
             cargo.args(["--features", "mass-bench/hub"]);
@@ -42,13 +56,24 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
-    let mut run = cargo_run("run");
-    run.arg("--quiet").arg("--").args(arguments);
+    let mut run = match tested {
+        true => Command::new(binary("debug")),
+        false => {
+            let mut run = cargo_run("run");
+            run.arg("--quiet").arg("--");
+            run
+        }
+    };
+    run.args(arguments);
     become_program(run)
+}
+
+fn binary(profile: &str) -> PathBuf {
+    let name = format!("mass-bench{}", std::env::consts::EXE_SUFFIX);
+    target().join(profile).join(name)
 }
 
 /// Whether a release binary is there, up to date or not.
 fn built_before() -> bool {
-    let binary = format!("mass-bench{}", std::env::consts::EXE_SUFFIX);
-    target().join("release").join(binary).exists()
+    binary("release").exists()
 }

@@ -53,7 +53,7 @@ pub enum TextError {
     /// Too little text for one window in each part.
     #[error(
         "{}: {bytes} bytes are too few: the {part} part has {part_bytes} and needs {needed}; \
-         give a longer text or a shorter sequence", path.display()
+         give a longer text or a shorter sequence (--seq)", path.display()
     )]
     TooShort {
         /// The file.

@@ -31,14 +31,15 @@ const MAX_WINDOWS: usize = 4096;
 /// [`BenchError::Text`] for a file that is no text, [`BenchError::Usage`] for settings that no run can have, else what
 /// training ends with.
 pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError> {
-    if ctx.ranks.is_first() {
-        ResultStore::check_kept(&args.out, args.existing())?;
-    }
     let text = ByteText::read(&args.text, args.seq, args.held_out)?;
     let (method, run) = method(args)?;
     method.check()?;
     let data = format!("{:016x}", text.digest());
     let (probe, test) = held_out(&text, args)?;
+    // After what was mistyped: nobody deletes a run for the sake of a text that is not there.
+    if ctx.ranks.is_first() {
+        ResultStore::check_kept(&args.out, args.existing())?;
+    }
     let place = args.device.open()?;
     let mut task = task(args, &method, &text, &probe, &test);
     task.place = place;

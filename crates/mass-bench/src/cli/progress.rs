@@ -3,10 +3,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Plain lines come no oftener than this.
+/// Plain lines come no oftener than this, after a first one.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+/// A task that is done before says nothing of its progress.
+const FIRST_LINE: Duration = Duration::from_secs(1);
 
 /// Progress on standard error: a bar on a terminal, plain lines otherwise, nothing with `--json`.
 #[derive(Debug)]
@@ -20,7 +22,13 @@ pub struct Progress {
 #[derive(Debug)]
 enum Mode {
     Bar(ProgressBar),
-    Plain { last: Instant },
+    Plain {
+        begun: Instant,
+        /// When a line is due.
+        next: Duration,
+        /// Steps that an earlier process had done.
+        from: Option<u64>,
+    },
     Silent,
 }
 
@@ -39,9 +47,7 @@ impl Progress {
             bar.set_style(style.progress_chars("=> "));
             Mode::Bar(bar)
         } else {
-            Mode::Plain {
-                last: Instant::now(),
-            }
+            Mode::plain()
         };
         Self {
             mode,
@@ -62,7 +68,7 @@ impl Progress {
                 bar.set_prefix(self.label.clone());
                 bar.set_message("");
             }
-            Mode::Plain { last } => *last = Instant::now(),
+            plain @ Mode::Plain { .. } => *plain = Mode::plain(),
             Mode::Silent => {}
         }
     }
@@ -75,16 +81,20 @@ impl Progress {
                 bar.set_position(done);
                 bar.set_message(message());
             }
-            Mode::Plain { last } if last.elapsed() >= PLAIN_INTERVAL => {
-                *last = Instant::now();
-                say(&format!(
-                    "{} {done}/{} {}",
-                    self.label,
-                    self.total,
-                    message()
-                ));
+            Mode::Plain { begun, next, from } => {
+                let (elapsed, from) = (begun.elapsed(), *from.get_or_insert(done));
+                if elapsed >= *next {
+                    *next = elapsed + PLAIN_INTERVAL;
+                    let (label, total) = (&self.label, self.total);
+                    let left = left(
+                        done.saturating_sub(from),
+                        total.saturating_sub(done),
+                        elapsed,
+                    );
+                    say(&format!("{label} {done}/{total}{left} {}", message()));
+                }
             }
-            Mode::Plain { .. } | Mode::Silent => {}
+            Mode::Silent => {}
         }
     }
 
@@ -108,7 +118,46 @@ impl Progress {
     }
 }
 
+impl Mode {
+    fn plain() -> Self {
+        Self::Plain {
+            begun: Instant::now(),
+            next: FIRST_LINE,
+            from: None,
+        }
+    }
+}
+
+/// How long the rest of a task will take, once that can be said.
+fn left(done: u64, rest: u64, elapsed: Duration) -> String {
+    match done {
+        0 => String::new(),
+        _ => {
+            let seconds = elapsed.as_secs_f64() * rest as f64 / done as f64;
+            let left = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+            format!(
+                " eta {}",
+                FormattedDuration(Duration::from_secs(left.as_secs()))
+            )
+        }
+    }
+}
+
 /// A line on standard error. A run goes on when nobody reads it any more.
 fn say(line: &str) {
     writeln!(std::io::stderr(), "{line}").ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Duration, left};
+
+    #[test]
+    fn the_rest_takes_as_long_a_step_as_what_is_done() {
+        let minute = Duration::from_secs(60);
+        assert_eq!(left(0, 10, minute), "");
+        assert_eq!(left(20, 0, minute), " eta 00:00:00");
+        assert_eq!(left(20, 30, minute), " eta 00:01:30");
+        assert!(left(1, u64::MAX, Duration::MAX).starts_with(" eta "));
+    }
 }

@@ -95,7 +95,10 @@ pub enum ReportError {
         problem: String,
     },
     /// What an earlier command has left, and nothing says what to do with.
-    #[error("{}: holds {what}; --resume keeps what is there and goes on, --fresh deletes it and begins anew", path.display())]
+    #[error(
+        "{}: holds {what}; --out DIR takes another directory, --resume keeps what is there and goes on, \
+         --fresh deletes it and begins anew", path.display()
+    )]
     Kept {
         /// The directory.
         path: PathBuf,

@@ -323,7 +323,11 @@ fn finished_runs_are_not_deleted_unasked() {
         };
         done(&[]);
         let first = results();
-        refused(&given(&[]), at, &["finished run", "--resume", "--fresh"]);
+        refused(
+            &given(&[]),
+            at,
+            &["finished run", "--out", "--resume", "--fresh"],
+        );
         refused(&given(&["--resume", "--fresh"]), at, &["--fresh"]);
         assert_eq!(results(), first, "{command}");
         done(&["--resume"]);
@@ -332,6 +336,10 @@ fn finished_runs_are_not_deleted_unasked() {
         done(&["--fresh"]);
         assert_ne!(results(), first, "{command}");
     }
+    // What was mistyped is said first: who is told to delete a run would delete it.
+    let mistyped = train.replace("--text text", "--text txt");
+    let mistyped: Vec<&str> = mistyped.split(' ').collect();
+    refused(&mistyped, at, &["txt", "no such file"]);
     // `all` is refused before its first study, whichever of them is finished.
     let all = ["reproduce", "all", "--preset", "smoke", "--out", "every"];
     std::fs::create_dir_all(at.join("every/dg")).expect("a directory");

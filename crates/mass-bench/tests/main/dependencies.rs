@@ -61,6 +61,10 @@ fn dependencies_are_free_to_use_from_the_registry_and_for_our_rust() {
     for package in packages {
         let (name, license) = (text(package, "name"), text(package, "license"));
         assert!(is_met(&license, &allowed), "{name} is under {license:?}");
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let any = dependency["req"] == "*" && package["source"].is_null();
+            assert!(!any, "{name} takes any version of {dependency}");
+        }
         let source = package["source"].as_str();
         let registry = "registry+https://github.com/rust-lang/crates.io-index";
         let ours = package["source"].is_null() && package["repository"] != Value::Null;

@@ -82,39 +82,9 @@ fn blocks<'t>(text: &'t str, kind: &str) -> Vec<&'t str> {
 }
 
 #[test]
-fn the_readme_is_narrow_its_commands_exist_and_its_picture_is_the_study_s() {
+fn the_readme_s_table_and_picture_are_the_study_s() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
-    let wide: Vec<&str> = readme.lines().filter(|l| l.chars().count() > 100).collect();
-    assert_eq!(wide, Vec::<&str>::new());
-    let benches = fs::read_to_string(root.join("xtask/src/bench.rs")).unwrap();
-    let mut studies = Vec::new();
-    for line in blocks(&readme, "console") {
-        let command = line.split(" #").next().unwrap_or_default();
-        let words: Vec<&str> = command.split_whitespace().skip(1).collect();
-        match words[..] {
-            ["cargo", "xtask", "ci" | "docs"] | ["cargo", "test", "--workspace"] => {}
-            ["cargo", "xtask", "bench", name, "--peers"] => {
-                let there = benches.contains(&format!("name: \"{name}\""));
-                assert!(there || name == "all", "{line}");
-            }
-            ["cargo", "xtask", ref arguments @ ..] => {
-                let cli = Cli::try_parse_from(["mass-bench"].iter().chain(arguments));
-                match cli.unwrap_or_else(|e| panic!("{line}: {e}")).command {
-                    Command::Reproduce(args) => {
-                        assert!(study::find(&args.study).is_some(), "{line}");
-                        studies.push(args.study);
-                    }
-                    Command::Train(_) | Command::Report(_) | Command::Data(_) => {}
-                    Command::Bench(_) => panic!("{line}"),
-                }
-            }
-            _ => panic!("{line}"),
-        }
-    }
-    for study in study::STUDIES {
-        assert!(studies.iter().any(|s| s == study.name), "{}", study.name);
-    }
     let dir = tempfile::tempdir().unwrap();
     let from = root.join("docs/results/synthetic-quick-packed");
     let report = done(&[
@@ -138,6 +108,208 @@ fn the_readme_is_narrow_its_commands_exist_and_its_picture_is_the_study_s() {
     assert!(
         printed == picture,
         "docs/results/frontier.svg is not the study's"
+    );
+}
+
+/// The project's README first, then those of crates.
+fn readmes(root: &Path) -> Vec<(PathBuf, String)> {
+    let crates = fs::read_dir(root.join("crates")).unwrap();
+    let folders = crates.map(|entry| entry.unwrap().path());
+    let folders = [root.to_owned()].into_iter().chain(folders);
+    let paths = folders.map(|folder| folder.join("README.md"));
+    paths
+        .map(|path| (path.clone(), fs::read_to_string(path).unwrap()))
+        .collect()
+}
+
+#[test]
+fn readmes_are_narrow() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let readmes = readmes(&root);
+    assert_eq!(readmes.len(), 8);
+    for (path, text) in &readmes {
+        // Rows of tables and addresses cannot be broken.
+        let whole = |line: &str| line.starts_with('|') || line.contains("]: https://");
+        let wide: Vec<&str> = text
+            .lines()
+            .filter(|line| line.chars().count() > 100 && !whole(line))
+            .collect();
+        assert_eq!(wide, Vec::<&str>::new(), "{}", path.display());
+    }
+}
+
+/// Each command of the README is run as it stands, but for sizes, and for files where it says FILE or DIR.
+#[test]
+fn the_readme_s_commands_do_what_they_say() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let benches = fs::read_to_string(root.join("xtask/src/bench.rs")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text");
+    fs::write(&text, "What is written here is learnt. ".repeat(100)).unwrap();
+    let small = "--dim 16 --hidden 16 --layers 1 --seq 16 --batch 2 --steps 3";
+    let (mut studies, mut trained, mut outs) = (Vec::new(), 0, Vec::<String>::new());
+    for line in blocks(&readme, "console") {
+        let command = line.split(" #").next().unwrap_or_default();
+        let words: Vec<&str> = command.split_whitespace().skip(1).collect();
+        let arguments = match words[..] {
+            // CI runs these three.
+            ["cargo", "xtask", "ci" | "docs"] | ["cargo", "test", "--workspace"] => continue,
+            // CI compiles them.
+            ["cargo", "xtask", "bench", name, "--peers"] => {
+                let there = benches.contains(&format!("name: \"{name}\""));
+                assert!(there || name == "all", "{line}");
+                continue;
+            }
+            ["cargo", "xtask", ref arguments @ ..] => arguments,
+            _ => panic!("{line}"),
+        };
+        let cli = Cli::try_parse_from(["mass-bench"].iter().chain(arguments));
+        let mut run: Vec<&str> = arguments.to_vec();
+        let out = dir.path().join((outs.len() + trained).to_string());
+        let out = out.to_str().unwrap();
+        match cli.unwrap_or_else(|e| panic!("{line}: {e}")).command {
+            Command::Reproduce(args) => {
+                // No data, no models, and the smallest size.
+                for (flag, count) in [("--preset", 2), ("--data", 2), ("--models", 2)] {
+                    if let Some(at) = run.iter().position(|word| *word == flag) {
+                        run.drain(at..at + count);
+                    }
+                }
+                // Its forty methods differ in settings alone.
+                if args.study == "ablation" {
+                    run.extend(["--methods", "static,grow"]);
+                }
+                let printed = done(&[&run[..], &["--preset", "smoke", "--out", out]].concat());
+                assert!(
+                    printed.contains(&format!("{} (smoke)", args.study)),
+                    "{line}: {printed}"
+                );
+                studies.push(args.study);
+                outs.push(out.to_owned());
+            }
+            Command::Train(_) => {
+                let file = run.iter().position(|word| *word == "FILE").unwrap();
+                run[file] = text.to_str().unwrap();
+                run.extend(small.split(' '));
+                assert!(
+                    done(&[&run[..], &["--out", out]].concat()).contains("bits"),
+                    "{line}"
+                );
+                trained += 1;
+            }
+            Command::Report(_) => {
+                assert_eq!(arguments, ["report", "DIR", "DIR"]);
+                let joined = done(&["report", &outs[0], &outs[0], "--out", out]);
+                assert!(Path::new(out).join("report.html").exists(), "{line}");
+                assert!(joined.contains("synthetic (smoke)"), "{joined}");
+            }
+            Command::Data(_) if arguments == ["data", "check"] => {
+                assert!(done(&run).contains("minilm-l6"), "{line}");
+            }
+            // Tests of the feature `hub` run it.
+            Command::Data(_) => assert_eq!(arguments[..2], ["data", "fetch"], "{line}"),
+            Command::Bench(_) => panic!("{line}"),
+        }
+    }
+    for study in study::STUDIES {
+        assert!(studies.iter().any(|s| s == study.name), "{}", study.name);
+    }
+    assert!(trained > 1 && outs.len() > 9);
+}
+
+/// The commands of a text, wherever they stand, as words; a line that ends with a backslash goes on.
+fn commands(text: &str) -> Vec<Vec<String>> {
+    let text = text.replace("\\\n", " ");
+    let mut found = Vec::new();
+    // Between backticks, or in a block, which three of them enclose: every second piece.
+    for piece in text.split('`').skip(1).step_by(2) {
+        for line in piece.lines() {
+            let Some(at) = line.find("cargo ") else {
+                continue;
+            };
+            let before = line[..at].trim_start_matches("$ ");
+            let alone = before.split_whitespace().all(|word| word.contains('='));
+            let command = line[at..].split(" # ").next().unwrap_or_default();
+            if alone {
+                found.push(command.split_whitespace().map(str::to_owned).collect());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn commands_of_every_readme_exist_and_ci_runs_their_examples() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let ci = fs::read_to_string(root.join(".ci/run")).unwrap();
+    let xtask = fs::read_to_string(root.join("xtask/src/main.rs")).unwrap();
+    let mut examples = Vec::new();
+    for (path, text) in readmes(&root) {
+        let at = path.display();
+        for command in commands(&text) {
+            let words: Vec<&str> = command.iter().map(String::as_str).collect();
+            let after = |flag: &str| {
+                let at = words.iter().position(|word| *word == flag)?;
+                words.get(at + 1).copied()
+            };
+            let manifest = after("--manifest-path").map(|path| path.replace("/Cargo.toml", ""));
+            let package = after("-p").map(|name| format!("crates/{name}"));
+            let folder = root.join(manifest.or(package).unwrap_or_default());
+            assert!(folder.join("Cargo.toml").exists(), "{at}: {words:?}");
+            let there = |kind: &str, name: &str| {
+                let file = folder.join(kind).join(name);
+                file.with_extension("rs").exists() || file.join("main.rs").exists()
+            };
+            match words[1] {
+                "xtask" => {
+                    let known = words
+                        .get(2)
+                        .is_none_or(|name| xtask.contains(&format!("\"{name}\"")));
+                    assert!(known, "{at}: {words:?}");
+                }
+                "run" | "test" | "bench" | "doc" | "build" => {}
+                _ => panic!("{at}: {words:?}"),
+            }
+            for (flag, kind) in [
+                ("--example", "examples"),
+                ("--test", "tests"),
+                ("--bench", "benches"),
+            ] {
+                let Some(name) = after(flag) else { continue };
+                assert!(there(kind, name), "{at}: {words:?}");
+                if kind == "examples" {
+                    examples.push(name.to_owned());
+                }
+            }
+            if let Some(feature) = after("--features") {
+                let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+                assert!(
+                    manifest.contains(&format!("\n{feature} = [")),
+                    "{at}: {words:?}"
+                );
+            }
+        }
+    }
+    examples.sort();
+    examples.dedup();
+    assert!(examples.len() > 9, "{examples:?}");
+    // What measures speed takes minutes, PyTorch or a GPU.
+    for name in examples
+        .iter()
+        .filter(|name| !["compare_gate", "speed"].contains(&&name[..]))
+    {
+        assert!(ci.contains(name), ".ci/run does not run {name}");
+    }
+}
+
+#[test]
+fn commands_are_found_in_blocks_and_between_backticks() {
+    let text =
+        "a cargo of words, `cargo a b`,\n```console\n$ X=1 cargo c \\\n    d # e\n```\nand `mass`";
+    assert_eq!(
+        commands(text),
+        [vec!["cargo", "a", "b"], vec!["cargo", "c", "d"]]
     );
 }
 
