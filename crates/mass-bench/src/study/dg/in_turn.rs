@@ -42,6 +42,11 @@ pub struct InTurn(Domains);
 /// # Errors
 /// [`BenchError`] if the model that it fine-tunes is not there, or `--task` names no set.
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<InTurn>, BenchError> {
+    if let Some((set, _)) = args.task.as_deref().and_then(|task| task.split_once('/')) {
+        return Err(BenchError::Usage(format!(
+            "--task {set}: all domains of a set follow one another, none is left out; name the set alone"
+        )));
+    }
     let (mut domains, pool) = family(args)?;
     // Steps of each domain, of which sets have four; then pools that leave room to grow again.
     let (each, first_to, experts_max, seeds) = match args.preset {

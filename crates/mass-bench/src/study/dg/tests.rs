@@ -268,6 +268,17 @@ fn trained<T: Task>(task: &T, planned: &Planned, dir: &Path) -> Run {
 }
 
 #[test]
+fn a_domain_alone_does_not_follow_others() {
+    let line = ["domains", "--preset", "smoke", "--task", "sample/dark"];
+    let refused = in_turn::plan(&ReproduceArgs::parsed(&line)).unwrap_err();
+    assert_eq!(refused.exit_code(), 2);
+    assert!(
+        refused.to_string().contains("name the set alone"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn every_pool_that_sees_domains_in_turn_has_rules_that_can_be_met() {
     for (preset, steps) in [(Preset::Quick, 400), (Preset::Full, 800)] {
         let dir = models();
