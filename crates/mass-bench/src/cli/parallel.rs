@@ -5,6 +5,9 @@ use mass_model::parallel::Ranks;
 
 use crate::BenchError;
 
+/// So many gradients are worth a sum of their own while the backward pass goes on: 4 MiB, a message's worth.
+const OVERLAPPED: usize = 1 << 20;
+
 /// What `--parallel` names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "lowercase")]
@@ -19,11 +22,12 @@ pub enum Parallel {
 }
 
 impl Parallel {
-    /// Joins the others, where there are some, in groups of `expert_parallel`.
+    /// Joins the others, where there are some, in groups of `expert_parallel`; with `overlap` gradients are summed while the backward
+    /// pass goes on.
     ///
     /// # Errors
     /// [`BenchError::Usage`] if there are others and this build has no MPI, [`BenchError::Parallel`] if MPI refuses.
-    pub fn join(self, expert_parallel: usize) -> Result<Ranks, BenchError> {
+    pub fn join(self, expert_parallel: usize, overlap: bool) -> Result<Ranks, BenchError> {
         let ranks = match (self, started()) {
             (Self::None, _) | (Self::Auto, None) => Ok(Ranks::default()),
             (Self::Mpi, _) => join("--parallel mpi"),
@@ -31,6 +35,10 @@ impl Parallel {
                 "this is one of {n} processes that were started together (--parallel none trains each on its own)"
             )),
         }?;
+        let ranks = match overlap {
+            true => ranks.overlapping(OVERLAPPED),
+            false => ranks,
+        };
         ranks
             .in_groups(expert_parallel)
             .map_err(|e| BenchError::Usage(format!("--expert-parallel {expert_parallel}: {e}")))

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use mass_model::checkpoint::{self, Snapshot};
+use mass_model::lm::LanguageModel;
 use serde_json::Value;
 
 /// A run of 200 steps in which experts are split and removed.
@@ -158,7 +160,7 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
             if next == 2 { 1 } else { 2 }
         );
         let mut child = launch(&[(first, divided)], dir.path());
-        wait_for(&mut child, || checkpoint(&out).is_some());
+        wait_for(&mut child, || latest(&out).is_some());
         kill(&children(child.id())[1], "-TERM");
         let ended = child.wait_with_output().unwrap();
         let error = String::from_utf8_lossy(&ended.stderr);
@@ -178,7 +180,7 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
 }
 
 /// The newest checkpoint of a run.
-fn checkpoint(out: &Path) -> Option<PathBuf> {
+fn latest(out: &Path) -> Option<PathBuf> {
     let mut runs = std::fs::read_dir(out.join("checkpoints")).ok()?;
     let latest = runs.next()?.ok()?.path().join("latest");
     latest.exists().then_some(latest)
@@ -212,7 +214,7 @@ fn a_process_that_dies_ends_the_others_and_leaves_a_good_checkpoint() {
     let arguments = format!("train {TRAIN} --steps 1000 --out out").replace("--steps 200 ", "");
     let mut child = launch(&[(2, arguments.clone())], dir.path());
     let out = dir.path().join("out");
-    wait_for(&mut child, || checkpoint(&out).is_some());
+    wait_for(&mut child, || latest(&out).is_some());
     kill(&children(child.id())[1], "-KILL");
     let killed = Instant::now();
     let ended = child.wait_with_output().unwrap();
@@ -314,6 +316,65 @@ fn what_one_process_cannot_do_ends_all() {
     let error = String::from_utf8_lossy(&ended.stderr);
     let told = error.contains("rank 0 has failed: saving a checkpoint");
     assert!(!ended.status.success() && told, "{error}");
+}
+
+/// One process reads a checkpoint in which a weight is no number: it fails in its first step, and so do the others.
+#[test]
+fn a_loss_that_is_no_number_on_one_process_ends_all() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let train = |out: &str| format!("train {TRAIN} --out {out}");
+    let mut child = launch(&[(2, train("good"))], dir.path());
+    let good = dir.path().join("good");
+    wait_for(&mut child, || latest(&good).is_some());
+    kill(&children(child.id())[0], "-TERM");
+    assert!(!child.wait_with_output().unwrap().status.success());
+    let copied = Command::new("cp")
+        .args(["-r", "good", "bad"])
+        .current_dir(dir.path())
+        .status();
+    assert!(copied.unwrap().success());
+    let run = latest(&dir.path().join("bad")).unwrap();
+    let run = run.parent().unwrap();
+    let mut read = checkpoint::load::<LanguageModel, Value>(run).unwrap();
+    read.model.head.weight.values_mut()[0] = f32::NAN;
+    let bad = Snapshot::new(read.step, &read.model, &read.optimizer, &read.state);
+    checkpoint::save(run, &bad).unwrap();
+
+    for overlap in [true, false] {
+        let resume = |out: &str| format!("{} --resume --overlap {overlap}", train(out));
+        let groups = [(1, resume("good")), (1, resume("bad")), (1, resume("good"))];
+        let what = format!("at step {}: the training loss is not finite", read.step);
+        ends(&groups, dir.path(), &[&what, "rank 1 has failed: "]);
+    }
+    done(&alone(&format!("{} --resume", train("good")), dir.path()));
+    done(&alone(&train("whole"), dir.path()));
+    let difference = largest_difference(&dir.path().join("whole"), &good);
+    assert!(difference < 1e-5, "{difference}");
+}
+
+/// A model that is large enough for its gradients to travel before the backward pass has ended.
+#[test]
+fn when_gradients_travel_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let train = "train --text text --steps 6 --dim 128 --layers 2 --heads 2 --hidden 512 --experts 8 --seq 16 --batch 8 \
+                 --method static --threads 1";
+    let mut left = Vec::new();
+    for overlap in [true, false] {
+        let out = dir.path().join(overlap.to_string());
+        let arguments = format!("{train} --overlap {overlap} --out {overlap}");
+        let output = mpirun(2, &arguments, dir.path());
+        done(&output);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let (_, messages) = said.split_once(" kB in ").expect("what was sent");
+        let messages: f64 = messages.split(' ').next().unwrap().parse().unwrap();
+        left.push((losses(&out), messages));
+    }
+    assert_eq!(left[0].0.len(), 6);
+    assert_eq!(left[0].0, left[1].0);
+    // There are more of them, if some travel on the way.
+    assert!(left[0].1 > left[1].1, "{} {}", left[0].1, left[1].1);
 }
 
 /// Two hosts: namespaces of this machine's network with a cable between them.
