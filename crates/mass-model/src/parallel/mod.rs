@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! each step, on every rank:
-//!     pass = train_pass(own rows)
+//!     pass = train_pass(own rows)          sums of gradients begin in its backward pass: Ranks::overlapping
 //!     reduce(ranks, model, pass, rows)     g = sum_r (n_r / N) g_r, in rank order, in f64: every rank has the same bits
 //!     model.adapt_among(ranks, ..)         loads of all ranks
 //!     grower.step_among(ranks, ..)         loads, shares of the loss, entropies of all ranks; norms of g

@@ -49,18 +49,6 @@ fn counts(all: &[usize]) -> (Vec<i32>, Vec<i32>) {
 const EAGER: Duration = Duration::from_micros(50);
 const NAP: Duration = Duration::from_micros(50);
 
-/// Waits as MPI libraries do not: they ask without a pause, and keep a core busy.
-fn wait<'a, D: ?Sized, S: Scope<'a>>(mut request: Request<'a, D, S>) {
-    let started = Instant::now();
-    while let Err(pending) = request.test() {
-        request = pending;
-        match started.elapsed() < EAGER {
-            true => thread::yield_now(),
-            false => thread::sleep(NAP),
-        }
-    }
-}
-
 impl Mpi {
     /// Joins the others.
     ///
@@ -85,14 +73,28 @@ impl Mpi {
         })
     }
 
-    fn with<R>(&self, call: impl FnOnce(&SimpleCommunicator) -> R) -> R {
+    /// Makes a call and waits for its end. Calls that return at once let values travel both ways at a time, which those that return
+    /// at the end need not do.
+    fn with<'a, D: ?Sized + 'a, S: Scope<'a>>(
+        &self,
+        call: impl FnOnce(&SimpleCommunicator) -> Request<'a, D, S>,
+    ) {
         let universe = self.universe.lock();
         let _alone = universe.unwrap_or_else(PoisonError::into_inner);
-        call(&SimpleCommunicator::world())
-    }
-
-    fn gently(&self) -> bool {
-        self.in_background.load(Ordering::Relaxed)
+        let mut request = call(&SimpleCommunicator::world());
+        if !self.in_background.load(Ordering::Relaxed) {
+            request.wait_without_status();
+            return;
+        }
+        // MPI libraries ask without a pause, and keep a core busy.
+        let started = Instant::now();
+        while let Err(pending) = request.test() {
+            request = pending;
+            match started.elapsed() < EAGER {
+                true => thread::yield_now(),
+                false => thread::sleep(NAP),
+            }
+        }
     }
 
     fn gather_all<T: Equivalence>(
@@ -103,12 +105,7 @@ impl Mpi {
     ) -> Result<(), ParallelError> {
         let (each, starts) = counts(each);
         let mut all = PartitionMut::new(all, each, starts);
-        self.with(|world| match self.gently() {
-            false => world.all_gather_varcount_into(own, &mut all),
-            true => {
-                scope(|s| wait(world.immediate_all_gather_varcount_into(s, own, &mut all)));
-            }
-        });
+        scope(|s| self.with(|world| world.immediate_all_gather_varcount_into(s, own, &mut all)));
         Ok(())
     }
 }
@@ -134,10 +131,7 @@ impl Communicator for Mpi {
     }
 
     fn words(&self, send: &[u64], receive: &mut [u64]) -> Result<(), ParallelError> {
-        self.with(|world| match self.gently() {
-            false => world.all_to_all_into(send, receive),
-            true => scope(|s| wait(world.immediate_all_to_all_into(s, send, receive))),
-        });
+        scope(|s| self.with(|world| world.immediate_all_to_all_into(s, send, receive)));
         Ok(())
     }
 
@@ -149,13 +143,8 @@ impl Communicator for Mpi {
         let ((to, to_starts), (from, from_starts)) = (counts(to), counts(from));
         let send = Partition::new(send, to, to_starts);
         let mut receive = PartitionMut::new(receive, from, from_starts);
-        self.with(|world| match self.gently() {
-            false => world.all_to_all_varcount_into(&send, &mut receive),
-            true => {
-                scope(|s| {
-                    wait(world.immediate_all_to_all_varcount_into(s, &send, &mut receive));
-                });
-            }
+        scope(|s| {
+            self.with(|world| world.immediate_all_to_all_varcount_into(s, &send, &mut receive));
         });
         Ok(())
     }
