@@ -78,8 +78,8 @@ pub struct ReproduceArgs {
     /// Processes of a group, among which experts are divided; every group has all of them
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub expert_parallel: usize,
-    /// Whether gradients travel between processes while the backward pass goes on
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    /// Whether gradients travel between processes while the backward pass goes on, for slow networks
+    #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
     pub overlap: bool,
     /// Print results.json alone on standard output
     #[arg(long)]

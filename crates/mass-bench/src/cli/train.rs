@@ -108,8 +108,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[serde(skip)]
     pub expert_parallel: usize,
-    /// Whether gradients travel between processes while the backward pass goes on
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    /// Whether gradients travel between processes while the backward pass goes on, for slow networks
+    #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
     #[serde(skip)]
     pub overlap: bool,
     /// Print results.json alone on standard output

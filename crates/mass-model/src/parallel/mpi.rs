@@ -49,6 +49,18 @@ fn counts(all: &[usize]) -> (Vec<i32>, Vec<i32>) {
 const EAGER: Duration = Duration::from_micros(50);
 const NAP: Duration = Duration::from_micros(50);
 
+/// Waits as MPI libraries do not: they ask without a pause, and keep a core busy.
+fn wait<'a, D: ?Sized, S: Scope<'a>>(mut request: Request<'a, D, S>) {
+    let started = Instant::now();
+    while let Err(pending) = request.test() {
+        request = pending;
+        match started.elapsed() < EAGER {
+            true => thread::yield_now(),
+            false => thread::sleep(NAP),
+        }
+    }
+}
+
 impl Mpi {
     /// Joins the others.
     ///
@@ -73,28 +85,14 @@ impl Mpi {
         })
     }
 
-    /// Makes a call and waits for its end. Calls that return at once let values travel both ways at a time, which those that return
-    /// at the end need not do.
-    fn with<'a, D: ?Sized + 'a, S: Scope<'a>>(
-        &self,
-        call: impl FnOnce(&SimpleCommunicator) -> Request<'a, D, S>,
-    ) {
+    fn with<R>(&self, call: impl FnOnce(&SimpleCommunicator) -> R) -> R {
         let universe = self.universe.lock();
         let _alone = universe.unwrap_or_else(PoisonError::into_inner);
-        let mut request = call(&SimpleCommunicator::world());
-        if !self.in_background.load(Ordering::Relaxed) {
-            request.wait_without_status();
-            return;
-        }
-        // MPI libraries ask without a pause, and keep a core busy.
-        let started = Instant::now();
-        while let Err(pending) = request.test() {
-            request = pending;
-            match started.elapsed() < EAGER {
-                true => thread::yield_now(),
-                false => thread::sleep(NAP),
-            }
-        }
+        call(&SimpleCommunicator::world())
+    }
+
+    fn gently(&self) -> bool {
+        self.in_background.load(Ordering::Relaxed)
     }
 
     fn gather_all<T: Equivalence>(
@@ -105,7 +103,12 @@ impl Mpi {
     ) -> Result<(), ParallelError> {
         let (each, starts) = counts(each);
         let mut all = PartitionMut::new(all, each, starts);
-        scope(|s| self.with(|world| world.immediate_all_gather_varcount_into(s, own, &mut all)));
+        self.with(|world| match self.gently() {
+            false => world.all_gather_varcount_into(own, &mut all),
+            true => {
+                scope(|s| wait(world.immediate_all_gather_varcount_into(s, own, &mut all)));
+            }
+        });
         Ok(())
     }
 }
@@ -131,7 +134,10 @@ impl Communicator for Mpi {
     }
 
     fn words(&self, send: &[u64], receive: &mut [u64]) -> Result<(), ParallelError> {
-        scope(|s| self.with(|world| world.immediate_all_to_all_into(s, send, receive)));
+        self.with(|world| match self.gently() {
+            false => world.all_to_all_into(send, receive),
+            true => scope(|s| wait(world.immediate_all_to_all_into(s, send, receive))),
+        });
         Ok(())
     }
 
@@ -143,8 +149,13 @@ impl Communicator for Mpi {
         let ((to, to_starts), (from, from_starts)) = (counts(to), counts(from));
         let send = Partition::new(send, to, to_starts);
         let mut receive = PartitionMut::new(receive, from, from_starts);
-        scope(|s| {
-            self.with(|world| world.immediate_all_to_all_varcount_into(s, &send, &mut receive));
+        self.with(|world| match self.gently() {
+            false => world.all_to_all_varcount_into(&send, &mut receive),
+            true => {
+                scope(|s| {
+                    wait(world.immediate_all_to_all_varcount_into(s, &send, &mut receive));
+                });
+            }
         });
         Ok(())
     }

@@ -210,6 +210,7 @@ impl Work {
         if self.thread.is_none() {
             let (queue, received) = channel();
             let (ranks, weight) = (self.ranks.clone(), self.weight);
+            ranks.in_background(true);
             let thread = std::thread::Builder::new()
                 .name("sums of gradients".into())
                 .spawn(move || sum_all(&ranks, weight, &received));
@@ -231,6 +232,7 @@ impl Work {
             return Ok(Vec::new());
         };
         drop(queue);
+        self.ranks.in_background(false);
         let summed = thread.join();
         self.ranks.leave_to(None);
         match summed {
@@ -247,15 +249,12 @@ fn sum_all(
     weight: u64,
     queue: &Receiver<Vec<Travelling>>,
 ) -> Result<Vec<Travelling>, ModelError> {
-    ranks.in_background(true);
     let mut summed = Vec::new();
-    let all = queue.iter().try_for_each(|mut some| {
+    for mut some in queue {
         sum(ranks, (0.0, weight), &mut some)?;
         summed.extend(some);
-        Ok(())
-    });
-    ranks.in_background(false);
-    all.map(|()| summed)
+    }
+    Ok(summed)
 }
 
 impl Ranks {
