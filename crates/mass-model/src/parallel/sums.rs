@@ -210,7 +210,6 @@ impl Work {
         if self.thread.is_none() {
             let (queue, received) = channel();
             let (ranks, weight) = (self.ranks.clone(), self.weight);
-            ranks.in_background(true);
             let thread = std::thread::Builder::new()
                 .name("sums of gradients".into())
                 .spawn(move || sum_all(&ranks, weight, &received));
@@ -232,7 +231,6 @@ impl Work {
             return Ok(Vec::new());
         };
         drop(queue);
-        self.ranks.in_background(false);
         let summed = thread.join();
         self.ranks.leave_to(None);
         match summed {
@@ -249,12 +247,15 @@ fn sum_all(
     weight: u64,
     queue: &Receiver<Vec<Travelling>>,
 ) -> Result<Vec<Travelling>, ModelError> {
+    ranks.in_background(true);
     let mut summed = Vec::new();
-    for mut some in queue {
+    let all = queue.iter().try_for_each(|mut some| {
         sum(ranks, (0.0, weight), &mut some)?;
         summed.extend(some);
-    }
-    Ok(summed)
+        Ok(())
+    });
+    ranks.in_background(false);
+    all.map(|()| summed)
 }
 
 impl Ranks {
