@@ -19,6 +19,8 @@ use super::{Communicator, ParallelError};
 pub struct Mpi {
     /// `None` once it is dropped. Calls come one at a time, from whatever thread.
     universe: Mutex<Option<Universe>>,
+    /// Calls return at once then, and are waited for. All ranks must change over between the same two calls: MPI does not match
+    /// those that return at once with those that wait.
     in_background: AtomicBool,
     rank: usize,
     size: usize,
