@@ -19,8 +19,8 @@ use super::{Communicator, ParallelError};
 pub struct Mpi {
     /// `None` once it is dropped. Calls come one at a time, from whatever thread.
     universe: Mutex<Option<Universe>>,
-    /// Calls return at once then, and are waited for. All ranks must change over between the same two calls: MPI does not match
-    /// those that return at once with those that wait.
+    /// Calls of [`exchange`](Communicator::exchange) and [`gather`](Communicator::gather) return at once then, and are waited for.
+    /// MPI does not match such calls with those that wait, so that words and bytes, by which ranks fail, always wait.
     in_background: AtomicBool,
     rank: usize,
     size: usize,
@@ -102,10 +102,11 @@ impl Mpi {
         own: &[T],
         all: &mut [T],
         each: &[usize],
+        gently: bool,
     ) -> Result<(), ParallelError> {
         let (each, starts) = counts(each);
         let mut all = PartitionMut::new(all, each, starts);
-        self.with(|world| match self.gently() {
+        self.with(|world| match gently {
             false => world.all_gather_varcount_into(own, &mut all),
             true => {
                 scope(|s| wait(world.immediate_all_gather_varcount_into(s, own, &mut all)));
@@ -136,10 +137,7 @@ impl Communicator for Mpi {
     }
 
     fn words(&self, send: &[u64], receive: &mut [u64]) -> Result<(), ParallelError> {
-        self.with(|world| match self.gently() {
-            false => world.all_to_all_into(send, receive),
-            true => scope(|s| wait(world.immediate_all_to_all_into(s, send, receive))),
-        });
+        self.with(|world| world.all_to_all_into(send, receive));
         Ok(())
     }
 
@@ -163,7 +161,7 @@ impl Communicator for Mpi {
     }
 
     fn gather(&self, own: &[f32], all: &mut [f32], counts: &[usize]) -> Result<(), ParallelError> {
-        self.gather_all(own, all, counts)
+        self.gather_all(own, all, counts, self.gently())
     }
 
     fn gather_bytes(
@@ -172,7 +170,7 @@ impl Communicator for Mpi {
         all: &mut [u8],
         counts: &[usize],
     ) -> Result<(), ParallelError> {
-        self.gather_all(own, all, counts)
+        self.gather_all(own, all, counts, false)
     }
 
     fn in_background(&self, yes: bool) {
