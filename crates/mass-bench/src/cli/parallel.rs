@@ -1,12 +1,11 @@
 //! Which processes train together.
 
+use std::num::NonZeroUsize;
+
 use clap::ValueEnum;
 use mass_model::parallel::Ranks;
 
 use crate::BenchError;
-
-/// So many gradients are worth a sum of their own while the backward pass goes on: 4 MiB, a message's worth.
-const OVERLAPPED: usize = 1 << 20;
 
 /// What `--parallel` names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -22,12 +21,16 @@ pub enum Parallel {
 }
 
 impl Parallel {
-    /// Joins the others, where there are some, in groups of `expert_parallel`; with `overlap` gradients are summed while the backward
-    /// pass goes on.
+    /// Joins the others, where there are some, in groups of `expert_parallel`, for sums of gradients as `overlap` says.
     ///
     /// # Errors
-    /// [`BenchError::Usage`] if there are others and this build has no MPI, [`BenchError::Parallel`] if MPI refuses.
-    pub fn join(self, expert_parallel: usize, overlap: bool) -> Result<Ranks, BenchError> {
+    /// [`BenchError::Usage`] if there are others and this build has no MPI, or none whom the arguments are for;
+    /// [`BenchError::Parallel`] if MPI refuses.
+    pub fn join(
+        self,
+        expert_parallel: usize,
+        overlap: Option<NonZeroUsize>,
+    ) -> Result<Ranks, BenchError> {
         let ranks = match (self, started()) {
             (Self::None, _) | (Self::Auto, None) => Ok(Ranks::default()),
             (Self::Mpi, _) => join("--parallel mpi"),
@@ -40,8 +43,13 @@ impl Parallel {
             ))),
         }?;
         let ranks = match overlap {
-            true => ranks.overlapping(OVERLAPPED),
-            false => ranks,
+            Some(n) if ranks.is_alone() => {
+                let what =
+                    format!("--overlap {n}: one process has no gradients to sum with others");
+                return Err(BenchError::Usage(what));
+            }
+            Some(n) => ranks.overlapping(n.get()),
+            None => ranks,
         };
         ranks
             .in_groups(expert_parallel)

@@ -78,6 +78,11 @@ fn bad_arguments_exit_2_with_one_line() {
             &["--models", "minilm-l6", "--preset smoke"],
         ),
         (&["reproduce", "--preset", "huge"], &["huge", "smoke"]),
+        (
+            &["train", "--text", "file", "--overlap", "1000"],
+            &["--overlap 1000", "one process"],
+        ),
+        (&["reproduce", "--overlap", "0"], &["--overlap", "zero"]),
         (&["reproduce", "--variant", "mine"], &["mine", "reference"]),
         (
             &["reproduce", "--methods", "mass,magic"],

@@ -86,9 +86,4 @@ pub trait Communicator: Send + Sync + fmt::Debug {
         all: &mut [u8],
         counts: &[usize],
     ) -> Result<(), ParallelError>;
-
-    /// Says that calls come from a thread beside one that computes, or do so no more: whoever waits gives its core away.
-    fn in_background(&self, yes: bool) {
-        let _ = yes;
-    }
 }

@@ -113,6 +113,12 @@ impl Ranks {
         self
     }
 
+    /// How many gradients are summed at least while the backward pass goes on; `None` if all are summed after it.
+    #[must_use]
+    pub fn overlap(&self) -> Option<usize> {
+        self.overlap
+    }
+
     /// The ranks of this one's group.
     #[must_use]
     pub fn group(&self) -> std::ops::Range<usize> {
@@ -169,12 +175,6 @@ impl Ranks {
                 .left_to
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = thread;
-        }
-    }
-
-    fn in_background(&self, yes: bool) {
-        if let Some(shared) = &self.shared {
-            shared.communicator.in_background(yes);
         }
     }
 

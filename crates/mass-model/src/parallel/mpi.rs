@@ -1,13 +1,9 @@
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use mpi::Threading;
 use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::Universe;
-use mpi::request::{Request, Scope, scope};
 use mpi::topology::{Communicator as _, SimpleCommunicator};
 use mpi::traits::{CommunicatorCollectives, Equivalence};
 
@@ -19,9 +15,6 @@ use super::{Communicator, ParallelError};
 pub struct Mpi {
     /// `None` once it is dropped. Calls come one at a time, from whatever thread.
     universe: Mutex<Option<Universe>>,
-    /// Calls of [`exchange`](Communicator::exchange) and [`gather`](Communicator::gather) return at once then, and are waited for.
-    /// MPI does not match such calls with those that wait, so that words and bytes, by which ranks fail, always wait.
-    in_background: AtomicBool,
     rank: usize,
     size: usize,
 }
@@ -47,22 +40,6 @@ fn counts(all: &[usize]) -> (Vec<i32>, Vec<i32>) {
     (counts, starts)
 }
 
-/// How long a thread beside one that computes asks again and again, and how long it sleeps then before it asks once more.
-const EAGER: Duration = Duration::from_micros(50);
-const NAP: Duration = Duration::from_micros(50);
-
-/// Waits as MPI libraries do not: they ask without a pause, and keep a core busy.
-fn wait<'a, D: ?Sized, S: Scope<'a>>(mut request: Request<'a, D, S>) {
-    let started = Instant::now();
-    while let Err(pending) = request.test() {
-        request = pending;
-        match started.elapsed() < EAGER {
-            true => thread::yield_now(),
-            false => thread::sleep(NAP),
-        }
-    }
-}
-
 impl Mpi {
     /// Joins the others.
     ///
@@ -81,7 +58,6 @@ impl Mpi {
         let [rank, size] = [world.rank(), world.size()].map(|n| n as usize);
         Ok(Self {
             universe: Mutex::new(Some(universe)),
-            in_background: AtomicBool::new(false),
             rank,
             size,
         })
@@ -93,25 +69,15 @@ impl Mpi {
         call(&SimpleCommunicator::world())
     }
 
-    fn gently(&self) -> bool {
-        self.in_background.load(Ordering::Relaxed)
-    }
-
     fn gather_all<T: Equivalence>(
         &self,
         own: &[T],
         all: &mut [T],
         each: &[usize],
-        gently: bool,
     ) -> Result<(), ParallelError> {
         let (each, starts) = counts(each);
         let mut all = PartitionMut::new(all, each, starts);
-        self.with(|world| match gently {
-            false => world.all_gather_varcount_into(own, &mut all),
-            true => {
-                scope(|s| wait(world.immediate_all_gather_varcount_into(s, own, &mut all)));
-            }
-        });
+        self.with(|world| world.all_gather_varcount_into(own, &mut all));
         Ok(())
     }
 }
@@ -149,19 +115,12 @@ impl Communicator for Mpi {
         let ((to, to_starts), (from, from_starts)) = (counts(to), counts(from));
         let send = Partition::new(send, to, to_starts);
         let mut receive = PartitionMut::new(receive, from, from_starts);
-        self.with(|world| match self.gently() {
-            false => world.all_to_all_varcount_into(&send, &mut receive),
-            true => {
-                scope(|s| {
-                    wait(world.immediate_all_to_all_varcount_into(s, &send, &mut receive));
-                });
-            }
-        });
+        self.with(|world| world.all_to_all_varcount_into(&send, &mut receive));
         Ok(())
     }
 
     fn gather(&self, own: &[f32], all: &mut [f32], counts: &[usize]) -> Result<(), ParallelError> {
-        self.gather_all(own, all, counts, self.gently())
+        self.gather_all(own, all, counts)
     }
 
     fn gather_bytes(
@@ -170,10 +129,6 @@ impl Communicator for Mpi {
         all: &mut [u8],
         counts: &[usize],
     ) -> Result<(), ParallelError> {
-        self.gather_all(own, all, counts, false)
-    }
-
-    fn in_background(&self, yes: bool) {
-        self.in_background.store(yes, Ordering::Relaxed);
+        self.gather_all(own, all, counts)
     }
 }

@@ -247,15 +247,12 @@ fn sum_all(
     weight: u64,
     queue: &Receiver<Vec<Travelling>>,
 ) -> Result<Vec<Travelling>, ModelError> {
-    ranks.in_background(true);
     let mut summed = Vec::new();
-    let all = queue.iter().try_for_each(|mut some| {
+    for mut some in queue {
         sum(ranks, (0.0, weight), &mut some)?;
         summed.extend(some);
-        Ok(())
-    });
-    ranks.in_background(false);
-    all.map(|()| summed)
+    }
+    Ok(summed)
 }
 
 impl Ranks {
