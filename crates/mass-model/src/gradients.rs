@@ -77,7 +77,6 @@ impl Identity {
     }
 
     /// The key under which dfdx keeps it.
-    #[cfg(feature = "cuda")]
     pub(crate) fn id(&self) -> UniqueId {
         self.0.id
     }

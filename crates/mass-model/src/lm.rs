@@ -9,6 +9,7 @@ use crate::error::ModelError;
 use crate::mixtures::{attempt, check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{Host, Pass, Rows, Sequences, Training};
+use crate::parallel::Meanwhile;
 use crate::param::Param;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::place::{Place, PlacedGradients};
@@ -104,7 +105,7 @@ impl LanguageModel {
         tape: T,
     ) -> Result<Forwarded<T>, ModelError> {
         let mut pass = Host(tape);
-        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked, None)?;
         let logits = logits.into_tensor(pass.0)?;
         Ok(Forwarded { logits, layers })
     }
@@ -116,6 +117,7 @@ impl LanguageModel {
         tokens: &[u32],
         seq: usize,
         masked: Option<Masked>,
+        meanwhile: Option<&Meanwhile>,
     ) -> Result<(P::Rows, Vec<LayerTrace>), ModelError> {
         let longest = self.positions.shape()[0];
         if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
@@ -133,7 +135,14 @@ impl LanguageModel {
         let mut x = pass.embedding(&tables)?;
         let mut layers = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
+            if let Some(meanwhile) = meanwhile {
+                meanwhile.complete(pass, block);
+            }
             x = block.run(pass, x, &sequences, masked, &mut layers)?;
+        }
+        if let Some(meanwhile) = meanwhile {
+            meanwhile.complete(pass, &self.norm);
+            meanwhile.complete(pass, &self.head);
         }
         let x = self.norm.run(pass, x)?;
         Ok((self.head.run(pass, x)?, layers))
@@ -159,10 +168,13 @@ impl LanguageModel {
         targets: &[u32],
         seq: usize,
     ) -> Result<TrainPass<P::Gradients>, ModelError> {
+        let ranks = self.blocks.first().map(|block| block.moe.ranks());
+        let meanwhile = ranks.and_then(|ranks| Meanwhile::new(ranks, targets.len() as u64));
         attempt(self, None, |_| {
-            let (logits, layers) = self.run(&mut pass, tokens, seq, None)?;
+            let (logits, layers) = self.run(&mut pass, tokens, seq, None, meanwhile.as_ref())?;
             let (loss, token_losses) = pass.cross_entropy(logits, targets)?;
-            TrainPass::of(pass, loss, token_losses, layers)
+            let made = TrainPass::of(pass, loss, token_losses, layers)?;
+            Ok(TrainPass { meanwhile, ..made })
         })
     }
 
@@ -195,7 +207,7 @@ impl LanguageModel {
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut pass = crate::ops::Cuda::evaluating(device);
-        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked, None)?;
         Ok((pass.cross_entropy(logits, targets)?.1, layers))
     }
 
@@ -248,7 +260,7 @@ impl LanguageModel {
         masked: Option<Masked>,
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut pass = Host(NoneTape);
-        let (logits, layers) = self.run(&mut pass, tokens, seq, masked)?;
+        let (logits, layers) = self.run(&mut pass, tokens, seq, masked, None)?;
         Ok((pass.cross_entropy(logits, targets)?.1, layers))
     }
 }

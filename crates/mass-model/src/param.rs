@@ -371,9 +371,8 @@ impl fmt::Debug for Param {
 #[derive(Clone)]
 pub(crate) struct ParamHandle(Identity);
 
-#[cfg(feature = "cuda")]
 impl ParamHandle {
-    /// The gradient's key on a device.
+    /// The gradient's key.
     pub(crate) fn id(&self) -> dfdx::prelude::UniqueId {
         self.0.id()
     }
@@ -381,6 +380,11 @@ impl ParamHandle {
     /// Number of values.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Takes the gradient out, if there is one; give it back with [`put`](Self::put).
+    pub(crate) fn find(&self, gradients: &mut CpuGradients) -> Result<Option<Vec<f32>>, CpuError> {
+        self.0.take(gradients)
     }
 }
 

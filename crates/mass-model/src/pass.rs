@@ -10,6 +10,7 @@ use crate::error::ModelError;
 use crate::gradients::CpuGradients;
 use crate::mirror::Mirror;
 use crate::ops::{Training, check_loss};
+use crate::parallel::Meanwhile;
 
 /// What a mixture layer did in a forward pass.
 #[derive(Clone, Debug)]
@@ -88,6 +89,8 @@ pub struct TrainPass<G = CpuGradients> {
     pub gradients: G,
     /// One a mixture layer, bottom first.
     pub layers: Vec<LayerTrace>,
+    /// Gradients that have left for a sum over ranks.
+    pub(crate) meanwhile: Option<Meanwhile>,
 }
 
 impl TrainPass {
@@ -107,6 +110,7 @@ impl TrainPass {
             token_losses,
             gradients: loss.try_backward()?,
             layers,
+            meanwhile: None,
         })
     }
 }
@@ -125,6 +129,7 @@ impl<G> TrainPass<G> {
             token_losses,
             gradients,
             layers,
+            meanwhile: None,
         })
     }
 }

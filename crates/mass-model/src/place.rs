@@ -129,6 +129,7 @@ impl<G> TrainPass<G> {
             token_losses: self.token_losses,
             gradients: self.gradients.into(),
             layers: self.layers,
+            meanwhile: self.meanwhile,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use mass_model::Place;
@@ -33,15 +34,17 @@ impl RunContext {
         }
     }
 
-    /// Raises the flag on Ctrl-C, and where a system ends processes by signals on SIGTERM and SIGHUP; a second one ends the
-    /// process at once, with exit code 1.
+    /// Raises the flag on Ctrl-C, and where a system ends processes by signals on SIGTERM and SIGHUP; a later one ends the
+    /// process at once, with exit code 1. Within a second it is the same one: Slurm sends two at the end of a job's time.
     ///
     /// # Errors
     /// [`BenchError::Failed`] when the system refuses a handler.
     pub fn watch_signals(&self) -> Result<(), BenchError> {
         let flag = Arc::clone(&self.interrupt);
+        let mut first = None;
         ctrlc::set_handler(move || {
-            if flag.swap(true, Ordering::SeqCst) {
+            flag.store(true, Ordering::SeqCst);
+            if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
                 std::process::exit(1);
             }
         })

@@ -102,8 +102,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return fail(&BenchError::Usage(one_line(&error))),
     };
     let ranks = match &cli.command {
-        Command::Reproduce(args) => args.parallel.join(args.expert_parallel),
-        Command::Train(args) => args.parallel.join(args.expert_parallel),
+        Command::Reproduce(args) => args.parallel.join(args.expert_parallel, args.overlap),
+        Command::Train(args) => args.parallel.join(args.expert_parallel, args.overlap),
         _ => Ok(Ranks::default()),
     };
     let ranks = match ranks {

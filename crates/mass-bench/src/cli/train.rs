@@ -1,3 +1,4 @@
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -108,6 +109,11 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[serde(skip)]
     pub expert_parallel: usize,
+    /// Sum gradients over processes while the backward pass goes on, as soon as VALUES of them are complete (1048576 is a good
+    /// number); by default they are summed after it
+    #[arg(long, value_name = "VALUES")]
+    #[serde(skip)]
+    pub overlap: Option<NonZeroUsize>,
     /// Print results.json alone on standard output
     #[arg(long)]
     #[serde(skip)]

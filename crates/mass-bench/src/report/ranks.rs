@@ -31,6 +31,14 @@ impl ResultStore {
             ("study".to_owned(), header.study.clone()),
             ("preset".to_owned(), header.preset.clone()),
             ("existing results".to_owned(), format!("{existing:?}")),
+            (
+                "--expert-parallel".to_owned(),
+                ranks.group().len().to_string(),
+            ),
+            (
+                "--overlap".to_owned(),
+                ranks.overlap().map_or("nothing".into(), |n| n.to_string()),
+            ),
         ];
         let settings = serde_json::to_value(settings).map_err(|e| ReportError::Malformed {
             path: dir.to_owned(),

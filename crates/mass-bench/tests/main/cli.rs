@@ -34,6 +34,33 @@ fn refused(arguments: &[&str], dir: &Path, parts: &[&str]) {
     assert!(output.stdout.is_empty(), "{arguments:?}");
 }
 
+/// `srun -n 2` without a protocol of MPI: two processes that would both write into one directory.
+#[test]
+fn processes_that_srun_has_not_told_of_each_other_do_not_begin() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
+    let output = command
+        .args([
+            "reproduce",
+            "synthetic",
+            "--preset",
+            "smoke",
+            "--out",
+            "out",
+        ])
+        .current_dir(dir.path())
+        .env("SLURM_STEP_NUM_TASKS", "2")
+        .output()
+        .expect("the binary runs");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(
+        error.contains("2 processes that do not know each other"),
+        "{error}"
+    );
+    assert!(!dir.path().join("out").exists());
+}
+
 #[test]
 fn bad_arguments_exit_2_with_one_line() {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -51,6 +78,11 @@ fn bad_arguments_exit_2_with_one_line() {
             &["--models", "minilm-l6", "--preset smoke"],
         ),
         (&["reproduce", "--preset", "huge"], &["huge", "smoke"]),
+        (
+            &["train", "--text", "file", "--overlap", "1000"],
+            &["--overlap 1000", "one process"],
+        ),
+        (&["reproduce", "--overlap", "0"], &["--overlap", "zero"]),
         (&["reproduce", "--variant", "mine"], &["mine", "reference"]),
         (
             &["reproduce", "--methods", "mass,magic"],

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use mass_model::checkpoint::{self, Snapshot};
+use mass_model::lm::LanguageModel;
 use serde_json::Value;
 
 /// A run of 200 steps in which experts are split and removed.
@@ -158,7 +160,7 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
             if next == 2 { 1 } else { 2 }
         );
         let mut child = launch(&[(first, divided)], dir.path());
-        wait_for(&mut child, || checkpoint(&out).is_some());
+        wait_for(&mut child, || latest(&out).is_some());
         kill(&children(child.id())[1], "-TERM");
         let ended = child.wait_with_output().unwrap();
         let error = String::from_utf8_lossy(&ended.stderr);
@@ -178,7 +180,7 @@ fn a_run_goes_on_on_any_other_number_of_processes() {
 }
 
 /// The newest checkpoint of a run.
-fn checkpoint(out: &Path) -> Option<PathBuf> {
+fn latest(out: &Path) -> Option<PathBuf> {
     let mut runs = std::fs::read_dir(out.join("checkpoints")).ok()?;
     let latest = runs.next()?.ok()?.path().join("latest");
     latest.exists().then_some(latest)
@@ -212,7 +214,7 @@ fn a_process_that_dies_ends_the_others_and_leaves_a_good_checkpoint() {
     let arguments = format!("train {TRAIN} --steps 1000 --out out").replace("--steps 200 ", "");
     let mut child = launch(&[(2, arguments.clone())], dir.path());
     let out = dir.path().join("out");
-    wait_for(&mut child, || checkpoint(&out).is_some());
+    wait_for(&mut child, || latest(&out).is_some());
     kill(&children(child.id())[1], "-KILL");
     let killed = Instant::now();
     let ended = child.wait_with_output().unwrap();
@@ -246,6 +248,14 @@ fn processes_that_were_given_different_things_end_with_what_differs() {
     let train = |more: &str| format!("train {TRAIN} --out out {more}");
     let plain = (1, train(""));
     for (others, what) in [
+        (
+            (1, train("--overlap 1000")),
+            "--overlap 1000, and rank 0 has nothing",
+        ),
+        (
+            (1, train("--expert-parallel 2")),
+            "--expert-parallel 2, and rank 0 has 1",
+        ),
         ((1, train("--seed 3")), "arguments.seed 3, and rank 0 has 0"),
         (
             (1, train("--p 0.25")),
@@ -314,6 +324,67 @@ fn what_one_process_cannot_do_ends_all() {
     let error = String::from_utf8_lossy(&ended.stderr);
     let told = error.contains("rank 0 has failed: saving a checkpoint");
     assert!(!ended.status.success() && told, "{error}");
+}
+
+/// One process reads a checkpoint in which a weight is no number: it fails in its first step, and so do the others.
+#[test]
+fn a_loss_that_is_no_number_on_one_process_ends_all() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let train = |out: &str| format!("train {TRAIN} --out {out}");
+    let mut child = launch(&[(2, train("good"))], dir.path());
+    let good = dir.path().join("good");
+    wait_for(&mut child, || latest(&good).is_some());
+    kill(&children(child.id())[0], "-TERM");
+    assert!(!child.wait_with_output().unwrap().status.success());
+    let copied = Command::new("cp")
+        .args(["-r", "good", "bad"])
+        .current_dir(dir.path())
+        .status();
+    assert!(copied.unwrap().success());
+    let run = latest(&dir.path().join("bad")).unwrap();
+    let run = run.parent().unwrap();
+    let mut read = checkpoint::load::<LanguageModel, Value>(run).unwrap();
+    read.model.head.weight.values_mut()[0] = f32::NAN;
+    let bad = Snapshot::new(read.step, &read.model, &read.optimizer, &read.state);
+    checkpoint::save(run, &bad).unwrap();
+
+    for overlap in ["--overlap 1000", ""] {
+        let resume = |out: &str| format!("{} --resume {overlap}", train(out));
+        let groups = [(1, resume("good")), (1, resume("bad")), (1, resume("good"))];
+        let what = format!("at step {}: the training loss is not finite", read.step);
+        ends(&groups, dir.path(), &[&what, "rank 1 has failed: "]);
+    }
+    done(&alone(&format!("{} --resume", train("good")), dir.path()));
+    done(&alone(&train("whole"), dir.path()));
+    let difference = largest_difference(&dir.path().join("whole"), &good);
+    assert!(difference < 1e-5, "{difference}");
+}
+
+/// Gradients that travel before the backward pass has ended, one block's after another's: losses have the same bits.
+#[test]
+fn when_gradients_travel_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path());
+    let left = ["", "--overlap 1000"].map(|overlap| {
+        let out = format!("out{}", overlap.len());
+        let output = mpirun(
+            2,
+            &format!("train {TRAIN} {overlap} --out {out}"),
+            dir.path(),
+        );
+        done(&output);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let (_, messages) = said.split_once(" kB in ").expect("what was sent");
+        let messages: f64 = messages.split(' ').next().unwrap().parse().unwrap();
+        let out = dir.path().join(out);
+        (losses(&out), events(&out), messages)
+    });
+    let [after, meanwhile] = left;
+    assert_eq!(after.0.len(), 200);
+    assert_eq!((after.0, after.1), (meanwhile.0, meanwhile.1));
+    // There are more of them, if some travel on the way.
+    assert!(meanwhile.2 > after.2, "{} {}", meanwhile.2, after.2);
 }
 
 /// Two hosts: namespaces of this machine's network with a cable between them.

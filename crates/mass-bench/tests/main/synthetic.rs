@@ -315,15 +315,16 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
     assert_eq!(figures(&cut), figures(&whole));
 }
 
-/// What a job scheduler, a service manager and a closed terminal send is heeded as Ctrl-C is.
+/// What a job scheduler, a service manager and a closed terminal send is heeded as Ctrl-C is. What comes at the same time is one.
 #[cfg(unix)]
 #[test]
 fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let text = dir.path().join("text.txt");
     std::fs::write(&text, "A line that says the same as others.\n".repeat(500)).unwrap();
-    for signal in ["INT", "TERM", "HUP"] {
-        let out = dir.path().join(signal);
+    for signals in [&["INT"][..], &["TERM"], &["HUP"], &["INT", "TERM", "HUP"]] {
+        let signal = signals.join("-");
+        let out = dir.path().join(&signal);
         let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
             .args(["train", "--dim", "16", "--hidden", "16", "--layers", "1"])
             .args(["--seq", "16", "--batch", "2", "--threads", "1"])
@@ -342,8 +343,11 @@ fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
             assert!(begun.elapsed().as_secs() < 60, "it never began");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        let pid = child.id().to_string();
-        let sent = Command::new("kill").args(["-s", signal, &pid]).status();
+        let kills = signals
+            .iter()
+            .map(|s| format!("kill -s {s} {}", child.id()));
+        let kills: Vec<String> = kills.collect();
+        let sent = Command::new("sh").args(["-c", &kills.join("; ")]).status();
         assert!(sent.unwrap().success());
         let output = child.wait_with_output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);

@@ -512,6 +512,10 @@ impl MoeLayer {
         self.ranks = ranks;
     }
 
+    pub(crate) fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
     /// Where each expert's network is, by the place of a rank in its group; empty where every rank has all.
     pub fn owners(&self) -> &[usize] {
         &self.owners

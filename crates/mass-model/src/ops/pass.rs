@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use dfdx::prelude::{AsArray, Backward, Cpu, OwnedTape, PutTape, Tape};
+use dfdx::tensor::CpuError;
 use mass_routing::{AnyRouter, RoutingPlan};
 use ndarray::ArrayView2;
 
@@ -30,6 +31,14 @@ pub(crate) trait Pass {
 
     /// Whether what is done is kept for a backward pass.
     fn trains(&self) -> bool;
+
+    /// Has something done when a backward pass on the host has come back to here.
+    fn on_return(
+        &mut self,
+        todo: impl FnOnce(&mut CpuGradients) -> Result<(), CpuError> + 'static,
+    ) {
+        drop(todo);
+    }
 
     /// Rows that need no gradient.
     fn constant(&self, values: Scratch, shape: (usize, usize)) -> Result<Self::Rows, ModelError>;
@@ -216,6 +225,13 @@ impl<T: Tape<f32, Cpu>> Pass for Host<T> {
 
     fn trains(&self) -> bool {
         T::OWNS_TAPE
+    }
+
+    fn on_return(
+        &mut self,
+        todo: impl FnOnce(&mut CpuGradients) -> Result<(), CpuError> + 'static,
+    ) {
+        self.0.add_backward_op(todo);
     }
 
     fn constant(&self, values: Scratch, shape: (usize, usize)) -> Result<Activations, ModelError> {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! each step, on every rank:
-//!     pass = train_pass(own rows)
+//!     pass = train_pass(own rows)          sums of gradients begin in its backward pass: Ranks::overlapping
 //!     reduce(ranks, model, pass, rows)     g = sum_r (n_r / N) g_r, in rank order, in f64: every rank has the same bits
 //!     model.adapt_among(ranks, ..)         loads of all ranks
 //!     grower.step_among(ranks, ..)         loads, shares of the loss, entropies of all ranks; norms of g
@@ -26,12 +26,14 @@ mod experts;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod reduce;
+mod shared;
+mod sums;
 mod threads;
 mod traffic;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
+use std::thread::ThreadId;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -42,32 +44,13 @@ pub(crate) use experts::{least_loaded, move_newcomer};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 pub use reduce::{check, reduce};
+use shared::{Kind, Shared};
+pub(crate) use sums::Meanwhile;
 pub use threads::Threads;
 pub use traffic::{Step, Traffic};
 
 /// Values of one sum at a time: this, twice, is the memory that summing gradients takes.
 const BUCKET: usize = 1 << 20;
-
-/// What a collective is for: ranks compare it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-enum Kind {
-    Fail = 1,
-    Finish,
-    Bytes,
-    Floats,
-    Sum,
-    Exchange,
-}
-
-const KINDS: [Kind; 6] = [
-    Kind::Fail,
-    Kind::Finish,
-    Kind::Bytes,
-    Kind::Floats,
-    Kind::Sum,
-    Kind::Exchange,
-];
 
 /// The ranks that train together, as one of them sees them; by default it is alone.
 ///
@@ -89,26 +72,17 @@ pub struct Ranks {
     shared: Option<Arc<Shared>>,
     /// Ranks of a group, among which experts are divided; 0 and 1 say that every rank has all.
     group: usize,
-}
-
-#[derive(Debug)]
-struct Shared {
-    communicator: Box<dyn Communicator>,
-    ended: AtomicBool,
-    traffic: Mutex<Traffic>,
+    /// How many gradients are summed at least while the backward pass goes on, if any are.
+    overlap: Option<usize>,
 }
 
 impl Ranks {
     /// Those that a communicator joins. If it joins one alone, nothing is exchanged.
     pub fn new(communicator: impl Communicator + 'static) -> Self {
-        let shared = Arc::new(Shared {
-            communicator: Box::new(communicator),
-            ended: AtomicBool::new(false),
-            traffic: Mutex::default(),
-        });
         Self {
-            shared: Some(shared),
+            shared: Some(Arc::new(Shared::new(communicator))),
             group: 1,
+            overlap: None,
         }
     }
 
@@ -125,6 +99,24 @@ impl Ranks {
         }
         self.group = of;
         Ok(self)
+    }
+
+    /// The same, which sum gradients while the backward pass goes on, once there are so many values whose gradients are complete
+    /// ([`LanguageModel`](crate::lm::LanguageModel) alone knows when they are); after it what is left. The bits are the same.
+    ///
+    /// From a training pass on, until [`reduce`] or until the pass is dropped, these gradients are not among those of the pass, and
+    /// no other collective may be called: it is refused. Where experts are divided nothing is summed meanwhile, since their tokens
+    /// travel then.
+    #[must_use]
+    pub fn overlapping(mut self, at_least: usize) -> Self {
+        self.overlap = Some(at_least);
+        self
+    }
+
+    /// How many gradients are summed at least while the backward pass goes on; `None` if all are summed after it.
+    #[must_use]
+    pub fn overlap(&self) -> Option<usize> {
+        self.overlap
     }
 
     /// The ranks of this one's group.
@@ -174,6 +166,16 @@ impl Ranks {
     /// The ranks, if there are several.
     fn several(&self) -> Option<&Shared> {
         self.shared.as_deref().filter(|s| s.communicator.size() > 1)
+    }
+
+    /// Leaves all collectives to a thread, or takes them back.
+    fn leave_to(&self, thread: Option<ThreadId>) {
+        if let Some(shared) = &self.shared {
+            *shared
+                .left_to
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = thread;
+        }
     }
 
     /// What this rank has sent to others so far.
@@ -305,90 +307,6 @@ impl Ranks {
         Ok(count[0] > 0.0)
     }
 
-    /// `values = Σ_r weights[r] values_r`, summed in rank order in f64 and rounded once: every rank gets the same bits.
-    ///
-    /// Each rank adds up its part of the values and sends it to the others, so that each value crosses the network twice less
-    /// `2 / ranks`, whatever the number of ranks.
-    ///
-    /// # Errors
-    /// As [`gather_bytes`](Self::gather_bytes).
-    pub fn weighted_sum(&self, values: &mut [f32], weights: &[f64]) -> Result<(), ParallelError> {
-        let Some(shared) = self.several() else {
-            return Ok(());
-        };
-        let (rank, size) = (self.rank(), self.size());
-        let mut received = Vec::new();
-        for bucket in values.chunks_mut(BUCKET) {
-            let counts = shared.begin(Kind::Sum, bucket.len())?;
-            shared.same("values to add", &counts)?;
-            let parts: Vec<usize> = (0..size)
-                .map(|r| part(bucket.len(), size, r).len())
-                .collect();
-            let mine = parts[rank];
-            received.clear();
-            received.resize(mine * size, 0.0);
-            let from = vec![mine; size];
-            let communicator = &shared.communicator;
-            communicator.exchange((bucket, &parts), (&mut received, &from))?;
-            let own: Vec<f32> = (0..mine)
-                .map(|i| {
-                    let shares = weights.iter().enumerate();
-                    let terms = shares.map(|(r, w)| w * f64::from(received[r * mine + i]));
-                    terms.sum::<f64>() as f32
-                })
-                .collect();
-            communicator.gather(&own, bucket, &parts)?;
-            let others = bucket.len() - mine + (size - 1) * mine;
-            shared.sent_in_all(others * size_of::<f32>(), 2 * (size - 1));
-        }
-        Ok(())
-    }
-
-    /// Adds what the ranks in the same place of every group have, in rank order; each of them gets the same bits.
-    ///
-    /// # Errors
-    /// As [`gather_bytes`](Self::gather_bytes).
-    pub(crate) fn sum_over_groups(&self, values: &mut [f32]) -> Result<(), ParallelError> {
-        let (size, of) = (self.size(), self.group.max(1));
-        if size == of {
-            return Ok(());
-        }
-        let groups = size / of;
-        let alike = |rank: usize| rank % of == self.place();
-        // Ranks in other places have other experts, and take part in every exchange all the same.
-        let lengths = self.gather_f64(&[values.len() as f64])?;
-        let longest = lengths.iter().fold(0.0, |most: f64, n| most.max(*n)) as usize;
-        let mut rest = values;
-        for _ in 0..longest.div_ceil(BUCKET) {
-            let (bucket, others) = rest.split_at_mut(rest.len().min(BUCKET));
-            rest = others;
-            let of_group = |group: usize| part(bucket.len(), groups, group);
-            let to = |rank: usize| {
-                if alike(rank) {
-                    of_group(rank / of).len()
-                } else {
-                    0
-                }
-            };
-            let to: Vec<usize> = (0..size).map(to).collect();
-            let (received, from) = self.exchange(bucket, &to)?;
-            let mine = of_group(self.rank() / of).len();
-            let each: Vec<usize> = (0..size).map(|r| if alike(r) { mine } else { 0 }).collect();
-            if from != each {
-                let what = "gradients of other experts than this rank holds";
-                return Err(ParallelError::Transport(what.into()));
-            }
-            let sum = |i: usize| -> f32 {
-                let terms = (0..groups).map(|g| f64::from(received[g * mine + i]));
-                terms.sum::<f64>() as f32
-            };
-            let own: Vec<f32> = (0..mine).map(sum).collect();
-            let (all, _) = self.exchange(&own.repeat(groups), &each)?;
-            bucket.copy_from_slice(&all);
-        }
-        Ok(())
-    }
-
     /// Sends every rank its own part of `send`, which begins with that of the first; returns what was received, in rank order, and
     /// how much from each.
     ///
@@ -474,76 +392,4 @@ fn part(n: usize, size: usize, rank: usize) -> std::ops::Range<usize> {
     let (each, more) = (n / size, n % size);
     let start = |r: usize| r * each + r.min(more);
     start(rank)..start(rank + 1)
-}
-
-impl Shared {
-    fn begin(&self, kind: Kind, count: usize) -> Result<Vec<usize>, ParallelError> {
-        self.begin_to(kind, &vec![count; self.communicator.size()])
-    }
-
-    fn begin_to(&self, kind: Kind, to: &[usize]) -> Result<Vec<usize>, ParallelError> {
-        self.begin_with(kind, to, "")
-    }
-
-    /// Tells every rank what comes, and how much of it for that rank; returns how much will come from each.
-    fn begin_with(
-        &self,
-        kind: Kind,
-        to: &[usize],
-        message: &str,
-    ) -> Result<Vec<usize>, ParallelError> {
-        let size = self.communicator.size();
-        if self.ended.load(Ordering::SeqCst) {
-            return Err(ParallelError::Ended);
-        }
-        let send: Vec<u64> = to.iter().flat_map(|&n| [kind as u64, n as u64]).collect();
-        let mut received = vec![0; 2 * size];
-        self.communicator.words(&send, &mut received)?;
-        self.sent_in_all((size - 1) * 16, size - 1);
-        let kinds: Vec<u64> = received.chunks_exact(2).map(|word| word[0]).collect();
-        let counts: Vec<usize> = received.chunks_exact(2).map(|w| w[1] as usize).collect();
-        if let Some(rank) = kinds.iter().position(|&k| k == Kind::Fail as u64) {
-            self.ended.store(true, Ordering::SeqCst);
-            let failed = |r: usize| kinds[r] == Kind::Fail as u64;
-            let lengths = (0..size).map(|r| if failed(r) { counts[r] } else { 0 });
-            let lengths: Vec<usize> = lengths.collect();
-            let mut all = vec![0; lengths.iter().sum()];
-            self.communicator
-                .gather_bytes(message.as_bytes(), &mut all, &lengths)?;
-            all.truncate(lengths[rank]);
-            let message = String::from_utf8_lossy(&all).into_owned();
-            return Err(ParallelError::Peer { rank, message });
-        }
-        if let Some(rank) = kinds.iter().position(|&k| k != kinds[0]) {
-            self.ended.store(true, Ordering::SeqCst);
-            let name = |k: u64| KINDS.iter().find(|kind| **kind as u64 == k);
-            let what = format!("{:?} and {:?}", name(kinds[rank]), name(kinds[0]));
-            return Err(ParallelError::OutOfStep { rank, what });
-        }
-        Ok(counts)
-    }
-
-    /// Refuses counts that differ between ranks.
-    fn same(&self, what: &str, counts: &[usize]) -> Result<(), ParallelError> {
-        match counts.iter().position(|&n| n != counts[0]) {
-            None => Ok(()),
-            Some(rank) => {
-                self.ended.store(true, Ordering::SeqCst);
-                let what = format!("{} {what}, not {}", counts[rank], counts[0]);
-                Err(ParallelError::OutOfStep { rank, what })
-            }
-        }
-    }
-
-    /// Counts bytes that were sent to every other rank.
-    fn sent(&self, bytes: usize) {
-        let others = self.communicator.size() - 1;
-        self.sent_in_all(bytes * others, others);
-    }
-
-    fn sent_in_all(&self, bytes: usize, messages: usize) {
-        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
-        traffic.bytes += bytes as u64;
-        traffic.messages += messages as u64;
-    }
 }

@@ -1,10 +1,11 @@
+use std::collections::HashSet;
+
 use mass_routing::AnyRouter;
 
-use super::{BUCKET, ParallelError, Ranks};
+use super::sums::{Travelling, sum};
+use super::{ParallelError, Ranks};
 use crate::error::ModelError;
-use crate::gradients::CpuGradients;
 use crate::growth::Mixtures;
-use crate::kernels::scratch::give_back;
 use crate::ops::RoutingLoss;
 use crate::param::{Held, Param, Parameters};
 use crate::pass::TrainPass;
@@ -75,46 +76,47 @@ pub fn reduce<M: Parameters + ?Sized>(
             return Err(ParallelError::Unsupported(what.into()).into());
         }
     };
+    let mut summed_before = HashSet::new();
+    if let Some(meanwhile) = pass.meanwhile.take() {
+        let (counted, summed, waiting) = meanwhile.end()?;
+        if counted != weight {
+            return Err(ModelError::shape(
+                "targets of a share",
+                &[counted as usize],
+                &[weight as usize],
+            ));
+        }
+        for one in summed {
+            summed_before.insert(one.arrive(gradients)?.id());
+        }
+        for one in waiting {
+            one.arrive(gradients)?;
+        }
+    }
     let mut params = Vec::new();
     model.visit("", &mut |_, param| params.push(param));
-    let mut found = Vec::with_capacity(params.len());
+    params.retain(|param| !summed_before.contains(&param.handle().id()));
+    let mut rest = Vec::with_capacity(params.len());
     for param in &params {
-        found.push(param.find_gradient(gradients)?.is_some());
+        let divided = param.held() != Held::Everywhere;
+        rest.push(Travelling::take(param.handle(), divided, gradients)?);
     }
-    let mut own = Vec::with_capacity(16 + found.len() / 8);
-    own.extend((f64::from(pass.loss) * weight as f64).to_le_bytes());
-    own.extend(weight.to_le_bytes());
-    let bits = |of: &[bool]| of.iter().rev().fold(0, |byte, &b| byte << 1 | u8::from(b));
-    own.extend(found.chunks(8).map(bits));
-    let (mut loss, mut total, mut weights) = (0.0, 0, Vec::with_capacity(ranks.size()));
-    for (rank, other) in ranks.gather_bytes(&own)?.iter().enumerate() {
-        if other.len() != own.len() {
-            let what = format!("parameters in {} bytes, not {}", other.len(), own.len());
-            return Err(ParallelError::OutOfStep { rank, what }.into());
-        }
-        let eight = |at: usize| other[at..at + 8].try_into().expect("eight bytes");
-        loss += f64::from_le_bytes(eight(0));
-        let weight = u64::from_le_bytes(eight(8));
-        weights.push(weight as f64);
-        total += weight;
-        for (i, found) in found.iter_mut().enumerate() {
-            *found |= other[16 + i / 8] >> (i % 8) & 1 == 1;
-        }
-    }
-    if total == 0 {
-        return Err(ModelError::shape("targets of all ranks", &[1], &[0]));
-    }
-    weights.iter_mut().for_each(|w| *w /= total as f64);
+    let loss = f64::from(pass.loss) * weight as f64;
+    let (loss, total) = sum(ranks, (loss, weight), &mut rest)?;
     pass.loss = (loss / total as f64) as f32;
+    let found: Vec<bool> = rest.iter().map(|one| one.found).collect();
+    for one in rest {
+        one.arrive(gradients)?;
+    }
     let there = params.iter().zip(found).filter(|(_, found)| *found);
-    let there: Vec<&Param> = there.map(|(param, _)| *param).collect();
-    let held = |how: Held| there.iter().copied().filter(move |p| p.held() == how);
-    let everywhere: Vec<&Param> = held(Held::Everywhere).collect();
-    sum_gradients(ranks, &everywhere, gradients, &weights)?;
+    let here: Vec<&Param> = there
+        .map(|(param, _)| *param)
+        .filter(|p| p.held() == Held::Here)
+        .collect();
     if params.iter().any(|p| p.held() != Held::Everywhere) {
         // Rows of all ranks of a group, each weighted by its part of the batch, are in them already.
         let mut sums = Vec::new();
-        for param in held(Held::Here) {
+        for param in &here {
             match param.find_gradient(gradients)? {
                 Some(gradient) => sums.extend_from_slice(gradient),
                 None => sums.resize(sums.len() + param.len(), 0.0),
@@ -122,7 +124,7 @@ pub fn reduce<M: Parameters + ?Sized>(
         }
         ranks.sum_over_groups(&mut sums)?;
         let mut rest = &sums[..];
-        for param in held(Held::Here) {
+        for param in &here {
             let (own, others) = rest.split_at(param.len());
             match param.find_gradient(gradients)? {
                 Some(gradient) => gradient.copy_from_slice(own),
@@ -132,53 +134,4 @@ pub fn reduce<M: Parameters + ?Sized>(
         }
     }
     Ok(total)
-}
-
-/// Small gradients travel together, large ones alone: none is copied that does not have to be.
-fn sum_gradients(
-    ranks: &Ranks,
-    params: &[&Param],
-    gradients: &mut CpuGradients,
-    weights: &[f64],
-) -> Result<(), ModelError> {
-    let (mut bucket, mut inside) = (Vec::new(), Vec::new());
-    let send = |bucket: &mut Vec<f32>,
-                inside: &mut Vec<&Param>,
-                gradients: &mut CpuGradients|
-     -> Result<(), ModelError> {
-        ranks.weighted_sum(bucket, weights)?;
-        let mut rest = &bucket[..];
-        for param in inside.drain(..) {
-            let (own, others) = rest.split_at(param.len());
-            match param.find_gradient(gradients)? {
-                Some(gradient) => gradient.copy_from_slice(own),
-                None => param.set_gradient(gradients, own.to_vec())?,
-            }
-            rest = others;
-        }
-        bucket.clear();
-        Ok(())
-    };
-    for &param in params {
-        if param.len() >= BUCKET {
-            let own = param.take_gradient(gradients)?;
-            let mut gradient = own.unwrap_or_else(|| vec![0.0; param.len()]);
-            ranks.weighted_sum(&mut gradient, weights)?;
-            param.set_gradient(gradients, gradient)?;
-            continue;
-        }
-        if bucket.len() + param.len() > BUCKET {
-            send(&mut bucket, &mut inside, gradients)?;
-        }
-        match param.find_gradient(gradients)? {
-            Some(gradient) => bucket.extend_from_slice(gradient),
-            None => bucket.resize(bucket.len() + param.len(), 0.0),
-        }
-        inside.push(param);
-    }
-    if !inside.is_empty() {
-        send(&mut bucket, &mut inside, gradients)?;
-    }
-    give_back(bucket);
-    Ok(())
 }

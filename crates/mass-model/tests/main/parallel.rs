@@ -154,6 +154,40 @@ fn same_on_any_number(recipe: &Recipe) -> Vec<(u64, String)> {
     alone.1
 }
 
+/// Sums that are made in the course of the backward pass have the bits of those made after it, whichever parameters travel together,
+/// and where some ranks have no gradient of a parameter.
+#[test]
+fn gradients_that_travel_during_the_backward_pass_are_the_same() {
+    let top_1 = RouterConfig::TopK {
+        k: 1,
+        combine: Combine::Raw,
+    };
+    for recipe in [Recipe::new(top_p()), Recipe::new(top_1)] {
+        for size in [2, 3, 8] {
+            let run = |at_least: Option<usize>| {
+                let all = Threads::run(size, |ranks| {
+                    let ranks = match at_least {
+                        Some(at_least) => ranks.clone().overlapping(at_least),
+                        None => ranks.clone(),
+                    };
+                    Ok::<_, ModelError>((train(&ranks, &recipe)?, ranks.traffic()))
+                });
+                let mut all = all.into_iter().map(Result::unwrap);
+                let first = all.next().unwrap();
+                assert!(all.all(|other| other.0 == first.0));
+                first
+            };
+            let after = run(None);
+            for (at_least, messages) in [(1, true), (1000, true), (1 << 20, false)] {
+                let meanwhile = run(Some(at_least));
+                assert_eq!(meanwhile.0, after.0, "{size} ranks, {at_least}");
+                // More sums, if there were any on the way.
+                assert_eq!(meanwhile.1.messages > after.1.messages, messages);
+            }
+        }
+    }
+}
+
 fn near(one: &Left, other: &Left, what: &str) {
     for (step, (a, b)) in one.0.iter().zip(&other.0).enumerate() {
         assert!((a - b).abs() < 1e-5, "{what}, step {step}: {a}, {b}");
@@ -338,15 +372,19 @@ fn ranks_that_do_different_things_say_so() {
 
 #[test]
 fn a_loss_that_is_no_number_ends_all_ranks() {
-    for group in [1, 2] {
-        fails(group);
+    for (group, overlap) in [(1, None), (2, None), (1, Some(1)), (2, Some(1))] {
+        fails(group, overlap);
     }
 }
 
-fn fails(group: usize) {
+fn fails(group: usize, overlap: Option<usize>) {
     let recipe = Recipe::new(top_p());
     let ends = Threads::run(2, |ranks| {
-        let ranks = &ranks.clone().in_groups(group)?;
+        let ranks = ranks.clone().in_groups(group)?;
+        let ranks = &match overlap {
+            Some(at_least) => ranks.overlapping(at_least),
+            None => ranks,
+        };
         let mut model = LanguageModel::new(&config(recipe.router.clone()), &mut seeded_rng(5))?;
         if ranks.rank() == 1 {
             model.head.weight.values_mut()[0] = f32::NAN;
