@@ -279,7 +279,7 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     fs::create_dir_all(at.join("out")).unwrap();
     let earlier = r#"{"study": "dg", "runs": ["of an earlier run"]}"#;
     fs::write(at.join("out/results.json"), earlier).unwrap();
-    refused(&both, "a finished run; --resume");
+    refused(&both, "a finished run; --out DIR");
     let fresh = [&both[..], &["--fresh"]].concat();
     refused(&fresh, "pacs/there/dog/b.jpg");
     fs::remove_file(&bad).unwrap();
