@@ -189,6 +189,15 @@ pub fn named(name: &str, pool: &Pool, variant: Option<Variant>) -> Option<Vec<Me
 }
 
 impl Method {
+    /// A static pool whose tokens are routed by Top-p of mass `p`.
+    pub(crate) fn top_p(experts: usize, p: f32, combine: Combine) -> Self {
+        Self::Static {
+            experts,
+            k: 1,
+            router: Some(RouterConfig::TopP { p, combine }),
+        }
+    }
+
     /// What it is called in results.
     #[must_use]
     pub fn name(&self) -> &str {

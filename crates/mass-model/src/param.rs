@@ -383,7 +383,10 @@ impl ParamHandle {
     }
 
     /// Takes the gradient out, if there is one; give it back with [`put`](Self::put).
-    pub(crate) fn find(&self, gradients: &mut CpuGradients) -> Result<Option<Vec<f32>>, CpuError> {
+    pub(crate) fn take_found(
+        &self,
+        gradients: &mut CpuGradients,
+    ) -> Result<Option<Vec<f32>>, CpuError> {
         self.0.take(gradients)
     }
 }

@@ -45,11 +45,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let statics = [5, 8, 12, 16, 20, 32].map(|experts| (experts, Combine::Renormalised));
     let others = [Combine::StraightThrough, Combine::Raw].map(|combine| (EXPERTS.1, combine));
     for (experts, combine) in statics.into_iter().chain(others) {
-        methods.push(Method::Static {
-            experts,
-            k: 1,
-            router: Some(top_p(combine)),
-        });
+        methods.push(Method::top_p(experts, 0.5, combine));
     }
     methods.extend(ablations().into_iter().map(Method::Mass));
     let pool = Pool {

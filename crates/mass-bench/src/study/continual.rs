@@ -7,7 +7,7 @@
 use mass_expand::ControllerParams;
 use mass_model::LayerTrace;
 use mass_model::growth::Mixtures;
-use mass_routing::{Combine, RouterConfig};
+use mass_routing::Combine;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Plan, Planned};
@@ -78,19 +78,6 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
         p: 0.5,
         live_percent: Some(100),
     };
-    let statics = [5, 12, 20].map(|experts| Method::Static {
-        experts,
-        k: 1,
-        router: Some(RouterConfig::TopP {
-            p: pool.p,
-            combine: Combine::Renormalised,
-        }),
-    });
-    let dynmoe = Method::DynMoe {
-        experts: pool.experts,
-        experts_max: pool.experts_max,
-    };
-    let grown = grown(&pool, steps, 12).into_iter().map(Method::Mass);
     Ok(Plan {
         family: Continual {
             regime: Regime {
@@ -101,16 +88,32 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
             tasks: asked.map_or_else(|| tasks.to_vec(), |task| vec![*task]),
             args: args.clone(),
         },
-        methods: statics.into_iter().chain([dynmoe]).chain(grown).collect(),
+        methods: methods(&pool, &[5, 12, 20], steps, 12),
         pool,
         seeds,
         variant: None,
     })
 }
 
+/// Static pools of these sizes, DynMoE, and pools that grow.
+pub(super) fn methods(pool: &Pool, sizes: &[usize], steps: u64, first_to: usize) -> Vec<Method> {
+    let fixed = |&experts: &usize| Method::top_p(experts, pool.p, Combine::Renormalised);
+    let dynmoe = Method::DynMoe {
+        experts: pool.experts,
+        experts_max: pool.experts_max,
+    };
+    let grown = grown(pool, steps, first_to).into_iter().map(Method::Mass);
+    sizes
+        .iter()
+        .map(fixed)
+        .chain([dynmoe])
+        .chain(grown)
+        .collect()
+}
+
 /// The paper's rule and its code's as they are meant, and live to the end; `calibrated` and `ours` as they are, and with alarms
 /// that go on. `ours` leaves itself room for them: it grows to `first_to` first.
-pub(super) fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
+fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
     let confined = |variant| Mass {
         live_percent: None,
         ..Mass::of(variant, pool)

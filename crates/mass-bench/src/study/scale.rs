@@ -12,7 +12,7 @@ use mass_model::growth::{Grower, GrowerConfig, LossOn, Mixtures};
 use mass_model::lm::LanguageModel;
 use mass_model::optim::AdamW;
 use mass_model::{Masked, ModelError, Place};
-use mass_routing::{Combine, Router, RouterConfig, RoutingPlan};
+use mass_routing::{Combine, Router, RoutingPlan};
 use ndarray_rand::rand::Rng;
 use ndarray_rand::rand_distr::StandardNormal;
 use serde_json::{Value, json};
@@ -66,14 +66,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Scale>, BenchError> {
         p: 0.5,
         live_percent: None,
     };
-    let methods = sizes.iter().map(|&experts| Method::Static {
-        experts,
-        k: 1,
-        router: Some(RouterConfig::TopP {
-            p: pool.p,
-            combine: Combine::Renormalised,
-        }),
-    });
+    let methods = sizes
+        .iter()
+        .map(|&experts| Method::top_p(experts, pool.p, Combine::Renormalised));
     Ok(Plan {
         family: Scale {
             task,

@@ -4,7 +4,7 @@
 //! setting at a time differs from it, and then the three that decide how often a split is triggered, on a grid. Beside them are
 //! static pools with the same routing.
 
-use mass_routing::{Combine, RouterConfig};
+use mass_routing::Combine;
 use serde_json::{Value, json};
 
 use super::plan::Plan;
@@ -31,14 +31,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         Preset::Quick => (family, 1),
         Preset::Full | Preset::Paper => (family, 5),
     };
-    let statics = [5, 8, 12, 20].map(|experts| Method::Static {
-        experts,
-        k: 1,
-        router: Some(RouterConfig::TopP {
-            p: POOL.p,
-            combine: Combine::Raw,
-        }),
-    });
+    let statics = [5, 8, 12, 20].map(|experts| Method::top_p(experts, POOL.p, Combine::Raw));
     let mut settings = one_at_a_time();
     match args.preset {
         Preset::Smoke => settings.truncate(2),

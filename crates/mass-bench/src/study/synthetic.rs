@@ -7,8 +7,8 @@ use mass_model::Place;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
-    Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
-    jensen_shannon_divergence, normalized_mutual_information,
+    Combine, LabelUsage, LabelWeighting, RoutingError, RoutingPlan, jensen_shannon_divergence,
+    normalized_mutual_information,
 };
 use ndarray::ArrayView1;
 use serde_json::{Value, json};
@@ -275,12 +275,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
 
 /// Static pools that route as those that grow do.
 fn pools_by_top_p(experts: usize) -> [Method; 2] {
-    let combine = Combine::Renormalised;
-    [0.5, 0.9].map(|p| Method::Static {
-        experts,
-        k: 1,
-        router: Some(RouterConfig::TopP { p, combine }),
-    })
+    [0.5, 0.9].map(|p| Method::top_p(experts, p, Combine::Renormalised))
 }
 
 /// Every variant from 3, 5 and 8 experts on, and from 5 with more experts a token; `paper` and `reference` live for longer too, and

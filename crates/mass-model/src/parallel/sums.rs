@@ -31,7 +31,7 @@ impl Travelling {
         divided: bool,
         gradients: &mut CpuGradients,
     ) -> Result<Self, CpuError> {
-        let values = place.find(gradients)?;
+        let values = place.take_found(gradients)?;
         Ok(Self {
             place,
             found: values.is_some(),

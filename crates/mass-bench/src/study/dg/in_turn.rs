@@ -7,7 +7,6 @@ use mass_model::growth::{GrowerConfig, LossOn, Mixtures};
 use mass_model::optim::AdamW;
 use mass_model::vit::VitClassifier;
 use mass_model::{Masked, ModelError, Place, PlacedGradients, TrainPass};
-use mass_routing::{Combine, RouterConfig};
 use ndarray_rand::rand::Rng as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -25,7 +24,7 @@ use crate::dynmoe::DynMoeConfig;
 use crate::method::{Method, Pool};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
-use crate::study::continual::{grown, slots_of, tell};
+use crate::study::continual::{self, slots_of, tell};
 use crate::study::plan::{Assignment, Family, Plan, Planned};
 use crate::sweep::Side;
 use crate::task::{Finished, Recipe, Scored, Task};
@@ -62,21 +61,16 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<InTurn>, BenchError> {
         live_percent: Some(100),
         ..pool
     };
-    let combine = Combine::Renormalised;
-    let statics = [pool.experts, experts_max].map(|experts| Method::Static {
-        experts,
-        k: 1,
-        router: Some(RouterConfig::TopP { p: pool.p, combine }),
-    });
-    let dynmoe = Method::DynMoe {
-        experts: pool.experts,
-        experts_max,
-    };
-    let grown = grown(&pool, domains.steps, first_to).into_iter();
-    let rivals = [Method::Dense].into_iter().chain(statics).chain([dynmoe]);
+    let mut methods = vec![Method::Dense];
+    methods.extend(continual::methods(
+        &pool,
+        &[pool.experts, experts_max],
+        domains.steps,
+        first_to,
+    ));
     Ok(Plan {
         family: InTurn(domains),
-        methods: rivals.chain(grown.map(Method::Mass)).collect(),
+        methods,
         pool,
         seeds,
         variant: None,
