@@ -25,7 +25,7 @@ use crate::task::{Finished, Recipe, Scored, Task};
 /// Draws the batch of a step.
 pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + Sync + 'a>;
 
-/// Scores a trained model.
+/// Scores a trained model: loss and floor, active experts, and what they specialise on.
 pub type Judge<'a> =
     Box<dyn Fn(&Place, &LanguageModel, &mut Run) -> Result<(), BenchError> + Sync + 'a>;
 
@@ -73,14 +73,12 @@ pub struct Language<'a> {
 }
 
 /// A run as it was when it did best on held-out data.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
     step: u64,
     validation: f64,
-    test: f64,
-    active: f64,
-    experts: usize,
+    judged: Run,
 }
 
 /// What looks on the way leave.
@@ -244,17 +242,14 @@ impl Task for Language<'_> {
         };
         let validation = scored(&self.place, model, held_out)?.0;
         let mut test = None;
-        if best.is_none_or(|b| validation < b.validation) {
-            let mut run = Run::new("", 0);
-            run.experts = experts(model);
-            (self.judge)(&self.place, model, &mut run)?;
-            test = run.test_loss;
+        if best.as_ref().is_none_or(|b| validation < b.validation) {
+            let mut judged = Run::new("", self.seed);
+            self.judge(model, &mut judged)?;
+            test = judged.test_loss;
             *best = Some(Best {
                 step,
                 validation,
-                test: run.test_loss.unwrap_or(f64::NAN),
-                active: run.active_per_token.unwrap_or(f64::NAN),
-                experts: run.experts.unwrap_or(1),
+                judged,
             });
         }
         Ok(Some(Scored {
@@ -267,17 +262,34 @@ impl Task for Language<'_> {
     }
 
     fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
-        run.experts = experts(end.model);
-        (self.judge)(&self.place, end.model, run)?;
-        if let Some(best) = &end.progress.best {
-            run.test_loss = Some(best.test);
-            run.active_per_token = Some(best.active);
-            run.experts = Some(best.experts);
+        match &end.progress.best {
+            Some(best) => {
+                let judged = best.judged.clone();
+                *run = Run {
+                    experts: judged.experts,
+                    active_per_token: judged.active_per_token,
+                    test_loss: judged.test_loss,
+                    bayes_loss: judged.bayes_loss,
+                    jsd_entity: judged.jsd_entity,
+                    jsd_property: judged.jsd_property,
+                    nmi: judged.nmi,
+                    usage: judged.usage,
+                    ..std::mem::take(run)
+                };
+            }
+            None => self.judge(end.model, run)?,
         }
         match &self.stream {
             Some(stream) => (stream.tell)(&self.place, end.model, &end.progress.ends, run),
             None => Ok(()),
         }
+    }
+}
+
+impl Language<'_> {
+    fn judge(&self, model: &LanguageModel, run: &mut Run) -> Result<(), BenchError> {
+        run.experts = experts(model);
+        (self.judge)(&self.place, model, run)
     }
 }
 
@@ -360,6 +372,53 @@ mod tests {
     use mass_model::seeded_rng;
 
     use super::*;
+    use crate::report::Usage;
+    use crate::study::synthetic::Regime;
+
+    /// Figures of one model: not the loss of the best and the specialisation of the last.
+    #[test]
+    fn a_run_that_is_judged_at_its_best_has_all_its_figures_from_there() {
+        let mut held_out = TokenBatch::with_capacity(1, 8);
+        held_out.push(&[1u32, 2, 3, 4, 5, 6, 7, 8, 9]);
+        let task = Language {
+            place: Place::Cpu,
+            model: dense(50, 8, 8, 8),
+            recipe: Regime::BASE.recipe(),
+            seed: 0,
+            gradient_noise: 0.0,
+            draw: Box::new(|_| Ok(TokenBatch::with_capacity(0, 8))),
+            probe: &held_out,
+            judge: Box::new(|place, model, run| {
+                run.test_loss = Some(scored(place, model, &held_out)?.0);
+                (run.nmi, run.jsd_entity) = (run.test_loss, run.test_loss);
+                run.usage = Some(Usage::default());
+                Ok(())
+            }),
+            validation: Some((1, &held_out)),
+            stream: None,
+        };
+        let made = |seed| LanguageModel::new(&task.model, &mut seeded_rng(seed)).unwrap();
+        let (first, last) = (made(1), made(2));
+        let mut looks = Looks::default();
+        for (step, model) in [(1, &first), (2, &last)] {
+            task.score(model, step, &mut looks).unwrap();
+        }
+        let losses = [&first, &last].map(|m| scored(&task.place, m, &held_out).unwrap().0);
+        let best = losses[0].min(losses[1]);
+        let worst = if best == losses[0] { &last } else { &first };
+        let mut run = Run::new("static", 0);
+        let end = Finished {
+            model: worst,
+            progress: &looks,
+            waiting: None,
+        };
+        task.finish(&end, &mut run).unwrap();
+        assert_eq!(run.method, "static");
+        let found = [run.test_loss, run.nmi, run.jsd_entity];
+        assert_eq!(found, [Some(best); 3]);
+        assert_ne!(losses[0], losses[1]);
+        assert!(run.usage.is_some());
+    }
 
     #[test]
     fn noise_has_the_size_it_is_said_to_have_and_comes_again() {

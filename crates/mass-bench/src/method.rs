@@ -134,18 +134,18 @@ pub const ABLATIONS: &[(&str, &str)] = &[
     ("loss_share", r#"{"controller.choice": "loss_share"}"#),
 ];
 
-/// Whether there is a method of that name.
+/// Whether every study has a method of that name.
 #[must_use]
 pub fn is_known(name: &str) -> bool {
     METHODS.contains(&name) || ABLATIONS.iter().any(|(ablation, _)| *ablation == name)
 }
 
-/// The error for a method that does not exist; it lists those that do.
+/// The error for a method that does not exist; it lists those that do, and a study's own.
 #[must_use]
-pub fn unknown(name: &str) -> BenchError {
+pub fn unknown(name: &str, own: &[String]) -> BenchError {
     let names = METHODS.iter().chain(ABLATIONS.iter().map(|(name, _)| name));
-    let names: Vec<&str> = names.copied().collect();
-    let names = names.join(", ");
+    let names = names.copied().chain(own.iter().map(String::as_str));
+    let names = names.collect::<Vec<_>>().join(", ");
     BenchError::Usage(format!("unknown method `{name}`; there are: {names}"))
 }
 

@@ -122,7 +122,7 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
     };
     let found = named(&args.method, &pool, Some(args.variant.unwrap_or(own)));
     let Some(mut method) = found.and_then(|found| found.into_iter().next()) else {
-        return Err(crate::method::unknown(&args.method));
+        return Err(crate::method::unknown(&args.method, &[]));
     };
     // What would change nothing was not meant so.
     let grows = matches!(method, Method::Mass(_));

@@ -225,8 +225,9 @@ impl ReproduceArgs {
         }
         if let Some(methods) = &self.methods {
             for (index, method) in methods.iter().enumerate() {
-                if !method::is_known(method) && !(study.has_method)(method) {
-                    return Err(method::unknown(method));
+                let own = (study.own_methods)();
+                if !method::is_known(method) && !own.contains(method) {
+                    return Err(method::unknown(method, &own));
                 }
                 if methods[..index].contains(method) {
                     return Err(BenchError::Usage(format!(

@@ -60,23 +60,31 @@ fn splits(runs: &[Run]) -> Vec<(String, String)> {
         let split: Vec<&&Run> = own.iter().filter(|r| !r.expansions.is_empty()).collect();
         let counted = format!("split in {} of {} runs", split.len(), own.len());
         let first = split.iter().map(|run| run.expansions[0].step as f64);
-        let pairs = split.iter().filter_map(|run| {
-            let same = without.iter().find(|other| other.seed == run.seed)?;
-            same.test_loss.zip(run.test_loss)
-        });
-        let text = match paired(&pairs.collect::<Vec<_>>()) {
-            Some(p) => {
+        let compared = |what: &str, of: fn(&Run) -> Option<f64>| {
+            let pairs = split.iter().filter_map(|run| {
+                let same = without.iter().find(|other| other.seed == run.seed)?;
+                of(same).zip(of(run))
+            });
+            paired(&pairs.collect::<Vec<_>>()).map(|p| {
                 let interval = p.interval.map_or_else(String::new, |[low, high]| {
                     format!(" [{low:+.3}, {high:+.3}]")
                 });
                 format!(
-                    "{counted}, first at step {:.1}; without it, test loss {:+.3}{interval} ({} higher, {} lower)",
-                    first.sum::<f64>() / split.len() as f64,
-                    p.mean_difference,
-                    p.wins,
-                    p.losses
+                    "{what} {:+.3}{interval} ({} higher, {} lower)",
+                    p.mean_difference, p.wins, p.losses
                 )
-            }
+            })
+        };
+        let text = match compared("test loss", |run| run.test_loss) {
+            Some(loss) => format!(
+                "{counted}, first at step {:.1}; without it, {}",
+                first.sum::<f64>() / split.len() as f64,
+                [Some(loss), compared("metric", |run| run.metric)]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
             None => counted,
         };
         Some((key.without_seed(), text))

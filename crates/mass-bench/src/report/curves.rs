@@ -11,11 +11,11 @@ type Figure = fn(&MetricLine) -> Option<f64>;
 pub(super) fn curves(results: &Results, metrics: &[MetricLine]) -> String {
     // GLUE's losses are means over examples.
     let [test, training] = match results.study.as_str() {
-        "glue" => [
+        "glue" | "labels" => [
             "Development loss",
             "Training loss (mean of neighbouring lines)",
         ],
-        "dg" => [
+        "dg" | "domains" => [
             "Loss on the target domain (where it was scored)",
             "Training loss (mean of neighbouring lines)",
         ],

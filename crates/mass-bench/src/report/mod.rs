@@ -35,7 +35,6 @@ mod over_tasks;
 mod paired;
 mod pairs;
 mod paper;
-mod published;
 mod ranks;
 mod results;
 mod store;

@@ -23,14 +23,19 @@ pub struct OverTasks {
     pub reported: Option<f64>,
 }
 
-/// The means of every method that was run on more than one task; in the study dg, of every set of images apart.
+/// The means of every method that was run on more than one task; in the study dg, of every set of images apart, and in the study
+/// labels, of every part of the labels that is wrong.
 ///
 /// A seed counts if it has a metric for every task that any method was run on.
 #[must_use]
 pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
-    let set_of = |task: &str| match task.split_once('/') {
-        Some((set, _)) if study == "dg" => set.to_owned(),
-        _ => String::new(),
+    let set_of = |task: &str| {
+        let of = match study {
+            "dg" => task.split_once('/').map(|(set, _)| set),
+            "labels" => task.split_once("-wrong-").map(|(_, percent)| percent),
+            _ => None,
+        };
+        of.unwrap_or_default().to_owned()
     };
     let mut groups: Vec<(RunKey, String, Vec<&Run>)> = Vec::new();
     for run in runs {
@@ -146,6 +151,15 @@ mod tests {
         assert!((found[0].std.unwrap() - 0.1 / 2f64.sqrt()).abs() < 1e-12);
         assert!((found[0].reported.unwrap() - (0.6471 + 0.7232) / 2.0).abs() < 1e-12);
         assert!(over_tasks("glue", &runs[..1]).is_empty());
+    }
+
+    #[test]
+    fn tasks_are_averaged_apart_by_how_many_labels_are_wrong() {
+        let tasks = ["CoLA", "CoLA-wrong-20", "RTE", "RTE-wrong-20"];
+        let runs = tasks.map(|task| run("mass", task, 0, task.len() as f64));
+        let found: Vec<f64> = over_tasks("labels", &runs).iter().map(|o| o.mean).collect();
+        assert_eq!(found, [3.5, 12.5]);
+        assert!(over_tasks("labels", &runs[..2]).is_empty());
     }
 
     #[test]

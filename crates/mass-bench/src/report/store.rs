@@ -12,7 +12,6 @@ use crate::durable;
 use super::growth::drawn;
 use super::html::write_reports;
 use super::machine::CPU;
-use super::published;
 use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey};
 
 /// What becomes of an output directory that holds finished runs, or checkpoints of runs under way.
@@ -417,11 +416,11 @@ pub(super) fn check_owner(dir: &Path) -> Result<(), ReportError> {
     }
 }
 
-/// The settings of an earlier run, in the form that they have now.
+/// The settings of an earlier run.
 pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     let path = dir.join("settings.json");
     if path.exists() {
-        return Ok(published::renewed(read_json(&path)?));
+        return read_json(&path);
     }
     Err(ReportError::Malformed {
         path,
@@ -429,13 +428,13 @@ pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     })
 }
 
-/// Settings of both: what they say of data and of methods is by name, and names may be added; the ones that both have, and all
+/// Settings of both: what they say of data, methods and tasks is by name, and names may be added; the ones that both have, and all
 /// else but the devices, must agree.
 ///
 /// # Errors
 /// What differs.
 pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
-    let by_name = ["data", "methods"];
+    let by_name = ["data", "methods", "tasks"];
     let take = |settings: &mut Value, what| {
         let parts = settings.as_object_mut().and_then(|s| s.remove(what));
         let parts = parts.and_then(|p| p.as_object().cloned());
@@ -493,10 +492,12 @@ pub(super) fn write_atomically(path: &Path, text: &str) -> Result<(), ReportErro
 
 /// The lines of a file; none of one that is not there.
 pub(super) fn lines_of(path: &Path) -> Result<Vec<String>, ReportError> {
-    match fs::read_to_string(path) {
+    match fs::read(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         read => {
+            // A line that is damaged is whoever reads it's to pass over.
             let text = read.map_err(|e| io_error(path, e))?;
+            let text = String::from_utf8_lossy(&text);
             Ok(text.lines().map(str::to_owned).collect())
         }
     }
@@ -517,11 +518,10 @@ fn append(file: &mut BufWriter<File>, line: &impl Serialize) -> io::Result<()> {
 }
 
 fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), ReportError> {
-    let text = fs::read_to_string(path).map_err(|e| io_error(path, e))?;
-    let mut kept = String::with_capacity(text.len());
-    for line in text.lines() {
-        if serde_json::from_str(line).is_ok_and(|value| keep(&value)) {
-            kept.push_str(line);
+    let mut kept = String::new();
+    for line in lines_of(path)? {
+        if serde_json::from_str(&line).is_ok_and(|value| keep(&value)) {
+            kept.push_str(&line);
             kept.push('\n');
         }
     }

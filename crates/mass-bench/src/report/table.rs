@@ -28,7 +28,7 @@ pub fn table(results: &Results) -> String {
 /// Header and rows of the summary table, without columns that are empty throughout.
 pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
     type Column = (&'static str, fn(&str, &Summary) -> String);
-    let columns: [Column; 15] = [
+    let columns: [Column; 17] = [
         ("method", |_, s| s.method.clone()),
         ("variant", |_, s| s.variant.clone().unwrap_or_default()),
         ("setting", |_, s| s.setting.clone().unwrap_or_default()),
@@ -53,6 +53,8 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
         }),
         ("paper", |study, s| paper(study, s, s.metric_mean.is_some())),
         ("live steps", |_, s| number(s.detection_live_steps_mean, 0)),
+        ("JSD entity", |_, s| number(s.jsd_entity_mean, 2)),
+        ("property", |_, s| number(s.jsd_property_mean, 2)),
         ("NMI", |_, s| number(s.nmi_mean, 2)),
         ("s/run", |_, s| number(s.wall_s_mean, 1)),
         ("n", |_, s| s.n.to_string()),

@@ -71,9 +71,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     })
 }
 
-/// Whether a name is that of one of these ablations.
-pub(super) fn is_own(name: &str) -> bool {
-    ablations().iter().any(|m| m.ablation == name)
+/// What these ablations are called.
+pub(super) fn names() -> Vec<String> {
+    ablations().into_iter().map(|m| m.ablation).collect()
 }
 
 fn top_p(combine: Combine) -> RouterConfig {

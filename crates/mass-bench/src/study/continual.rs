@@ -126,8 +126,9 @@ fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
             .collect::<Overrides>(),
         ..confined(variant)
     };
-    // What is left after the first phase, in which a false alarm has this chance.
-    let alarms = json!(ControllerParams::calibrated_watch(0.05, steps * 9 / 10));
+    // What is left after the first phase, in which a false alarm has this chance at most.
+    let alarms = ControllerParams::calibrated_watch(0.05, steps * 9 / 10).shortened(steps);
+    let alarms = json!(alarms);
     let continual = ("controller.phase.continual", alarms);
     let (first, every) = ((steps / 200).max(1), (steps / 1000).max(1));
     let splits = (first_to - pool.experts) as u64;
@@ -433,6 +434,34 @@ pub(super) fn slots_of(
     (theirs, all)
 }
 
+/// Alarms that go on must be ready before every change: the first phase may end, or a split make detectors begin anew, at the
+/// change before it.
+#[cfg(test)]
+pub(super) fn every_change_is_seen(
+    method: &Method,
+    ends: &[u64],
+    tune: impl FnOnce(&mut mass_model::growth::GrowerConfig),
+) {
+    let (changes, steps) = (&ends[..ends.len() - 1], ends[ends.len() - 1]);
+    let rules = method.growth(1, steps, 0, tune).unwrap();
+    let Some(controller) = rules.map(|rules| rules.controller) else {
+        return;
+    };
+    let Some(watch) = controller.phase.continual else {
+        return;
+    };
+    let needed = watch.loss.unwrap().observations_needed();
+    let mut from = controller.phase.live_until;
+    for &change in changes {
+        if change < from {
+            continue;
+        }
+        let ready = from + needed;
+        assert!(ready < change, "{}: {ready}, {change}", method.run(0).key());
+        from = change;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -446,6 +475,10 @@ mod tests {
         for method in plan.methods(&args).unwrap() {
             if let Some(rules) = method.growth(1, 4000, 0, |_| ()).unwrap() {
                 rules.controller.check_reachable().unwrap();
+            }
+            for parts in PARTS {
+                let ends = parts.iter().map(|(percent, _)| 4000 * percent / 100);
+                every_change_is_seen(&method, &ends.collect::<Vec<_>>(), |_| ());
             }
         }
         for parts in PARTS {

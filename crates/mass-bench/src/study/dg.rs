@@ -6,8 +6,8 @@
 //! nothing is chosen by the target. Where the first blocks are frozen, what they make of every image is computed once and kept.
 
 mod data;
+mod finetune;
 pub mod in_turn;
-mod leave_out;
 mod patches;
 mod plan;
 mod score;
@@ -37,7 +37,7 @@ use crate::dg::split::Split;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use data::Set;
-use leave_out::LeaveOut;
+use finetune::FineTune;
 pub use plan::plan;
 
 /// What `--task` may name: a set, or a set and the domain that is left out. Other folders in DomainBed's layout may be named too.
@@ -83,6 +83,8 @@ pub struct Domains {
     sets: Vec<String>,
     /// How many domains are targets, the first of them; `None` for all.
     targets: Option<usize>,
+    /// Whether domains follow one another, and none is left out.
+    in_turn: bool,
     /// Side of the images in pixels.
     size: usize,
     /// Blocks that are not trained.
@@ -200,11 +202,14 @@ impl Domains {
 
 impl Family for Domains {
     type Data = Set;
-    type Task<'a> = LeaveOut<'a>;
+    type Task<'a> = FineTune<'a>;
 
     const SIDE: Side = Side::Alone;
     const KEPT: bool = false;
-    const DENSE: &'static str = "erm";
+
+    fn dense(&self) -> &'static str {
+        if self.in_turn { "dense" } else { "erm" }
+    }
 
     fn settings(&self) -> Result<Value, BenchError> {
         let model = match &self.model {
@@ -229,6 +234,18 @@ impl Family for Domains {
 
     /// Sets are listed, not read.
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
+        if self.in_turn {
+            for set in self.sets.iter().filter(|set| *set != SAMPLE) {
+                ImageFolder::open(&self.set_dir(set)?)?;
+            }
+            let whole = |set: &String| Assignment {
+                set: set.clone(),
+                part: 0,
+                task: Some(set.clone()),
+                metric: Some("accuracy"),
+            };
+            return Ok(self.sets.iter().map(whole).collect());
+        }
         let only = self.args.task.as_deref().and_then(|task| parts(task).1);
         let mut assignments = Vec::new();
         for set in &self.sets {
@@ -357,11 +374,15 @@ impl Family for Domains {
         Ok(set)
     }
 
-    fn task<'a>(&'a self, set: &'a Set, planned: &'a Planned) -> Result<LeaveOut<'a>, BenchError> {
+    fn task<'a>(&'a self, set: &'a Set, planned: &'a Planned) -> Result<FineTune<'a>, BenchError> {
         let (target, seed) = (planned.assignment.part, planned.run.seed);
-        let split = Split::leave_out(&set.images, target, self.held_out, seed)?;
-        let probed = split.train.len();
-        LeaveOut::new(self, set, planned, (split, probed))
+        let split = match self.in_turn {
+            true => Split::all(&set.images, self.held_out, seed)?,
+            false => Split::leave_out(&set.images, target, self.held_out, seed)?,
+        };
+        // Newcomers are judged by what there is at first.
+        let probed = if self.in_turn { 1 } else { split.train.len() };
+        FineTune::new(self, set, planned, (split, probed))
     }
 }
 

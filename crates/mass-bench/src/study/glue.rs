@@ -127,6 +127,9 @@ impl Family for Glue {
             "patience": self.patience,
             "log_every": self.log_every,
         });
+        for set in &self.sets {
+            settings["tasks"][set.to_string()] = json!({ "epochs": set.epochs });
+        }
         // Results of before there was a choice have nothing there.
         if self.last {
             settings["last"] = json!(true);

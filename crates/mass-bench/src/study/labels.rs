@@ -72,7 +72,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
     };
     Ok(Plan {
         family,
-        methods: both_ways(&pool, variants),
+        methods: both_ways(&pool, variants, args.preset),
         pool,
         seeds,
         variant: None,
@@ -89,7 +89,7 @@ mod tests {
             let line = ["labels", "--preset", "smoke", "--task", task];
             let args = ReproduceArgs::parsed(&line);
             let runs = plan(&args).unwrap().runs(&args).unwrap();
-            assert_eq!(runs.len(), 5, "{task}");
+            assert_eq!(runs.len(), 6, "{task}");
             assert!(runs.iter().all(|r| r.assignment.set == **task));
         }
         assert_eq!(TASKS.len(), 3 * WRONG.len());

@@ -37,8 +37,8 @@ pub struct Study {
     pub tasks: &'static [&'static str],
     /// Whether `--task` may name others too: folders of data, which the study looks for.
     pub other_tasks: bool,
-    /// Whether it has a method of that name that other studies do not have.
-    pub has_method: fn(&str) -> bool,
+    /// The names of methods that other studies do not have.
+    pub own_methods: fn() -> Vec<String>,
     /// Whether several processes can train a run together.
     pub shared: bool,
     /// What a preset takes from directories.
@@ -87,132 +87,110 @@ impl Inputs {
     }
 }
 
+/// A study by its name, what it is about, its plan and the names of its tasks; and in what it differs from one of generated data.
+macro_rules! study {
+    ($name:literal, $about:literal, $plan:path, $tasks:expr $(, $field:ident: $value:expr)* $(,)?) => {
+        Study {
+            $($field: $value,)*
+            ..Study {
+                name: $name,
+                about: $about,
+                tasks: $tasks,
+                other_tasks: false,
+                own_methods: Vec::new,
+                shared: true,
+                inputs: |_| Inputs::NONE,
+                check: |args| $plan(args)?.check(args),
+                run: |args, ctx| $plan(args)?.run(args, ctx),
+            }
+        }
+    };
+}
+
 /// Every study that exists.
 pub const STUDIES: &[Study] = &[
-    Study {
-        name: "synthetic",
-        about: "GINC: MASS beside static top-k pools and the Bayes floor",
-        tasks: synthetic::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        shared: true,
-        inputs: |_| Inputs::NONE,
-        check: |args| synthetic::plan(args)?.check(args),
-        run: |args, ctx| synthetic::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "ablation",
-        about: "GINC: every ingredient of growth apart, on fresh and on finite data",
-        tasks: synthetic::TASKS,
-        other_tasks: false,
-        has_method: ablation::is_own,
-        shared: true,
-        inputs: |_| Inputs::NONE,
-        check: |args| ablation::plan(args)?.check(args),
-        run: |args, ctx| ablation::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "regime",
-        about: "GINC: where, if anywhere, static pools have the losses that the paper reports",
-        tasks: regime::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        shared: true,
-        inputs: |_| Inputs::NONE,
-        check: |args| regime::plan(args)?.check(args),
-        run: |args, ctx| regime::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "sensitivity",
-        about: "GINC: the paper's method by each of its settings",
-        tasks: synthetic::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        shared: true,
-        inputs: |_| Inputs::NONE,
-        check: |args| sensitivity::plan(args)?.check(args),
-        run: |args, ctx| sensitivity::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "noise",
-        about: "GINC: noise, small batches, large learning rates: which splits help, and are found",
-        tasks: noise::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        shared: true,
-        inputs: |_| Inputs::NONE,
-        check: |args| noise::plan(args)?.check(args),
-        run: |args, ctx| noise::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "scale",
-        about: "What pools of 8 to 4096 experts cost: routing, watching, splits, checkpoints",
-        tasks: &[],
-        other_tasks: false,
-        has_method: |_| false,
+    study!(
+        "synthetic",
+        "GINC: MASS beside static top-k pools and the Bayes floor",
+        synthetic::plan,
+        synthetic::TASKS,
+    ),
+    study!(
+        "ablation",
+        "GINC: every ingredient of growth apart, on fresh and on finite data",
+        ablation::plan,
+        synthetic::TASKS,
+        own_methods: ablation::names,
+    ),
+    study!(
+        "regime",
+        "GINC: where, if anywhere, static pools have the losses that the paper reports",
+        regime::plan,
+        regime::TASKS,
+    ),
+    study!(
+        "sensitivity",
+        "GINC: the paper's method by each of its settings",
+        sensitivity::plan,
+        synthetic::TASKS,
+    ),
+    study!(
+        "noise",
+        "GINC: noise, small batches, large learning rates: which splits help, and are found",
+        noise::plan,
+        noise::TASKS,
+    ),
+    study!(
+        "scale",
+        "What pools of 8 to 4096 experts cost: routing, watching, splits, checkpoints",
+        scale::plan,
+        &[],
         shared: false,
-        inputs: |_| Inputs::NONE,
-        check: |args| scale::plan(args)?.check(args),
-        run: |args, ctx| scale::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "glue",
-        about: "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
-        tasks: glue::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
+    ),
+    study!(
+        "glue",
+        "GLUE: MASS in a pretrained BERT beside the dense model, static pools and DynMoE",
+        glue::plan,
+        glue::TASKS,
         shared: false,
         inputs: Inputs::texts,
-        check: |args| glue::plan(args)?.check(args),
-        run: |args, ctx| glue::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "labels",
-        about: "GLUE with wrong labels: which splits help, and are found",
-        tasks: labels::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
+    ),
+    study!(
+        "labels",
+        "GLUE with wrong labels: which splits help, and are found",
+        labels::plan,
+        labels::TASKS,
         shared: false,
         inputs: Inputs::texts,
-        check: |args| labels::plan(args)?.check(args),
-        run: |args, ctx| labels::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "dg",
-        about: "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
-        tasks: dg::TASKS,
+    ),
+    study!(
+        "dg",
+        "Domain generalisation (PACS): MASS in a pretrained ViT beside ERM, GMoE and DynMoE",
+        dg::plan,
+        dg::TASKS,
         other_tasks: true,
-        has_method: |_| false,
         shared: false,
         inputs: Inputs::but_for_smoke,
-        check: |args| dg::plan(args)?.check(args),
-        run: |args, ctx| dg::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "continual",
-        about: "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
-        tasks: continual::TASKS,
-        other_tasks: false,
-        has_method: |_| false,
-        shared: true,
+    ),
+    study!(
+        "continual",
+        "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
+        continual::plan,
+        continual::TASKS,
         inputs: |preset| Inputs {
             data: matches!(preset, Preset::Full | Preset::Paper),
             ..Inputs::NONE
         },
-        check: |args| continual::plan(args)?.check(args),
-        run: |args, ctx| continual::plan(args)?.run(args, ctx),
-    },
-    Study {
-        name: "domains",
-        about: "Domains of PACS one after the other, in a pretrained ViT: delay, forgetting",
-        tasks: dg::in_turn::TASKS,
+    ),
+    study!(
+        "domains",
+        "Domains of PACS one after the other, in a pretrained ViT: delay, forgetting",
+        dg::in_turn::plan,
+        dg::in_turn::TASKS,
         other_tasks: true,
-        has_method: |_| false,
         shared: false,
         inputs: Inputs::but_for_smoke,
-        check: |args| dg::in_turn::plan(args)?.check(args),
-        run: |args, ctx| dg::in_turn::plan(args)?.run(args, ctx),
-    },
+    ),
 ];
 
 /// The studies and what each is about, for the help text.

@@ -3,15 +3,16 @@
 //! Whether a split helps is measured by running both ways to the end: a pool by the rules of a variant that has no room for another
 //! expert, and the same with room for one. Both are the same run up to that split. A split that the rules find, and
 //! after which the loss ends no lower, is a false one; where none is found, and one of a random expert, or of that with the
-//! largest share of the loss, would have helped, it is a missed one.
+//! largest share of the loss, would have helped, it is a missed one. Whether the expert was the right one is asked by a pool that
+//! splits another, drawn at random, at the step at which the paper's rule has found one.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::plan::Plan;
 use super::synthetic::{POOL, Regime, Synthetic, names};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Overrides, Pool};
+use crate::method::{Mass, Method, Pool};
 
 /// Gradients with so many times their own size in noise.
 const fn noisy(gradient_noise: f32) -> Regime {
@@ -68,7 +69,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     };
     Ok(Plan {
         family: Synthetic::in_regimes(args, TASKS, REGIMES),
-        methods: both_ways(&POOL, &VARIANTS),
+        methods: both_ways(&POOL, &VARIANTS, args.preset),
         pool: POOL,
         seeds,
         variant: None,
@@ -78,9 +79,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
 /// Those whose splits are weighed.
 const VARIANTS: [Variant; 3] = [Variant::Paper, Variant::Reference, Variant::Ours];
 
-/// Runs of each variant without a split, with the first that its rules find, and with all; and with one in the middle of the
-/// paper's phase, of an expert that no rule has chosen.
-pub(super) fn both_ways(pool: &Pool, variants: &[Variant]) -> Vec<Method> {
+/// Runs of each variant without a split, with the first that its rules find, and with all; and with one of an expert that no rule
+/// has chosen, in the middle of the paper's phase, and when its rules find one. In `smoke` thresholds are such that they do.
+pub(super) fn both_ways(pool: &Pool, variants: &[Variant], preset: Preset) -> Vec<Method> {
     let of = |variant, experts_max, label: &str| Mass {
         live_percent: pool.live_percent.filter(|_| variant != Variant::Ours),
         experts_max,
@@ -90,19 +91,24 @@ pub(super) fn both_ways(pool: &Pool, variants: &[Variant]) -> Vec<Method> {
     let (none, one) = (pool.experts, pool.experts + 1);
     let middle = pool.live_percent.map_or(5, |percent| percent / 2);
     let middle = format!("{middle} %");
-    let chosen = |choice: &str, label| {
-        let once = json!({ "schedule": { "first": middle, "every": middle } });
-        Mass {
-            overrides: Overrides::from([
-                ("controller.trigger".to_owned(), once),
-                ("controller.choice".to_owned(), json!(choice)),
-            ]),
-            ..of(Variant::Paper, one, label)
-        }
+    let once = || {
+        (
+            "trigger",
+            json!({ "schedule": { "first": middle, "every": middle } }),
+        )
+    };
+    let chosen = |choice: &str, trigger: Option<(&str, Value)>, label| Mass {
+        overrides: [("choice", json!(choice))]
+            .into_iter()
+            .chain(trigger)
+            .map(|(rule, value)| (format!("controller.{rule}"), value))
+            .collect(),
+        ..of(Variant::Paper, one, label)
     };
     let mut all = vec![
-        chosen("random", "random expert"),
-        chosen("loss_share", "largest loss"),
+        chosen("random", Some(once()), "random expert"),
+        chosen("loss_share", Some(once()), "largest loss"),
+        chosen("random", None, "one random split"),
     ];
     for &variant in variants {
         all.extend([
@@ -110,6 +116,14 @@ pub(super) fn both_ways(pool: &Pool, variants: &[Variant]) -> Vec<Method> {
             of(variant, one, "one split"),
             of(variant, pool.experts_max, "all splits"),
         ]);
+    }
+    if preset == Preset::Smoke {
+        for mass in &mut all {
+            // What a method is about stays.
+            let mut rules = mass.loose();
+            rules.append(&mut mass.overrides);
+            mass.overrides = rules;
+        }
     }
     all.into_iter().map(Method::Mass).collect()
 }
@@ -124,12 +138,12 @@ mod tests {
     fn every_run_is_another_and_has_one_without_a_split_beside_it() {
         let args = ReproduceArgs::parsed(&["noise", "--preset", "full"]);
         let runs = plan(&args).unwrap().runs(&args).unwrap();
-        assert_eq!(runs.len(), REGIMES.len() * 11 * 5);
+        assert_eq!(runs.len(), REGIMES.len() * 12 * 5);
         let names: BTreeSet<String> = runs.iter().map(|r| r.run.key().to_string()).collect();
         assert_eq!(names.len(), runs.len());
         let different: BTreeSet<String> = REGIMES.iter().map(|(_, r)| format!("{r:?}")).collect();
         assert_eq!(different.len(), REGIMES.len());
-        let all = both_ways(&POOL, &VARIANTS);
+        let all = both_ways(&POOL, &VARIANTS, Preset::Full);
         let mass = |method| match method {
             Method::Mass(mass) => mass,
             other => panic!("{other:?} does not grow"),

@@ -66,8 +66,11 @@ pub trait Family: Sync {
     const SIDE: Side;
     /// Whether all sets fit in memory at once. Those that do not are read again, one after another.
     const KEPT: bool = true;
+
     /// What the method `dense` is called.
-    const DENSE: &'static str = "dense";
+    fn dense(&self) -> &'static str {
+        "dense"
+    }
 
     /// Everything that changes a run's figures beside the method and the data. What only adds runs does not belong there.
     ///
@@ -207,7 +210,7 @@ impl<F: Family> Plan<F> {
                 for seed in 0..args.seeds.unwrap_or(self.seeds) as u64 {
                     let mut run = method.run(seed);
                     if *method == Method::Dense {
-                        F::DENSE.clone_into(&mut run.method);
+                        self.family.dense().clone_into(&mut run.method);
                     }
                     run.task.clone_from(&assignment.task);
                     run.metric_name = assignment.metric.map(str::to_owned);

@@ -11,6 +11,7 @@ use mass_routing::{
     normalized_mutual_information,
 };
 use ndarray::ArrayView1;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Plan, Planned};
@@ -46,8 +47,8 @@ pub(super) const SEQ: usize = 64;
 pub(super) const BATCH: usize = 16;
 
 /// What is trained, and how.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Regime {
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct Regime {
     /// Width of the model, and of an expert.
     pub(super) dim: usize,
     pub(super) hidden: usize,
@@ -62,7 +63,7 @@ pub(super) struct Regime {
 
 impl Regime {
     /// That of every study but the one that looks for others.
-    pub(super) const BASE: Self = Self {
+    pub(crate) const BASE: Self = Self {
         dim: 64,
         hidden: 32,
         peak: 1e-2,
@@ -79,7 +80,7 @@ impl Regime {
         }
     }
 
-    pub(super) fn recipe(&self) -> Recipe {
+    pub(crate) fn recipe(&self) -> Recipe {
         let steps = self.steps;
         Recipe {
             adamw: AdamWConfig {
@@ -132,6 +133,8 @@ pub struct Synthetic {
     pub(super) regime: Regime,
     /// Sets of a vocabulary of 50 that are trained on in another regime.
     regimes: &'static [(&'static str, Regime)],
+    /// Steps of a run at most.
+    longest: u64,
     documents: usize,
     document_length: usize,
     windows_per_concept: usize,
@@ -148,6 +151,7 @@ impl Synthetic {
             place: args.place.clone(),
             regime: Regime::BASE,
             regimes: &[],
+            longest: u64::MAX,
             documents: 400,
             document_length: 10_240,
             windows_per_concept: 100,
@@ -156,28 +160,39 @@ impl Synthetic {
         }
     }
 
-    /// Those in other regimes; in the preset `smoke` one that is as short as the other studies'.
+    /// Those in other regimes; in the preset `smoke` the first, and all as short as the other studies'.
     pub(super) fn in_regimes(
         args: &ReproduceArgs,
         names: &'static [&'static str],
         regimes: &'static [(&'static str, Regime)],
     ) -> Self {
+        let all = Self {
+            regimes,
+            ..Self::fresh(args, names)
+        };
         match args.preset {
-            Preset::Smoke => Self::fresh(args, &names[..1]).smoke(),
-            _ => Self {
-                regimes,
-                ..Self::fresh(args, names)
+            Preset::Smoke => Self {
+                sets: &names[..1],
+                ..all.smoke()
             },
+            _ => all,
+        }
+    }
+
+    /// How a set is trained on.
+    fn regime_of(&self, set: &str) -> Regime {
+        let other = self.regimes.iter().find(|(name, _)| *name == set);
+        let regime = other.map_or(self.regime, |(_, regime)| *regime);
+        Regime {
+            steps: regime.steps.min(self.longest),
+            ..regime
         }
     }
 
     /// The data of the preset `smoke`.
     pub(super) fn smoke(self) -> Self {
         Self {
-            regime: Regime {
-                steps: 120,
-                ..self.regime
-            },
+            longest: 120,
             documents: 20,
             document_length: 2048,
             windows_per_concept: 8,
@@ -360,12 +375,18 @@ impl Family for Synthetic {
     const SIDE: Side = Side::BySide;
 
     fn settings(&self) -> Result<Value, BenchError> {
-        Ok(json!({
-            "steps": self.regime.steps,
+        let mut settings = json!({
+            "steps": self.regime_of("").steps,
             "documents": self.documents,
             "document_length": self.document_length,
             "windows_per_concept": self.windows_per_concept,
-        }))
+        });
+        if !self.regimes.is_empty() {
+            for assignment in self.assignments()? {
+                settings["tasks"][&assignment.set] = json!(self.regime_of(&assignment.set));
+            }
+        }
+        Ok(settings)
     }
 
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
@@ -420,9 +441,7 @@ impl Family for Synthetic {
         data: &'a Data,
         planned: &'a Planned,
     ) -> Result<Language<'a>, BenchError> {
-        let set = &planned.assignment.set;
-        let other = self.regimes.iter().find(|(name, _)| name == set);
-        let regime = other.map_or(self.regime, |(_, regime)| *regime);
+        let regime = self.regime_of(&planned.assignment.set);
         let seed = planned.run.seed;
         Ok(Language {
             place: self.place.clone(),
@@ -537,6 +556,29 @@ mod tests {
 
     use super::*;
     use crate::ginc::GincParams;
+    use crate::study::{noise, regime};
+
+    #[test]
+    fn a_short_run_is_trained_as_its_task_says() {
+        for (study, task) in [
+            ("noise", "noise-10"),
+            ("noise", "batch-64"),
+            ("regime", "model-8"),
+        ] {
+            let args = ReproduceArgs::parsed(&[study, "--preset", "smoke", "--task", task]);
+            let plan = if study == "noise" {
+                noise::plan
+            } else {
+                regime::plan
+            };
+            let family = plan(&args).unwrap().family;
+            let (base, own) = (family.regime_of("base"), family.regime_of(task));
+            assert_eq!((base.steps, own.steps), (120, 120));
+            assert_ne!(base, own, "{task}");
+            // Who changes what a task is must not go on with runs of the old one.
+            assert_eq!(family.settings().unwrap()["tasks"][task], json!(own));
+        }
+    }
 
     #[test]
     fn a_chosen_router_makes_one_run_of_those_that_differ_by_their_routing() {

@@ -309,11 +309,16 @@ fn a_run_done_again_leaves_no_line_twice() {
         store.event(&key.to_string(), &event).expect("a line");
     }
     store.flush().expect("a flush");
-    // A crash in the middle of a line.
-    let path = dir.path().join("metrics.jsonl");
-    let half = format!("{}{{\"run\": \"ma", read(dir.path(), "metrics.jsonl"));
-    std::fs::write(&path, half).expect("a write");
     drop(store);
+    // A crash in the middle of a line, and a disk that gives back something else.
+    for (name, damage) in [
+        ("metrics.jsonl", &b"{\"run\": \"ma"[..]),
+        ("events.jsonl", b"{\"run\": \"\xff\xfe"),
+    ] {
+        let mut bytes = std::fs::read(dir.path().join(name)).expect("a file");
+        bytes.extend(damage);
+        std::fs::write(dir.path().join(name), bytes).expect("a write");
+    }
 
     let mut store = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
     store.rewind(&b, 4).expect("a rewind");

@@ -234,9 +234,8 @@ fn a_part_says_so_until_all_is_there() {
     results["runs"][0]["test_loss"] = 1.0.into();
     fs::write(at("s3").join("results.json"), results.to_string()).unwrap();
     refused(&["report", &out, &s3, "--out", &out], "another run static");
-    // Settings of no form that there ever was are kept as they are.
-    let odd =
-        r#"{"mass":[1],"experts_init":5,"experts_max":8,"static_k":[2],"static_experts":[3]}"#;
+    // Settings of another program are kept as they are.
+    let odd = r#"{"mass":[1],"experts_init":5}"#;
     fs::write(at("s1").join("settings.json"), odd).unwrap();
     done(&["report", &s1]);
     fs::write(at("s3").join("results.json"), "{\"study\"").unwrap();

@@ -38,6 +38,7 @@ pub(super) fn family(args: &ReproduceArgs) -> Result<(Domains, Pool), BenchError
         model,
         sets: vec!["pacs".into()],
         targets: None,
+        in_turn: false,
         size: 98,
         frozen: 8,
         augment: None,

@@ -5,7 +5,7 @@ use mass_expand::AlignmentThreshold;
 use mass_model::vit::{VitClassifier, VitConfig};
 
 use super::data::Set;
-use super::leave_out::{LeaveOut, mixture_blocks, tune};
+use super::finetune::{FineTune, mixture_blocks, tune};
 use super::{delta, in_turn, plan};
 use crate::BenchError;
 use crate::cli::{Preset, Progress, ReproduceArgs, RunContext, Variant};
@@ -15,6 +15,7 @@ use crate::dg::split::Split;
 use crate::method::{Mass, Method, Pool};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
+use crate::study::continual::every_change_is_seen;
 use crate::study::plan::{Assignment, Family, Planned};
 use crate::task::Task;
 use crate::trainer::Trainer;
@@ -145,13 +146,13 @@ fn planned(method: Method) -> Planned {
 }
 
 /// The task of a run of the smoke preset on another set.
-fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<LeaveOut<'a>, BenchError> {
+fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<FineTune<'a>, BenchError> {
     let out = std::env::temp_dir().join("mass-bench-dg-tests");
     let out = ["dg", "--preset", "smoke", "--out", out.to_str().unwrap()];
     let plan = plan(&ReproduceArgs::parsed(&out)).unwrap();
     let split = Split::leave_out(&set.images, 0, plan.family.held_out, 4)?;
     let probed = split.train.len();
-    LeaveOut::new(&plan.family, set, planned, (split, probed))
+    FineTune::new(&plan.family, set, planned, (split, probed))
 }
 
 /// What cannot be run is refused before results of an earlier study are replaced.
@@ -250,7 +251,8 @@ fn domains_in_turn_resume_to_the_same_bits_and_are_all_scored_at_each_end() {
     let task = plan.family.task(&set, &runs[0]).unwrap();
     let mut draw = task.batches();
     for (step, domain) in [(0, 0), (19, 0), (20, 1), (40, 2), (79, 3)] {
-        let of_domain = &task.images_of(step);
+        let in_turn = task.in_turn.as_ref().unwrap();
+        let of_domain = in_turn.batch(&task.split, 0, step);
         assert!(of_domain.iter().all(|&i| set.images.domain(i) == domain));
         assert_eq!(draw(step).unwrap().classes.len(), 24);
     }
@@ -280,7 +282,7 @@ fn a_domain_alone_does_not_follow_others() {
 
 #[test]
 fn every_pool_that_sees_domains_in_turn_has_rules_that_can_be_met() {
-    for (preset, steps) in [(Preset::Quick, 400), (Preset::Full, 800)] {
+    for (preset, steps) in [(Preset::Quick, 800), (Preset::Full, 1600)] {
         let dir = models();
         let mut args = full(dir.path(), "toy");
         args.preset = preset;
@@ -292,6 +294,8 @@ fn every_pool_that_sees_domains_in_turn_has_rules_that_can_be_met() {
                 continue;
             };
             unmet += usize::from(rules.controller.check_reachable().is_err());
+            let ends = [1, 2, 3, 4].map(|part| steps / 4 * part);
+            every_change_is_seen(&method, &ends, |rules| tune(rules, steps, 0.002));
         }
         // The paper's own tenth of so short a run ends before its windows are full.
         assert_eq!(unmet, 1, "{preset}");

@@ -1,4 +1,4 @@
-//! Training on all domains but one, scored now and then on what they hold out.
+//! Training on all domains but one, scored now and then on what they hold out; or on one domain after the other.
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::Domains;
 use super::data::{Input, Set};
+use super::in_turn::InTurn;
 use super::patches;
 use super::score::{Score, evaluate};
 use super::selected::Selected;
@@ -55,13 +56,18 @@ pub struct Progress {
     /// The model of `best`, which lies beside a checkpoint.
     #[serde(skip)]
     selected: Option<Selected>,
+    /// Of domains that follow one another: when each one's part ended, and what the model made then of every domain.
+    #[serde(default)]
+    pub(super) ends: Vec<(u64, Vec<Score>)>,
 }
 
-/// A model on a set of which one domain is left out.
-pub struct LeaveOut<'a> {
+/// A model on a set of which one domain is left out, or whose domains follow one another.
+pub struct FineTune<'a> {
     pub(super) place: Place,
     pub(super) set: &'a Set,
     method: &'a Method,
+    /// How domains follow one another; `None` if all are there from the start.
+    pub(super) in_turn: Option<InTurn>,
     pub(super) seed: u64,
     pub(super) split: Split,
     recipe: Recipe,
@@ -72,7 +78,7 @@ pub struct LeaveOut<'a> {
     patches: PathBuf,
 }
 
-impl<'a> LeaveOut<'a> {
+impl<'a> FineTune<'a> {
     /// On a split, of whose first `probed` source domains some images judge newcomers.
     pub(super) fn new(
         domains: &Domains,
@@ -119,6 +125,7 @@ impl<'a> LeaveOut<'a> {
             place: domains.args.place.clone(),
             set,
             method,
+            in_turn: domains.in_turn.then(|| InTurn::new(domains, set, &split)),
             seed,
             recipe: Recipe {
                 adamw,
@@ -142,7 +149,7 @@ impl<'a> LeaveOut<'a> {
     }
 }
 
-impl Task for LeaveOut<'_> {
+impl Task for FineTune<'_> {
     type Model = VitClassifier;
     type Batch = Input;
     type Progress = Progress;
@@ -189,7 +196,10 @@ impl Task for LeaveOut<'_> {
 
     fn batches(&self) -> Box<dyn FnMut(u64) -> Result<Input, BenchError> + Send + '_> {
         Box::new(|step| {
-            let which = self.split.batch(self.seed, step, self.per_domain);
+            let which = match &self.in_turn {
+                Some(in_turn) => in_turn.batch(&self.split, self.seed, step),
+                None => self.split.batch(self.seed, step, self.per_domain),
+            };
             self.set.training(&which, self.seed, step)
         })
     }
@@ -248,13 +258,17 @@ impl Task for LeaveOut<'_> {
         optimizer.step(&mut model.trainable(self.set.frozen)?, gradients, rate)
     }
 
-    /// On what the sources hold out; at the end, the selected model and the last on the target.
+    /// On what the sources hold out; at the end, the selected model and the last on the target. Of domains in turn: on every one,
+    /// whenever one has ended.
     fn score(
         &self,
         model: &VitClassifier,
         step: u64,
         progress: &mut Progress,
     ) -> Result<Option<Scored>, BenchError> {
+        if let Some(in_turn) = &self.in_turn {
+            return in_turn.score(self, model, step, &mut progress.ends);
+        }
         let ended = step == self.recipe.schedule.steps;
         if !(ended || step.is_multiple_of(self.evaluate_every)) {
             return Ok(None);
@@ -334,6 +348,9 @@ impl Task for LeaveOut<'_> {
 
     /// The figures of the selected model, and how the one at the end routes patches of images that it was not trained on.
     fn finish(&self, end: &Finished<'_, Self>, run: &mut Run) -> Result<(), BenchError> {
+        if let Some(in_turn) = &self.in_turn {
+            return in_turn.finish(self, end, run);
+        }
         let (best, last) = (end.progress.best, end.progress.last);
         let target = best.and_then(|b| b.target);
         // Of two layers the mean; the exact figure is among the metrics.
