@@ -18,7 +18,9 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
     // With --json standard error is the caller's too. A log wants the command's own lines alone, but not
     // minutes of silence while everything is built for the first time.
     let json = arguments.iter().any(|a| a == "--json");
-    let quiet = json || (!std::io::stderr().is_terminal() && built_before());
+    // Only a download needs what speaks to a server.
+    let fetch = arguments[0] == "data" && arguments.iter().any(|a| a == "fetch");
+    let quiet = json || (!std::io::stderr().is_terminal() && built_before() && !fetch);
     let manifest = root().join("Cargo.toml");
     let tested = std::env::var_os("MASS_XTASK_PROFILE").is_some_and(|profile| profile == "dev");
     let cargo_run = |command: &str| {
@@ -35,8 +37,7 @@ pub(crate) fn run(arguments: &[OsString]) -> ExitCode {
                 "mass-bench",
             ]),
         };
-        // Only a download needs what speaks to a server.
-        if arguments.iter().any(|a| a == "fetch") && arguments[0] == "data" {
+        if fetch {
             cargo.args(["--features", "mass-bench/hub"]);
         }
         cargo

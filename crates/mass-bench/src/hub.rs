@@ -89,7 +89,12 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     }
     let api = builder.build().map_err(failed("asking for"))?;
     let api = api.model(repository.to_owned());
-    let listed = api.info().map_err(failed("asking for"))?;
+    let listed = api.info().map_err(|e| {
+        let doing = format!("asking for {repository}");
+        let by_hand = dir.display();
+        let problem = format!("{e}; without a network its files can be put into {by_hand} by hand");
+        BenchError::failed(doing, problem)
+    })?;
     let there = |name: &str| listed.siblings.iter().any(|s| s.rfilename == name);
     // Nothing can go on from what was got of such a repository.
     let unusable = |problem: String| {

@@ -65,6 +65,20 @@ fn processor() -> Vec<String> {
     vec![Place::Cpu.to_string()]
 }
 
+/// Whether numbers have left the range that numbers have.
+fn is_not_finite(error: &ModelError) -> bool {
+    use mass_expand::ExpandError;
+    use mass_routing::RoutingError;
+    matches!(
+        error,
+        ModelError::NonFinite(_)
+            | ModelError::Routing(
+                RoutingError::NonFiniteLogit { .. } | RoutingError::NonFinite { .. }
+            )
+            | ModelError::Expand(ExpandError::NonFinite { .. })
+    )
+}
+
 /// A run under way.
 pub struct Trainer<'t, T: Task> {
     task: &'t T,
@@ -196,7 +210,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             problem,
         };
         let read = checkpoint::load::<T::Model, Saved<T::Progress>>(dir);
-        let read = read.map_err(|e| input(e.to_string()))?;
+        let read = read.map_err(|e| input(format!("{e}; --fresh deletes it and begins anew")))?;
         if read.state.settings != self.saved.settings {
             return Err(input(
                 "the checkpoint is of a run with other settings or other data; give another --out, or --fresh, which deletes \
@@ -277,7 +291,16 @@ impl<'t, T: Task> Trainer<'t, T> {
     fn advance(&mut self, batch: &T::Batch) -> Result<f64, BenchError> {
         let loss = self.step_on(batch).map_err(|e| match e {
             ModelError::Parallel(e) => BenchError::Parallel(e),
-            e => BenchError::failed(format!("{} at step {}", self.name(), self.step), e),
+            e => {
+                let doing = format!("{} at step {}", self.name(), self.step);
+                match is_not_finite(&e) {
+                    true => BenchError::failed(
+                        doing,
+                        format!("{e}; training has diverged: a smaller learning rate may help"),
+                    ),
+                    false => BenchError::failed(doing, e),
+                }
+            }
         })?;
         self.step += 1;
         self.saved.tokens += self.task.tokens(batch);

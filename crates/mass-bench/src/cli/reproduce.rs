@@ -14,7 +14,7 @@ use crate::{
 
 /// `reproduce`, as typed until [`check`](Self::check) makes it usable.
 #[derive(Debug, Clone, PartialEq, Args)]
-#[command(after_help = study::list())]
+#[command(after_help = study::list(), allow_negative_numbers = true)]
 pub struct ReproduceArgs {
     /// The study, or `all` for every one there is
     #[arg(default_value = "synthetic")]

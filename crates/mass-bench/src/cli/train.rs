@@ -23,6 +23,7 @@ fn is_mass(method: &str) -> bool {
 /// `train`, whose ranges [`check`](Self::check) looks at. Serialises as the settings that decide its figures.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[command(allow_negative_numbers = true)]
 pub struct TrainArgs {
     /// The text: any file of text without NUL bytes (UTF-8, Latin-1 and so on, but not UTF-16)
     #[arg(long, value_name = "FILE")]
@@ -32,7 +33,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "METHOD", default_value = MASS)]
     #[serde(default = "mass", skip_serializing_if = "is_mass")]
     pub method: String,
-    /// Training steps
+    /// Training steps; learning rate and growth follow from their number, so --resume cannot change it
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub steps: usize,
     /// Routing mass p of Top-p, in (0, 1] [default: 0.5]
@@ -137,7 +138,10 @@ impl TrainArgs {
             return usage(format!("--p is {p}; it must be above 0 and at most 1"));
         }
         if !(self.lr > 0.0 && self.lr.is_finite()) {
-            return usage(format!("--lr is {}; it must be above 0", self.lr));
+            return usage(format!(
+                "--lr is {}; it must be above 0 and finite",
+                self.lr
+            ));
         }
         if !(self.held_out > 0.0 && self.held_out < 1.0) {
             return usage(format!(

@@ -75,6 +75,11 @@ fn report_html(results: &Results, metrics: &[MetricLine], events: &[Drawn]) -> S
     )
 }
 
+/// What the columns of the first table are.
+const LEGEND: &str = "<p>K: experts, start -> end. k: experts that a token has. Live steps: those in which a split could be \
+    triggered. JSD: divergence of the experts' shares between entities, and between properties. NMI: what experts tell of hidden \
+    states, 0 to 1. s/run: seconds. n: seeds; &plusmn; is the standard deviation over them.</p>\n";
+
 const STYLE: &str = include_str!("report.css");
 
 const FRONTIER: &str =
@@ -91,10 +96,11 @@ const CURVES: &str = "Means over seeds.";
 fn made(results: &Results) -> String {
     let machine = &results.machine;
     let mut html = format!(
-        "<p>mass-bench {}; {}; {} runs</p>\n",
+        "<p>mass-bench {}; {}; {} run{}</p>\n",
         escape(&results.version),
         escape(&machine.to_string()),
-        results.runs.len()
+        results.runs.len(),
+        if results.runs.len() == 1 { "" } else { "s" }
     );
     let elsewhere = results.runs.iter().filter_map(|r| r.machine.as_ref());
     let elsewhere: Vec<_> = elsewhere.collect();
@@ -116,12 +122,15 @@ fn summary(results: &Results) -> String {
         .iter()
         .take_while(|name| ["method", "variant", "setting"].contains(&name.as_str()));
     let apart = apart.count();
-    header.drain(1..apart);
-    for row in &mut rows {
-        let name: Vec<String> = row.drain(..apart).filter(|part| !part.is_empty()).collect();
-        row.insert(0, name.join("/"));
+    let mut html = "<p>No run is finished yet.</p>\n".to_owned();
+    if !rows.is_empty() {
+        header.drain(1..apart);
+        for row in &mut rows {
+            let name: Vec<String> = row.drain(..apart).filter(|part| !part.is_empty()).collect();
+            row.insert(0, name.join("/"));
+        }
+        html = table("Means over seeds", &header, &rows) + LEGEND;
     }
-    let mut html = table("Means over seeds", &header, &rows);
     let facts: String = facts(results)
         .iter()
         .map(|f| format!("<li>{}</li>\n", escape(f)))

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::growth::drawn;
 use super::html::write_reports;
+use super::lock;
 use super::store::{
     check_owner, io_error, lines_of, merged, old_settings, pretty, read_json, write_atomically,
 };
@@ -197,6 +198,7 @@ fn write(
         path: out.to_owned(),
         source,
     })?;
+    let _lock = lock::take(out)?;
     let metrics = texts[0].lines().flat_map(serde_json::from_str);
     let metrics: Vec<MetricLine> = metrics.collect();
     write_atomically(&there, &pretty(results))?;

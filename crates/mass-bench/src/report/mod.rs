@@ -30,6 +30,7 @@ mod growth;
 mod html;
 mod join;
 mod lines;
+mod lock;
 mod machine;
 mod over_tasks;
 mod paired;
@@ -104,6 +105,14 @@ pub enum ReportError {
         /// What is there.
         what: String,
     },
+    /// A directory that another process writes to.
+    #[error("{}: in use by process {process}, which has not ended; wait for it, or choose another --out", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Its number; empty where the system does not tell.
+        process: String,
+    },
     /// `--resume` into a directory that holds something else.
     #[error("{}: holds results of another {what}; choose another --out, or --fresh, which deletes them", path.display())]
     OtherSettings {
@@ -134,6 +143,7 @@ impl ReportError {
             | Self::Foreign { .. }
             | Self::Malformed { .. }
             | Self::Kept { .. }
+            | Self::InUse { .. }
             | Self::Join { .. }
             | Self::OtherSettings { .. } => 2,
             Self::Io { .. } | Self::Duplicate(_) => 1,

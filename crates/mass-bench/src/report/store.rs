@@ -11,6 +11,7 @@ use crate::durable;
 
 use super::growth::drawn;
 use super::html::write_reports;
+use super::lock;
 use super::machine::CPU;
 use super::{EventLine, Header, MetricLine, ReportError, Results, Run, RunKey};
 
@@ -54,6 +55,8 @@ pub struct ResultStore {
     files: Option<Files>,
     /// Whether lines of an earlier process may be there.
     resumed: bool,
+    /// Keeps other processes out of the directory.
+    _lock: Option<File>,
 }
 
 impl ResultStore {
@@ -76,12 +79,15 @@ impl ResultStore {
         settings: &impl Serialize,
         existing: Existing,
     ) -> Result<Self, ReportError> {
-        let (results, settings) = prior(dir, header, settings, existing)?;
-        let resume = existing == Existing::Resume;
+        Self::check(dir, header.clone(), settings, existing)?;
         durable::create_dir_all(dir).map_err(|source| ReportError::Out {
             path: dir.to_owned(),
             source,
         })?;
+        let lock = lock::take(dir)?;
+        // As it is now that nobody else writes.
+        let (results, settings) = prior(dir, header, settings, existing)?;
+        let resume = existing == Existing::Resume;
         // Kept on a resume even without finished runs: the first one may have been interrupted.
         if !resume {
             for stale in [
@@ -107,6 +113,7 @@ impl ResultStore {
             dir: dir.to_owned(),
             results,
             resumed: resume,
+            _lock: lock,
         })
     }
 
@@ -117,6 +124,7 @@ impl ResultStore {
             results,
             files: None,
             resumed: false,
+            _lock: None,
         }
     }
 
@@ -131,14 +139,21 @@ impl ResultStore {
         settings: &impl Serialize,
         existing: Existing,
     ) -> Result<(), ReportError> {
+        lock::check(dir)?;
         prior(dir, header, settings, existing).map(drop)
     }
 
-    /// Refuses a directory in which an earlier command has left something that `existing` does not say what to do with.
+    /// Refuses a directory that another process writes to, and one in which an earlier command has left something that `existing`
+    /// does not say what to do with.
     ///
     /// # Errors
-    /// [`ReportError::Kept`].
+    /// [`ReportError::InUse`], [`ReportError::Kept`].
     pub fn check_kept(dir: &Path, existing: Existing) -> Result<(), ReportError> {
+        lock::check(dir)?;
+        Self::kept(dir, existing)
+    }
+
+    fn kept(dir: &Path, existing: Existing) -> Result<(), ReportError> {
         if existing != Existing::Refuse {
             return Ok(());
         }
@@ -343,7 +358,7 @@ fn prior(
     let results_path = dir.join("results.json");
     if !(existing == Existing::Resume && results_path.exists()) {
         check_owner(dir)?;
-        ResultStore::check_kept(dir, existing)?;
+        ResultStore::kept(dir, existing)?;
         return Ok((results, settings));
     }
     let old: Results = read_json(&results_path)?;

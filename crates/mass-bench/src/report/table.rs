@@ -17,7 +17,10 @@ pub const LEFT_OUT: &str = "images_left_out";
 #[must_use]
 pub fn table(results: &Results) -> String {
     let (header, rows) = cells(results);
-    let mut text = align(&header, &rows);
+    let mut text = match rows.is_empty() {
+        true => "No run is finished yet.\n".to_owned(),
+        false => align(&header, &rows),
+    };
     for note in notes(results) {
         text.push_str(&note);
         text.push('\n');
@@ -70,7 +73,7 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
         })
         .collect();
     let used: Vec<usize> = (0..columns.len())
-        .filter(|&c| all.is_empty() || all.iter().any(|row| !row[c].is_empty()))
+        .filter(|&c| all.iter().any(|row| !row[c].is_empty()))
         .collect();
     let header = used.iter().map(|&c| columns[c].0.to_owned()).collect();
     let rows = all
@@ -145,12 +148,16 @@ pub(super) fn expansion_count(results: &Results) -> Option<String> {
     let live = |r: &Run| r.detection_live_steps.is_some();
     let expansions: usize = results.runs.iter().map(|r| r.expansions.len()).sum();
     let any = results.runs.iter().any(live);
-    any.then(|| format!("Expansions in all runs: {expansions}"))
+    any.then(|| format!("Expansions in all runs (expert -> newcomer): {expansions}"))
 }
 
 /// The splits of each run that has some.
 pub(super) fn expansions(results: &Results) -> Vec<(String, String)> {
     let runs = results.runs.iter().filter(|r| !r.expansions.is_empty());
+    let layered = runs
+        .clone()
+        .flat_map(|r| &r.expansions)
+        .any(|e| e.layer > 0);
     runs.map(|run| {
         let list: Vec<String> = run
             .expansions
@@ -159,7 +166,17 @@ pub(super) fn expansions(results: &Results) -> Vec<(String, String)> {
                 let p = e
                     .p_value
                     .map_or_else(String::new, |p| format!(" p {p:.2e}"));
-                format!("step {}: {} -> {}{p}{}", e.step, e.source, e.new, cause(e))
+                let layer = match layered {
+                    true => format!(", layer {}", e.layer),
+                    false => String::new(),
+                };
+                format!(
+                    "step {}{layer}: {} -> {}{p}{}",
+                    e.step,
+                    e.source,
+                    e.new,
+                    cause(e)
+                )
             })
             .collect();
         (run.key().to_string(), list.join("; "))

@@ -193,13 +193,18 @@ pub const STUDIES: &[Study] = &[
     ),
 ];
 
-/// The studies and what each is about, for the help text.
+/// The studies, what each is about, and its tasks, for the help text.
 #[must_use]
 pub fn list() -> String {
-    let lines = STUDIES
-        .iter()
-        .map(|s| format!("  {:11} {}\n", s.name, s.about));
-    format!("Studies:\n{}", lines.collect::<String>())
+    let line = |s: &Study| {
+        let tasks = match s.tasks {
+            [] => String::new(),
+            tasks => format!("{:14}--task: {}\n", "", tasks.join(", ")),
+        };
+        format!("  {:11} {}\n{tasks}", s.name, s.about)
+    };
+    let lines: String = STUDIES.iter().map(line).collect();
+    format!("Studies:\n{lines}")
 }
 
 /// The study of that name.

@@ -196,7 +196,13 @@ fn bad_arguments_exit_2_with_one_line() {
         (&["train", "--text", "file", "--lr", "0"], &["--lr is 0"]),
         (
             &["train", "--text", "file", "--lr", "inf"],
-            &["--lr is inf"],
+            &["--lr is inf", "finite"],
+        ),
+        (&["train", "--text", "file", "--lr", "-1"], &["--lr is -1"]),
+        (&["reproduce", "--seeds", "-1"], &["--seeds", "'-1'"]),
+        (
+            &["reproduce", "ablation", "--methods", "grows"],
+            &["unknown method `grows`", "grow_to_12"],
         ),
         (
             &["train", "--text", "file", "--held-out", "1"],
@@ -330,7 +336,27 @@ fn help_says_what_the_studies_are() {
     let help = String::from_utf8_lossy(&output.stdout);
     for study in mass_bench::study::STUDIES {
         assert!(help.contains(study.about), "{help}");
+        assert!(study.tasks.iter().all(|task| help.contains(task)), "{help}");
     }
+}
+
+#[test]
+fn a_run_that_diverges_says_so_and_leaves_a_directory_that_can_be_reported_on() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path();
+    std::fs::write(at.join("text"), "a text of some length. ".repeat(400)).expect("a write");
+    let train = "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --lr 1e38 --out out";
+    let output = bench(&train.split(' ').collect::<Vec<_>>(), at);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    let last = error.lines().last().unwrap_or_default();
+    assert!(
+        last.starts_with("error: ") && last.contains("a smaller learning rate"),
+        "{error}"
+    );
+    let report = bench(&["report", "out"], at);
+    let text = String::from_utf8_lossy(&report.stdout);
+    assert!(report.status.success() && text.contains("No run is finished yet."));
 }
 
 /// Runs that are finished, or under way, are deleted by `--fresh` alone.

@@ -2,7 +2,7 @@
 
 use mass_bench::report::{
     EventLine, Existing, Expansion, Header, MetricLine, PairMeans, ReportError, ResultStore,
-    Results, Run, Usage, reported, table,
+    Results, Run, Usage, join, reported, table,
 };
 use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
@@ -175,7 +175,7 @@ fn finished_runs_survive_a_resume_and_others_are_refused() {
 
     // Settings without results that they belong to are no reason to lose results.
     std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
-    open(dir.path(), &settings, Existing::Resume).expect("no run, no settings");
+    drop(store);
     let mut store = open(dir.path(), &settings, Existing::Resume).expect("a store");
     store.push(mass(0, 1.0)).expect("a run");
     drop(store);
@@ -222,6 +222,30 @@ fn what_is_finished_is_kept_until_someone_says_otherwise() {
     std::fs::create_dir_all(&checkpoint).expect("a directory");
     refused(dir.path(), &settings, "checkpoint");
     assert!(checkpoint.exists());
+}
+
+#[test]
+fn a_directory_has_one_writer_at_a_time() {
+    let settings = json!({"steps": 1});
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &settings, Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.1)).expect("a run");
+    let before = read(dir.path(), "results.json");
+    let in_use = |error: ReportError| {
+        assert_eq!(error.exit_code(), 2);
+        let process = format!("in use by process {}", std::process::id());
+        assert!(error.to_string().contains(&process), "{error}");
+    };
+    for existing in [Existing::Refuse, Existing::Resume, Existing::Replace] {
+        in_use(open(dir.path(), &settings, existing).expect_err("another process"));
+        in_use(ResultStore::check_kept(dir.path(), existing).expect_err("another process"));
+    }
+    in_use(join(&[dir.path().to_owned()], None).expect_err("a report in its place"));
+    let elsewhere = dir.path().join("report");
+    join(&[dir.path().to_owned()], Some(&elsewhere)).expect("a report elsewhere");
+    assert_eq!(read(dir.path(), "results.json"), before);
+    drop(store);
+    open(dir.path(), &settings, Existing::Resume).expect("nobody's");
 }
 
 #[test]
@@ -376,8 +400,9 @@ proptest! {
         }
         let back: Results = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
         prop_assert_eq!(&back, store.results());
+        let all = store.into_results();
         let again = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
-        prop_assert_eq!(again.results(), store.results());
+        prop_assert_eq!(again.results(), &all);
     }
 }
 
