@@ -232,6 +232,11 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// Experts carry an [`ExpertId`] that is never reused, and every expert owns its gate row, so that parameters, optimiser
 /// moments and checkpoints keep their names while the pool changes.
 ///
+/// # Errors
+/// Every forward pass refuses an input of 0 rows ([`ModelError::Shape`]), which the routers of mass-routing take: pass over a
+/// batch without tokens. What else it refuses is in [`ops::moe_ffn`].
+///
+/// # Examples
 /// ```
 /// use dfdx::prelude::*;
 /// use mass_model::{Activation, nn::{MoeConfig, MoeLayer}, seeded_rng};
