@@ -60,7 +60,7 @@ pub enum GateConfig {
         /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
-    /// Bounded scores in a space of low rank: see [`LowRankGate`](mass_routing::LowRankGate).
+    /// Bounded scores in a space of low rank: see `mass_routing::LowRankGate`.
     LowRank {
         /// Rank r of the query projection, at least 1.
         rank: usize,
@@ -229,7 +229,7 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// `y[t] = Σ_{e chosen for t} w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`, with `w` from the router applied to
 /// `z = x W_gᵀ` (plus a fixed offset for experts that were bisected, or split with their mass preserved).
 ///
-/// Experts carry an [`ExpertId`] that is never reused, and every expert owns its gate row, so that parameters, optimiser
+/// Experts carry an `ExpertId` that is never reused, and every expert owns its gate row, so that parameters, optimiser
 /// moments and checkpoints keep their names while the pool changes.
 ///
 /// # Errors

@@ -26,7 +26,7 @@ pub struct MoeExpert {
     pub gate: Param,
     /// Added to the expert's logit; not trained. Zero but for experts that were bisected, or split with their mass preserved.
     pub logit_offset: f32,
-    /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
+    /// Learned threshold `[1]` of `mass_routing::TopAny` routing; other routers have none.
     pub threshold: Option<Param>,
     /// What it computes.
     pub network: Network,
