@@ -234,7 +234,8 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 ///
 /// # Errors
 /// Every forward pass refuses an input of 0 rows ([`ModelError::Shape`]), which the routers of mass-routing take: pass over a
-/// batch without tokens. What else it refuses is in [`ops::moe_ffn`].
+/// batch without tokens. What else it refuses, a NaN among others, is in [`ops::moe_ffn`]. Inside a model of dfdx,
+/// `Module::forward` panics on all of these: call `Module::try_forward`, and after an error [`last_error`](crate::last_error).
 ///
 /// # Examples
 /// ```
@@ -247,6 +248,8 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// let layer = MoeLayer::new(&config, &mut seeded_rng(0))?;
 /// let x = Cpu::default().ones_like(&(2, 8));
 /// assert_eq!(*layer.try_forward(x)?.shape(), (2, 8));
+/// let none: Tensor<(usize, usize), f32, Cpu> = Cpu::default().zeros_like(&(0, 8));
+/// assert!(layer.try_forward(none).is_err());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
