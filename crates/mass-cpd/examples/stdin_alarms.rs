@@ -7,18 +7,21 @@
 //!
 //! One alarm a line: the line number, the value, the probability of a false alarm as strong in 1000 steps, the line at which the change
 //! is thought to have begun, which way it goes, and its size. An empty line, `NA`, `NaN`, `null`, `None`, `-` and `?` are missing
-//! observations: time passes. A line that is neither is reported on standard error, and counts as missing.
+//! observations: time passes. A line that is neither is reported on standard error at once and counts as missing; the lines after it
+//! are read all the same, and at the end the exit status is 2.
 
 use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
 
 use mass_cpd::{CalibratedCusumParams, Detector, Shift};
 
 /// What stands for a missing number.
 const MISSING: [&str; 7] = ["", "na", "nan", "null", "none", "-", "?"];
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut detector = CalibratedCusumParams::default().check()?;
     let mut out = io::stdout().lock();
+    let mut unreadable = 0;
     writeln!(out, "line\tvalue\tp_horizon\tonset\tdirection\tsize")?;
     for (number, line) in io::stdin().lock().split(b'\n').enumerate() {
         let number = number + 1;
@@ -53,8 +56,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Err(e) => {
                 eprintln!("line {number}: {text:?}: {e}");
                 detector.skip();
+                unreadable += 1;
             }
         }
     }
-    Ok(())
+    if unreadable > 0 {
+        eprintln!("lines that are neither numbers nor missing: {unreadable}");
+        return Ok(ExitCode::from(2));
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -59,8 +59,15 @@ fn main() -> Result<(), ModelError> {
     controller.phase.live_until = STEPS;
     let mut grower = Grower::new(GrowerConfig::new(controller))?;
 
+    let (miss, others) = (1.0 / 8.0 / 24.0, 23.0);
+    let hit: f64 = 1.0 - others * miss;
+    let least = -hit * hit.ln() - others * miss * f64::ln(miss);
+    println!("random tokens alone cost {least:.3} nats; no model has a smaller loss");
     let (probe, probe_targets) = batch(u64::MAX, STEPS);
     for step in 0..STEPS {
+        if step == STEPS / 2 {
+            println!("step {step}: half of the sequences are of the second grammar from here on");
+        }
         let (tokens, targets) = batch(step, step);
         let mut pass = model.train_pass_at(&place, &tokens, &targets, SEQ)?;
         let events = grower.step(
@@ -108,8 +115,14 @@ fn main() -> Result<(), ModelError> {
             }
         }
         if step % 100 == 99 {
-            let (loss, k) = (pass.loss, pass.layers[0].plan.mean_k());
-            println!("step {step:3}: loss {loss:.3}, {k:.2} experts a token");
+            // On sequences of what has been seen so far, none of which is trained on.
+            let (tokens, targets) = batch(u64::MAX, step);
+            let (nll, layers) = model.score_at(&place, &tokens, &targets, SEQ, None)?;
+            let (loss, k) = (
+                nll.iter().sum::<f32>() / nll.len() as f32,
+                layers[0].plan.mean_k(),
+            );
+            println!("step {step:3}: held-out loss {loss:.3}, {k:.2} experts a token");
         }
     }
     println!("experts at the end: {:?}", model.mixture(0).ids());

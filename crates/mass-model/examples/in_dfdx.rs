@@ -9,7 +9,7 @@
 use dfdx::nn::modules::{Linear, ReLU};
 use dfdx::optim::{Adam, AdamConfig};
 use dfdx::prelude::*;
-use mass_expand::{Choice, ControllerParams, EventKind};
+use mass_expand::{ControllerParams, EventKind};
 use mass_model::checkpoint::{self, Checkpointed, Snapshot};
 use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::nn::{MoeConfig, MoeLayer};
@@ -112,7 +112,7 @@ fn data(dev: &Cpu, rows: usize) -> (Points, Values) {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let router = RouterConfig::TopP {
         p: 0.6,
-        combine: Combine::Renormalised,
+        combine: Combine::StraightThrough,
     };
     let config = MoeConfig::new(WIDTH, 24, 2, Activation::GeluErf, router);
     let mut model = Model::from_checkpoint_config(&config)?;
@@ -124,10 +124,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
     );
     let mut adamw = AdamW::new(AdamWConfig::default())?;
-    // A split every thirty steps; see `ControllerParams` for triggers that decide by themselves.
-    let mut controller = ControllerParams::paper(1, 2, 5, STEPS).with_schedule(30, 30);
-    controller.choice = Choice::MostLoaded;
-    (controller.phase.live_from, controller.phase.live_until) = (0, STEPS);
+    // The pool has grown in a tenth of the run; see `ControllerParams` for rules that watch.
+    let controller = ControllerParams::ours(1, 2, 5, STEPS);
     let mut grower = Grower::new(GrowerConfig::new(controller))?;
 
     let (x, target) = data(&Cpu::seed_from_u64(1), 512);

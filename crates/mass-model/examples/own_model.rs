@@ -3,7 +3,7 @@
 //!     cargo run --release -p mass-model --example own_model
 
 use dfdx::prelude::{Cpu, NoneTape, OwnedTape, PutTape, Tape, TensorFromVec};
-use mass_expand::{Choice, ControllerParams};
+use mass_expand::ControllerParams;
 use mass_model::checkpoint::{self, Checkpointed, Snapshot};
 use mass_model::growth::{Grower, GrowerConfig};
 use mass_model::nn::{Linear, MoeConfig, MoeLayer};
@@ -59,14 +59,12 @@ impl Model {
 }
 
 fn main() -> Result<(), ModelError> {
-    let (p, combine) = (0.6, Combine::Renormalised);
+    let (p, combine) = (0.6, Combine::StraightThrough);
     let router = RouterConfig::TopP { p, combine };
     let config = MoeConfig::new(16, 24, 2, Activation::GeluErf, router);
     let mut model = Model::from_checkpoint_config(&config)?;
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
-    let mut controller = ControllerParams::paper(1, 2, 4, 60).with_schedule(20, 20);
-    controller.choice = Choice::MostLoaded;
-    (controller.phase.live_from, controller.phase.live_until) = (0, 60);
+    let controller = ControllerParams::ours(1, 2, 4, 60);
     let mut grower = Grower::new(GrowerConfig::new(controller))?;
     // Points of a spiral, and the quarter of it that they are in.
     let point = |t: f32| [t * t.sin() / 16.0, t * t.cos() / 16.0];

@@ -107,7 +107,7 @@ pub(crate) fn into_dfdx(error: ModelError) -> CpuError {
 }
 
 /// What a layer of this crate refused last on this thread inside a model of dfdx, which knows `CpuError` alone; none if nothing
-/// was refused since this was asked last.
+/// was refused since this was asked last. Call `try_forward` of such a model: `Module::forward` panics on every error.
 ///
 /// ```
 /// use dfdx::prelude::*;

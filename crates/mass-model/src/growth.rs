@@ -1,11 +1,42 @@
-//! Growing a pool of experts while it trains: what the decisions of [`mass_expand`] do to weights, gradients and optimiser.
+//! Growing a pool of experts while it trains: what the decisions of `mass_expand` do to weights, gradients and optimiser.
 //!
-//! ```text
-//! each step:  pass = train_pass(batch)                  loss and gradients
-//!             model.adapt(pass.layers)                  routers that balance themselves learn
-//!             grower.step(model, optimizer, pass, ..)   observe, decide, split or remove
-//!             optimizer.step(model, gradients, lr)
 //! ```
+//! use mass_expand::ControllerParams;
+//! use mass_model::growth::{Grower, GrowerConfig, Mixtures};
+//! use mass_model::lm::{LanguageModel, LanguageModelConfig};
+//! use mass_model::nn::{BlockConfig, MoeConfig};
+//! use mass_model::optim::{AdamW, AdamWConfig};
+//! use mass_model::{Activation, seeded_rng};
+//! use mass_routing::{Combine, RouterConfig};
+//!
+//! // Straight-through weights: with renormalised ones a token of one expert teaches the gate nothing.
+//! let router = RouterConfig::TopP { p: 0.5, combine: Combine::StraightThrough };
+//! let moe = MoeConfig::new(8, 16, 2, Activation::GeluErf, router);
+//! let block = BlockConfig { heads: 2, layer_norm_eps: 1e-5, moe };
+//! let config = LanguageModelConfig { vocab: 16, max_seq: 8, layers: 1, embedding_std: 0.02, block };
+//! let mut model = LanguageModel::new(&config, &mut seeded_rng(0))?;
+//! let mut optimizer = AdamW::new(AdamWConfig::default())?;
+//! // One layer, from 2 experts to 4, in a run of 40 steps.
+//! let mut grower = Grower::new(GrowerConfig::new(ControllerParams::ours(1, 2, 4, 40)))?;
+//!
+//! let tokens: Vec<u32> = (0..64).map(|t| t % 16).collect();
+//! let targets: Vec<u32> = tokens.iter().map(|t| (t + 1) % 16).collect();
+//! for step in 0..40 {
+//!     let mut pass = model.train_pass(&tokens, &targets, 8)?; // loss and gradients
+//!     model.adapt(&pass.layers)?; // routers that balance themselves learn
+//!     // Observe, decide, split or remove. The losses are for rules that ask for them; `ours` does not.
+//!     grower.step(step, &mut model, &mut optimizer, &mut pass, |model, _, masked| {
+//!         let (losses, _) = model.score(&tokens, &targets, 8, masked)?;
+//!         Ok(losses.into_iter().map(f64::from).collect())
+//!     })?;
+//!     optimizer.step(&mut model, &mut pass.gradients, 1e-3)?;
+//! }
+//! assert_eq!(model.mixture(0).ids().len(), 4);
+//! # Ok::<(), mass_model::ModelError>(())
+//! ```
+//!
+//! A [`Grower`] is `Serialize` and `Deserialize`, and read back it decides what it would have decided. A checkpoint keeps it
+//! as the caller's state: `Snapshot::new(step, &model, &optimizer, &grower)`, and `checkpoint::load::<Model, Grower>(dir)?.state`.
 
 mod observe;
 mod pairs;

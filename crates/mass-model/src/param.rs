@@ -34,7 +34,7 @@ fn count(shape: &[usize]) -> Result<usize, ModelError> {
 
 /// A trainable vector or matrix (row-major).
 ///
-/// It owns its values, which kernels read in place, and a place of its own in dfdx's [`Gradients`](dfdx::prelude::Gradients). A clone is another
+/// It owns its values, which kernels read in place, and a place of its own in dfdx's `Gradients`. A clone is another
 /// parameter: it has the same values and a gradient of its own, which is what duplicating an expert needs.
 pub struct Param {
     values: Mirror,

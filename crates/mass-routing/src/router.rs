@@ -127,7 +127,8 @@ pub trait Router: Send {
         Err(refused)
     }
 
-    /// Adds the gradient of the logits to `d_logits` (`N x K`), given that of the weights (per assignment, grouped order).
+    /// Adds the gradient of the logits to `d_logits` (`N x K`), given that of the weights (per assignment, grouped order), of
+    /// which a NaN passes on.
     ///
     /// # Errors
     /// As [`RoutingPlan::backward`], which is what it does unless a router says otherwise.

@@ -71,6 +71,11 @@ impl Controller {
                 }?;
             }
             check_monitored("gradient norm of a layer", pooled(observed))?;
+            if observed.hidden == 0 || observed.dim == 0 {
+                return Err(ExpandError::Empty {
+                    what: "weight matrix",
+                });
+            }
             if self.tests_alignment() {
                 self.params.alignment.delta(observed.hidden, observed.dim)?;
             }
@@ -92,7 +97,7 @@ fn check_figures(expert: &ExpertObservation) -> Result<(), ExpandError> {
     if let Some(cosine) = expert.cosine {
         check_cosine(cosine)?;
     }
-    check_not_negative("loss_share", expert.loss_share.unwrap_or(0.0))?;
+    check_share(expert.loss_share.unwrap_or(0.0))?;
     check_not_negative("routing_entropy", expert.routing_entropy.unwrap_or(0.0))
 }
 
@@ -132,6 +137,20 @@ pub(super) fn check_not_negative(name: &'static str, value: f64) -> Result<(), E
             name,
             value,
             expected: "at least 0",
+        })
+    }
+}
+
+fn check_share(value: f64) -> Result<(), ExpandError> {
+    check_not_negative("loss_share", value)?;
+    // Two sums of many tokens in f32 may differ by roundings.
+    if value <= 1.0 + 1e-3 {
+        Ok(())
+    } else {
+        Err(ExpandError::Parameter {
+            name: "loss_share",
+            value,
+            expected: "within [0, 1]",
         })
     }
 }

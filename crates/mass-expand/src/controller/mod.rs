@@ -35,7 +35,7 @@
 //!
 //! # Why not a bank of detectors
 //!
-//! [`mass_cpd::Bank`] updates thousands of streams in one piece, all of them at every step and by one rule. The controller's
+//! `mass_cpd::Bank` updates thousands of streams in one piece, all of them at every step and by one rule. The controller's
 //! streams are few and not in step: an expert without tokens is not observed, single ones start afresh after a split or a
 //! removal, `paper` and `reference` watch by another rule, and the level is divided among `k_max` experts from the start so that
 //! it does not move when one is born. There is also little to win. A bank takes 39 ns a stream and update where a detector of

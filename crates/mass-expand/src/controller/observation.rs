@@ -30,9 +30,9 @@ impl<'a> StepObservation<'a> {
 pub struct LayerObservation<'a> {
     /// The layer's active experts, in the order of [`Controller::active`](super::Controller::active).
     pub experts: &'a [ExpertObservation],
-    /// Rows of an expert's first weight matrix (the width of the expert).
+    /// Rows of an expert's first weight matrix (the width of the expert), at least 1.
     pub hidden: usize,
-    /// Columns of an expert's first weight matrix (the dimension of the model).
+    /// Columns of an expert's first weight matrix (the dimension of the model), at least 1.
     pub dim: usize,
 }
 
@@ -60,7 +60,8 @@ pub struct ExpertObservation {
     pub cosine: Option<f64>,
     /// Tokens routed to it in this step.
     pub load: u64,
-    /// Its share of the step's loss: routing weight times token loss, summed over its tokens, over the total.
+    /// Its share of the step's loss, in [0, 1]: routing weight times token loss, summed over its tokens, over the same sum
+    /// of all experts of its layer.
     pub loss_share: Option<f64>,
     /// How undecided the routing of its tokens is: the mean over them of the entropy of the gate's distribution, in nats (or
     /// another entropy of what is routed to it, the same for all experts). `None` without tokens: its average then stays.

@@ -162,7 +162,7 @@ pub enum AfterSplit {
 pub enum Unused {
     /// A norm of zero (`paper`, `reference`). Not with a detector of logarithms.
     ObserveZero,
-    /// A gap: it learns nothing, and the next norm is not predicted from the last ([`Detector::skip`](mass_cpd::Detector::skip); `calibrated`).
+    /// A gap: it learns nothing, and the next norm is not predicted from the last (`mass_cpd::Detector::skip`; `calibrated`).
     Skip,
 }
 

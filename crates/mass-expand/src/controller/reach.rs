@@ -10,7 +10,7 @@ use crate::ExpandError;
 /// The steps between which splits and checks can happen, if each comes as soon as it may.
 ///
 /// # Formula
-/// With detectors that need `n` observations ([`mass_cpd::AnyDetectorParams::observations_needed`]; the least of the kinds
+/// With detectors that need `n` observations (`mass_cpd::AnyDetectorParams::observations_needed`; the least of the kinds
 /// watched) and a stop rule that waits `w`:
 ///
 /// ```text

@@ -100,6 +100,28 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
             layer: 0
         })
     ));
+    for (share, taken) in [
+        (1.5, false),
+        (1.01, false),
+        (-0.1, false),
+        (1.0 + 1e-6, true),
+    ] {
+        let mut experts = observation(controller.active(0));
+        experts[1].loss_share = Some(share);
+        let answer = begin_with(&mut controller.clone(), 0, 1.0, &[experts]);
+        assert_eq!(answer.is_ok(), taken, "{share}: {answer:?}");
+    }
+    // Of no use to a rule without an alignment test, and still no matrix.
+    for (hidden, dim) in [(0, 0), (0, 4), (8, 0)] {
+        let experts = observation(controller.active(0));
+        let layers = [LayerObservation::new(&experts, hidden, dim)];
+        assert_eq!(
+            controller.begin_step(&StepObservation::new(0, 1.0, &layers)),
+            Err(ExpandError::Empty {
+                what: "weight matrix"
+            })
+        );
+    }
     assert!(Answer::probe(0, ExpertId(0), &[1.0], &[1.0]).is_err());
     assert!(Answer::probe(0, ExpertId(0), &[1.0, 2.0], &[1.0]).is_err());
     assert!(Answer::probe(0, ExpertId(0), &[1.0, f64::NAN], &[1.0, 1.0]).is_err());

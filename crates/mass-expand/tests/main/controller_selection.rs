@@ -3,12 +3,12 @@
 use crate::drive::{begin_with, every_step, observation};
 use mass_expand::*;
 
-/// A step of one layer in which each expert has this load, and as much of the loss and of the entropy.
+/// A step of one layer in which each expert has this load, and a share of the loss and an entropy in proportion.
 fn step(controller: &mut Controller, at: u64, load: impl Fn(ExpertId) -> u64) -> Vec<Action> {
     let mut experts = observation(controller.active(0));
     for expert in &mut experts {
         expert.load = load(expert.id);
-        expert.loss_share = Some(expert.load as f64);
+        expert.loss_share = Some(expert.load as f64 / 1024.0);
         expert.routing_entropy = Some(expert.load as f64);
     }
     begin_with(controller, at, 1.0, &[experts]).unwrap();

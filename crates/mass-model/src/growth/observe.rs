@@ -15,7 +15,7 @@ use crate::pass::{LayerTrace, TrainPass};
 /// What a controller is told of each expert of a layer: gradient norm, load and share of the loss. The routing entropy, which
 /// one choice alone asks for, is that of [`routing_entropies`].
 ///
-/// The share of the loss is [`RoutingPlan::loss_shares`].
+/// The share of the loss is `mass_routing::RoutingPlan::loss_shares`.
 ///
 /// # Errors
 /// [`ModelError::Shape`] if there is not one loss a token, or the layer has another number of experts than when it was traced;

@@ -15,8 +15,8 @@ use crate::pass::LayerTrace;
 /// Splits an expert in two and returns what that did to the gate, with the id of the newcomer, which stands last in the layer.
 ///
 /// The newcomer gets the source's weights, biases, gate row, full gradient and what its router has learned of it (a balancing
-/// bias). What happens to the source's gradient and to the gate is the operator's: see [`SplitOperator`]. A `Bisect` of tokens that do not spread in any direction falls
-/// back to a clone that preserves the pair's routing mass.
+/// bias). What happens to the source's gradient and to the gate is the operator's: see `mass_expand::SplitOperator`. A
+/// `Bisect` of tokens that do not spread in any direction falls back to a clone that preserves the pair's routing mass.
 ///
 /// # Errors
 /// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it

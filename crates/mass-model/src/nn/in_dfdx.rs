@@ -2,7 +2,9 @@
 //!
 //! A layer takes tensors of any number of axes, sizes known at compile time or not, and works on the last axis. dfdx's
 //! combinators need one type of error, which is `CpuError`; what a layer refused is kept by
-//! [`last_error`](crate::last_error). The layers' own `try_forward` returns it.
+//! [`last_error`](crate::last_error). The layers' own `try_forward` returns it. dfdx's `Module::forward` panics on every error
+//! (`WrongNumElements`, for a NaN in a mixture's input too): call `Module::try_forward`, and [`last_error`](crate::last_error)
+//! after an error.
 //!
 //! dfdx walks a model's tensors by a list that is fixed at compile time, in which a pool that grows cannot be. So
 //! `alloc_grads`, `zero_grads` and dfdx's optimisers pass over these layers, which have their own:

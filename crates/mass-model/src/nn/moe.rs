@@ -60,7 +60,7 @@ pub enum GateConfig {
         /// Temperature at the start, which is then learned; `None`: fixed at 1.
         temperature: Option<f32>,
     },
-    /// Bounded scores in a space of low rank: see [`LowRankGate`](mass_routing::LowRankGate).
+    /// Bounded scores in a space of low rank: see `mass_routing::LowRankGate`.
     LowRank {
         /// Rank r of the query projection, at least 1.
         rank: usize,
@@ -229,9 +229,15 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// `y[t] = Σ_{e chosen for t} w[t, e] (fc2_e act(fc1_e x[t] + b1_e) + b2_e)`, with `w` from the router applied to
 /// `z = x W_gᵀ` (plus a fixed offset for experts that were bisected, or split with their mass preserved).
 ///
-/// Experts carry an [`ExpertId`] that is never reused, and every expert owns its gate row, so that parameters, optimiser
+/// Experts carry an `ExpertId` that is never reused, and every expert owns its gate row, so that parameters, optimiser
 /// moments and checkpoints keep their names while the pool changes.
 ///
+/// # Errors
+/// Every forward pass refuses an input of 0 rows ([`ModelError::Shape`]), which the routers of mass-routing take: pass over a
+/// batch without tokens. What else it refuses, a NaN among others, is in [`ops::moe_ffn`]. Inside a model of dfdx,
+/// `Module::forward` panics on all of these: call `Module::try_forward`, and after an error [`last_error`](crate::last_error).
+///
+/// # Examples
 /// ```
 /// use dfdx::prelude::*;
 /// use mass_model::{Activation, nn::{MoeConfig, MoeLayer}, seeded_rng};
@@ -242,6 +248,8 @@ pub struct Routed<T: Tape<f32, Cpu>> {
 /// let layer = MoeLayer::new(&config, &mut seeded_rng(0))?;
 /// let x = Cpu::default().ones_like(&(2, 8));
 /// assert_eq!(*layer.try_forward(x)?.shape(), (2, 8));
+/// let none: Tensor<(usize, usize), f32, Cpu> = Cpu::default().zeros_like(&(0, 8));
+/// assert!(layer.try_forward(none).is_err());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]

@@ -23,15 +23,15 @@ pub enum Gate {
     /// `logit_e = <x, w_e>`.
     #[default]
     Linear,
-    /// `logit_e = exp(min(ln 100, log_scale)) cos(h, w_e)`, see [`CosineGate`].
+    /// `logit_e = exp(min(ln 100, log_scale)) cos(h, w_e)`, see `mass_routing::CosineGate`.
     Cosine {
         /// Matrix `[r, d]` and bias `[r]` of `h = P x + b`; `h = x` without.
         projection: Option<(Param, Param)>,
         /// Logarithm of the scale, `[1]`; scale one without.
         log_scale: Option<Param>,
     },
-    /// Bounded scores in a space of low rank, with several anchors an expert: see [`LowRankGate`]. The gate row of an expert is its
-    /// anchors, one after another.
+    /// Bounded scores in a space of low rank, with several anchors an expert: see `mass_routing::LowRankGate`. The
+    /// gate row of an expert is its anchors, one after another.
     LowRank {
         /// The query projection, `[r, d]`.
         query: Param,

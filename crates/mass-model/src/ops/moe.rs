@@ -26,7 +26,7 @@ pub struct MoeExpert {
     pub gate: Param,
     /// Added to the expert's logit; not trained. Zero but for experts that were bisected, or split with their mass preserved.
     pub logit_offset: f32,
-    /// Learned threshold `[1]` of [`TopAny`](mass_routing::TopAny) routing; other routers have none.
+    /// Learned threshold `[1]` of `mass_routing::TopAny` routing; other routers have none.
     pub threshold: Option<Param>,
     /// What it computes.
     pub network: Network,
@@ -160,7 +160,8 @@ pub(super) fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 /// Returns the output and the plan that made it.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if an expert does not fit the input's width, [`ModelError::Routing`] if the router refuses the
+/// [`ModelError::Shape`] if there is no row (a router of mass-routing takes a batch of no tokens, the kernels do not) or an expert
+/// does not fit the input's width, [`ModelError::Routing`] if the router refuses the
 /// logits (a NaN among them, or no expert in use), or with a tape cannot run backward, or a routing loss is undefined.
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,

@@ -20,40 +20,41 @@ use crate::parallel::Ranks;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "loss", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RoutingLoss {
-    /// [`gshard_balance`](mass_routing::losses::gshard_balance).
+    /// `mass_routing::losses::gshard_balance`.
     Balance {
         /// Factor.
         weight: f32,
         /// Which tokens count.
         count: BalanceCount,
     },
-    /// [`routing_entropy`].
+    /// `mass_routing::losses::routing_entropy`.
     Entropy {
         /// Factor.
         weight: f32,
     },
-    /// [`importance`](mass_routing::losses::importance) of the softmax of the logits, without a router's noise.
+    /// `mass_routing::losses::importance` of the softmax of the logits, without a router's noise.
     Importance {
         /// Factor.
         weight: f32,
     },
-    /// [`load`](mass_routing::losses::load) of the logits under fresh noise; behind [`Noisy`](mass_routing::Noisy) top-k routing alone, whose noise and k it
-    /// takes.
+    /// `mass_routing::losses::load` of the logits under fresh noise; behind `mass_routing::Noisy` top-k routing
+    /// alone, whose noise and k it takes.
     Load {
         /// Factor.
         weight: f32,
     },
-    /// [`router_z`].
+    /// `mass_routing::losses::router_z`.
     RouterZ {
         /// Factor.
         weight: f32,
     },
-    /// [`diverse_and_simple`] of the gate rows: DynMoE's loss. Not with a low-rank gate, whose experts have several.
+    /// `mass_routing::losses::diverse_and_simple` of the gate rows: DynMoE's loss. Not with a low-rank gate, whose
+    /// experts have several.
     DiverseAndSimple {
         /// Factor.
         weight: f32,
     },
-    /// [`dirichlet_prior`] with the same alpha for every expert, so that it speaks of newcomers too.
+    /// `mass_routing::losses::dirichlet_prior` with the same alpha for every expert, so that it speaks of newcomers too.
     Dirichlet {
         /// Factor.
         weight: f32,

@@ -42,6 +42,9 @@ impl RoutingPlan {
     /// `d_weights` has one entry per assignment in the grouped order, `d_logits` is `N x K`. Large batches are shared among threads,
     /// row by row, so that their number does not change a bit.
     ///
+    /// A NaN or infinity in `d_weights` is no error: it passes on to its token's row of `d_logits`, and to no other. Who must
+    /// stop there checks the loss before, or the gradients after.
+    ///
     /// # Errors
     /// A shape that does not fit the plan, or as [`check_backward`](Self::check_backward).
     pub fn backward(

@@ -109,7 +109,8 @@ impl TopAny {
         Ok(())
     }
 
-    /// Adds the gradient of the thresholds to `d_thresholds` (`K`), given that of the weights (per assignment, grouped order).
+    /// Adds the gradient of the thresholds to `d_thresholds` (`K`), given that of the weights (per assignment, grouped order), of
+    /// which a NaN passes on.
     ///
     /// # Errors
     /// A length that does not fit the plan or the thresholds.

@@ -515,3 +515,30 @@ fn the_scale_of_a_cosine_gate_stops_at_100() {
         assert!((found - slope).abs() < 1e-3, "{found} for {slope}");
     }
 }
+
+/// A gradient that is none reaches its token's row, and no other token's.
+#[test]
+fn a_nan_among_the_gradients_of_weights_stays_in_its_row() {
+    let logits = array![[1.0f32, 0.5, 0.2], [0.1, 0.9, 0.4]];
+    let routers: [Box<dyn Router>; 4] = [
+        Box::new(TopK::new(2, Combine::Renormalised).unwrap()),
+        Box::new(TopP::new(0.9, Combine::Raw).unwrap()),
+        Box::new(TopP::new(0.9, Combine::StraightThrough).unwrap()),
+        Box::new(TopAny::new(vec![0.0; 3]).unwrap()),
+    ];
+    for mut router in routers {
+        let plan = plan_of(&mut *router, logits.view(), None);
+        let gradient = |first: f32| {
+            let of = |&t: &u32| if t == 0 { first } else { 1.5 + t as f32 };
+            let d_weights: Vec<f32> = plan.tokens().iter().map(of).collect();
+            let mut d = Array2::zeros((2, 3));
+            router
+                .backward(&plan, &d_weights, &mut d.view_mut())
+                .unwrap();
+            d
+        };
+        let (sound, broken) = (gradient(1.0), gradient(f32::NAN));
+        assert!(broken.row(0).iter().any(|d| d.is_nan()), "{broken}");
+        assert_eq!(broken.row(1), sound.row(1));
+    }
+}
