@@ -39,6 +39,7 @@ fn tables_are_those_of_the_results() {
         ("continual.md", &["continual-quick"]),
         ("sensitivity.md", &["sensitivity-quick"]),
         ("noise.md", &["noise-quick"]),
+        ("labels.md", &["labels-quick"]),
         ("scale.md", &["scale-quick", "scale-quick-top2"]),
         ("glue.md", &["glue-full"]),
         ("dg.md", &["dg-full"]),
