@@ -7,8 +7,8 @@ use mass_model::Place;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
-    Combine, LabelUsage, LabelWeighting, RoutingError, RoutingPlan, jensen_shannon_divergence,
-    normalized_mutual_information,
+    Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
+    jensen_shannon_divergence, normalized_mutual_information,
 };
 use ndarray::ArrayView1;
 use serde::Serialize;
@@ -259,7 +259,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let mut methods = Vec::new();
     for &experts in pools {
         for &k in k.iter().filter(|&&k| k <= experts) {
-            let router = None;
+            // A single weight that is renormalised is 1, and teaches the gate nothing; the authors' code leaves it as it is.
+            let combine = Combine::Raw;
+            let router = (k == 1).then_some(RouterConfig::TopK { k, combine });
             methods.push(Method::Static { experts, k, router });
         }
     }
@@ -551,7 +553,7 @@ fn evaluate(
 
 #[cfg(test)]
 mod tests {
-    use mass_routing::{Combine, Router, RouterConfig};
+    use mass_routing::Router;
     use ndarray::Array2;
 
     use super::*;

@@ -32,7 +32,11 @@ fn tables_are_those_of_the_results() {
     for (document, results) in [
         (
             "synthetic.md",
-            &["synthetic-quick", "synthetic-quick-packed", "synthetic-full"][..],
+            &[
+                "synthetic-quick",
+                "synthetic-quick-packed",
+                "synthetic-full",
+            ][..],
         ),
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-quick"]),
