@@ -41,6 +41,7 @@ fn tables_are_those_of_the_results() {
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-quick"]),
         ("continual.md", &["continual-quick"]),
+        ("domains.md", &["domains-quick"]),
         ("sensitivity.md", &["sensitivity-quick"]),
         ("noise.md", &["noise-quick"]),
         ("labels.md", &["labels-quick"]),
