@@ -67,7 +67,7 @@ fn tables_are_those_of_the_results() {
                 rows += 1;
             }
         }
-        assert!(rows >= 9, "{document} has {rows} rows");
+        assert!(rows >= 8, "{document} has {rows} rows");
     }
     assert!(is_row_of(
         "static  5  1.890 ± 0.001",
