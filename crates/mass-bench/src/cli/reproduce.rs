@@ -224,8 +224,8 @@ impl ReproduceArgs {
             within("--seeds", seeds, 10_000)?;
         }
         if let Some(methods) = &self.methods {
+            let own = (study.own_methods)();
             for (index, method) in methods.iter().enumerate() {
-                let own = (study.own_methods)();
                 if !method::is_known(method) && !own.contains(method) {
                     return Err(method::unknown(method, &own));
                 }

@@ -234,25 +234,23 @@ impl Family for Domains {
 
     /// Sets are listed, not read.
     fn assignments(&self) -> Result<Vec<Assignment>, BenchError> {
-        if self.in_turn {
-            for set in self.sets.iter().filter(|set| *set != SAMPLE) {
-                ImageFolder::open(&self.set_dir(set)?)?;
-            }
-            let whole = |set: &String| Assignment {
-                set: set.clone(),
-                part: 0,
-                task: Some(set.clone()),
-                metric: Some("accuracy"),
-            };
-            return Ok(self.sets.iter().map(whole).collect());
-        }
         let only = self.args.task.as_deref().and_then(|task| parts(task).1);
         let mut assignments = Vec::new();
+        let assignment = |set: &String, part, task| Assignment {
+            set: set.clone(),
+            part,
+            task: Some(task),
+            metric: Some("accuracy"),
+        };
         for set in &self.sets {
             let domains = match set.as_str() {
                 SAMPLE => sample::DOMAINS.map(str::to_owned).to_vec(),
                 name => ImageFolder::open(&self.set_dir(name)?)?.domains,
             };
+            if self.in_turn {
+                assignments.push(assignment(set, 0, set.clone()));
+                continue;
+            }
             let mut targets: Vec<usize> = (0..domains.len()).collect();
             match only {
                 Some(only) => targets.retain(|&d| domains[d] == only),
@@ -265,12 +263,8 @@ impl Family for Domains {
                     domains.join(", ")
                 )));
             }
-            assignments.extend(targets.into_iter().map(|part| Assignment {
-                set: set.clone(),
-                part,
-                task: Some(format!("{set}/{}", domains[part])),
-                metric: Some("accuracy"),
-            }));
+            let of_target = |part| assignment(set, part, format!("{set}/{}", domains[part]));
+            assignments.extend(targets.into_iter().map(of_target));
         }
         Ok(assignments)
     }
@@ -380,9 +374,7 @@ impl Family for Domains {
             true => Split::all(&set.images, self.held_out, seed)?,
             false => Split::leave_out(&set.images, target, self.held_out, seed)?,
         };
-        // Newcomers are judged by what there is at first.
-        let probed = if self.in_turn { 1 } else { split.train.len() };
-        FineTune::new(self, set, planned, (split, probed))
+        FineTune::new(self, set, planned, split)
     }
 }
 

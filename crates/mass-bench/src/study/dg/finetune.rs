@@ -79,12 +79,12 @@ pub struct FineTune<'a> {
 }
 
 impl<'a> FineTune<'a> {
-    /// On a split, of whose first `probed` source domains some images judge newcomers.
+    /// On a split, of whose source domains some images judge newcomers: of the first alone where domains follow one another.
     pub(super) fn new(
         domains: &Domains,
         set: &'a Set,
         planned: &'a Planned,
-        (mut split, probed): (Split, usize),
+        mut split: Split,
     ) -> Result<Self, BenchError> {
         let (method, key, seed) = (&planned.method, planned.run.key(), planned.run.seed);
         let depth = set.base.config().num_hidden_layers;
@@ -98,7 +98,10 @@ impl<'a> FineTune<'a> {
             )));
         }
         if method.needs_probe() {
-            split = split.with_probe_of(probed, PROBE);
+            split = match domains.in_turn {
+                true => split.with_probe_of(1, PROBE),
+                false => split.with_probe(PROBE),
+            };
             // The spread of their losses is needed too.
             if split.probe.len() < 2 {
                 return Err(BenchError::Usage(format!(

@@ -151,8 +151,7 @@ fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<FineTune<'a>, BenchErr
     let out = ["dg", "--preset", "smoke", "--out", out.to_str().unwrap()];
     let plan = plan(&ReproduceArgs::parsed(&out)).unwrap();
     let split = Split::leave_out(&set.images, 0, plan.family.held_out, 4)?;
-    let probed = split.train.len();
-    FineTune::new(&plan.family, set, planned, (split, probed))
+    FineTune::new(&plan.family, set, planned, split)
 }
 
 /// What cannot be run is refused before results of an earlier study are replaced.
