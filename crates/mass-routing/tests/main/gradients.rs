@@ -10,21 +10,33 @@ use mass_routing::{
 };
 use ndarray::{Array1, Array2, ArrayView2, array};
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseResult;
 
 const H: f32 = 0.02;
 
 /// Compares `gradient` with a five-point difference quotient of `f` at `x`; `f` is `None` where it has crossed a boundary.
+/// A case of which half is at a boundary is rejected: too many of those end the test.
 fn check(
     what: &str,
     x: &Array2<f32>,
     gradient: &Array2<f32>,
     f: impl Fn(&Array2<f32>) -> Option<f64>,
-) {
+) -> TestCaseResult {
+    check_by(H, what, x, gradient, f)
+}
+
+fn check_by(
+    h: f32,
+    what: &str,
+    x: &Array2<f32>,
+    gradient: &Array2<f32>,
+    f: impl Fn(&Array2<f32>) -> Option<f64>,
+) -> TestCaseResult {
     let mut compared = 0;
     for (at, &got) in gradient.indexed_iter() {
         let value = |step: f32| {
             let mut moved = x.clone();
-            moved[at] += step * H;
+            moved[at] += step * h;
             f(&moved)
         };
         let (Some(a), Some(b), Some(c), Some(d)) =
@@ -32,18 +44,15 @@ fn check(
         else {
             continue;
         };
-        let expected = (8.0 * (c - b) - (d - a)) / (12.0 * f64::from(H));
-        assert!(
+        let expected = (8.0 * (c - b) - (d - a)) / (12.0 * f64::from(h));
+        prop_assert!(
             (f64::from(got) - expected).abs() < 1e-4 * (1.0 + expected.abs()),
             "{what} at {at:?}: {got} for {expected}"
         );
         compared += 1;
     }
-    assert!(
-        compared * 2 > gradient.len(),
-        "{what}: only {compared} of {} entries are away from a boundary",
-        gradient.len()
-    );
+    prop_assume!(compared * 2 > gradient.len(), "{}", what);
+    Ok(())
 }
 
 fn matrix(n: usize, k: usize, spread: f32) -> impl Strategy<Value = Array2<f32>> {
@@ -72,7 +81,7 @@ fn check_router(
     logits: &Array2<f32>,
     upstream: &Array2<f32>,
     mask: Option<&[bool]>,
-) {
+) -> TestCaseResult {
     let plan = plan_of(router, logits.view(), mask);
     let d_weights: Vec<f32> = plan
         .experts()
@@ -103,7 +112,7 @@ fn check_router(
                 .map(|((e, &t), &w)| f64::from(upstream[(t as usize, e as usize)]) * f64::from(w))
                 .sum()
         })
-    });
+    })
 }
 
 proptest! {
@@ -114,10 +123,10 @@ proptest! {
         let mask = [true, true, false, true, true, true, true, false, true];
         for mask in [None, Some(&mask[..])] {
             for combine in [Combine::Raw, Combine::Renormalised] {
-                check_router("top-p", &mut TopP::new(p, combine).unwrap(), &logits, &upstream, mask);
-                check_router("top-k", &mut TopK::new(3, combine).unwrap(), &logits, &upstream, mask);
-                check_router("bias", &mut BiasBalanced::new(2, 1e-3, combine).unwrap(), &logits, &upstream, mask);
-                check_router("choice", &mut ExpertChoice::new(1.0, combine).unwrap(), &logits, &upstream, mask);
+                check_router("top-p", &mut TopP::new(p, combine).unwrap(), &logits, &upstream, mask)?;
+                check_router("top-k", &mut TopK::new(3, combine).unwrap(), &logits, &upstream, mask)?;
+                check_router("bias", &mut BiasBalanced::new(2, 1e-3, combine).unwrap(), &logits, &upstream, mask)?;
+                check_router("choice", &mut ExpertChoice::new(1.0, combine).unwrap(), &logits, &upstream, mask)?;
             }
         }
     }
@@ -168,11 +177,11 @@ proptest! {
         let row = Array2::from_shape_vec((1, 5), thresholds).unwrap();
         let mut d_cosines = Array2::zeros(cosines.dim());
         router.backward(&plan, &d_weights, &mut d_cosines.view_mut()).unwrap();
-        check("cosines", &cosines, &d_cosines, |c| value(c, &row));
+        check("cosines", &cosines, &d_cosines, |c| value(c, &row))?;
         let mut d_thresholds = Array1::zeros(5);
         router.backward_thresholds(&plan, &d_weights, &mut d_thresholds.view_mut()).unwrap();
         let d_thresholds = d_thresholds.into_shape_with_order((1, 5)).unwrap();
-        check("thresholds", &row, &d_thresholds, |g| value(&cosines, g));
+        check("thresholds", &row, &d_thresholds, |g| value(&cosines, g))?;
     }
 
     #[test]
@@ -192,14 +201,14 @@ proptest! {
                     let mut sink = Array2::zeros(l.dim());
                     (same_selection(&plan, &moved) && first(&plan) == first(&moved))
                         .then(|| gshard_balance(&moved, count, 1.0, &mut sink.view_mut()).unwrap())
-                });
+                })?;
             }
             let mut d = Array2::zeros(logits.dim());
             routing_entropy(&plan, 1.0, &mut d.view_mut()).unwrap();
-            check("entropy", &logits, &d, |l| Some(routing_entropy(&route(l), 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()));
+            check("entropy", &logits, &d, |l| Some(routing_entropy(&route(l), 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()))?;
             let mut d = Array2::zeros(logits.dim());
             router_z(logits.view(), mask, 1.0, &mut d.view_mut()).unwrap();
-            check("z", &logits, &d, |l| Some(router_z(l.view(), mask, 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()));
+            check("z", &logits, &d, |l| Some(router_z(l.view(), mask, 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap()))?;
         }
     }
 
@@ -224,7 +233,7 @@ proptest! {
                 let moved = route(l);
                 assert_eq!(order(&moved), start, "the order has changed");
                 Some(20.0 * dirichlet_prior(&moved, &alpha, 1.0, &mut Array2::zeros(l.dim()).view_mut()).unwrap())
-            });
+            })?;
         }
     }
 
@@ -235,7 +244,7 @@ proptest! {
         for mask in [None, Some(&mask[..])] {
             let mut d = Array2::zeros(scores.dim());
             importance(scores.view(), mask, 1.0, &mut d.view_mut()).unwrap();
-            check("importance", &scores, &d, |s| Some(importance(s.view(), mask, 1.0, &mut Array2::zeros(s.dim()).view_mut()).unwrap()));
+            check("importance", &scores, &d, |s| Some(importance(s.view(), mask, 1.0, &mut Array2::zeros(s.dim()).view_mut()).unwrap()))?;
 
             let noisy = &scores + &noise;
             let value = |scores: &Array2<f32>, noisy: &Array2<f32>| {
@@ -244,12 +253,12 @@ proptest! {
                 (loss, a, b)
             };
             let (_, d, d_noisy) = value(&scores, &noisy);
-            check("load, scores", &scores, &d, |s| Some(value(s, &noisy).0));
+            check("load, scores", &scores, &d, |s| Some(value(s, &noisy).0))?;
             let kth = |d: &Array2<f32>| d.mapv(|d| d != 0.0);
             check("load, noisy scores", &noisy, &d_noisy, |s| {
                 let (loss, _, moved) = value(&scores, s);
                 (kth(&moved) == kth(&d_noisy)).then_some(loss)
-            });
+            })?;
         }
     }
 
@@ -261,13 +270,14 @@ proptest! {
         for reduction in [Reduction::Mean, Reduction::Sum] {
             let mut d = Array2::zeros(gate.dim());
             redundancy(gate.view(), &pairs, reduction, 1.0, &mut d.view_mut()).unwrap();
-            check("redundancy", &gate, &d, |g| Some(redundancy(g.view(), &pairs, reduction, 1.0, &mut Array2::zeros(g.dim()).view_mut()).unwrap()));
+            check("redundancy", &gate, &d, |g| Some(redundancy(g.view(), &pairs, reduction, 1.0, &mut Array2::zeros(g.dim()).view_mut()).unwrap()))?;
         }
         let columns = gate.t().to_owned();
         for mask in [None, Some(&[true, false, true, true][..])] {
             let mut d = Array2::zeros(columns.dim());
+            // A small step: the norm has a kink where the columns are orthogonal.
             diverse_and_simple(columns.view(), mask, 1.0, &mut d.view_mut()).unwrap();
-            check("diverse", &columns, &d, |w| Some(diverse_and_simple(w.view(), mask, 1.0, &mut Array2::zeros(w.dim()).view_mut()).unwrap()));
+            check_by(0.002, "diverse", &columns, &d, |w| Some(diverse_and_simple(w.view(), mask, 1.0, &mut Array2::zeros(w.dim()).view_mut()).unwrap()))?;
         }
     }
 
@@ -286,12 +296,12 @@ proptest! {
         let forward = gate.forward(x.view()).unwrap();
         let g = gate.backward(x.view(), &forward, upstream.view()).unwrap();
         let scale = array![[scale]];
-        check("cosine x", &x, &g.x, |x| value(x, &weight, &bias, &experts, &scale));
-        check("cosine experts", &experts, &g.experts, |s| value(&x, &weight, &bias, s, &scale));
+        check("cosine x", &x, &g.x, |x| value(x, &weight, &bias, &experts, &scale))?;
+        check("cosine experts", &experts, &g.experts, |s| value(&x, &weight, &bias, s, &scale))?;
         let (d_weight, d_bias) = g.projection.unwrap();
-        check("cosine projection", &weight, &d_weight, |w| value(&x, w, &bias, &experts, &scale));
-        check("cosine bias", &bias, &d_bias.into_shape_with_order((1, 3)).unwrap(), |b| value(&x, &weight, b, &experts, &scale));
-        check("cosine scale", &scale, &array![[g.log_scale.unwrap()]], |s| value(&x, &weight, &bias, &experts, s));
+        check("cosine projection", &weight, &d_weight, |w| value(&x, w, &bias, &experts, &scale))?;
+        check("cosine bias", &bias, &d_bias.into_shape_with_order((1, 3)).unwrap(), |b| value(&x, &weight, b, &experts, &scale))?;
+        check("cosine scale", &scale, &array![[g.log_scale.unwrap()]], |s| value(&x, &weight, &bias, &experts, s))?;
 
         // The same numbers as 5 experts with 1 anchor, and as one with 5.
         let anchors = experts.t().to_owned();
@@ -304,9 +314,9 @@ proptest! {
             let gate = LowRankGate::new(weight.view(), anchors.view(), per_expert).unwrap().with_scale(3.0).unwrap().with_saturation(4.0, 2.0).unwrap();
             let forward = gate.forward(x.view()).unwrap();
             let g = gate.backward(x.view(), &forward, upstream.view()).unwrap();
-            check("low rank x", &x, &g.x, |x| value(x, &weight, &anchors));
-            check("low rank query", &weight, &g.query, |q| value(&x, q, &anchors));
-            check("low rank anchors", &anchors, &g.anchors, |a| value(&x, &weight, a));
+            check("low rank x", &x, &g.x, |x| value(x, &weight, &anchors))?;
+            check("low rank query", &weight, &g.query, |q| value(&x, q, &anchors))?;
+            check("low rank anchors", &anchors, &g.anchors, |a| value(&x, &weight, a))?;
         }
     }
 }
