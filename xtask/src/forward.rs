@@ -1,4 +1,4 @@
-//! `cargo xtask reproduce | report | train | bench | data`: builds mass-bench and hands the arguments on.
+//! `cargo xtask reproduce | report | train | score | bench | data`: builds mass-bench and hands the arguments on.
 
 use std::{
     ffi::OsString,

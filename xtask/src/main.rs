@@ -20,6 +20,7 @@ Usage: cargo xtask <command> [arguments]
   reproduce [STUDY]   run a study and print its table beside the paper's figures
   report DIR...       join the shards of a study, or make the report of one directory anew
   train --text FILE   train a byte-level language model with MASS layers on your text
+  score DIR FILE      score a text with a model that `train` has left
   bench [NAME]        time something (cpd, routing, expand, moe, step, ..., all), with --peers beside its rivals
   data check          list data sets and models: there, missing, broken
   data fetch MODEL    download a model from the Hugging Face Hub
@@ -35,7 +36,7 @@ Usage: cargo xtask <command> [arguments]
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.first().and_then(|a| a.to_str()) {
-        Some("reproduce" | "report" | "train" | "data") => forward::run(&arguments),
+        Some("reproduce" | "report" | "train" | "score" | "data") => forward::run(&arguments),
         Some("bench") => bench::run(&arguments),
         Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
         Some("cuda-emu") => cuda::emulate(&arguments[1..]),
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
                 format!("unknown command `{o}`")
             });
             eprintln!(
-                "error: {what}; there are: reproduce, report, train, bench, data, cuda-kernels, cuda-emu, cuda-bundle, docs, ci"
+                "error: {what}; there are: reproduce, report, train, score, bench, data, cuda-kernels, cuda-emu, cuda-bundle, docs, ci"
             );
             ExitCode::from(2)
         }

@@ -17,6 +17,7 @@
 //! | [`language`] | next-token prediction, the task of the synthetic study and of `train` |
 //! | [`prefetch`] | batches made ahead by a thread of their own |
 //! | [`train`] | a byte-level language model on one's own text |
+//! | [`score`] | a text scored by a model that `train` has left |
 //! | [`mod@bench`] | short timings of what this crate does itself |
 //! | `hub` | models from the Hugging Face Hub (feature `hub`) |
 //! | [`data_check`] | which data sets and models are there, and where to get the rest |
@@ -43,6 +44,7 @@ pub mod method;
 pub mod prefetch;
 pub mod report;
 pub mod rng;
+pub mod score;
 pub mod study;
 pub mod sweep;
 pub mod task;

@@ -88,6 +88,76 @@ pub enum TextError {
     },
 }
 
+/// Reads a file of text, whole. Any encoding will do for a model of bytes.
+///
+/// # Errors
+/// [`TextError::NotFound`], [`TextError::NotAFile`], [`TextError::Empty`], [`TextError::Binary`] and [`TextError::Io`].
+pub fn read(path: &Path) -> Result<Vec<u8>, TextError> {
+    let io = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => TextError::NotFound(path.to_owned()),
+        _ => TextError::Io {
+            path: path.to_owned(),
+            source,
+        },
+    };
+    // Asked first: reading a pipe or a device could wait for ever.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(TextError::NotAFile(path.to_owned()));
+    }
+    let bytes = fs::read(path).map_err(io)?;
+    if bytes.is_empty() {
+        return Err(TextError::Empty(path.to_owned()));
+    }
+    // What a text does not have is NUL bytes (UTF-16 has them) and more than a few control bytes.
+    let is_control = |&b: &u8| b < 0x20 && !b"\t\n\x0b\x0c\r\x1b".contains(&b) || b == 0x7f;
+    let first = |test: &dyn Fn(&u8) -> bool| bytes.iter().position(test);
+    let controls = bytes.iter().filter(|b| is_control(b)).count();
+    let binary = match first(&|&b| b == 0) {
+        Some(offset) => Some((offset, "a NUL byte")),
+        None if controls * 100 > bytes.len() => {
+            first(&is_control).map(|at| (at, "too many control bytes, the first"))
+        }
+        None => None,
+    };
+    if let Some((offset, what)) = binary {
+        return Err(TextError::Binary {
+            path: path.to_owned(),
+            offset,
+            what,
+        });
+    }
+    Ok(bytes)
+}
+
+/// A text as consecutive windows of `length` bytes, `rows` to a batch. A last piece that has not `length` bytes and one more, the
+/// last target, is left out.
+///
+/// ```
+/// let batches: Vec<_> = mass_bench::text::windows(b"abcdefgh", 2, 3).collect();
+/// assert_eq!((batches.len(), batches[0].rows), (1, 2));
+/// assert_eq!(batches[0].targets, b"bcdefg".map(u32::from));
+/// ```
+pub fn windows(bytes: &[u8], rows: usize, length: usize) -> impl Iterator<Item = TokenBatch> {
+    let fit = bytes.len().saturating_sub(1) / length;
+    batches(bytes, (0..fit).map(|i| i * length).collect(), rows, length)
+}
+
+/// Windows at some places, `rows` to a batch.
+fn batches(
+    bytes: &[u8],
+    starts: Vec<usize>,
+    rows: usize,
+    length: usize,
+) -> impl Iterator<Item = TokenBatch> {
+    (0..starts.len()).step_by(rows).map(move |first| {
+        let mut batch = TokenBatch::with_capacity(rows, length);
+        for &start in starts[first..].iter().take(rows) {
+            batch.push(&bytes[start..=start + length]);
+        }
+        batch
+    })
+}
+
 /// A text split into a training part and a held-out tail.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ByteText {
@@ -109,40 +179,7 @@ impl ByteText {
         if length == 0 {
             return Err(TextError::EmptyBatch { rows: 1, length });
         }
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => TextError::NotFound(path.to_owned()),
-            _ => TextError::Io {
-                path: path.to_owned(),
-                source,
-            },
-        };
-        // Asked first: reading a pipe or a device could wait for ever.
-        if !fs::metadata(path).map_err(io)?.is_file() {
-            return Err(TextError::NotAFile(path.to_owned()));
-        }
-        let bytes = fs::read(path).map_err(io)?;
-        if bytes.is_empty() {
-            return Err(TextError::Empty(path.to_owned()));
-        }
-        // Any encoding will do for a model of bytes; what a text does not have is NUL bytes (UTF-16 has them) and more
-        // than a few control bytes.
-        let is_control = |&b: &u8| b < 0x20 && !b"\t\n\x0b\x0c\r\x1b".contains(&b) || b == 0x7f;
-        let first = |test: &dyn Fn(&u8) -> bool| bytes.iter().position(test);
-        let controls = bytes.iter().filter(|b| is_control(b)).count();
-        let binary = match first(&|&b| b == 0) {
-            Some(offset) => Some((offset, "a NUL byte")),
-            None if controls * 100 > bytes.len() => {
-                first(&is_control).map(|at| (at, "too many control bytes, the first"))
-            }
-            None => None,
-        };
-        if let Some((offset, what)) = binary {
-            return Err(TextError::Binary {
-                path: path.to_owned(),
-                offset,
-                what,
-            });
-        }
+        let bytes = read(path)?;
         let tail = (bytes.len() as f64 * held_out).round() as usize;
         let train = bytes.len() - tail;
         for (part, part_bytes) in [("training", train), ("held-out", tail)] {
@@ -213,16 +250,7 @@ impl ByteText {
         let fit = (tail.len() - 1) / length;
         let count = fit.min(max_windows);
         let starts: Vec<usize> = (0..count).map(|i| i * fit / count * length).collect();
-        Ok(starts
-            .chunks(rows)
-            .map(|starts| {
-                let mut batch = TokenBatch::with_capacity(starts.len(), length);
-                for &start in starts {
-                    batch.push(&tail[start..=start + length]);
-                }
-                batch
-            })
-            .collect())
+        Ok(batches(tail, starts, rows, length).collect())
     }
 
     fn check(

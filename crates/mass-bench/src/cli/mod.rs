@@ -6,6 +6,7 @@ mod parallel;
 mod parse;
 mod progress;
 mod reproduce;
+mod score;
 mod train;
 
 pub use context::RunContext;
@@ -15,6 +16,7 @@ pub use parse::{BenchCommand, Cli, Command, DataCommand, ReportCommand, main};
 pub use progress::Progress;
 pub(crate) use reproduce::directory;
 pub use reproduce::{ReproduceArgs, Shard};
+pub use score::ScoreArgs;
 pub use train::TrainArgs;
 
 use std::{fmt, num::NonZeroUsize};

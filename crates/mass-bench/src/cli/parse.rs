@@ -10,11 +10,11 @@ use mass_model::parallel::Ranks;
 
 #[cfg(feature = "hub")]
 use super::reproduce::not_a_file;
-use super::{Progress, ReproduceArgs, RunContext, TrainArgs};
+use super::{Progress, ReproduceArgs, RunContext, ScoreArgs, TrainArgs};
 use crate::{
     BenchError, bench, data_check,
     report::{Results, join, table},
-    study, train,
+    score, study, train,
 };
 
 /// Experiments on mixtures of experts that grow while they learn.
@@ -33,6 +33,8 @@ pub enum Command {
     Reproduce(ReproduceArgs),
     /// Train a byte-level language model with MASS layers on a text of your own
     Train(TrainArgs),
+    /// Score a text with a model that `train` has left: bits per byte
+    Score(ScoreArgs),
     /// Join the shards of a study, or make the summary and report of one directory anew
     Report(ReportCommand),
     /// Time what this crate does itself
@@ -131,7 +133,7 @@ fn fail(error: &BenchError) -> ExitCode {
 /// clap's message without usage and hints over several lines.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "no command given; there are: reproduce, report, train, bench, data check, data fetch (see --help)"
+        return "no command given; there are: reproduce, report, train, score, bench, data check, data fetch (see --help)"
             .into();
     }
     let text = error.render().to_string();
@@ -144,7 +146,9 @@ fn one_line(error: &clap::Error) -> String {
         .collect();
     let joined = parts.join(" ").replace(" tip: ", "; ");
     if matches!(error.kind(), ErrorKind::InvalidSubcommand) {
-        format!("{joined}; there are: reproduce, report, train, bench, data check, data fetch")
+        format!(
+            "{joined}; there are: reproduce, report, train, score, bench, data check, data fetch"
+        )
     } else {
         format!("{joined} (see --help)")
     }
@@ -184,6 +188,15 @@ fn run(command: &Command, ranks: &Ranks) -> Result<(), BenchError> {
                     "{}Results: {out}/results.json, {out}/report.html\n",
                     table(&results)
                 ))
+            }
+        }
+        Command::Score(args) => {
+            args.check()?;
+            set_threads(args.threads)?;
+            let score = score::run(args)?;
+            match args.json {
+                true => print(&json_text(&score)),
+                false => print(&format!("{score}\n")),
             }
         }
         Command::Report(command) => {

@@ -359,6 +359,89 @@ fn a_run_that_diverges_says_so_and_leaves_a_directory_that_can_be_reported_on() 
     assert!(report.status.success() && text.contains("No run is finished yet."));
 }
 
+/// A directory of `train`, its run and a step of it are one model, whose score is that of its windows.
+#[test]
+fn a_text_is_scored_by_what_train_has_left() {
+    use mass_model::{checkpoint, lm::LanguageModel};
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = dir.path();
+    let write = |name: &str, text: &[u8]| std::fs::write(at.join(name), text).expect("a write");
+    write("text", "a text of some length. ".repeat(400).as_bytes());
+    write(
+        "other",
+        "some text of another length. ".repeat(20).as_bytes(),
+    );
+    write("short", b"12345678");
+    write("binary", b"a byte \0 that no text has");
+    let train = "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --steps 2 --out out";
+    assert!(
+        bench(&train.split(' ').collect::<Vec<_>>(), at)
+            .status
+            .success()
+    );
+    let only = |dir: &Path| -> std::path::PathBuf {
+        let mut entries = std::fs::read_dir(dir).expect("a directory").flatten();
+        entries
+            .find(|entry| entry.path().is_dir())
+            .expect("a run")
+            .path()
+    };
+    let run = only(&at.join("out/checkpoints"));
+    let places = [at.join("out"), run.clone(), only(&run)];
+    let scores = places.map(|place| {
+        let output = bench(&["score", place.to_str().unwrap(), "other", "--json"], at);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("JSON")
+    });
+    assert!(
+        scores[0] == scores[1] && scores[1] == scores[2],
+        "{scores:?}"
+    );
+
+    let model: LanguageModel = checkpoint::load_model(&run).expect("a model");
+    let text: Vec<u32> = std::fs::read(at.join("other"))
+        .unwrap()
+        .into_iter()
+        .map(u32::from)
+        .collect();
+    let mut nats = Vec::new();
+    for window in text.windows(9).step_by(8) {
+        nats.extend(
+            model
+                .score(&window[..8], &window[1..], 8, None)
+                .expect("a score")
+                .0,
+        );
+    }
+    let bits = nats.iter().map(|&x| f64::from(x)).sum::<f64>()
+        / nats.len() as f64
+        / std::f64::consts::LN_2;
+    assert_eq!(scores[0]["bytes"], nats.len());
+    assert_eq!(scores[0]["left_out"], text.len() - 1 - nats.len());
+    let told = scores[0]["bits_per_byte"].as_f64().expect("a number");
+    assert!((told - bits).abs() < 1e-6 * bits, "{told} {bits}");
+
+    refused(
+        &["score", "nowhere", "other"],
+        at,
+        &["nowhere", "no checkpoint"],
+    );
+    refused(&["score", "out", "absent"], at, &["absent", "no such file"]);
+    refused(
+        &["score", "out", "short"],
+        at,
+        &["short", "8 bytes are too few"],
+    );
+    refused(&["score", "out", "binary"], at, &["binary", "NUL"]);
+    refused(
+        &["score", "out", "other", "--threads", "0"],
+        at,
+        &["--threads is 0"],
+    );
+    std::fs::write(only(&run).join("model.safetensors"), b"damaged").expect("a write");
+    refused(&["score", "out", "other"], at, &["model.safetensors"]);
+}
+
 /// Runs that are finished, or under way, are deleted by `--fresh` alone.
 #[test]
 fn finished_runs_are_not_deleted_unasked() {

@@ -163,6 +163,7 @@ fn the_readme_s_commands_do_what_they_say() {
     fs::write(&text, "What is written here is learnt. ".repeat(100)).unwrap();
     let small = "--dim 16 --hidden 16 --layers 1 --seq 16 --batch 2 --steps 3";
     let (mut studies, mut trained, mut outs) = (Vec::new(), 0, Vec::<String>::new());
+    let mut model = String::new();
     for line in blocks(&readme, "console") {
         let command = line.split(" #").next().unwrap_or_default();
         let words: Vec<&str> = command.split_whitespace().skip(1).collect();
@@ -211,6 +212,12 @@ fn the_readme_s_commands_do_what_they_say() {
                     "{line}"
                 );
                 trained += 1;
+                model = out.to_owned();
+            }
+            Command::Score(_) => {
+                assert_eq!(arguments, ["score", "target/train", "FILE"]);
+                let score = done(&["score", &model, text.to_str().unwrap()]);
+                assert!(score.contains("bits per byte"), "{line}: {score}");
             }
             Command::Report(_) => {
                 assert_eq!(arguments, ["report", "DIR", "DIR"]);
