@@ -7,6 +7,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::process::killed_when;
+
 fn bench() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
     command
@@ -182,7 +184,7 @@ fn a_killed_study_resumes_within_a_run_to_the_same_results() {
         let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
         let choice = ["--methods", methods, "--seeds", "2", "--threads", "1"];
         smoke(&whole, &choice);
-        let mut child = bench()
+        let child = bench()
             .args(["--preset", "smoke", "--out"])
             .arg(&cut)
             .args(choice)
@@ -190,7 +192,6 @@ fn a_killed_study_resumes_within_a_run_to_the_same_results() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let begun = std::time::Instant::now();
         let checkpointed = || {
             let mut runs = fs::read_dir(cut.join("checkpoints"))
                 .into_iter()
@@ -203,17 +204,7 @@ fn a_killed_study_resumes_within_a_run_to_the_same_results() {
                     && (!selected_earlier || inside.any(|f| selected(&f.file_name())))
             })
         };
-        let mut seen = false;
-        while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
-            seen = checkpointed();
-            if seen {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(seen, "{methods}: nothing to go on from");
+        killed_when(child, checkpointed);
         smoke(&cut, &[&choice[..], &["--resume"]].concat());
         assert_eq!(figures(&cut), figures(&whole), "{methods}");
         assert_eq!(lines(&cut, "metrics.jsonl"), lines(&whole, "metrics.jsonl"));

@@ -5,6 +5,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+use crate::process::killed_when;
+
 fn bench(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mass-bench"))
         .args(["reproduce", "glue"])
@@ -128,7 +130,7 @@ fn an_interrupted_study_resumes_to_the_same_results() {
     let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
     let choice = ["--task", "STS-B", "--seeds", "2", "--threads", "1"];
     smoke(&whole, &choice);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+    let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
         .args([
             "reproduce",
             "glue",
@@ -142,21 +144,12 @@ fn an_interrupted_study_resumes_to_the_same_results() {
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    // Killed as soon as a first run is in the results.
-    let begun = std::time::Instant::now();
-    let mut seen = false;
-    while child.try_wait().unwrap().is_none() && begun.elapsed().as_secs() < 60 {
+    // A first run is in the results.
+    killed_when(child, || {
         let runs = std::fs::read(cut.join("results.json")).ok();
         let runs = runs.and_then(|r| serde_json::from_slice::<Value>(&r).ok());
-        seen = runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty());
-        if seen {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(seen, "nothing to go on from");
+        runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty())
+    });
     assert!(
         figures(&cut).len() < figures(&whole).len(),
         "killed too late"

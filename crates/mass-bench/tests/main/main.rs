@@ -27,6 +27,7 @@ mod hub;
 mod models;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod process;
 mod report;
 mod shards;
 mod synthetic;

@@ -8,6 +8,8 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::lm::LanguageModel;
 use serde_json::Value;
 
+use crate::process::wait_for;
+
 /// A run of 200 steps in which experts are split and removed.
 const TRAIN: &str = "--text text --method schedule --variant calibrated --steps 200 --dim 16 --layers 2 --heads 2 --hidden 16 --experts 2 \
                      --experts-max 6 --seq 16 --batch 8 --lr 1e-3 --threads 1";
@@ -184,15 +186,6 @@ fn latest(out: &Path) -> Option<PathBuf> {
     let mut runs = std::fs::read_dir(out.join("checkpoints")).ok()?;
     let latest = runs.next()?.ok()?.path().join("latest");
     latest.exists().then_some(latest)
-}
-
-fn wait_for(child: &mut Child, until: impl Fn() -> bool) {
-    let started = Instant::now();
-    while !until() {
-        assert!(child.try_wait().unwrap().is_none(), "it has ended");
-        assert!(started.elapsed() < Duration::from_secs(60));
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// The processes that mpirun has started.

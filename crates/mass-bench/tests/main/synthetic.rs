@@ -1,9 +1,11 @@
 //! The synthetic study and `train`, run through the built binary.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 
 use serde_json::{Value, json};
+
+use crate::process::{killed_when, wait_for};
 
 fn run(arguments: &[&str]) -> Output {
     let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
@@ -160,11 +162,11 @@ fn an_interrupted_study_resumes_to_the_same_files() {
         cut.to_str().unwrap(),
     ];
     arguments.extend(choice);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+    let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
         .args(&arguments)
         .spawn()
         .unwrap();
-    let step = killed_at_a_checkpoint(&mut child, &cut);
+    let step = killed_at_a_checkpoint(child, &cut);
     assert!(step < 120, "step {step}: killed after the last");
     smoke(&cut, &[&choice[..], &["--resume"]].concat());
     for name in ["metrics.jsonl", "events.jsonl"] {
@@ -173,21 +175,14 @@ fn an_interrupted_study_resumes_to_the_same_files() {
 }
 
 /// Kills a program as soon as one of its runs has left a checkpoint; the step of the youngest.
-fn killed_at_a_checkpoint(child: &mut std::process::Child, out: &Path) -> u64 {
-    let begun = std::time::Instant::now();
+fn killed_at_a_checkpoint(child: Child, out: &Path) -> u64 {
     let saved = || -> Vec<_> {
         let runs = std::fs::read_dir(out.join("checkpoints"));
         let runs = runs.into_iter().flatten().flatten().map(|run| run.path());
         runs.filter(|run| mass_model::checkpoint::exists(run))
             .collect()
     };
-    while saved().is_empty() {
-        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
-        assert!(begun.elapsed().as_secs() < 60, "no checkpoint in a minute");
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_when(child, || !saved().is_empty());
     let step = |run: &std::path::PathBuf| {
         let read = mass_model::checkpoint::load::<mass_model::lm::LanguageModel, Value>(run);
         read.unwrap().step
@@ -288,8 +283,8 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
     };
     let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
     assert!(train(&whole, false).status().unwrap().success());
-    let mut child = train(&cut, false).spawn().unwrap();
-    let step = killed_at_a_checkpoint(&mut child, &cut);
+    let child = train(&cut, false).spawn().unwrap();
+    let step = killed_at_a_checkpoint(child, &cut);
     assert!(step < 500, "step {step}: killed after the last");
 
     // Another text of the same name, and of the same length, is not trained on.
@@ -325,7 +320,7 @@ fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
     for signals in [&["INT"][..], &["TERM"], &["HUP"], &["INT", "TERM", "HUP"]] {
         let signal = signals.join("-");
         let out = dir.path().join(&signal);
-        let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
             .args(["train", "--dim", "16", "--hidden", "16", "--layers", "1"])
             .args(["--seq", "16", "--batch", "2", "--threads", "1"])
             // So many steps that no checkpoint is due.
@@ -338,11 +333,7 @@ fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
             .stderr(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        let begun = std::time::Instant::now();
-        while !out.join("events.jsonl").exists() {
-            assert!(begun.elapsed().as_secs() < 60, "it never began");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        wait_for(&mut child, || out.join("events.jsonl").exists());
         let kills = signals
             .iter()
             .map(|s| format!("kill -s {s} {}", child.id()));
