@@ -26,9 +26,9 @@ impl AnyDetectorParams {
                     Reference::SelfStarting => p.warmup,
                     Reference::Lagged { window, gap } => p.warmup.max(window.saturating_add(gap)),
                 };
-                learned as u64 + 1
+                (learned as u64).saturating_add(1)
             }
-            Self::TrainingMonitor(p) => p.training as u64 + 1,
+            Self::TrainingMonitor(p) => (p.training as u64).saturating_add(1),
         }
     }
 }

@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     CpdError, Detector, Direction, Shift, Step,
-    cusum::{Transform, transform},
+    cusum::{LARGEST, Transform, transform},
     error::{MOST, require},
     normal,
 };
@@ -431,7 +431,7 @@ impl TryFrom<Stored> for TrainingMonitor {
         if held >= training
             || held as u64 > stored.count
             || (stored.learned.is_some() && held > 0)
-            || !stored.sample.iter().all(|x| x.is_finite())
+            || !stored.sample.iter().all(|x| x.abs() <= LARGEST)
         {
             return Err(state("the training sample does not fit the count"));
         }

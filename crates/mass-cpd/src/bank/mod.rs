@@ -12,6 +12,7 @@
 mod block;
 mod stored;
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -82,9 +83,9 @@ impl BankParams {
             gaps: Vec::new(),
             general: Vec::new(),
             shape: self.detector.shape(),
-            input: Vec::new(),
-            present: Vec::new(),
-            hits: Vec::new(),
+            input: Scratch::default(),
+            present: Scratch::default(),
+            hits: Scratch::default(),
             alarms: Vec::new(),
             calibration: Calibration::of(&self.detector),
             threshold: f64::INFINITY,
@@ -138,15 +139,39 @@ pub struct Bank {
     /// For an autoregression beyond the first order, and for ranks.
     general: Vec<General>,
     shape: Shape,
-    /// Scratch, padded to whole blocks.
-    input: Vec<f64>,
+    /// Padded to whole blocks; zero beyond the last stream.
+    input: Scratch<f64>,
     /// Which streams have an observation, while some have none.
-    present: Vec<bool>,
+    present: Scratch<bool>,
     /// Blocks in which a statistic is at the threshold.
-    hits: Vec<bool>,
+    hits: Scratch<bool>,
     alarms: Vec<usize>,
     calibration: Arc<Calibration>,
     threshold: f64,
+}
+
+/// What an update writes before it reads: no part of the state, so that any two are equal.
+#[derive(Clone, Debug, Default)]
+struct Scratch<T>(Vec<T>);
+
+impl<T> PartialEq for Scratch<T> {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl<T> Deref for Scratch<T> {
+    type Target = Vec<T>;
+
+    fn deref(&self) -> &Vec<T> {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Scratch<T> {
+    fn deref_mut(&mut self) -> &mut Vec<T> {
+        &mut self.0
+    }
 }
 
 impl Bank {
@@ -219,6 +244,8 @@ impl Bank {
         let moved = self.blocks[last / LANES].take(last % LANES);
         self.blocks[place / LANES].put(place % LANES, moved);
         self.blocks[last / LANES].clear(last % LANES);
+        // Nothing for the place that is free to learn.
+        self.input[last] = 0.0;
         self.ids.swap_remove(place);
         self.alarms.retain(|&alarm| alarm != place);
         for alarm in &mut self.alarms {
@@ -260,7 +287,14 @@ impl Bank {
             // At least one is refused, or needs the slow path.
             for (place, &x) in xs.iter().enumerate() {
                 let count = self.blocks[place / LANES].count[place % LANES] as u64;
-                self.input[place] = transform(x, how, count)?;
+                self.input[place] = match transform(x, how, count) {
+                    Ok(y) => y,
+                    Err(refused) => {
+                        // What is refused does not lie where a stream that has gone would leave it to be learned.
+                        self.input.fill(0.0);
+                        return Err(refused);
+                    }
+                };
             }
         }
         self.present.clear();
@@ -403,7 +437,7 @@ impl Bank {
                 .iter_mut()
                 .zip(inputs)
                 .zip(present)
-                .zip(&mut self.hits)
+                .zip(self.hits.iter_mut())
             {
                 *hit = block.update_some::<AR, DRIFT>(y, present, rule);
             }

@@ -83,7 +83,11 @@ impl TryFrom<Stored> for Bank {
                 .rolling
                 .iter()
                 .zip(stored.windows.chunks_exact(size.max(1)))
-                .all(|(rolling, values)| rolling.is_valid(values, &bank.shape)),
+                .enumerate()
+                .all(|(place, (rolling, values))| {
+                    let count = stored.blocks[place / LANES].count[place % LANES] as u64;
+                    rolling.is_valid(values, &bank.shape) && rolling.seen() <= count
+                }),
             "a reference window is impossible",
         )?;
         let detector = &stored.params.detector;

@@ -144,7 +144,8 @@ impl CalibratedCusum {
         self.threshold
     }
 
-    /// The probability that a stream without a change reaches the statistic `s` within the horizon.
+    /// The probability that a stream without a change reaches the statistic `s` within the horizon: 1 for what is below zero, where
+    /// it begins, NaN for NaN.
     ///
     /// # Examples
     /// ```
@@ -154,7 +155,7 @@ impl CalibratedCusum {
     /// ```
     #[must_use]
     pub fn p_horizon(&self, s: f64) -> f64 {
-        self.calibration.p(s)
+        if s < 0.0 { 1.0 } else { self.calibration.p(s) }
     }
 
     /// `z_t` of the last observation before any limit, `None` before the end of the warm-up, and where the last observation is missing.

@@ -73,4 +73,4 @@ pub use params::{
     Transform, Watch,
 };
 pub(crate) use pchip::split;
-pub(crate) use transform::{bounded, transform, transform_all};
+pub(crate) use transform::{LARGEST, bounded, transform, transform_all};

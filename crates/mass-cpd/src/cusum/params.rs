@@ -171,7 +171,7 @@ pub struct CalibratedCusumParams {
     pub alarm_at: AlarmAt,
     /// Allowance of the CUSUM in standard deviations, in [0.05, 3]: half the smallest shift worth finding.
     pub k: f64,
-    /// Scores beyond this are counted as this much, over `k` and at most 100; `None` counts them in full. In a stream with outliers it takes
+    /// Scores beyond this are counted as this much, at least `k + 0.05` and at most 100; `None` counts them in full. In a stream with outliers it takes
     /// several, not one, to make an alarm. The calibration knows of it: under the model a limit of 4 makes little difference for `k`
     /// up to 1. Where `n` scores at the limit just reach the threshold, `alpha` may lie in a jump of `p_N`: it is then not used up.
     /// A score over 8, which noise of the model does not reach, counts for at least a third of the threshold: the plainest change is
@@ -259,8 +259,9 @@ impl CalibratedCusumParams {
     /// Makes the detector.
     ///
     /// # Errors
-    /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states; [`CpdError::NotFound`] if over
-    /// so long a horizon no threshold keeps what the error of the reference adds up to.
+    /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states; [`CpdError::Unsupported`] for a
+    /// lagged reference with ranks or with an autoregression beyond the first order; [`CpdError::NotFound`] if over so long a
+    /// horizon no threshold keeps what the error of the reference adds up to.
     pub fn check(&self) -> Result<CalibratedCusum, CpdError> {
         self.validate()?;
         Ok(CalibratedCusum::new(*self))
@@ -371,10 +372,10 @@ impl CalibratedCusumParams {
         require((0.05..=3.0).contains(&self.k), "k", self.k, "in [0.05, 3]")?;
         if let Some(limit) = self.score_limit {
             require(
-                limit > self.k && limit <= 100.0,
+                limit >= self.k + LEAST_STEP && limit <= 100.0,
                 "score_limit",
                 limit,
-                "over k and at most 100",
+                "at least 0.05 over k, and at most 100",
             )?;
         }
         require(
@@ -444,6 +445,8 @@ impl CalibratedCusumParams {
 
 /// Longest average run length that may be asked for.
 const LONGEST_AVERAGE: f64 = 1e12;
+/// The least that a score at the limit adds to the sum: a rise to the threshold is then no endless one.
+const LEAST_STEP: f64 = 0.05;
 
 /// Leverage of the observation judged in a regression on time over `n` targets of the window.
 fn line_leverage(window: usize, gap: usize, n: f64) -> f64 {

@@ -116,9 +116,9 @@ impl Shared {
                 .flatten();
             (both - own.copied().unwrap_or(0.0)) / (1.0 + square)
         };
-        let pairs: f64 = (1..m as usize)
-            .map(|j| (m - j as f64) * covariance(j))
-            .sum();
+        // Scores further apart share nothing.
+        let shared = (m as usize).min(weights.len() + shape.gap + 1);
+        let pairs: f64 = (1..shared).map(|j| (m - j as f64) * covariance(j)).sum();
         let (level, rest) = if m < 2.0 {
             let share = square / (1.0 + square);
             (share, 1.0 - share)

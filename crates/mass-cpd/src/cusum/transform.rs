@@ -4,7 +4,7 @@ use super::{Transform, score::ln};
 use crate::{CpdError, error::require_finite};
 
 /// The largest magnitude whose products, six at a time and summed, stay finite.
-const LARGEST: f64 = 1e40;
+pub(crate) const LARGEST: f64 = 1e40;
 
 /// What is monitored of the observation after the first `count`.
 #[inline]

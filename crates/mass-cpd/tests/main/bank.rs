@@ -209,6 +209,38 @@ fn the_level_is_shared_by_the_live_streams() {
     assert_eq!(bank.ids(), &ids[..1]);
 }
 
+/// Nor is it learned later, in the place of a stream that has gone.
+#[test]
+fn what_was_refused_is_in_no_state() {
+    let mut bank = bank(CalibratedCusumParams::default(), 2);
+    let second = bank.ids()[1];
+    assert!(bank.update(&[1.0, f64::NAN]).is_err());
+    bank.remove(second).unwrap();
+    bank.update(&[1.0]).unwrap();
+    let stored = serde_json::to_string(&bank).unwrap();
+    assert_eq!(serde_json::from_str::<Bank>(&stored).unwrap(), bank);
+}
+
+#[test]
+fn a_window_that_has_seen_more_than_its_stream_is_refused() {
+    let params = CalibratedCusumParams {
+        reference: Reference::Lagged { window: 8, gap: 0 },
+        prewhiten: Prewhiten::None,
+        ..Default::default()
+    };
+    let mut bank = bank(params, 1);
+    bank.update(&[1.0]).unwrap();
+    let mut stored = serde_json::to_value(&bank).unwrap();
+    assert!(serde_json::from_value::<Bank>(stored.clone()).is_ok());
+    let seen = stored["rolling"][0]["seen"].as_u64().unwrap();
+    stored["rolling"][0]["seen"] = (seen + 8).into();
+    let refused = serde_json::from_value::<Bank>(stored).unwrap_err();
+    assert!(
+        refused.to_string().contains("reference window"),
+        "{refused}"
+    );
+}
+
 #[test]
 fn a_bad_batch_changes_nothing() {
     let params = CalibratedCusumParams {
@@ -238,6 +270,7 @@ fn a_bad_batch_changes_nothing() {
         bank.update(&with(0.0)),
         Err(CpdError::NonPositive { count: 2, .. })
     ));
+    assert_eq!(bank, before);
     for place in 0..9 {
         assert_eq!(bank.step(place), before.step(place));
     }

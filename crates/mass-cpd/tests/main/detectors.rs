@@ -499,6 +499,14 @@ fn each_parameter_out_of_range_is_named() {
             },
             "score_limit",
         ),
+        // Calibration of a rise that never ends would not either.
+        (
+            CalibratedCusumParams {
+                score_limit: Some(2f64.next_up()),
+                ..CalibratedCusumParams::training(1)
+            },
+            "score_limit",
+        ),
         (CalibratedCusumParams { warmup: 7, ..d }, "warmup"),
         (
             CalibratedCusumParams {
@@ -577,6 +585,41 @@ fn each_parameter_out_of_range_is_named() {
         ),
         "horizon"
     );
+}
+
+#[test]
+fn unchecked_parameters_need_observations_that_can_be_counted() {
+    let monitor = TrainingMonitorParams {
+        training: usize::MAX,
+        ..Default::default()
+    };
+    let cusum = CalibratedCusumParams {
+        warmup: usize::MAX,
+        ..Default::default()
+    };
+    for params in [AnyDetectorParams::from(monitor), cusum.into()] {
+        assert_eq!(params.observations_needed(), u64::MAX);
+        assert!(params.check().is_err());
+    }
+}
+
+#[test]
+fn the_probability_of_a_statistic_is_one_below_zero() {
+    let detector = CalibratedCusumParams::default().check().unwrap();
+    assert_eq!(detector.p_horizon(-5.0), 1.0);
+    assert!((0.9..=1.0).contains(&detector.p_horizon(0.0)));
+    assert!(detector.p_horizon(f64::NAN).is_nan());
+}
+
+#[test]
+fn a_stored_sample_that_no_observation_gave_is_refused() {
+    let mut detector = TrainingMonitorParams::default().check().unwrap();
+    detector.update(1.0).unwrap();
+    let stored = serde_json::to_string(&detector).unwrap();
+    assert!(serde_json::from_str::<mass_cpd::TrainingMonitor>(&stored).is_ok());
+    let hostile = stored.replace("[1.0]", "[1e308]");
+    assert_ne!(hostile, stored);
+    assert!(serde_json::from_str::<mass_cpd::TrainingMonitor>(&hostile).is_err());
 }
 
 /// Every field of a stored detector set to nonsense in turn: a typed refusal, or a detector that still works.

@@ -185,6 +185,10 @@ fn each_kind_of_bad_input_has_its_error() {
         binary.segment(series.view()),
         Err(CpdError::TooShort { needed: 10, .. })
     ));
+    // Their squares would be nothing.
+    let series = Array1::from_iter((0..1000).map(|t| f64::from(t) * 1e-163));
+    let small = |result: Result<_, CpdError>| matches!(result, Err(CpdError::TooSmall { .. }));
+    assert!(small(pelt.segment(series.view())) && small(binary.segment(series.view())));
 
     let name = |result: Result<(), CpdError>| match result {
         Err(CpdError::Parameter { name, .. }) => name,
