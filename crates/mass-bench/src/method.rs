@@ -103,8 +103,11 @@ pub struct Pool {
 /// MASS itself, no ablation of it.
 pub(crate) const MASS: &str = "mass";
 
+/// Its rival with a pool that grows without splits.
+pub(crate) const DYNMOE: &str = "dynmoe";
+
 /// What `--methods` may name in every study, beside [`ABLATIONS`]; `erm` is another name of `dense`.
-pub const METHODS: &[&str] = &[MASS, "static", "dense", "erm", "dynmoe", "gmoe"];
+pub const METHODS: &[&str] = &[MASS, "static", "dense", "erm", DYNMOE, "gmoe"];
 
 /// Ablations of MASS and baselines of growth by name: each differs from its variant (the paper's, unless another is asked for)
 /// in these rules, as JSON.
@@ -165,7 +168,7 @@ pub fn named(name: &str, pool: &Pool, variant: Option<Variant>) -> Option<Vec<Me
             k,
             router: None,
         },
-        "dynmoe" => Method::DynMoe {
+        DYNMOE => Method::DynMoe {
             experts,
             experts_max,
         },
@@ -204,7 +207,7 @@ impl Method {
         match self {
             Self::Dense => "dense",
             Self::Static { .. } => "static",
-            Self::DynMoe { .. } => "dynmoe",
+            Self::DynMoe { .. } => DYNMOE,
             Self::Gmoe { .. } => "gmoe",
             Self::Mass(m) if m.ablation.is_empty() => MASS,
             Self::Mass(m) => &m.ablation,

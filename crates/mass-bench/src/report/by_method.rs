@@ -93,18 +93,44 @@ fn splits(runs: &[Run]) -> Vec<(String, String)> {
 }
 
 /// "grows with the number of experts as its power of: routing_ms 0.98, step_ms 0.61": least squares of logarithms, of
-/// pools from 64 on where there are three, since small ones cost what does not depend on their size.
-fn exponents(runs: &[Run]) -> Option<(String, String)> {
+/// pools from 64 on where there are three, since small ones cost what does not depend on their size. One line for pools that differ by their size alone.
+fn exponents(runs: &[Run]) -> Vec<(String, String)> {
+    let mut pools: Vec<(RunKey, Vec<&Run>)> = Vec::new();
+    for run in runs {
+        let key = RunKey {
+            experts_init: None,
+            seed: 0,
+            ..run.key()
+        };
+        match pools.iter_mut().find(|(other, _)| *other == key) {
+            Some((_, own)) => own.push(run),
+            None => pools.push((key, vec![run])),
+        }
+    }
+    let several = pools.len() > 1;
+    let line = |(key, own): (RunKey, Vec<&Run>)| {
+        let what = "grows with the number of experts as its power of";
+        let what = match several {
+            true => format!("{} {what}", key.without_seed()),
+            false => what.to_owned(),
+        };
+        Some((what, exponents_of(&own)?))
+    };
+    pools.into_iter().filter_map(line).collect()
+}
+
+fn exponents_of(runs: &[&Run]) -> Option<String> {
     let names: BTreeSet<&String> = runs.iter().flat_map(|run| run.metrics.keys()).collect();
     let of = |name: &&String| {
         let at = |run: &Run| {
             let cost = run.metrics.get(*name)?;
             Some(((run.experts? as f64).ln(), cost.ln()))
         };
-        let large = |run: &&Run| run.experts.is_some_and(|experts| experts >= 64);
-        let mut points: Vec<(f64, f64)> = runs.iter().filter(large).filter_map(at).collect();
+        let large = |run: &&&Run| run.experts.is_some_and(|experts| experts >= 64);
+        let large = runs.iter().filter(large).filter_map(|run| at(run));
+        let mut points: Vec<(f64, f64)> = large.collect();
         if points.len() < 3 {
-            points = runs.iter().filter_map(at).collect();
+            points = runs.iter().filter_map(|run| at(run)).collect();
         }
         let n = points.len() as f64;
         let (x, y) = points
@@ -115,8 +141,7 @@ fn exponents(runs: &[Run]) -> Option<(String, String)> {
         slope.is_finite().then(|| format!("{name} {slope:.2}"))
     };
     let all: Vec<String> = names.iter().filter_map(of).collect();
-    let what = "grows with the number of experts as its power of".to_owned();
-    (!all.is_empty()).then(|| (what, all.join(", ")))
+    (!all.is_empty()).then(|| all.join(", "))
 }
 
 /// "static/appear/K5: forgetting -0.012, new_loss 1.912, old_loss 1.899", means over seeds.
@@ -169,9 +194,23 @@ mod tests {
             run(64, 3.0, 4096.0),
             run(512, 3.0, 262_144.0),
         ];
-        let (_, found) = exponents(&runs).unwrap();
-        assert_eq!(found, "a_ms 0.00, b_ms 2.00");
-        assert_eq!(exponents(&runs[..1]), None);
+        let power = "grows with the number of experts as its power of";
+        let of = |what: String, powers: &str| (what, powers.to_owned());
+        let found = of(power.to_owned(), "a_ms 0.00, b_ms 2.00");
+        assert_eq!(exponents(&runs), [found]);
+        assert_eq!(exponents(&runs[..1]), []);
+        // Pools that are routed otherwise grow otherwise.
+        let routed = runs.clone().map(|run| Run {
+            setting: Some("top_k:k=2".into()),
+            metrics: [("a_ms".to_owned(), run.metrics["b_ms"])].into(),
+            ..run
+        });
+        let both = [runs, routed].concat();
+        let lines = [
+            of(format!("static {power}"), "a_ms 0.00, b_ms 2.00"),
+            of(format!("static/top_k:k=2 {power}"), "a_ms 2.00"),
+        ];
+        assert_eq!(exponents(&both), lines);
     }
 
     #[test]

@@ -2,19 +2,14 @@
 
 use super::curves::floor;
 use super::elbow::{by_metric, elbows};
-use super::over_tasks::tasks_of;
 use super::svg::{Chart, Draw, Point, Series};
 use super::{Results, RunKey, Summary};
 
 /// Two charts for each task, with a point for each method and setting.
 pub(super) fn frontier(results: &Results) -> String {
-    let tasks: Vec<Option<String>> = match tasks_of(&results.runs) {
-        none if none.is_empty() => vec![None],
-        tasks => tasks.into_iter().map(Some).collect(),
-    };
     let mut html = String::new();
-    for task in &tasks {
-        let rows = results.summary.iter().filter(|s| s.task == *task);
+    for task in tasks(results) {
+        let rows = results.summary.iter().filter(|s| s.task == task);
         let rows: Vec<&Summary> = rows.collect();
         for by_experts in [true, false] {
             html.push_str(&chart(results, task.as_deref(), &rows, by_experts).figure());
@@ -25,10 +20,21 @@ pub(super) fn frontier(results: &Results) -> String {
 
 /// Loss against the number of experts as a picture of its own, of the first task.
 pub(super) fn picture(results: &Results, style: &str) -> Option<String> {
-    let task = tasks_of(&results.runs).into_iter().next();
+    let task = tasks(results).into_iter().next()?;
     let rows = results.summary.iter().filter(|s| s.task == task);
     let rows: Vec<&Summary> = rows.collect();
     chart(results, task.as_deref(), &rows, true).picture(style)
+}
+
+/// The tasks of all rows, in their order; of runs that have none, that.
+fn tasks(results: &Results) -> Vec<Option<String>> {
+    let mut tasks: Vec<Option<String>> = Vec::new();
+    for row in &results.summary {
+        if !tasks.contains(&row.task) {
+            tasks.push(row.task.clone());
+        }
+    }
+    tasks
 }
 
 /// What of a row is drawn: x, if it has experts, with the figure and its deviation.
@@ -65,7 +71,11 @@ fn chart<'a>(
         by_metric,
         rows.iter().find_map(|r| r.metric_name.as_deref()),
     ) {
-        (true, Some(name)) => name[..1].to_uppercase() + &name[1..],
+        (true, Some(name)) => {
+            let mut letters = name.chars();
+            let first = letters.next().into_iter().flat_map(char::to_uppercase);
+            first.chain(letters).collect()
+        }
         (true, None) => "Metric".to_owned(),
         _ => "Loss".to_owned(),
     };

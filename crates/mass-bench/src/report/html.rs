@@ -184,7 +184,10 @@ fn comparisons(comparisons: &[Comparison]) -> String {
         vec![
             c.method.clone(),
             c.against.clone(),
-            of.to_owned(),
+            match c.set.as_str() {
+                "" => of.to_owned(),
+                set => format!("{of} of {set}"),
+            },
             format!("{:+.4}", p.mean_difference),
             interval.unwrap_or_default(),
             show(p.t, 2),

@@ -8,7 +8,7 @@ use super::growth::drawn;
 use super::html::write_reports;
 use super::lock;
 use super::store::{
-    check_owner, io_error, lines_of, merged, old_settings, pretty, read_json, write_atomically,
+    check_owner, io_error, lines_of, merged, old_settings, pretty, read_results, write_atomically,
 };
 use super::{MetricLine, Part, ReportError, Results, Run};
 
@@ -30,7 +30,7 @@ impl Kept {
             let problem = "there is no results.json; give directories that a study has written";
             return Err(refuse(dir, problem));
         }
-        let results: Results = read_json(&path)?;
+        let results = read_results(&path)?;
         let settings = old_settings(dir)?;
         let mut lines = [HashMap::new(), HashMap::new()];
         for (name, by_run) in LINES.iter().zip(&mut lines) {
@@ -180,7 +180,7 @@ fn write(
     check_owner(out)?;
     let there = out.join("results.json");
     if there.exists() {
-        let old: Results = read_json(&there)?;
+        let old = read_results(&there)?;
         let made = |run: &Run| Run {
             machine: None,
             ..run.clone()

@@ -29,29 +29,21 @@ pub struct OverTasks {
 /// A seed counts if it has a metric for every task that any method was run on.
 #[must_use]
 pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
-    let set_of = |task: &str| {
-        let of = match study {
-            "dg" => task.split_once('/').map(|(set, _)| set),
-            "labels" => task.split_once("-wrong-").map(|(_, percent)| percent),
-            _ => None,
-        };
-        of.unwrap_or_default().to_owned()
-    };
     let mut groups: Vec<(RunKey, String, Vec<&Run>)> = Vec::new();
     for run in runs {
         let Some(task) = &run.task else { continue };
-        let set = set_of(task);
+        let set = set_of(study, task);
         let key = run.key().over_tasks();
         match groups.iter_mut().find(|g| g.0 == key && g.1 == set) {
             Some(group) => group.2.push(run),
             None => groups.push((key, set, vec![run])),
         }
     }
-    let all_tasks = tasks_of(runs);
+    let sets = sets_of(study, runs);
     let mut found = Vec::new();
     for (key, set, runs) in groups {
-        let mut tasks = all_tasks.clone();
-        tasks.retain(|task| set_of(task) == set);
+        let tasks = sets.iter().find(|(name, _)| *name == set);
+        let tasks = tasks.map_or_else(Vec::new, |(_, tasks)| tasks.clone());
         let of_seed = |seed| mean_of_seed(&runs, &tasks, seed);
         let means: Vec<f64> = seeds(&runs).into_iter().filter_map(of_seed).collect();
         let (mean, std) = mean_std(means.iter().copied());
@@ -70,15 +62,35 @@ pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
     found
 }
 
-/// The tasks of some runs, in order of first appearance.
-pub(super) fn tasks_of(runs: &[Run]) -> Vec<String> {
-    let mut tasks: Vec<String> = Vec::new();
-    for task in runs.iter().filter_map(|r| r.task.as_ref()) {
-        if !tasks.contains(task) {
-            tasks.push(task.clone());
+/// The tasks of some runs, in order of first appearance, of every set apart over which figures are averaged: of images, or with one
+/// share of labels wrong. Runs without a task are in a set without one.
+pub(super) fn sets_of(study: &str, runs: &[Run]) -> Vec<(String, Vec<String>)> {
+    let mut sets: Vec<(String, Vec<String>)> = Vec::new();
+    for run in runs {
+        let task = run.task.as_deref();
+        let set = task.map_or_else(String::new, |task| set_of(study, task));
+        let at = sets.iter().position(|(name, _)| *name == set);
+        let at = at.unwrap_or_else(|| {
+            sets.push((set, Vec::new()));
+            sets.len() - 1
+        });
+        let tasks = &mut sets[at].1;
+        if let Some(task) = task
+            && !tasks.iter().any(|t| t == task)
+        {
+            tasks.push(task.to_owned());
         }
     }
-    tasks
+    sets
+}
+
+fn set_of(study: &str, task: &str) -> String {
+    let of = match study {
+        "dg" => task.split_once('/').map(|(set, _)| set),
+        "labels" => task.split_once("-wrong-").map(|(_, percent)| percent),
+        _ => None,
+    };
+    of.unwrap_or_default().to_owned()
 }
 
 /// The seeds of some runs, in order.

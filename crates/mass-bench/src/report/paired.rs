@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{Binomial, ContinuousCDF, DiscreteCDF, StudentsT};
 
-use super::over_tasks::{mean_of_seed, seeds, tasks_of};
+use super::over_tasks::{mean_of_seed, seeds, sets_of};
 use super::{Run, RunKey};
 
 /// The method that others are compared with.
@@ -16,10 +16,16 @@ pub struct Comparison {
     pub method: String,
     /// Against which.
     pub against: String,
+    /// The set of tasks that both are compared on, where the study has several: of images, or with a share of labels wrong.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub set: String,
+    /// Of the same method, with fewer pairs, and better than `against` on the pairs that it shares with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub passed_over: Vec<String>,
     /// Run by run with the same task and seed.
     #[serde(flatten)]
     pub paired: Paired,
-    /// Seed by seed, means over all tasks (domains, in the study dg); `None` for one task, or if no seed has them all.
+    /// Seed by seed, means over all tasks of the set (domains, in the study dg); `None` for one task, or if no seed has them all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by_seed: Option<Paired>,
 }
@@ -117,6 +123,12 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
+    /// Whether it has a run of that task and seed.
+    fn has(&self, run: &Run) -> bool {
+        let same = |o: &&Run| o.task == run.task && o.seed == run.seed;
+        self.runs.iter().any(same)
+    }
+
     /// Metrics of this group and of another for each task and seed that both have.
     fn pairs(&self, other: &Self) -> Vec<(f64, f64)> {
         let of = |run: &&Run| {
@@ -137,14 +149,29 @@ impl Group<'_> {
 }
 
 /// Every way to run MASS against the dense model (ERM), DynMoE, and the best static and the best GMoE pool, over the tasks and
-/// seeds that both have.
+/// seeds that both have; in every set of images apart, and with every share of labels that is wrong.
 ///
-/// The best pool is the one whose metric is best on average over the pairs, found after the fact on the same
-/// scores: it is favoured. Runs without a metric take no part.
+/// The best pool is found among those with the most pairs: the one whose metric is best on average over the pairs that all of
+/// them have. It is found after the fact on the same scores, and so it is favoured. Runs without a metric take no part.
 #[must_use]
-pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
+pub fn comparisons(study: &str, runs: &[Run]) -> Vec<Comparison> {
+    let sets = sets_of(study, runs);
+    let several = sets.len() > 1;
+    let of_set = |(set, tasks): (String, Vec<String>)| {
+        let inside = |run: &&Run| run.task.as_ref().is_none_or(|task| tasks.contains(task));
+        let name = if several { set } else { String::new() };
+        of_one_set(&name, &tasks, runs.iter().filter(inside))
+    };
+    sets.into_iter().flat_map(of_set).collect()
+}
+
+fn of_one_set<'r>(
+    set: &str,
+    tasks: &[String],
+    runs: impl Iterator<Item = &'r Run>,
+) -> Vec<Comparison> {
     let mut groups: Vec<Group<'_>> = Vec::new();
-    for run in runs.iter().filter(|r| r.metric.is_some()) {
+    for run in runs.filter(|r| r.metric.is_some()) {
         let key = run.key().over_tasks();
         match groups.iter_mut().find(|g| g.key == key) {
             Some(group) => group.runs.push(run),
@@ -154,24 +181,39 @@ pub fn comparisons(runs: &[Run]) -> Vec<Comparison> {
             }),
         }
     }
-    let tasks = tasks_of(runs);
     let mut found = Vec::new();
     for group in groups.iter().filter(|g| g.key.method == METHOD) {
         for method in ["dense", "erm", "static", "gmoe", "dynmoe"] {
-            // Most pairs first, then the least advantage over it: the strongest opponent.
-            let tests = groups
+            let mut rivals: Vec<_> = groups
                 .iter()
                 .filter(|g| g.key.method == method)
-                .filter_map(|g| Some((g, paired(&group.pairs(g))?)));
-            let best = tests.max_by(|(_, a), (_, b)| {
-                (a.n.cmp(&b.n)).then(b.mean_difference.total_cmp(&a.mean_difference))
+                .filter_map(|g| Some((g, paired(&group.pairs(g))?)))
+                .collect();
+            let most = rivals.iter().map(|(_, p)| p.n).max();
+            let fewer = rivals.extract_if(.., |(_, p)| Some(p.n) < most);
+            let fewer: Vec<&Group<'_>> = fewer.map(|(g, _)| g).collect();
+            let shared = |run: &Run| group.has(run) && rivals.iter().all(|(g, _)| g.has(run));
+            // The first of equals.
+            let best = rivals.iter().rev().max_by(|(a, _), (b, _)| {
+                let mean = |g: &Group<'_>| {
+                    let own = g.runs.iter().filter(|run| shared(run));
+                    own.filter_map(|run| run.metric).sum::<f64>()
+                };
+                mean(a).total_cmp(&mean(b))
             });
-            if let Some((other, paired)) = best {
+            if let Some((other, test)) = best {
+                let better = |g: &&Group<'_>| {
+                    paired(&g.pairs(other)).is_some_and(|p| p.mean_difference > 0.0)
+                };
                 found.push(Comparison {
                     method: group.key.without_seed(),
                     against: other.key.without_seed(),
-                    paired,
-                    by_seed: paired_by_seed(group, other, &tasks),
+                    set: set.to_owned(),
+                    passed_over: (fewer.iter().copied().filter(better))
+                        .map(|g| g.key.without_seed())
+                        .collect(),
+                    paired: test.clone(),
+                    by_seed: paired_by_seed(group, other, tasks),
                 });
             }
         }
@@ -224,9 +266,10 @@ mod tests {
         }
         // Better, but on one pair alone.
         runs.push(run("static", Some(4), "CoLA", 0, 0.9));
-        let found = comparisons(&runs);
+        let found = comparisons("glue", &runs);
         let named: Vec<&str> = found.iter().map(|c| c.against.as_str()).collect();
         assert_eq!(named, ["static/k2", "dynmoe"]);
+        assert_eq!(found[0].passed_over, ["static/k4"]);
         assert_eq!((found[0].paired.n, found[0].paired.wins), (4, 4));
         assert!((found[0].paired.mean_difference - 0.055).abs() < 1e-12);
         assert_eq!((found[1].paired.wins, found[1].paired.losses), (0, 4));
@@ -236,7 +279,7 @@ mod tests {
         assert!((by_seed.mean_difference - 0.055).abs() < 1e-12);
         // A seed without one of the tasks has no mean.
         runs.retain(|r| !(r.method == "dynmoe" && r.seed == 1 && r.task.as_deref() == Some("RTE")));
-        let found = comparisons(&runs);
+        let found = comparisons("glue", &runs);
         assert_eq!(
             (found[1].paired.n, found[1].by_seed.as_ref().unwrap().n),
             (3, 1)
@@ -246,7 +289,47 @@ mod tests {
             .into_iter()
             .filter(|r| r.task.as_deref() == Some("RTE"))
             .collect();
-        assert!(comparisons(&one).iter().all(|c| c.by_seed.is_none()));
-        assert!(comparisons(&[Run::new("mass", 0)]).is_empty());
+        assert!(
+            comparisons("glue", &one)
+                .iter()
+                .all(|c| c.by_seed.is_none())
+        );
+        assert!(comparisons("glue", &[Run::new("mass", 0)]).is_empty());
+    }
+
+    /// Two pools with equally many pairs are ranked where both have one: the seed that one of them lacks was a hard one.
+    #[test]
+    fn the_strongest_pool_is_found_where_all_have_runs() {
+        let runs: Vec<Run> = [
+            ("mass", None, vec![(0, 0.7), (1, 0.4), (2, 0.9)]),
+            ("static", Some(1), vec![(0, 0.6), (1, 0.1)]),
+            ("static", Some(2), vec![(0, 0.5), (2, 0.8)]),
+        ]
+        .into_iter()
+        .flat_map(|(method, k, seeds)| {
+            let of = move |(seed, metric)| run(method, k, "CoLA", seed, metric);
+            seeds.into_iter().map(of)
+        })
+        .collect();
+        let found = comparisons("glue", &runs);
+        assert_eq!((found.len(), found[0].against.as_str()), (1, "static/k1"));
+        assert_eq!(found[0].paired.n, 2);
+    }
+
+    #[test]
+    fn sets_are_compared_apart() {
+        let runs: Vec<Run> = ["pacs/photo", "pacs/sketch", "vlcs/a", "vlcs/b"]
+            .into_iter()
+            .flat_map(|task| {
+                let metric = if task.starts_with("pacs") { 0.5 } else { 0.9 };
+                ["mass", "erm"].map(|method| run(method, None, task, 0, metric))
+            })
+            .collect();
+        let found = comparisons("dg", &runs);
+        let sets: Vec<_> = found.iter().map(|c| (c.set.as_str(), c.paired.n)).collect();
+        assert_eq!(sets, [("pacs", 2), ("vlcs", 2)]);
+        assert!(found.iter().all(|c| c.by_seed.is_some()));
+        // Of one set it has no name.
+        assert_eq!(comparisons("dg", &runs[..4])[0].set, "");
     }
 }

@@ -122,13 +122,12 @@ impl Results {
     /// Brings the summary up to date.
     pub(super) fn summarise(&mut self) {
         self.summary = summarise(&self.runs);
-        self.comparisons = comparisons(&self.runs);
+        self.comparisons = comparisons(&self.study, &self.runs);
     }
 }
 
 /// One finished run. A figure that a study does not have is `None`, never 0.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct Run {
     /// Method: mass, dense, erm, static, dynmoe, gmoe, or an ablation by name.
     pub method: String,
@@ -160,7 +159,7 @@ pub struct Run {
     /// Its name.
     pub metric_name: Option<String>,
     /// Every metric of the task by name.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
     /// The epoch whose figures these are, counted from 1, of studies that choose the best.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -188,21 +187,22 @@ pub struct Run {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub machine: Option<Machine>,
     /// What computed it, in order, of a run that was resumed on another device.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
     /// Which experts took what, of studies that know what is behind a token, for seed 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// Every expansion, in order.
+    #[serde(default)]
     pub expansions: Vec<Expansion>,
     /// What the tests of the controller said; of a pool that has some.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decisions: Option<Decisions>,
     /// How far the halves of splits have come apart, by steps since the split.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pairs: Vec<PairMeans>,
     /// Known ways to fail that the controller of a pool that grows saw in this run.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub diagnoses: Vec<Diagnosis>,
 }
 

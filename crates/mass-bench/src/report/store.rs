@@ -1,4 +1,5 @@
 use std::{
+    collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
@@ -361,7 +362,7 @@ fn prior(
         ResultStore::kept(dir, existing)?;
         return Ok((results, settings));
     }
-    let old: Results = read_json(&results_path)?;
+    let old = read_results(&results_path)?;
     if old.runs.is_empty() && !dir.join("checkpoints").is_dir() {
         // Nothing that could be mixed with anything.
         return Ok((results, settings));
@@ -443,13 +444,13 @@ pub(super) fn old_settings(dir: &Path) -> Result<Value, ReportError> {
     })
 }
 
-/// Settings of both: what they say of data, methods and tasks is by name, and names may be added; the ones that both have, and all
+/// Settings of both: what they say of data, methods, their rules and tasks is by name, and names may be added; the ones that both have, and all
 /// else but the devices, must agree.
 ///
 /// # Errors
 /// What differs.
 pub(super) fn merged(mut old: Value, mut new: Value) -> Result<Value, String> {
-    let by_name = ["data", "methods", "tasks"];
+    let by_name = ["data", "methods", "rules", "tasks"];
     let take = |settings: &mut Value, what| {
         let parts = settings.as_object_mut().and_then(|s| s.remove(what));
         let parts = parts.and_then(|p| p.as_object().cloned());
@@ -541,6 +542,25 @@ fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), Report
         }
     }
     write_atomically(path, &kept)
+}
+
+/// The results of a study, if they can be what one has written.
+pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
+    let results: Results = read_json(path)?;
+    let problem = |problem: String| ReportError::Malformed {
+        path: path.to_owned(),
+        problem,
+    };
+    if let Some(part) = &results.part
+        && !(part.shards.iter().all(|i| (1..=part.of).contains(i)) && part.of > 0)
+    {
+        return Err(problem(format!("there is no {part}")));
+    }
+    let mut seen = HashSet::new();
+    match results.runs.iter().find(|run| !seen.insert(run.key())) {
+        Some(twice) => Err(problem(format!("run {} is there twice", twice.key()))),
+        None => Ok(results),
+    }
 }
 
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ReportError> {

@@ -8,7 +8,7 @@ macro_rules! summary {
         ///
         /// `*_std` is the sample standard deviation (n - 1) and `None` when there are fewer than two
         /// values. A figure that any run of the group lacks is averaged over the runs that have it;
-        /// `n` counts all runs.
+        /// `n` counts all runs, `judged` those that have a metric, or without one a test loss.
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
         #[serde(default)]
         #[allow(missing_docs)] // one mean and one deviation for each figure of `Run`
@@ -29,6 +29,8 @@ macro_rules! summary {
             pub metric_name: Option<String>,
             /// Runs.
             pub n: usize,
+            /// Runs with a figure to judge them by.
+            pub judged: usize,
             $(pub $mean: Option<f64>, pub $std: Option<f64>,)*
         }
 
@@ -44,6 +46,7 @@ macro_rules! summary {
                 k: first.k,
                 metric_name: first.metric_name.clone(),
                 n: runs.len(),
+                judged: runs.iter().filter(|r| r.metric.or(r.test_loss).is_some()).count(),
                 $($mean, $std,)*
             }
         }

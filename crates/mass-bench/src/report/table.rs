@@ -60,7 +60,10 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
         ("property", |_, s| number(s.jsd_property_mean, 2)),
         ("NMI", |_, s| number(s.nmi_mean, 2)),
         ("s/run", |_, s| number(s.wall_s_mean, 1)),
-        ("n", |_, s| s.n.to_string()),
+        ("n", |_, s| match s.judged {
+            some if some > 0 && some < s.n => format!("{some} of {}", s.n),
+            _ => s.n.to_string(),
+        }),
     ];
     let all: Vec<Vec<String>> = results
         .summary
@@ -248,6 +251,14 @@ fn pool(row: &Summary) -> String {
 /// 0.29)", and before it the means over tasks where there are some: "mass/ours against dynmoe, means over tasks: +0.0120 ...
 /// over 3 seeds (...)".
 fn comparison(c: &Comparison) -> Vec<String> {
+    let of_set = match c.set.as_str() {
+        "" => String::new(),
+        set => format!(", of {set}"),
+    };
+    let passed_over = match c.passed_over.as_slice() {
+        [] => String::new(),
+        some => format!("; better on fewer pairs: {}", some.join(", ")),
+    };
     let line = |what: &str, of: &str, p: &Paired| {
         let t = match (p.t, p.p_value) {
             (Some(t), Some(p)) => format!("t {t:.2}, p {p:.2}; "),
@@ -257,7 +268,7 @@ fn comparison(c: &Comparison) -> Vec<String> {
             format!(" [{low:+.4}, {high:+.4}]")
         });
         format!(
-            "{} against {}{what}: {:+.4}{interval} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {:.2})",
+            "{} against {}{of_set}{what}: {:+.4}{interval} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {:.2}){passed_over}",
             c.method, c.against, p.mean_difference, p.n, p.wins, p.ties, p.losses, p.sign_p_value
         )
     };

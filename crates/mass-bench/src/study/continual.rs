@@ -20,7 +20,7 @@ use crate::ginc::{Ginc, GincParams, Windows};
 use crate::glue::data::{Dataset, Example};
 use crate::glue::task::Task as GlueTask;
 use crate::language::{Language, Stream, judge, scored, with};
-use crate::method::{Mass, Method, Overrides, Pool};
+use crate::method::{DYNMOE, Mass, Method, Overrides, Pool};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
@@ -358,7 +358,8 @@ fn bytes(examples: &[Example]) -> Vec<u8> {
 ///
 /// - `new_loss`, `old_loss`: `L_c` at the end, of the kinds that only the last part has, and the mean of the others.
 /// - `forgetting`: mean over the others of `L_c` at the end less `L_c` when the last part before it that has c ended.
-/// - `splits_before`, `splits_after` the first change, and `delay`, the steps from it to the next split if there is one.
+/// - `splits_before`, `splits_after` the first change, and `delay`, the steps from it to the next split if there is one; not of
+///   DynMoE, whose experts come without a split.
 /// - `new_on_newcomers`, `old_on_newcomers`: the part of the routed slots of new and old kinds that experts born after the first
 ///   change have.
 ///
@@ -394,9 +395,11 @@ pub(super) fn tell(
         ("old_loss", losses(&old)),
         ("new_loss", losses(&new)),
         ("forgetting", mean(&lost)),
-        ("splits_before", (run.expansions.len() - after) as f64),
-        ("splits_after", after as f64),
     ];
+    if run.method != DYNMOE {
+        metrics.push(("splits_before", (run.expansions.len() - after) as f64));
+        metrics.push(("splits_after", after as f64));
+    }
     if let Some(next) = run.expansions.iter().find(later) {
         metrics.push(("delay", (next.step - first_change) as f64));
     }

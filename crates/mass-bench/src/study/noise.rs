@@ -4,7 +4,7 @@
 //! expert, and the same with room for one. Both are the same run up to that split. A split that the rules find, and
 //! after which the loss ends no lower, is a false one; where none is found, and one of a random expert, or of that with the
 //! largest share of the loss, would have helped, it is a missed one. Whether the expert was the right one is asked by a pool that
-//! splits another, drawn at random, at the step at which the paper's rule has found one.
+//! splits one drawn at random, which may be the same, at the step at which the paper's rule has found one.
 
 use serde_json::{Value, json};
 

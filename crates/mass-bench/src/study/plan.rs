@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use mass_model::Activation;
 use mass_routing::RouterConfig;
 use serde_json::{Value, json};
 
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
+use crate::fnv::Fnv;
 use crate::method::{Mass, Method, Pool, named};
 use crate::report::{ResultStore, Results, Run};
 use crate::sweep::{Side, sweep};
@@ -286,7 +288,8 @@ impl<F: Family> Plan<F> {
         for set in &names {
             let read = self.family.read(set, ctx)?;
             for planned in runs.iter().filter(|r| r.assignment.set == *set) {
-                self.family.task(&read, planned)?;
+                let rules = rules(&self.family.task(&read, planned)?, &planned.method)?;
+                settings["rules"][planned.run.key().without_seed()] = json!(rules);
             }
             if let Some(digest) = self.family.digest(&read) {
                 settings["data"][set] = json!(format!("{digest:016x}"));
@@ -363,6 +366,18 @@ fn sets(runs: &[Planned]) -> impl Iterator<Item = &str> {
     let first = |i: usize| i == 0 || runs[i].assignment.set != runs[i - 1].assignment.set;
     let firsts = (0..runs.len()).filter(move |&i| first(i));
     firsts.map(|i| runs[i].assignment.set.as_str())
+}
+
+/// A digest of what a method is made of on a task, its seed apart: of the optimiser and its schedule, sizes, routing, and rules of
+/// growth. A name may come to mean another thing in another version of this program.
+fn rules<T: Task>(task: &T, method: &Method) -> Result<String, BenchError> {
+    let recipe = task.recipe();
+    let growth = method.growth(1, recipe.schedule.steps, 0, |rules| task.tune(rules))?;
+    let mixture = method.mixture(1, 1, Activation::Gelu, 0);
+    let all = json!([recipe, task.identity()["model"], mixture, growth]);
+    let mut digest = Fnv::default();
+    digest.eat(all.to_string().as_bytes());
+    Ok(format!("{:016x}", digest.0))
 }
 
 /// The same with a router that was chosen, and whether it is any one's choice. Methods that differed by their routing alone are

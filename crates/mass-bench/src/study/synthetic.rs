@@ -396,7 +396,8 @@ impl Family for Synthetic {
             Some(set) => vec![set],
             None => self.sets.to_vec(),
         };
-        let named = sets.len() > 1 || self.asked.is_some();
+        // The only set of a preset has no name, asked for by it or not: its runs are the same.
+        let named = self.sets.len() > 1 || sets != self.sets;
         let assignment = |set: &str| Assignment {
             task: named.then(|| set.to_owned()),
             set: set.to_owned(),

@@ -8,7 +8,7 @@ use std::path::Path;
 use image::{ImageFormat, RgbImage};
 use mass_bench::dg::{decode::rgb, folder::ImageFolder};
 use mass_bench::glue::{data, sample, task::Labels, task::Task, tokenize::TextTokenizer};
-use mass_bench::report::join;
+use mass_bench::report::{Run, join};
 use mass_model::pretrained::Weights;
 use mass_model::seeded_rng;
 use ndarray_rand::rand::Rng;
@@ -347,10 +347,17 @@ fn results() -> Vec<Vec<u8>> {
     let split = runs
         .iter()
         .position(|run| run["expansions"].as_array().is_some_and(|e| !e.is_empty()));
-    let kept = vec![
+    let mut kept = vec![
         runs[0].clone(),
         runs[split.expect("a run with splits")].clone(),
     ];
+    // What a study with a metric has, and one that was split.
+    kept[0]["metric"] = json!(0.5);
+    kept[0]["metric_name"] = json!("accuracy");
+    let name =
+        |run: &Value| serde_json::from_value::<Run>(run.clone()).map(|run| run.key().to_string());
+    let plan: Result<Vec<String>, _> = kept.iter().map(name).collect();
+    all["part"] = json!({ "shards": [1, 2], "of": 2, "plan": plan.expect("names of runs") });
     all["runs"] = Value::Array(kept);
     let some = |name| {
         read(name)

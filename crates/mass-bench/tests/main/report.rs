@@ -371,6 +371,86 @@ fn a_run_done_again_leaves_no_line_twice() {
     assert_eq!(steps(&store, &b.to_string()), (0..5).collect::<Vec<_>>());
 }
 
+/// What no study has written is refused by name, and the page of what is odd is made all the same.
+#[test]
+fn results_that_no_study_wrote_are_refused() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    store.push(mass(1, 2.15)).expect("a run");
+    let whole: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
+    let with = |change: &dyn Fn(&mut Value)| {
+        let mut changed = whole.clone();
+        change(&mut changed);
+        std::fs::write(dir.path().join("results.json"), changed.to_string()).expect("a write");
+        join(&[dir.path().to_owned()], None).map(drop)
+    };
+    let part =
+        |shards: Value, of: usize| json!({ "shards": shards, "of": of, "plan": ["x/seed0"] });
+    let changes: [(&str, &dyn Fn(&mut Value)); 6] = [
+        ("missing field `method`", &|all| all["runs"][0] = json!({})),
+        ("missing field `seed`", &|all| {
+            all["runs"][0] = json!({ "method": "mass" })
+        }),
+        ("is there twice", &|all| {
+            all["runs"][1] = all["runs"][0].clone()
+        }),
+        ("shard 1 of 0", &|all| all["part"] = part(json!([1]), 0)),
+        ("shard 3 of 2", &|all| all["part"] = part(json!([3]), 2)),
+        ("shard 0 of 2", &|all| all["part"] = part(json!([0]), 2)),
+    ];
+    for (what, change) in changes {
+        let error = with(change).expect_err(what);
+        assert!(matches!(error, ReportError::Malformed { .. }), "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+        let again = ResultStore::open(dir.path(), header(), &json!({}), Existing::Resume);
+        assert!(again.is_err(), "{what}");
+    }
+    for name in ["", "\u{e9}cart", "accuracy"] {
+        let named = with(&|all| {
+            all["runs"][0]["metric"] = json!(0.5);
+            all["runs"][0]["metric_name"] = json!(name);
+        });
+        named.expect("a report");
+    }
+}
+
+#[test]
+fn a_row_says_of_how_many_runs_its_figures_are() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    for (seed, loss) in [(0, 2.1), (1, f64::NAN), (2, 2.2)] {
+        store.push(mass(seed, loss)).expect("a run");
+    }
+    let table = table(store.results());
+    assert!(
+        table.lines().any(|line| line.ends_with("2 of 3")),
+        "{table}"
+    );
+}
+
+/// A chart for each task, and one for the runs that have none.
+#[test]
+fn runs_without_a_task_are_drawn_beside_others() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    let picture = read(dir.path(), "frontier.svg");
+    let of_task = Run {
+        task: Some("51k".into()),
+        ..mass(0, 2.05)
+    };
+    store.push(of_task).expect("a run");
+    assert_eq!(read(dir.path(), "frontier.svg"), picture);
+    let page = read(dir.path(), "report.html");
+    for title in [
+        "Loss against the number of experts<",
+        "Loss against the number of experts: 51k<",
+    ] {
+        assert!(page.contains(title), "{title}");
+    }
+}
+
 #[test]
 fn figures_that_are_not_finite_become_null_and_are_told() {
     let dir = tempfile::tempdir().expect("a temporary directory");
