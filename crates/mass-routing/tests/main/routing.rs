@@ -1,8 +1,8 @@
 //! What every plan promises, against brute force on random and on extreme logits.
 
 use mass_routing::{
-    AnyRouter, BiasBalanced, Combine, ExpertChoice, Noisy, NonFinite, Router, RouterConfig,
-    RoutingError, RoutingPlan, TargetK, TopAny, TopK, TopP,
+    AnyRouter, BiasBalanced, Combine, ExpertChoice, Loads, Noisy, NonFinite, Router,
+    RouterConfig, RoutingError, RoutingPlan, TargetK, TopAny, TopK, TopP,
 };
 use ndarray::{Array2, ArrayView2, array};
 use proptest::prelude::*;
@@ -689,4 +689,38 @@ fn weights_of_all_but_impossible_experts_are_renormalised() {
     let r = plan.probabilities()[(0, 0)];
     assert!(r > 0.0 && (1.0 / r).is_infinite(), "{r:e}");
     assert_eq!(weights_of(&plan, 0), [1.0]);
+}
+
+#[test]
+fn target_k_stays_finite() {
+    let mut router = TargetK::new(2.0, 0.5, Combine::Raw).unwrap();
+    let fresh = router.clone();
+    let nobody = RoutingPlan::from_assignments(2, 2, []).unwrap();
+    router.adapt(&nobody).unwrap();
+    assert_eq!(router, fresh);
+
+    let loads = |tokens, assignments| Loads {
+        tokens,
+        of_experts: vec![assignments],
+        in_use: vec![true],
+    };
+    let mut steep = TargetK::new(1e3, 0.5, Combine::Raw)
+        .unwrap()
+        .with_gains(f64::MAX, f64::MAX)
+        .unwrap();
+    steep.adapt_to(&loads(1, 1)).unwrap();
+    let before = steep.clone();
+    // Against the last error by minus infinity, against this one by infinity.
+    let refused = steep.adapt_to(&loads(1, 100));
+    assert!(
+        matches!(refused, Err(RoutingError::NonFinite { .. })),
+        "{refused:?}"
+    );
+    let mut far = TargetK::new(f64::MAX, 0.5, Combine::Raw).unwrap();
+    assert!(far.adapt_to(&loads(2, 1)).is_err());
+    for (router, before) in [(steep, before), (far.clone(), far)] {
+        assert_eq!(router, before);
+        let text = serde_json::to_string(&router).unwrap();
+        assert_eq!(serde_json::from_str::<TargetK>(&text).unwrap(), before);
+    }
 }
