@@ -72,10 +72,11 @@ impl Loads {
         }
     }
 
-    /// Tokens by expert, each as often as it has experts.
+    /// Tokens by expert, each as often as it has experts; [`u64::MAX`] if there are more.
     #[must_use]
     pub fn assignments(&self) -> u64 {
-        self.of_experts.iter().sum()
+        let add = |sum: u64, &tokens| sum.saturating_add(tokens);
+        self.of_experts.iter().fold(0, add)
     }
 }
 

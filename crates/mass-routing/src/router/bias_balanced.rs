@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "serde")]
 use super::top_p::yes;
 use super::{GateGradient, Loads, Router};
+use crate::error::same;
 use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::{Machine, fold2, vectors, vectors_mut};
@@ -164,7 +165,7 @@ impl Router for BiasBalanced {
     /// Moves the bias of every expert in use against its load.
     ///
     /// # Errors
-    /// There are more experts than were ever routed.
+    /// There are more experts than were ever routed, or loads do not say of each whether it was in use.
     fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
         let experts = loads.of_experts.len();
         if experts > self.bias.len() {
@@ -179,8 +180,10 @@ impl Router for BiasBalanced {
         let mean = loads.assignments() as f64 / available as f64;
         for (e, &load) in loads.of_experts.iter().enumerate() {
             let gap = mean - load as f64;
+        same("mask per expert", experts, loads.in_use.len())?;
             if loads.in_use[e] && gap != 0.0 {
-                self.bias[e] += self.rate * gap.signum() as f32;
+                let moved = self.bias[e] + self.rate * gap.signum() as f32;
+                self.bias[e] = moved.clamp(f32::MIN, f32::MAX);
             }
         }
         Ok(())

@@ -724,3 +724,25 @@ fn target_k_stays_finite() {
         assert_eq!(serde_json::from_str::<TargetK>(&text).unwrap(), before);
     }
 }
+
+#[test]
+fn a_bias_learns_only_from_loads_that_fit_it() {
+    let mut router = BiasBalanced::new(1, f32::MAX, Combine::Raw).unwrap();
+    route(&mut router, array![[1.0_f32, 0.0]].view(), None);
+    let loads = |in_use| Loads {
+        tokens: 1,
+        of_experts: vec![1, 0],
+        in_use,
+    };
+    let refused = router.adapt_to(&loads(vec![]));
+    assert!(
+        matches!(refused, Err(RoutingError::ShapeMismatch { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(router.bias(), [0.0; 2]);
+    // As far as f32 reaches, and no further.
+    for _ in 0..2 {
+        router.adapt_to(&loads(vec![true; 2])).unwrap();
+        assert_eq!(router.bias(), [-f32::MAX, f32::MAX]);
+    }
+}
