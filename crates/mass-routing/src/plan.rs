@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use parts::PlanParts;
 
-pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
+pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work, check};
 
 use crate::RoutingError;
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::top_p::yes;
 use super::{GateGradient, Loads, Router};
 use crate::error::same;
-use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
+use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work, check};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::{Machine, fold2, vectors, vectors_mut};
 use crate::softmax::Row;
@@ -120,9 +120,9 @@ impl Router for BiasBalanced {
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
         super::top_k::enough_experts(self.k, logits.ncols(), mask, plan)?;
-        if self.bias.len() < logits.ncols() {
-            self.bias.resize(logits.ncols(), 0.0);
-        }
+        check(logits.dim(), mask).inspect_err(|_| plan.clear())?;
+        let known = self.bias.len();
+        self.bias.resize(known.max(logits.ncols()), 0.0);
         let batch = Batch {
             logits,
             mask,
@@ -130,7 +130,7 @@ impl Router for BiasBalanced {
             keep_scores: self.keep_probabilities,
             rule: self.combine.rule(),
         };
-        batch.route(
+        let result = batch.route(
             &SoftmaxThen {
                 combine: self.combine,
                 select: Biased {
@@ -139,7 +139,11 @@ impl Router for BiasBalanced {
                 },
             },
             plan,
-        )
+        );
+        if result.is_err() {
+            self.bias.truncate(known);
+        }
+        result
     }
 
     fn gate_gradient(&self) -> GateGradient {
@@ -176,11 +180,11 @@ impl Router for BiasBalanced {
                 found,
             });
         }
+        same("mask per expert", experts, loads.in_use.len())?;
         let available = loads.in_use.iter().filter(|&&u| u).count().max(1);
         let mean = loads.assignments() as f64 / available as f64;
         for (e, &load) in loads.of_experts.iter().enumerate() {
             let gap = mean - load as f64;
-        same("mask per expert", experts, loads.in_use.len())?;
             if loads.in_use[e] && gap != 0.0 {
                 let moved = self.bias[e] + self.rate * gap.signum() as f32;
                 self.bias[e] = moved.clamp(f32::MIN, f32::MAX);

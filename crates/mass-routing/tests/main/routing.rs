@@ -746,3 +746,36 @@ fn a_bias_learns_only_from_loads_that_fit_it() {
         assert_eq!(router.bias(), [-f32::MAX, f32::MAX]);
     }
 }
+
+#[test]
+fn a_refused_batch_changes_no_router() {
+    let logits = Array2::from_shape_fn((4, 3), |(t, e)| (t * e) as f32 * 0.1);
+    let mut nan = logits.clone();
+    nan[(3, 2)] = f32::NAN;
+    let row = array![[0.0_f32]];
+    let huge = row.broadcast((1, 1 << 40)).unwrap();
+    for inner in ["top_k:k=2", "bias_balanced:k=2,rate=0.1"] {
+        for text in [inner.to_owned(), format!("noisy:std=0.5,seed=3/{inner}")] {
+            let mut router = text.parse::<RouterConfig>().unwrap().build().unwrap();
+            let saved = serde_json::to_value(&router).unwrap();
+            let mut plan = RoutingPlan::default();
+            for (logits, mask) in [
+                (nan.view(), None),
+                (logits.view(), Some(&[true; 2][..])),
+                (logits.view(), Some(&[true, false, false][..])),
+                (huge, None),
+            ] {
+                plan.clone_from(&RoutingPlan::from_assignments(1, 1, []).unwrap());
+                router.route(logits, mask, &mut plan).unwrap_err();
+                assert_eq!(plan.num_experts(), 0, "{text}");
+                assert_eq!(serde_json::to_value(&router).unwrap(), saved, "{text}");
+            }
+            // More rows around it than there can be draws; without noise it does not matter how many there are.
+            router.set_rows_around(usize::MAX, 0);
+            let around = router.route(logits.view(), None, &mut plan);
+            assert_eq!(around.is_err(), text.starts_with("noisy"), "{around:?}");
+            router.set_training(false);
+            route(&mut router, logits.view(), None);
+        }
+    }
+}
