@@ -35,7 +35,9 @@ pub enum Combine {
     /// every expert in use.
     Raw,
     /// `w_e = r_e / sum_{selected} r`: the weights of every token sum to one, up to rounding in f32 (at most half an epsilon for each
-    /// selected expert and one more). Gradients reach the logits of the selected experts, if there are two or more.
+    /// selected expert and one more). Where the probabilities of all selected experts underflow to zero, as may be with
+    /// [`BiasBalanced`](crate::BiasBalanced) and [`ExpertChoice`](crate::ExpertChoice), the weights are zero. Gradients reach the
+    /// logits of the selected experts, if there are two or more.
     #[default]
     Renormalised,
     /// Weights as [`Renormalised`](Self::Renormalised) has them, gradients as [`Raw`](Self::Raw) has them: the straight-through

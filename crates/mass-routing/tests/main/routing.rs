@@ -779,3 +779,20 @@ fn a_refused_batch_changes_no_router() {
         }
     }
 }
+
+#[test]
+fn weights_of_impossible_experts_are_zero() {
+    let logits = array![[0.0_f32, -200.0]];
+    let mut router = BiasBalanced::new(1, 0.6, Combine::Renormalised).unwrap();
+    let plan = route(&mut router, logits.view(), None);
+    assert_eq!(
+        (experts_of(&plan, 0), plan.weights()),
+        (&[0][..], &[1.0][..])
+    );
+    router.adapt(&plan).unwrap();
+    let plan = route(&mut router, logits.view(), None);
+    assert_eq!(
+        (experts_of(&plan, 0), plan.weights()),
+        (&[1][..], &[0.0][..])
+    );
+}
