@@ -430,9 +430,14 @@ impl RoutingPlan {
         Ok(())
     }
 
+    /// Whether its weights are those of top-any routing.
+    pub(crate) fn is_top_any(&self) -> bool {
+        self.rule == WeightRule::TopAny
+    }
+
     /// The score of an active expert under [`WeightRule::TopAny`]; zero if it is not active.
     pub(crate) fn active_score(&self, token: usize, e: usize) -> f32 {
-        if self.rule == WeightRule::TopAny {
+        if self.is_top_any() {
             self.scores[token * self.num_experts + e]
         } else {
             0.0

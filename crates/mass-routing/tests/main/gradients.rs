@@ -553,6 +553,7 @@ fn a_nan_among_the_gradients_of_weights_stays_in_its_row() {
     }
 }
 
+/// Finite tokens and weights whose product is none are refused, not passed on as NaN.
 #[test]
 fn a_projection_that_overflows_is_refused() {
     let x = array![[1.0_f32, 1.0], [1e30, 1e30]];
@@ -586,4 +587,28 @@ fn a_projection_that_overflows_is_refused() {
         .with_saturation(f32::MIN_POSITIVE, f32::MIN_POSITIVE)
         .unwrap();
     least.forward(Array2::zeros((1, 2)).view()).unwrap();
+}
+
+#[test]
+fn thresholds_have_a_gradient_from_plans_of_top_any_alone() {
+    let logits = array![[1.0_f32, 0.5]];
+    let mut router = TopAny::new(vec![0.0; 2]).unwrap();
+    let gradient = |router: &TopAny, plan: &RoutingPlan| {
+        let d_weights = vec![1.0; plan.num_assignments()];
+        let mut d = Array1::zeros(2);
+        router
+            .backward_thresholds(plan, &d_weights, &mut d.view_mut())
+            .map(|()| d)
+    };
+    let own = plan_of(&mut router, logits.view(), None);
+    assert!(gradient(&router, &own).unwrap().iter().all(|&d| d < 0.0));
+    let other = plan_of(
+        &mut TopK::new(1, Combine::Raw).unwrap(),
+        logits.view(),
+        None,
+    );
+    assert!(matches!(
+        gradient(&router, &other),
+        Err(RoutingError::Undefined(_))
+    ));
 }
