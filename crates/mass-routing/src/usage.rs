@@ -44,6 +44,9 @@ pub struct UsageStats {
 
 impl UsageStats {
     /// No tokens yet, `num_experts` experts.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn new(num_experts: usize) -> Self {
         Self {
             tokens: 0,
@@ -153,6 +156,9 @@ impl UsageStats {
     ///
     /// # Errors
     /// `num_experts` is below the present number.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn grow(&mut self, num_experts: usize) -> Result<(), RoutingError> {
         let old = self.num_experts();
         if num_experts < old {

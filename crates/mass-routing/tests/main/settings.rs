@@ -289,6 +289,9 @@ fn a_newcomer_has_what_was_learned_of_its_source() {
     router.remove_expert(0);
     router.split_expert(0, 3);
     assert_eq!(bias(&router), [0.5, -0.5, -0.5, 0.5]);
+    // One that left from the end without a word is forgotten.
+    router.split_expert(0, 3);
+    assert_eq!(bias(&router), [0.5, -0.5, -0.5, 0.5]);
     // Before the first batch there is nothing to inherit, and the newcomer has its place.
     let mut fresh = AnyRouter::BiasBalanced(BiasBalanced::new(1, 0.5, Combine::Raw).unwrap());
     fresh.split_expert(1, 2);
