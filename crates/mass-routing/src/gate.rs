@@ -9,7 +9,7 @@ mod low_rank;
 pub use cosine::{CosineForward, CosineGate, CosineGradients};
 pub use low_rank::{LowRankForward, LowRankGate, LowRankGradients};
 
-use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Data, Dimension};
+use ndarray::{Array2, ArrayBase, ArrayView2, ArrayViewMut1, Axis, Data, Dimension};
 
 use crate::RoutingError;
 pub(crate) use crate::error::same;
@@ -26,6 +26,18 @@ pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
             what,
             index,
             value: v.into(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses logits that are none, where the projection of finite tokens overflowed.
+fn finite_logits(logits: &Array2<f32>) -> Result<(), RoutingError> {
+    match logits.indexed_iter().find(|(_, l)| !l.is_finite()) {
+        Some(((token, expert), &value)) => Err(RoutingError::NonFiniteLogit {
+            token,
+            expert,
+            value,
         }),
         None => Ok(()),
     }
@@ -70,12 +82,4 @@ fn unit_rows_backward(unit: &Array2<f32>, norms: &[f32], mut d_unit: Array2<f32>
 
 fn column_sums(a: &Array2<f32>) -> ndarray::Array1<f32> {
     a.sum_axis(Axis(0))
-}
-
-fn all_finite(
-    x: ArrayView2<'_, f32>,
-    bias: Option<ArrayView1<'_, f32>>,
-) -> Result<(), RoutingError> {
-    finite("token representations", &x)?;
-    bias.map_or(Ok(()), |b| finite("projection bias", &b))
 }

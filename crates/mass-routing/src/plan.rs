@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use parts::PlanParts;
 
-pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work};
+pub(crate) use build::{Batch, Keys, RowKernel, Select, SoftmaxThen, Work, check};
 
 use crate::RoutingError;
 
@@ -35,7 +35,9 @@ pub enum Combine {
     /// every expert in use.
     Raw,
     /// `w_e = r_e / sum_{selected} r`: the weights of every token sum to one, up to rounding in f32 (at most half an epsilon for each
-    /// selected expert and one more). Gradients reach the logits of the selected experts, if there are two or more.
+    /// selected expert and one more). Where the probabilities of all selected experts underflow to zero, as may be with
+    /// [`BiasBalanced`](crate::BiasBalanced) and [`ExpertChoice`](crate::ExpertChoice), the weights are zero. Gradients reach the
+    /// logits of the selected experts, if there are two or more.
     #[default]
     Renormalised,
     /// Weights as [`Renormalised`](Self::Renormalised) has them, gradients as [`Raw`](Self::Raw) has them: the straight-through
@@ -428,9 +430,14 @@ impl RoutingPlan {
         Ok(())
     }
 
+    /// Whether its weights are those of top-any routing.
+    pub(crate) fn is_top_any(&self) -> bool {
+        self.rule == WeightRule::TopAny
+    }
+
     /// The score of an active expert under [`WeightRule::TopAny`]; zero if it is not active.
     pub(crate) fn active_score(&self, token: usize, e: usize) -> f32 {
-        if self.rule == WeightRule::TopAny {
+        if self.is_top_any() {
             self.scores[token * self.num_experts + e]
         } else {
             0.0

@@ -72,10 +72,11 @@ impl Loads {
         }
     }
 
-    /// Tokens by expert, each as often as it has experts.
+    /// Tokens by expert, each as often as it has experts; [`u64::MAX`] if there are more.
     #[must_use]
     pub fn assignments(&self) -> u64 {
-        self.of_experts.iter().sum()
+        let add = |sum: u64, &tokens| sum.saturating_add(tokens);
+        self.of_experts.iter().fold(0, add)
     }
 }
 
@@ -194,7 +195,10 @@ pub trait Router: Send {
 
     /// Gives an expert that joins the pool at position `newcomer`, the last, what was learned of the one it was split from: its
     /// balancing bias, its threshold. Call it whenever the columns of the logits grow so; a newcomer it is not told of starts
-    /// afresh.
+    /// afresh. What it holds for positions from `newcomer` on is forgotten: they are of experts that left.
+    ///
+    /// # Panics
+    /// If there is no room for so many experts.
     fn split_expert(&mut self, source: usize, newcomer: usize) {
         let _ = (source, newcomer);
     }

@@ -49,6 +49,9 @@ pub struct LabelUsage {
 
 impl LabelUsage {
     /// No assignments yet, for labels `0..num_labels`.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn new(num_labels: usize, num_experts: usize) -> Self {
         Self {
             counts: Array2::zeros((num_labels, num_experts)),

@@ -44,6 +44,9 @@ pub struct UsageStats {
 
 impl UsageStats {
     /// No tokens yet, `num_experts` experts.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn new(num_experts: usize) -> Self {
         Self {
             tokens: 0,
@@ -56,7 +59,10 @@ impl UsageStats {
         }
     }
 
-    /// Also count which experts are chosen together: `K x K` counters of 8 bytes, and `k^2` steps per token.
+    /// Also count, from now on, which experts are chosen together: `K x K` counters of 8 bytes, and `k^2` steps per token.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn with_co_activation(mut self) -> Self {
         let k = self.num_experts();
         self.co_activation = Some(Array2::zeros((k, k)));
@@ -150,6 +156,9 @@ impl UsageStats {
     ///
     /// # Errors
     /// `num_experts` is below the present number.
+    ///
+    /// # Panics
+    /// If there is no room for so many counters.
     pub fn grow(&mut self, num_experts: usize) -> Result<(), RoutingError> {
         let old = self.num_experts();
         if num_experts < old {
@@ -243,7 +252,8 @@ impl UsageStats {
             .map(|(e, _)| e)
     }
 
-    /// `K x K`: the number of tokens that chose both experts (the diagonal is the load); `None` unless counted.
+    /// `K x K`: the number of tokens that chose both experts (the diagonal is the load, if counted from the start); `None` unless
+    /// counted.
     pub fn co_activation(&self) -> Option<ArrayView2<'_, u64>> {
         self.co_activation.as_ref().map(|pairs| pairs.view())
     }
@@ -363,11 +373,21 @@ impl TryFrom<UsageParts> for UsageStats {
                 let found = pairs.len();
                 let square = Array2::from_shape_vec((k, k), pairs);
                 let what = "co-activation counts (K x K)";
-                Some(square.map_err(|_| RoutingError::ShapeMismatch {
+                let square = square.map_err(|_| RoutingError::ShapeMismatch {
                     what,
                     expected: k.saturating_mul(k),
                     found,
-                })?)
+                })?;
+                // The diagonal is the load, or less where it was not counted from the start.
+                let fits = |((i, j), &n): ((usize, usize), &u64)| {
+                    n == square[(j, i)] && n <= square[(i, i)] && n <= load[i]
+                };
+                if !square.indexed_iter().all(fits) {
+                    return Err(RoutingError::Undefined(
+                        "counts of experts chosen together contradict their loads",
+                    ));
+                }
+                Some(square)
             }
         };
         Ok(Self {

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
-use super::{all_finite, column_sums, finite, same, unit_rows, unit_rows_backward};
+use super::{column_sums, finite, finite_logits, same, unit_rows, unit_rows_backward};
 use crate::RoutingError;
 
 /// The largest scale: `exp(log_scale)` is clamped here.
@@ -109,7 +109,8 @@ impl<'a> CosineGate<'a> {
             weight.nrows(),
         )?;
         same("bias of the projection", self.experts.nrows(), bias.len())?;
-        all_finite(weight, Some(bias))?;
+        finite("projection", &weight)?;
+        finite("projection bias", &bias)?;
         self.projection = Some((weight, bias));
         Ok(self)
     }
@@ -142,16 +143,18 @@ impl<'a> CosineGate<'a> {
     /// The logits of `x`, `N x d`.
     ///
     /// # Errors
-    /// A width that does not fit, or an entry that is NaN or infinite.
+    /// A width that does not fit, or an entry that is NaN or infinite; [`RoutingError::NonFiniteLogit`] where the projection
+    /// overflows.
     pub fn forward(&self, x: ArrayView2<'_, f32>) -> Result<CosineForward, RoutingError> {
         same("width of the tokens", self.width(), x.ncols())?;
-        all_finite(x, None)?;
+        finite("token representations", &x)?;
         let projected = self
             .projection
             .map(|(weight, bias)| x.dot(&weight.t()) + bias);
         let (unit_tokens, token_norms) = unit_rows(projected.as_ref().map_or(x, |h| h.view()));
         let (unit_experts, expert_norms) = unit_rows(self.experts.t());
         let logits = unit_tokens.dot(&unit_experts.t()) * self.scale();
+        finite_logits(&logits)?;
         Ok(CosineForward {
             logits,
             unit_tokens,

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{finite, normalise_large, same};
+use super::{finite, finite_logits, normalise_large, same};
 use crate::RoutingError;
 
 /// Scores whose Lipschitz constant is bounded, in a space of low rank.
@@ -10,8 +10,8 @@ use crate::RoutingError;
 /// # Formula
 /// `q = W_q x`, anchors `k_{e,a}` (`A` for each expert), `s_{e,a} = c phi(|q|) psi(|k_{e,a}|) cos(q, k_{e,a})`,
 /// `logit_e = ln sum_a exp(s_{e,a})`, with the saturating `phi(u) = tanh(u / c_q)` and `psi(u) = tanh(u / c_k)` and a scale `c`.
-/// `|s| <= c` whatever the norms. Public sources disagree on `phi` and `psi`; the hyperbolic tangent is this crate's choice, and so is
-/// the scale, without which all logits would lie within 2 of each other.
+/// `|s| <= c` whatever the norms, so long as f32 holds `q`. Public sources disagree on `phi` and `psi`; the hyperbolic tangent is
+/// this crate's choice, and so is the scale, without which all logits would lie within 2 of each other.
 ///
 /// | array | shape |
 /// |---|---|
@@ -106,7 +106,7 @@ impl<'a> LowRankGate<'a> {
     /// Sets the scale `c`, the largest absolute score.
     ///
     /// # Errors
-    /// The scale is not positive and finite.
+    /// The scale is not positive and finite, or subnormal.
     pub fn with_scale(mut self, scale: f32) -> Result<Self, RoutingError> {
         self.scale = positive("scale", scale)?;
         Ok(self)
@@ -115,7 +115,7 @@ impl<'a> LowRankGate<'a> {
     /// Sets the norms `c_q` and `c_k` at which queries and anchors saturate.
     ///
     /// # Errors
-    /// One is not positive and finite.
+    /// One is not positive and finite, or subnormal.
     pub fn with_saturation(mut self, query: f32, anchor: f32) -> Result<Self, RoutingError> {
         self.saturation = (
             positive("query saturation", query)?,
@@ -127,7 +127,8 @@ impl<'a> LowRankGate<'a> {
     /// The logits of `x`, `N x d`.
     ///
     /// # Errors
-    /// A width that does not fit, or an entry that is NaN or infinite.
+    /// A width that does not fit, or an entry that is NaN or infinite; [`RoutingError::NonFiniteLogit`] where the projection (or a
+    /// score of the largest scales) overflows.
     pub fn forward(&self, x: ArrayView2<'_, f32>) -> Result<LowRankForward, RoutingError> {
         same("width of the tokens", self.query.ncols(), x.ncols())?;
         finite("token representations", &x)?;
@@ -141,6 +142,7 @@ impl<'a> LowRankGate<'a> {
             let max = own.clone().fold(f32::NEG_INFINITY, f32::max);
             max + own.map(|s| (s - max).exp()).sum::<f32>().ln()
         });
+        finite_logits(&logits)?;
         Ok(LowRankForward { logits, q, scores })
     }
 
@@ -183,12 +185,13 @@ impl<'a> LowRankGate<'a> {
 }
 
 fn positive(name: &'static str, value: f32) -> Result<f32, RoutingError> {
-    if value > 0.0 && value.is_finite() {
+    // The inverse of a subnormal number may overflow.
+    if value > 0.0 && value.is_normal() {
         Ok(value)
     } else {
         Err(RoutingError::InvalidParameter {
             name,
-            expected: "positive and finite",
+            expected: "positive, finite and not subnormal",
             value: value.into(),
         })
     }

@@ -58,19 +58,17 @@ pub fn router_z(
     same("rows of d_logits (tokens)", n, d_logits.nrows())?;
     same("columns of d_logits (experts)", k, d_logits.ncols())?;
     let used = in_use(mask, k)?;
+    // All rows before the first adds its gradient.
+    let bad = |&((_, e), l): &((usize, usize), &f32)| !l.is_finite() && mask.is_none_or(|m| m[e]);
+    if let Some(((token, expert), &value)) = logits.indexed_iter().find(bad) {
+        return Err(RoutingError::NonFiniteLogit {
+            token,
+            expert,
+            value,
+        });
+    }
     let mut loss = 0.0;
-    for (t, (row, mut d)) in logits
-        .outer_iter()
-        .zip(d_logits.outer_iter_mut())
-        .enumerate()
-    {
-        if let Some(&expert) = used.iter().find(|&&e| !row[e].is_finite()) {
-            return Err(RoutingError::NonFiniteLogit {
-                token: t,
-                expert,
-                value: row[expert],
-            });
-        }
+    for (row, mut d) in logits.outer_iter().zip(d_logits.outer_iter_mut()) {
         let max = used
             .iter()
             .map(|&e| f64::from(row[e]))

@@ -1,8 +1,12 @@
 //! Plans made by hand, for routers of one's own.
 
+use ndarray::ArrayView1;
+
+use super::build::{check_mask, possible};
 use super::{Combine, RoutingPlan, WeightRule};
 use crate::RoutingError;
 use crate::error::same;
+use crate::gate::finite;
 
 /// How far a weight may lie from what the probabilities make of it: rounding of another framework's softmax, no more.
 const WEIGHT_TOLERANCE: f32 = 1e-4;
@@ -50,13 +54,7 @@ impl RoutingPlan {
         experts: usize,
         assignments: impl IntoIterator<Item = (usize, usize, f32)>,
     ) -> Result<Self, RoutingError> {
-        if experts == 0 {
-            return Err(RoutingError::NoExperts);
-        }
-        let possible = tokens.checked_mul(experts);
-        if possible.is_none_or(|a| u32::try_from(a).is_err()) {
-            return Err(RoutingError::TooLarge { tokens, experts });
-        }
+        possible(tokens, experts)?;
         let mut given = Vec::new();
         for (index, (token, expert, weight)) in assignments.into_iter().enumerate() {
             let wrong = if token >= tokens {
@@ -129,11 +127,7 @@ impl RoutingPlan {
     /// # Errors
     /// A mask of the wrong length or with no expert in use; [`RoutingError::InvalidAssignment`] if a masked expert has a token.
     pub fn with_mask(mut self, mask: &[bool]) -> Result<Self, RoutingError> {
-        same("mask per expert", self.num_experts, mask.len())?;
-        if !mask.contains(&true) {
-            let experts = mask.len();
-            return Err(RoutingError::AllExpertsMasked { experts });
-        }
+        check_mask(mask, self.num_experts)?;
         let busy = (0..mask.len()).find(|&e| !mask[e] && self.load(e) > 0);
         if let Some(expert) = busy {
             let index = self.segment(expert).start;
@@ -179,22 +173,7 @@ impl RoutingPlan {
             wanted,
             probabilities.len(),
         )?;
-        for (index, &r) in probabilities.iter().enumerate() {
-            if !r.is_finite() {
-                return Err(RoutingError::NonFinite {
-                    what: "probability",
-                    index,
-                    value: r.into(),
-                });
-            }
-            if !(0.0..=1.0 + WEIGHT_TOLERANCE).contains(&r) {
-                return Err(RoutingError::InvalidParameter {
-                    name: "probability",
-                    expected: "in [0, 1]",
-                    value: r.into(),
-                });
-            }
-        }
+        check_scores("probability", probabilities)?;
         let mut made = Vec::new();
         for token in 0..self.num_tokens {
             let own = self.token_offsets[token] as usize..self.token_offsets[token + 1] as usize;
@@ -223,4 +202,24 @@ impl RoutingPlan {
         self.rule = combine.rule();
         Ok(self)
     }
+}
+
+/// Refuses what is no probability, nor a sigmoid.
+pub(super) fn check_scores(name: &'static str, scores: &[f32]) -> Result<(), RoutingError> {
+    let good = |r: &f32| (0.0..=1.0 + WEIGHT_TOLERANCE).contains(r);
+    // Without a way out of the loop it runs in vectors: plans from a GPU pass here in every step.
+    if scores.iter().fold(true, |all, r| all & good(r)) {
+        return Ok(());
+    }
+    finite(name, &ArrayView1::from(scores))?;
+    let value = scores
+        .iter()
+        .find(|r| !good(r))
+        .copied()
+        .unwrap_or(f32::NAN);
+    Err(RoutingError::InvalidParameter {
+        name,
+        expected: "in [0, 1]",
+        value: value.into(),
+    })
 }

@@ -1,6 +1,7 @@
 //! Filling a plan: rows to selections, a block of tokens at a time, then the grouping by expert.
 
 use super::{Combine, RoutingPlan, WeightRule, group, marks};
+use crate::error::same;
 use crate::select::{Picks, Threshold};
 use crate::simd::{AlignedRow, LANES, Machine, Task, dispatch};
 use crate::softmax::Row;
@@ -91,7 +92,7 @@ impl<'a> Batch<'a> {
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
         let (n, k) = self.logits.dim();
-        self.check(n, k)?;
+        check((n, k), self.mask)?;
         plan.reset(n, k);
         plan.rule = self.rule;
         match self.mask {
@@ -162,30 +163,32 @@ impl<'a> Batch<'a> {
         let fits = self.logits.ncols() <= tile::WIDEST && self.mask.is_none();
         Some((self.logits.to_slice().filter(|_| fits)?, p, combine))
     }
+}
 
-    fn check(&self, n: usize, k: usize) -> Result<(), RoutingError> {
-        if k == 0 {
-            return Err(RoutingError::NoExperts);
-        }
-        if n.checked_mul(k).is_none_or(|a| u32::try_from(a).is_err()) {
-            return Err(RoutingError::TooLarge {
-                tokens: n,
-                experts: k,
-            });
-        }
-        if let Some(mask) = self.mask {
-            if mask.len() != k {
-                return Err(RoutingError::ShapeMismatch {
-                    what: "mask per expert",
-                    expected: k,
-                    found: mask.len(),
-                });
-            }
-            if !mask.contains(&true) {
-                return Err(RoutingError::AllExpertsMasked { experts: k });
-            }
-        }
+/// What can be wrong with a batch but for its logits, `N x K`.
+pub(crate) fn check((n, k): (usize, usize), mask: Option<&[bool]>) -> Result<(), RoutingError> {
+    possible(n, k)?;
+    mask.map_or(Ok(()), |mask| check_mask(mask, k))
+}
+
+/// The assignments that a batch may have, whose positions in a plan are 32-bit.
+pub(super) fn possible(tokens: usize, experts: usize) -> Result<usize, RoutingError> {
+    if experts == 0 {
+        return Err(RoutingError::NoExperts);
+    }
+    let possible = tokens.checked_mul(experts);
+    possible
+        .filter(|&a| u32::try_from(a).is_ok())
+        .ok_or(RoutingError::TooLarge { tokens, experts })
+}
+
+/// Refuses a mask that is none of `k` experts, or leaves none in use.
+pub(super) fn check_mask(mask: &[bool], k: usize) -> Result<(), RoutingError> {
+    same("mask per expert", k, mask.len())?;
+    if mask.contains(&true) {
         Ok(())
+    } else {
+        Err(RoutingError::AllExpertsMasked { experts: k })
     }
 }
 

@@ -1,5 +1,7 @@
 //! Plans that were made elsewhere.
 
+use super::assignments::check_scores;
+use super::build::possible;
 use super::{RoutingPlan, WeightRule};
 use crate::error::same;
 use crate::{AnyRouter, RoutingError};
@@ -24,8 +26,10 @@ impl RoutingPlan {
     /// assignments that were made by its rules elsewhere.
     ///
     /// # Errors
-    /// [`RoutingError::Undefined`] for another router; [`RoutingError::NoExperts`], [`RoutingError::ShapeMismatch`] or
-    /// [`RoutingError::InvalidAssignment`] for parts that are no plan; [`RoutingError::NonFinite`] for such a weight.
+    /// [`RoutingError::Undefined`] for another router; [`RoutingError::NoExperts`], [`RoutingError::TooLarge`],
+    /// [`RoutingError::ShapeMismatch`] or [`RoutingError::InvalidAssignment`] for parts that are no plan;
+    /// [`RoutingError::NonFinite`] for such a weight or score; [`RoutingError::InvalidParameter`] for a score outside [0, 1]; and as
+    /// [`with_mask`](Self::with_mask) for a mask.
     ///
     /// # Examples
     /// ```
@@ -67,9 +71,8 @@ impl RoutingPlan {
             in_use,
         } = parts;
         let assigned = tokens.len();
-        let Some(k) = expert_offsets.len().checked_sub(1).filter(|&k| k > 0) else {
-            return Err(RoutingError::NoExperts);
-        };
+        let k = expert_offsets.len().saturating_sub(1);
+        let possible = possible(num_tokens, k)?;
         let ascends = expert_offsets[0] == 0 && expert_offsets.windows(2).all(|w| w[0] <= w[1]);
         let last = if ascends {
             expert_offsets[k] as usize
@@ -78,9 +81,8 @@ impl RoutingPlan {
         };
         same("assignments of all experts", assigned, last)?;
         same("weights per assignment", assigned, weights.len())?;
-        same("scores (tokens x experts)", num_tokens * k, scores.len())?;
-        let in_use = in_use.unwrap_or_else(|| vec![true; k]);
-        same("mask per expert", k, in_use.len())?;
+        same("scores (tokens x experts)", possible, scores.len())?;
+        check_scores("score", &scores)?;
         if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
             return Err(RoutingError::NonFinite {
                 what: "weight",
@@ -119,7 +121,7 @@ impl RoutingPlan {
                 *at += 1;
             }
         }
-        Ok(Self {
+        let plan = Self {
             num_tokens,
             num_experts: k,
             expert_offsets,
@@ -129,10 +131,14 @@ impl RoutingPlan {
             token_assignments,
             token_experts,
             scores,
-            in_use,
+            in_use: vec![true; k],
             rule,
             ..Self::default()
-        })
+        };
+        match in_use {
+            Some(mask) => plan.with_mask(&mask),
+            None => Ok(plan),
+        }
     }
 }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "serde")]
 use super::top_p::yes;
 use super::{GateGradient, Loads, Router};
-use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work};
+use crate::error::same;
+use crate::plan::{Batch, Keys, Select, SoftmaxThen, Work, check};
 use crate::select::{Count, Threshold, threshold};
 use crate::simd::{Machine, fold2, vectors, vectors_mut};
 use crate::softmax::Row;
@@ -119,9 +120,9 @@ impl Router for BiasBalanced {
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
         super::top_k::enough_experts(self.k, logits.ncols(), mask, plan)?;
-        if self.bias.len() < logits.ncols() {
-            self.bias.resize(logits.ncols(), 0.0);
-        }
+        check(logits.dim(), mask).inspect_err(|_| plan.clear())?;
+        let known = self.bias.len();
+        self.bias.resize(known.max(logits.ncols()), 0.0);
         let batch = Batch {
             logits,
             mask,
@@ -129,7 +130,7 @@ impl Router for BiasBalanced {
             keep_scores: self.keep_probabilities,
             rule: self.combine.rule(),
         };
-        batch.route(
+        let result = batch.route(
             &SoftmaxThen {
                 combine: self.combine,
                 select: Biased {
@@ -138,7 +139,11 @@ impl Router for BiasBalanced {
                 },
             },
             plan,
-        )
+        );
+        if result.is_err() {
+            self.bias.truncate(known);
+        }
+        result
     }
 
     fn gate_gradient(&self) -> GateGradient {
@@ -164,7 +169,7 @@ impl Router for BiasBalanced {
     /// Moves the bias of every expert in use against its load.
     ///
     /// # Errors
-    /// There are more experts than were ever routed.
+    /// There are more experts than were ever routed, or loads do not say of each whether it was in use.
     fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
         let experts = loads.of_experts.len();
         if experts > self.bias.len() {
@@ -175,12 +180,14 @@ impl Router for BiasBalanced {
                 found,
             });
         }
+        same("mask per expert", experts, loads.in_use.len())?;
         let available = loads.in_use.iter().filter(|&&u| u).count().max(1);
         let mean = loads.assignments() as f64 / available as f64;
         for (e, &load) in loads.of_experts.iter().enumerate() {
             let gap = mean - load as f64;
             if loads.in_use[e] && gap != 0.0 {
-                self.bias[e] += self.rate * gap.signum() as f32;
+                let moved = self.bias[e] + self.rate * gap.signum() as f32;
+                self.bias[e] = moved.clamp(f32::MIN, f32::MAX);
             }
         }
         Ok(())

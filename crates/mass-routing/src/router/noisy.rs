@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::{AnyRouter, GateGradient, Loads, Router};
+use crate::plan::check;
 use crate::{RoutingError, RoutingPlan};
 
 /// Any router, with Gaussian noise added to the logits while training.
@@ -75,30 +76,51 @@ impl Noisy {
     pub fn noisy_logits(&self) -> ArrayView2<'_, f32> {
         self.buffer.view()
     }
+
+    /// Fills the buffer.
+    fn add_noise(&mut self, logits: ArrayView2<'_, f32>) -> Result<(), RoutingError> {
+        if self.buffer.dim() != logits.dim() {
+            self.buffer = Array2::zeros(logits.dim());
+        }
+        self.buffer.assign(&logits);
+        if self.training && self.std > 0.0 {
+            let experts = logits.ncols();
+            let draws = |tokens: usize| {
+                let draws = tokens.checked_mul(experts);
+                draws.ok_or(RoutingError::TooLarge { tokens, experts })
+            };
+            let (before, after) = (draws(self.around.0)?, draws(self.around.1)?);
+            // A draw may take more than one number of the stream, so that others' noise is passed over by drawing it.
+            let mut draw = || -> f32 { StandardNormal.sample(&mut self.rng) };
+            (0..before).for_each(|_| _ = draw());
+            for l in &mut self.buffer {
+                *l += self.std * draw();
+            }
+            (0..after).for_each(|_| _ = draw());
+        }
+        Ok(())
+    }
 }
 
 impl Router for Noisy {
+    /// # Errors
+    /// Besides those of the inner router: [`RoutingError::TooLarge`] for more rows around than can be counted. After an error the
+    /// noise is drawn again from where it was.
     fn route(
         &mut self,
         logits: ArrayView2<'_, f32>,
         mask: Option<&[bool]>,
         plan: &mut RoutingPlan,
     ) -> Result<(), RoutingError> {
-        if self.buffer.dim() != logits.dim() {
-            self.buffer = Array2::zeros(logits.dim());
+        let start = self.rng.clone();
+        let result = check(logits.dim(), mask)
+            .and_then(|()| self.add_noise(logits))
+            .and_then(|()| self.inner.route(self.buffer.view(), mask, plan));
+        if result.is_err() {
+            self.rng = start;
+            plan.clear();
         }
-        self.buffer.assign(&logits);
-        if self.training && self.std > 0.0 {
-            let (experts, (before, after)) = (logits.ncols(), self.around);
-            // A draw may take more than one number of the stream, so that others' noise is passed over by drawing it.
-            let mut draw = || -> f32 { StandardNormal.sample(&mut self.rng) };
-            (0..before * experts).for_each(|_| _ = draw());
-            for l in &mut self.buffer {
-                *l += self.std * draw();
-            }
-            (0..after * experts).for_each(|_| _ = draw());
-        }
-        self.inner.route(self.buffer.view(), mask, plan)
+        result
     }
 
     fn backward(
@@ -165,9 +187,15 @@ impl TryFrom<Parts> for Noisy {
     fn try_from(parts: Parts) -> Result<Self, RoutingError> {
         let mut checked = Self::new(parts.inner, parts.std, parts.seed)?;
         let [low, high] = parts.position;
-        checked
-            .rng
-            .set_word_pos(u128::from(low) | (u128::from(high) << 64));
+        let position = u128::from(low) | (u128::from(high) << 64);
+        if position >> 68 != 0 {
+            return Err(RoutingError::InvalidParameter {
+                name: "position of the noise",
+                expected: "below 2^68",
+                value: position as f64,
+            });
+        }
+        checked.rng.set_word_pos(position);
         checked.training = parts.training;
         Ok(checked)
     }

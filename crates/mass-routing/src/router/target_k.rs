@@ -151,18 +151,36 @@ impl Router for TargetK {
     }
 
     /// One step of the controller; without assignments nothing changes.
+    ///
+    /// # Errors
+    /// [`RoutingError::NonFinite`] for a target or gains so large that the step overflows; nothing changes then.
     fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
-        if loads.tokens == 0 {
+        let assignments = loads.assignments();
+        if loads.tokens == 0 || assignments == 0 {
             return Ok(());
         }
-        let error = (self.target * loads.tokens as f64 / loads.assignments() as f64).ln();
+        let error = (self.target * loads.tokens as f64 / assignments as f64).ln();
         let limit = ((1.0 - MARGIN) / MARGIN).ln();
         let step = self.proportional * (error - self.previous_error) + self.integral * error;
-        self.x = (self.x + step).clamp(-limit, limit);
-        self.previous_error = error;
-        self.inner = self.inner.with_p((1.0 / (1.0 + (-self.x).exp())) as f32)?;
+        let x = (self.x + step).clamp(-limit, limit);
+        check_state(error, x)?;
+        self.inner = self.inner.with_p((1.0 / (1.0 + (-x).exp())) as f32)?;
+        (self.previous_error, self.x) = (error, x);
         Ok(())
     }
+}
+
+fn check_state(previous_error: f64, x: f64) -> Result<(), RoutingError> {
+    for (what, value) in [("previous error", previous_error), ("controller state", x)] {
+        if !value.is_finite() {
+            return Err(RoutingError::NonFinite {
+                what,
+                index: 0,
+                value,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The unchecked form that serde reads and writes.
@@ -191,15 +209,7 @@ impl TryFrom<Parts> for TargetK {
             x,
             top_p,
         } = parts;
-        for (what, value) in [("previous error", previous_error), ("controller state", x)] {
-            if !value.is_finite() {
-                return Err(RoutingError::NonFinite {
-                    what,
-                    index: 0,
-                    value,
-                });
-            }
-        }
+        check_state(previous_error, x)?;
         let checked =
             Self::new(target, top_p.p(), top_p.combine())?.with_gains(proportional, integral)?;
         Ok(Self {

@@ -113,7 +113,7 @@ impl TopAny {
     /// which a NaN passes on.
     ///
     /// # Errors
-    /// A length that does not fit the plan or the thresholds.
+    /// A length that does not fit the plan or the thresholds; [`RoutingError::Undefined`] for a plan of other routing.
     pub fn backward_thresholds(
         &self,
         plan: &RoutingPlan,
@@ -135,6 +135,11 @@ impl TopAny {
             self.thresholds.len(),
             d_thresholds.len(),
         )?;
+        if plan.num_assignments() > 0 && !plan.is_top_any() {
+            return Err(RoutingError::Undefined(
+                "the gradient of thresholds needs a plan of top-any routing",
+            ));
+        }
         for e in 0..plan.num_experts() {
             let g = sigmoid(self.thresholds[e]);
             // The kept score is zero for a token that took its largest score below the threshold: no gradient.

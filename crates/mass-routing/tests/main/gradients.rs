@@ -552,3 +552,63 @@ fn a_nan_among_the_gradients_of_weights_stays_in_its_row() {
         assert_eq!(broken.row(1), sound.row(1));
     }
 }
+
+/// Finite tokens and weights whose product is none are refused, not passed on as NaN.
+#[test]
+fn a_projection_that_overflows_is_refused() {
+    let x = array![[1.0_f32, 1.0], [1e30, 1e30]];
+    let weight = array![[1e30_f32, 1e30], [1.0, 0.0]];
+    let experts = array![[1.0_f32, 0.0], [0.0, 1.0]];
+    let bias = Array1::zeros(2);
+    let cosine = CosineGate::new(experts.view()).unwrap();
+    let nan = weight.mapv(|_| f32::NAN);
+    let refused = cosine
+        .clone()
+        .with_projection(nan.view(), bias.view())
+        .unwrap_err();
+    assert!(
+        refused.to_string().starts_with("projection is NaN"),
+        "{refused}"
+    );
+    let cosine = cosine.with_projection(weight.view(), bias.view()).unwrap();
+    let low_rank = LowRankGate::new(weight.view(), experts.view(), 1).unwrap();
+    for refused in [
+        cosine.forward(x.view()).map(drop),
+        low_rank.forward(x.view()).map(drop),
+    ] {
+        let named = matches!(refused, Err(RoutingError::NonFiniteLogit { token: 1, .. }));
+        assert!(named, "{refused:?}");
+    }
+    // Nor is a saturation whose inverse is infinite, which would make NaN of a token of zeros.
+    let gate = || LowRankGate::new(experts.view(), experts.view(), 1).unwrap();
+    assert!(gate().with_saturation(1e-39, 1.0).is_err());
+    assert!(gate().with_saturation(1.0, 1e-39).is_err());
+    let least = gate()
+        .with_saturation(f32::MIN_POSITIVE, f32::MIN_POSITIVE)
+        .unwrap();
+    least.forward(Array2::zeros((1, 2)).view()).unwrap();
+}
+
+#[test]
+fn thresholds_have_a_gradient_from_plans_of_top_any_alone() {
+    let logits = array![[1.0_f32, 0.5]];
+    let mut router = TopAny::new(vec![0.0; 2]).unwrap();
+    let gradient = |router: &TopAny, plan: &RoutingPlan| {
+        let d_weights = vec![1.0; plan.num_assignments()];
+        let mut d = Array1::zeros(2);
+        router
+            .backward_thresholds(plan, &d_weights, &mut d.view_mut())
+            .map(|()| d)
+    };
+    let own = plan_of(&mut router, logits.view(), None);
+    assert!(gradient(&router, &own).unwrap().iter().all(|&d| d < 0.0));
+    let other = plan_of(
+        &mut TopK::new(1, Combine::Raw).unwrap(),
+        logits.view(),
+        None,
+    );
+    assert!(matches!(
+        gradient(&router, &other),
+        Err(RoutingError::Undefined(_))
+    ));
+}

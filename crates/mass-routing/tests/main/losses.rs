@@ -1,7 +1,7 @@
 //! Losses against values worked out by hand.
 
-use mass_routing::losses::{BalanceCount, dirichlet_prior, gshard_balance};
-use mass_routing::{Combine, Router, RoutingPlan, TopP};
+use mass_routing::losses::{BalanceCount, dirichlet_prior, gshard_balance, router_z};
+use mass_routing::{Combine, Router, RoutingError, RoutingPlan, TopP};
 use ndarray::{Array2, array};
 
 fn top_p(p: f32, logits: &Array2<f32>, mask: Option<&[bool]>) -> RoutingPlan {
@@ -60,4 +60,22 @@ fn the_balance_loss_is_over_the_experts_in_use() {
     let selected = gshard_balance(&plan, BalanceCount::Selected, 2.0, &mut d.view_mut()).unwrap();
     assert!((selected - 2.0).abs() < 1e-12, "{selected}");
     assert_eq!(d, Array2::<f32>::zeros((2, 3)));
+}
+
+#[test]
+fn logits_that_are_refused_leave_the_gradient_as_it_was() {
+    let logits = array![[1.0_f32, 2.0], [0.0, f32::NAN]];
+    let mut d = Array2::<f32>::zeros((2, 2));
+    let refused = router_z(logits.view(), None, 1.0, &mut d.view_mut());
+    let named = matches!(
+        refused,
+        Err(RoutingError::NonFiniteLogit {
+            token: 1,
+            expert: 1,
+            ..
+        })
+    );
+    assert!(named, "{refused:?}");
+    assert_eq!(d, Array2::<f32>::zeros((2, 2)));
+    router_z(logits.view(), Some(&[true, false]), 1.0, &mut d.view_mut()).unwrap();
 }

@@ -2,7 +2,10 @@
 
 use mass_routing::losses::routing_entropy;
 use mass_routing::ndarray::{Array2, ArrayView2};
-use mass_routing::{Combine, ExpertChoice, Router, RoutingError, RoutingPlan, TopAny, TopK, TopP};
+use mass_routing::{
+    AnyRouter, Combine, ExpertChoice, PlanParts, Router, RoutingError, RoutingPlan, TopAny, TopK,
+    TopP,
+};
 use proptest::prelude::*;
 
 /// What another framework would hand over, in an order of its own.
@@ -379,4 +382,53 @@ fn shares_of_the_loss_are_those_of_weights_times_losses() {
             "{refused:?}"
         );
     }
+}
+
+#[test]
+fn parts_have_sizes_scores_and_a_mask_that_a_plan_can_have() {
+    let router = AnyRouter::TopK(TopK::new(1, Combine::Raw).unwrap());
+    let tokens = 1 << (usize::BITS - 1);
+    let none = PlanParts {
+        expert_offsets: vec![0; 3],
+        ..PlanParts::default()
+    };
+    assert_eq!(
+        RoutingPlan::from_parts(tokens, none, &router).unwrap_err(),
+        RoutingError::TooLarge { tokens, experts: 2 }
+    );
+    let error = |second, in_use: Option<[bool; 2]>| {
+        let parts = PlanParts {
+            expert_offsets: vec![0, 1, 1],
+            tokens: vec![0],
+            weights: vec![0.6],
+            scores: vec![0.6, second],
+            in_use: in_use.map(Vec::from),
+        };
+        RoutingPlan::from_parts(1, parts, &router).err()
+    };
+    assert_eq!(error(0.4, None), None);
+    assert_eq!(error(0.4, Some([true, false])), None);
+    let nan = error(f32::NAN, None);
+    assert!(
+        matches!(nan, Some(RoutingError::NonFinite { index: 1, .. })),
+        "{nan:?}"
+    );
+    for score in [-0.5, 1.5] {
+        let outside = error(score, None);
+        let named = matches!(
+            outside,
+            Some(RoutingError::InvalidParameter { name: "score", .. })
+        );
+        assert!(named, "{outside:?}");
+    }
+    assert_eq!(
+        error(0.4, Some([false; 2])),
+        Some(RoutingError::AllExpertsMasked { experts: 2 })
+    );
+    let masked = error(0.4, Some([false, true]));
+    let named = matches!(
+        masked,
+        Some(RoutingError::InvalidAssignment { expert: 0, .. })
+    );
+    assert!(named, "{masked:?}");
 }

@@ -176,6 +176,12 @@ fn routers_learn_from_the_loads_of_all_parts_what_they_learn_from_the_whole() {
     let loads = sums(&|own| plan(own));
     assert_eq!(loads, Loads::of(&plan(all.view())));
     assert_eq!(loads.assignments(), 2 * TOKENS as u64);
+    let of_experts = vec![u64::MAX, 1];
+    let too_many = Loads {
+        of_experts,
+        ..loads.clone()
+    };
+    assert_eq!(too_many.assignments(), u64::MAX);
     let routers = [
         AnyRouter::BiasBalanced(BiasBalanced::new(2, 0.1, Combine::Raw).unwrap()),
         AnyRouter::TargetK(TargetK::new(1.5, 0.9, Combine::Raw).unwrap()),

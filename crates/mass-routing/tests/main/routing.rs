@@ -1,7 +1,7 @@
 //! What every plan promises, against brute force on random and on extreme logits.
 
 use mass_routing::{
-    AnyRouter, BiasBalanced, Combine, ExpertChoice, Noisy, NonFinite, Router, RouterConfig,
+    AnyRouter, BiasBalanced, Combine, ExpertChoice, Loads, Noisy, NonFinite, Router, RouterConfig,
     RoutingError, RoutingPlan, TargetK, TopAny, TopK, TopP,
 };
 use ndarray::{Array2, ArrayView2, array};
@@ -689,4 +689,113 @@ fn weights_of_all_but_impossible_experts_are_renormalised() {
     let r = plan.probabilities()[(0, 0)];
     assert!(r > 0.0 && (1.0 / r).is_infinite(), "{r:e}");
     assert_eq!(weights_of(&plan, 0), [1.0]);
+}
+
+/// A balancing bias may select experts whose probability is zero in f32; there is nothing to divide by then.
+#[test]
+fn weights_of_impossible_experts_are_zero() {
+    let logits = array![[0.0_f32, -200.0]];
+    let mut router = BiasBalanced::new(1, 0.6, Combine::Renormalised).unwrap();
+    let plan = route(&mut router, logits.view(), None);
+    assert_eq!(
+        (experts_of(&plan, 0), plan.weights()),
+        (&[0][..], &[1.0][..])
+    );
+    router.adapt(&plan).unwrap();
+    let plan = route(&mut router, logits.view(), None);
+    assert_eq!(
+        (experts_of(&plan, 0), plan.weights()),
+        (&[1][..], &[0.0][..])
+    );
+}
+
+/// Nothing is learned from a batch without assignments, and no step that overflows is taken: the state stays one that can be saved.
+#[test]
+fn target_k_stays_finite() {
+    let mut router = TargetK::new(2.0, 0.5, Combine::Raw).unwrap();
+    let fresh = router.clone();
+    let nobody = RoutingPlan::from_assignments(2, 2, []).unwrap();
+    router.adapt(&nobody).unwrap();
+    assert_eq!(router, fresh);
+
+    let loads = |tokens, assignments| Loads {
+        tokens,
+        of_experts: vec![assignments],
+        in_use: vec![true],
+    };
+    let mut steep = TargetK::new(1e3, 0.5, Combine::Raw)
+        .unwrap()
+        .with_gains(f64::MAX, f64::MAX)
+        .unwrap();
+    steep.adapt_to(&loads(1, 1)).unwrap();
+    let before = steep.clone();
+    // Against the last error by minus infinity, against this one by infinity.
+    let refused = steep.adapt_to(&loads(1, 100));
+    assert!(
+        matches!(refused, Err(RoutingError::NonFinite { .. })),
+        "{refused:?}"
+    );
+    let mut far = TargetK::new(f64::MAX, 0.5, Combine::Raw).unwrap();
+    assert!(far.adapt_to(&loads(2, 1)).is_err());
+    for (router, before) in [(steep, before), (far.clone(), far)] {
+        assert_eq!(router, before);
+        let text = serde_json::to_string(&router).unwrap();
+        assert_eq!(serde_json::from_str::<TargetK>(&text).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_bias_learns_only_from_loads_that_fit_it() {
+    let mut router = BiasBalanced::new(1, f32::MAX, Combine::Raw).unwrap();
+    route(&mut router, array![[1.0_f32, 0.0]].view(), None);
+    let loads = |in_use| Loads {
+        tokens: 1,
+        of_experts: vec![1, 0],
+        in_use,
+    };
+    let refused = router.adapt_to(&loads(vec![]));
+    assert!(
+        matches!(refused, Err(RoutingError::ShapeMismatch { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(router.bias(), [0.0; 2]);
+    // As far as f32 reaches, and no further.
+    for _ in 0..2 {
+        router.adapt_to(&loads(vec![true; 2])).unwrap();
+        assert_eq!(router.bias(), [-f32::MAX, f32::MAX]);
+    }
+}
+
+/// A batch that is refused leaves no trace: nothing is learned, and the noise of the next is what it would have been.
+#[test]
+fn a_refused_batch_changes_no_router() {
+    let logits = Array2::from_shape_fn((4, 3), |(t, e)| (t * e) as f32 * 0.1);
+    let mut nan = logits.clone();
+    nan[(3, 2)] = f32::NAN;
+    let row = array![[0.0_f32]];
+    let huge = row.broadcast((1, 1 << 40)).unwrap();
+    for inner in ["top_k:k=2", "bias_balanced:k=2,rate=0.1"] {
+        for text in [inner.to_owned(), format!("noisy:std=0.5,seed=3/{inner}")] {
+            let mut router = text.parse::<RouterConfig>().unwrap().build().unwrap();
+            let saved = serde_json::to_value(&router).unwrap();
+            let mut plan = RoutingPlan::default();
+            for (logits, mask) in [
+                (nan.view(), None),
+                (logits.view(), Some(&[true; 2][..])),
+                (logits.view(), Some(&[true, false, false][..])),
+                (huge, None),
+            ] {
+                plan.clone_from(&RoutingPlan::from_assignments(1, 1, []).unwrap());
+                router.route(logits, mask, &mut plan).unwrap_err();
+                assert_eq!(plan.num_experts(), 0, "{text}");
+                assert_eq!(serde_json::to_value(&router).unwrap(), saved, "{text}");
+            }
+            // More rows around it than there can be draws; without noise it does not matter how many there are.
+            router.set_rows_around(usize::MAX, 0);
+            let around = router.route(logits.view(), None, &mut plan);
+            assert_eq!(around.is_err(), text.starts_with("noisy"), "{around:?}");
+            router.set_training(false);
+            route(&mut router, logits.view(), None);
+        }
+    }
 }

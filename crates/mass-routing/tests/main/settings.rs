@@ -289,6 +289,9 @@ fn a_newcomer_has_what_was_learned_of_its_source() {
     router.remove_expert(0);
     router.split_expert(0, 3);
     assert_eq!(bias(&router), [0.5, -0.5, -0.5, 0.5]);
+    // One that left from the end without a word is forgotten.
+    router.split_expert(0, 3);
+    assert_eq!(bias(&router), [0.5, -0.5, -0.5, 0.5]);
     // Before the first batch there is nothing to inherit, and the newcomer has its place.
     let mut fresh = AnyRouter::BiasBalanced(BiasBalanced::new(1, 0.5, Combine::Raw).unwrap());
     fresh.split_expert(1, 2);
@@ -307,4 +310,19 @@ fn a_newcomer_has_what_was_learned_of_its_source() {
         panic!()
     };
     assert_eq!(inner.thresholds(), [0.1, 0.2, 0.2, 0.1]);
+}
+
+#[test]
+fn a_place_in_the_noise_that_is_none_is_refused() {
+    let read = |position: [u64; 2]| {
+        serde_json::from_value::<AnyRouter>(json!({
+            "router": "noisy", "inner": { "router": "top_k", "k": 1 },
+            "std": 0.5, "seed": 1, "position": position, "training": true,
+        }))
+    };
+    let last = read([u64::MAX, 15]).unwrap();
+    let written = serde_json::to_value(last).unwrap();
+    assert_eq!(written["position"], json!([u64::MAX, 15]));
+    let refused = read([0, 16]).unwrap_err().to_string();
+    assert!(refused.contains("2^68"), "{refused}");
 }

@@ -167,6 +167,9 @@ fn bad_input_is_named() {
         r#"{"tokens":1,"load":[1],"weight":[],"k_counts":[0,1],"entropy_sum":0,"entropy_tokens":0,"co_activation":null}"#,
         r#"{"tokens":1,"load":[2],"weight":[0],"k_counts":[0,1],"entropy_sum":0,"entropy_tokens":0,"co_activation":null}"#,
         r#"{"tokens":1,"load":[1],"weight":[0],"k_counts":[0,1],"entropy_sum":0,"entropy_tokens":0,"co_activation":[1,1]}"#,
+        r#"{"tokens":0,"load":[0],"weight":[0],"k_counts":[],"entropy_sum":0,"entropy_tokens":0,"co_activation":[18446744073709551615]}"#,
+        r#"{"tokens":2,"load":[1,1],"weight":[0,0],"k_counts":[0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":[1,2,2,1]}"#,
+        r#"{"tokens":2,"load":[2,2],"weight":[0,0],"k_counts":[0,0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":[2,2,1,2]}"#,
         r#"{"tokens":2,"load":[18446744073709551615,1],"weight":[0,0],"k_counts":[0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":null}"#,
     ] {
         assert!(serde_json::from_str::<UsageStats>(text).is_err(), "{text}");
@@ -187,6 +190,12 @@ fn a_grown_pool_keeps_its_counts() {
         .route(array![[0.0, 0.0, 1.0, 2.0]].view(), None, &mut plan)
         .unwrap();
     usage.record(&plan).unwrap();
+    // A pool that grew, and pairs counted since, are read back.
+    let late = usage.clone().with_co_activation();
+    for usage in [&usage, &late] {
+        let text = serde_json::to_string(usage).unwrap();
+        assert_eq!(&serde_json::from_str::<UsageStats>(&text).unwrap(), usage);
+    }
     assert_eq!(usage.load(), [1, 1, 1, 1]);
     assert_eq!(usage.co_activation().unwrap()[(0, 1)], 1);
     assert_eq!(usage.co_activation().unwrap()[(0, 3)], 0);
