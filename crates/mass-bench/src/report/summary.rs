@@ -8,7 +8,7 @@ macro_rules! summary {
         ///
         /// `*_std` is the sample standard deviation (n - 1) and `None` when there are fewer than two
         /// values. A figure that any run of the group lacks is averaged over the runs that have it;
-        /// `n` counts all runs, `judged` those that have a metric, or without one a test loss.
+        /// `n` counts all runs, `judged` those with a metric, or without one a test loss, if that is not all.
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
         #[serde(default)]
         #[allow(missing_docs)] // one mean and one deviation for each figure of `Run`
@@ -29,14 +29,16 @@ macro_rules! summary {
             pub metric_name: Option<String>,
             /// Runs.
             pub n: usize,
-            /// Runs with a figure to judge them by.
-            pub judged: usize,
+            /// Runs with a figure to judge them by, where others have none.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub judged: Option<usize>,
             $(pub $mean: Option<f64>, pub $std: Option<f64>,)*
         }
 
         fn summary_of(runs: &[&Run]) -> Summary {
             let first = runs[0];
             $(let ($mean, $std) = mean_std(runs.iter().filter_map(|r| r.$figure.map(|v| v as f64)));)*
+            let judged = runs.iter().filter(|r| r.metric.or(r.test_loss).is_some()).count();
             Summary {
                 method: first.method.clone(),
                 variant: first.variant.clone(),
@@ -46,7 +48,7 @@ macro_rules! summary {
                 k: first.k,
                 metric_name: first.metric_name.clone(),
                 n: runs.len(),
-                judged: runs.iter().filter(|r| r.metric.or(r.test_loss).is_some()).count(),
+judged: Some(judged).filter(|some| (1..runs.len()).contains(some)),
                 $($mean, $std,)*
             }
         }

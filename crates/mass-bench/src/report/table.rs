@@ -61,8 +61,8 @@ pub(super) fn cells(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
         ("NMI", |_, s| number(s.nmi_mean, 2)),
         ("s/run", |_, s| number(s.wall_s_mean, 1)),
         ("n", |_, s| match s.judged {
-            some if some > 0 && some < s.n => format!("{some} of {}", s.n),
-            _ => s.n.to_string(),
+            Some(judged) => format!("{judged} of {}", s.n),
+            None => s.n.to_string(),
         }),
     ];
     let all: Vec<Vec<String>> = results

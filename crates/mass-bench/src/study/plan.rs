@@ -373,7 +373,7 @@ fn sets(runs: &[Planned]) -> impl Iterator<Item = &str> {
 fn rules<T: Task>(task: &T, method: &Method) -> Result<String, BenchError> {
     let recipe = task.recipe();
     let growth = method.growth(1, recipe.schedule.steps, 0, |rules| task.tune(rules))?;
-    let mixture = method.mixture(1, 1, Activation::Gelu, 0);
+    let mixture = method.mixture(1, 1, Activation::Relu, 0);
     let all = json!([recipe, task.identity()["model"], mixture, growth]);
     let mut digest = Fnv::default();
     digest.eat(all.to_string().as_bytes());

@@ -378,6 +378,7 @@ fn results_that_no_study_wrote_are_refused() {
     let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
     store.push(mass(0, 2.15)).expect("a run");
     store.push(mass(1, 2.15)).expect("a run");
+    drop(store);
     let whole: Value = serde_json::from_str(&read(dir.path(), "results.json")).expect("JSON");
     let with = |change: &dyn Fn(&mut Value)| {
         let mut changed = whole.clone();
