@@ -12,6 +12,9 @@ use super::trace::Trace;
 use super::{Controller, validate};
 use crate::{ExpandError, ExpertId};
 
+/// More cannot be counted one by one.
+pub(super) const MOST_STEPS: u64 = 1 << 53;
+
 /// Exponential average whose weights are normalised, so that its first values are not drawn towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Average {
@@ -293,9 +296,7 @@ impl Controller {
         if self.layers.len() != self.params.experts.len() {
             return Some("the number of layers differs from the parameters");
         }
-        // More than can be counted one by one.
-        let most = 1 << 53;
-        if self.live_steps > most || self.last_step.is_some_and(|step| step > most) {
+        if self.live_steps > MOST_STEPS || self.last_step > Some(MOST_STEPS) {
             return Some("it has seen more steps than there can be");
         }
         if self.continual && self.params.phase.continual.is_none() {

@@ -6,7 +6,7 @@ use super::params::{ControllerParams, StopRule, Trigger, Unused};
 use super::watch::Watch;
 use crate::ExpandError;
 
-fn require(
+pub(super) fn require(
     ok: bool,
     name: &'static str,
     value: f64,

@@ -127,6 +127,24 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
     assert!(Answer::probe(0, ExpertId(0), &[1.0, f64::NAN], &[1.0, 1.0]).is_err());
 }
 
+/// A state that can be saved can be read back: the last step that can be counted is also the last that is taken.
+#[test]
+fn steps_that_cannot_be_counted_are_refused() {
+    let mut controller = every_step(2, 4).check().unwrap();
+    let last = 1 << 53;
+    assert!(matches!(
+        Figures::new(0).begin(&mut controller, last + 1),
+        Err(ExpandError::Parameter { name: "step", .. })
+    ));
+    assert_eq!(controller.last_step(), None);
+    step_with_worth(&mut controller, last, 1.0);
+    let text = serde_json::to_string(&controller).unwrap();
+    assert_eq!(
+        serde_json::from_str::<Controller>(&text).unwrap(),
+        controller
+    );
+}
+
 #[test]
 fn parameters_out_of_range_are_refused() {
     let good = || ControllerParams::paper(1, 2, 4, 1000);
