@@ -4,7 +4,6 @@ use mass_cpd::{CpdError, Detector};
 
 use super::observation::{ExpertObservation, LayerObservation, StepObservation};
 use super::params::Choice;
-use super::state::MOST_STEPS;
 use super::{Controller, validate};
 use crate::ExpandError;
 
@@ -21,12 +20,6 @@ impl Controller {
                 last,
             });
         }
-        validate::require(
-            observation.step <= MOST_STEPS,
-            "step",
-            observation.step as f64,
-            "at most 2^53",
-        )?;
         check_finite("loss", observation.loss)?;
         check_monitored("loss", observation.loss)?;
         if self.takes_logarithm_of_loss() && observation.loss < 0.0 {

@@ -14,9 +14,6 @@ use super::trace::Trace;
 use super::{Controller, validate};
 use crate::{ExpandError, ExpertId};
 
-/// More cannot be counted one by one.
-pub(super) const MOST_STEPS: u64 = 1 << 53;
-
 /// Exponential average whose weights are normalised, so that its first values are not drawn towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Average {
@@ -309,7 +306,8 @@ impl Controller {
         if self.layers.len() != self.params.experts.len() {
             return Some("the number of layers differs from the parameters");
         }
-        if self.live_steps > MOST_STEPS || self.last_step > Some(MOST_STEPS) {
+        // More than can be counted one by one. Their numbers may be larger: whoever observes gives them.
+        if self.live_steps > 1 << 53 {
             return Some("it has seen more steps than there can be");
         }
         if self.continual && self.params.phase.continual.is_none() {

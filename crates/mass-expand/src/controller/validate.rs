@@ -9,7 +9,7 @@ use crate::ExpandError;
 /// Of all layers at the start, each of which a state is made for.
 pub(super) const MOST_EXPERTS: usize = 1 << 20;
 
-pub(super) fn require(
+fn require(
     ok: bool,
     name: &'static str,
     value: f64,
