@@ -99,7 +99,8 @@ pub enum Choice {
     TriggeredLowestIndex,
     /// Among the triggered, the smallest marginal p-value of its own detector.
     TriggeredSmallestP,
-    /// Of all, the largest share of the loss (`calibrated`, `ours`); needs `loss_share`.
+    /// Of all, the largest share of the loss (`calibrated`, `ours`); needs `loss_share`. On a step without shares, as of a loss of
+    /// zero, the layer does not split.
     LossShare,
     /// Of all, the most tokens.
     MostLoaded,
@@ -275,7 +276,8 @@ pub struct PruneRedundant {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ControllerParams {
-    /// Active experts of each layer at the start, named `0, 1, ...`; one entry per layer.
+    /// Active experts of each layer at the start, named `0, 1, ...`; one entry per layer. In all of them together at most
+    /// 2^20.
     pub experts: Vec<usize>,
     /// Most experts a layer may have.
     pub k_max: usize,

@@ -6,10 +6,12 @@ use serde::{Deserialize, Serialize};
 use super::Controller;
 use super::event::Watched;
 use super::observation::Request;
+use super::params::StopRule;
 use crate::{ExpandError, ExpertId};
 
 /// One step that has been observed and not yet decided.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Pending {
     pub(super) step: u64,
     pub(super) layers: Vec<LayerPending>,
@@ -19,6 +21,7 @@ pub(super) struct Pending {
 
 /// An alarm that a detector raised in the step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Alarm {
     pub(super) watched: Watched,
     /// The expert, if it watches one.
@@ -46,13 +49,13 @@ impl Alarm {
 
 /// An expert that the detectors (or the schedule) name, with what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Candidate {
     pub(super) id: ExpertId,
     /// Of its own detector, whether or not that raised an alarm.
     pub(super) p_value: Option<f64>,
     pub(super) p_horizon: Option<f64>,
     /// Its own detector's alarm.
-    #[serde(default)]
     pub(super) alarm: Option<Alarm>,
     pub(super) cosine: Option<f64>,
     /// Whether the cosine is still to come.
@@ -61,6 +64,7 @@ pub(super) struct Candidate {
 
 /// The answer to a masked or probe loss.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Worth {
     pub(super) expert: ExpertId,
     pub(super) difference: f64,
@@ -69,17 +73,18 @@ pub(super) struct Worth {
 
 /// The open part of one layer.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LayerPending {
     pub(super) candidates: Vec<Candidate>,
     /// Threshold of the alignment test, if it is part of the trigger.
     pub(super) delta: Option<f64>,
     /// The alarm of the layer's detector or the loss's.
-    #[serde(default)]
     pub(super) alarm: Option<Alarm>,
+    /// Whether the shares of the loss are missing by which the choice is made.
+    pub(super) without_shares: bool,
     /// The expert chosen to be split.
     pub(super) source: Option<Candidate>,
     /// The alarm that set the split off.
-    #[serde(default)]
     pub(super) cause: Option<Alarm>,
     /// Experts that satisfied the trigger.
     pub(super) triggered: usize,
@@ -134,13 +139,20 @@ impl Pending {
             if !named.all(|id| state.position(id).is_some()) {
                 return Some("the step under way names an expert that is not active");
             }
-            let worth = |answer: &Option<Worth>, asked: Option<ExpertId>| {
-                answer.is_none_or(|w| Some(w.expert) == asked && w.difference.is_finite())
+            let worth = |answer: &Option<Worth>, asked: Option<ExpertId>, on_probe: bool| {
+                answer.is_none_or(|w| {
+                    let error = w.standard_error;
+                    Some(w.expert) == asked
+                        && w.difference.is_finite()
+                        && error.is_some() == on_probe
+                        && error.is_none_or(|e| e.is_finite() && e >= 0.0)
+                })
             };
-            if !worth(&pending.check_answer, pending.check)
-                || !worth(&pending.probe_answer, pending.probe)
+            let held_out = matches!(controller.params.stop, StopRule::HeldOut { .. });
+            if !worth(&pending.check_answer, pending.check, held_out)
+                || !worth(&pending.probe_answer, pending.probe, true)
             {
-                return Some("an answer of the step under way was not asked for");
+                return Some("an answer of the step under way was not asked for or is none");
             }
         }
         let known = |request: &Request| {

@@ -1,6 +1,8 @@
 //! What a controller remembers, and how that is saved and checked when it comes back.
 
-use mass_cpd::{AnyDetector, Detector};
+use std::mem::discriminant;
+
+use mass_cpd::{AlarmAt, AnyDetector, Detector};
 use serde::{Deserialize, Serialize};
 
 use super::diagnosis::{LayerSigns, Signs};
@@ -14,6 +16,7 @@ use crate::{ExpandError, ExpertId};
 
 /// Exponential average whose weights are normalised, so that its first values are not drawn towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Average {
     pub(super) value: f64,
     weight: f64,
@@ -25,13 +28,16 @@ impl Average {
         self.value += (x - self.value) / self.weight;
     }
 
+    /// Whether updates can have made it: of none, or of some, of which the last weighs 1.
     pub(super) fn sound(&self) -> bool {
-        self.value.is_finite() && self.weight.is_finite()
+        let some = self.value.is_finite() && self.weight.is_finite() && self.weight >= 1.0;
+        some || *self == Self::default()
     }
 }
 
 /// One expert.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ExpertState {
     pub(super) detector: Option<AnyDetector>,
     /// Step of birth; `None` for the experts of the start.
@@ -42,7 +48,6 @@ pub(super) struct ExpertState {
     /// Steps in a row with almost no tokens.
     pub(super) unused_for: u64,
     /// Steps that the averages are of.
-    #[serde(default)]
     pub(super) averaged_steps: u64,
 }
 
@@ -82,6 +87,7 @@ impl ExpertState {
 
 /// The newest expert of a layer that is still there.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Newest {
     pub(super) id: ExpertId,
     pub(super) born: u64,
@@ -91,6 +97,7 @@ pub(super) struct Newest {
 
 /// One layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LayerState {
     /// Active experts, in the order of their birth.
     pub(super) ids: Vec<ExpertId>,
@@ -109,7 +116,6 @@ pub(super) struct LayerState {
     /// Step of that probe.
     pub(super) probed_at: Option<u64>,
     /// What diagnoses need.
-    #[serde(default)]
     pub(super) signs: LayerSigns,
 }
 
@@ -237,12 +243,11 @@ impl Controller {
 
 /// A controller as it is stored, before it has been checked.
 #[derive(Deserialize)]
-#[serde(rename = "Controller")]
+#[serde(rename = "Controller", deny_unknown_fields)]
 pub(super) struct Stored {
     params: ControllerParams,
     layers: Vec<LayerState>,
     loss_detector: Option<AnyDetector>,
-    #[serde(default)]
     plateau: Option<Plateau>,
     generator: rand_chacha::ChaCha8Rng,
     last_step: Option<u64>,
@@ -251,7 +256,6 @@ pub(super) struct Stored {
     ended: bool,
     ended_at: Option<u64>,
     pending: Option<Pending>,
-    #[serde(default)]
     signs: Signs,
     #[serde(default)]
     trace: Trace,
@@ -279,7 +283,13 @@ impl TryFrom<Stored> for Controller {
             trace: stored.trace,
             events: stored.events,
         };
-        match controller.contradiction() {
+        let (params, watch) = (&controller.params, controller.watch());
+        let made = [
+            watch.make_expert(params)?,
+            watch.make_layer(params)?,
+            watch.make_loss(params)?,
+        ];
+        match controller.contradiction(&made) {
             None => Ok(controller),
             Some(reason) => Err(ExpandError::State { reason }),
         }
@@ -287,37 +297,44 @@ impl TryFrom<Stored> for Controller {
 }
 
 impl Controller {
-    /// What in a stored controller contradicts itself, if anything does.
-    fn contradiction(&self) -> Option<&'static str> {
-        let watch = self.watch();
+    /// What in a stored controller contradicts itself, if anything does. `made` are new detectors of an expert, a layer and the
+    /// loss.
+    fn contradiction(
+        &self,
+        [expert, of_layer, loss]: &[Option<AnyDetector>; 3],
+    ) -> Option<&'static str> {
         if self.layers.len() != self.params.experts.len() {
             return Some("the number of layers differs from the parameters");
         }
-        // More than can be counted one by one.
-        let most = 1 << 53;
-        if self.live_steps > most || self.last_step.is_some_and(|step| step > most) {
+        // More than can be counted one by one. Their numbers may be larger: whoever observes gives them.
+        if self.live_steps > 1 << 53 {
             return Some("it has seen more steps than there can be");
         }
         if self.continual && self.params.phase.continual.is_none() {
             return Some("a continual phase is under way that the parameters do not have");
         }
-        if !same_kind(&self.loss_detector, &watch.loss) {
+        if !same(&self.loss_detector, loss) {
             return Some("the loss detector differs from the parameters");
         }
-        if let Some(plateau) = &self.plateau {
-            if !matches!(self.params.trigger, Trigger::Plateau { .. }) {
-                return Some("it looks for a plateau that is not its trigger");
-            }
-            if let Some(reason) = plateau.contradiction(self.last_step) {
-                return Some(reason);
-            }
+        let awaits = matches!(self.params.trigger, Trigger::Plateau { .. });
+        if self.plateau.is_some() != (awaits && self.last_step.is_some()) {
+            return Some("it waits for a plateau that is not its trigger, or for none that is");
         }
-        for layer in &self.layers {
+        if let Some(plateau) = &self.plateau
+            && let Some(reason) = plateau.contradiction(self.last_step)
+        {
+            return Some(reason);
+        }
+        for (layer, &experts) in self.layers.iter().zip(&self.params.experts) {
             if layer.ids.is_empty()
                 || layer.ids.len() > self.params.k_max
                 || layer.experts.len() != layer.ids.len()
             {
                 return Some("a layer has too few or too many experts");
+            }
+            let named = (experts as u64).saturating_add(layer.expansions);
+            if named != layer.next_id.into() {
+                return Some("a layer's expansions are not those that named its experts");
             }
             if !layer.ids.is_sorted_by(|a, b| a < b)
                 || layer.ids.last().is_none_or(|last| last.0 >= layer.next_id)
@@ -333,22 +350,25 @@ impl Controller {
             {
                 return Some("a layer names an expert that is not active");
             }
-            if !same_kind(&layer.detector, &watch.layer)
-                || layer
-                    .experts
-                    .iter()
-                    .any(|e| !same_kind(&e.detector, &watch.expert))
+            if !same(&layer.detector, of_layer)
+                || !layer.experts.iter().all(|e| same(&e.detector, expert))
             {
                 return Some("a layer's detectors differ from the parameters");
             }
-            if !layer
+            let averages = layer
                 .experts
                 .iter()
-                .all(|e| e.load.sound() && e.loss_share.sound() && e.entropy.sound())
-                || !layer.signs.selected.sound()
-                || !layer.signs.constant.sound()
+                .flat_map(|e| [&e.load, &e.loss_share, &e.entropy])
+                .chain([&layer.signs.selected, &layer.signs.constant]);
+            if !averages.into_iter().all(|a| a.sound() && a.value >= 0.0) {
+                return Some("an average is none of figures that there can be");
+            }
+            let births = layer.experts.iter().map(|e| e.born);
+            if births
+                .chain([layer.newest.map(|newest| newest.born), layer.probed_at])
+                .any(|step| step > self.last_step)
             {
-                return Some("an average is not finite");
+                return Some("an expert was born or probed after the last step");
             }
         }
         if let Some(reason) = self.trace.contradiction(self) {
@@ -361,17 +381,40 @@ impl Controller {
     }
 }
 
-fn same_kind(detector: &Option<AnyDetector>, params: &Option<mass_cpd::AnyDetectorParams>) -> bool {
-    use mass_cpd::AnyDetectorParams as P;
-    match (detector, params) {
+/// Whether a stored detector has the parameters of one made anew.
+fn same(stored: &Option<AnyDetector>, made: &Option<AnyDetector>) -> bool {
+    use AnyDetector as D;
+    // Levels are quotients, which a text may have kept but for the last digit.
+    let settle = |stored: &mut f64, made: f64| {
+        if (*stored / made - 1.0).abs() < 1e-12 {
+            *stored = made;
+        }
+    };
+    match (stored, made) {
         (None, None) => true,
-        (Some(AnyDetector::WindowedZ(_)), Some(P::WindowedZ(_)))
-        | (Some(AnyDetector::CalibratedCusum(_)), Some(P::CalibratedCusum(_))) => true,
-        (Some(AnyDetector::WindowedZ(_) | AnyDetector::CalibratedCusum(_)), _)
-        | (None, Some(_))
-        | (_, Some(P::WindowedZ(_) | P::CalibratedCusum(_)) | None) => false,
+        (Some(D::WindowedZ(stored)), Some(D::WindowedZ(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            stored == *made
+        }
+        (Some(D::CalibratedCusum(stored)), Some(D::CalibratedCusum(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            if let (AlarmAt::AverageRunLength(stored), AlarmAt::AverageRunLength(made)) =
+                (&mut stored.alarm_at, made.alarm_at)
+            {
+                settle(stored, made);
+            }
+            stored == *made
+        }
+        (Some(D::TrainingMonitor(stored)), Some(D::TrainingMonitor(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            stored == *made
+        }
         // Kinds that this crate does not know by name: the detector has checked itself.
-        _ => true,
+        (Some(stored), Some(made)) => discriminant(stored) == discriminant(made),
+        (None, Some(_)) | (Some(_), None) => false,
     }
 }
 

@@ -127,6 +127,20 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
     assert!(Answer::probe(0, ExpertId(0), &[1.0, f64::NAN], &[1.0, 1.0]).is_err());
 }
 
+/// A state that can be saved can be read back, whatever numbers its steps have.
+#[test]
+fn any_step_that_is_taken_can_be_stored() {
+    let mut controller = every_step(2, 4).check().unwrap();
+    for step in [1 << 60, u64::MAX] {
+        step_with_worth(&mut controller, step, 1.0);
+        let text = serde_json::to_string(&controller).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Controller>(&text).unwrap(),
+            controller
+        );
+    }
+}
+
 #[test]
 fn parameters_out_of_range_are_refused() {
     let good = || ControllerParams::paper(1, 2, 4, 1000);
@@ -271,6 +285,26 @@ fn parameters_out_of_range_are_refused() {
             },
         ),
         (
+            "strength",
+            ControllerParams {
+                operator: SplitOperator::Bisect(BisectParams {
+                    strength: -1.0,
+                    ..BisectParams::default()
+                }),
+                ..good()
+            },
+        ),
+        (
+            "max_iterations",
+            ControllerParams {
+                operator: SplitOperator::Bisect(BisectParams {
+                    max_iterations: 0,
+                    ..BisectParams::default()
+                }),
+                ..good()
+            },
+        ),
+        (
             "min_experts",
             ControllerParams {
                 pruning: Some(Pruning {
@@ -285,6 +319,20 @@ fn parameters_out_of_range_are_refused() {
     ];
     for (what, params) in broken {
         assert!(params.check().is_err(), "{what}");
+    }
+    // Before room is made for them.
+    for params in [
+        ControllerParams::paper(usize::MAX, 2, 4, 100),
+        ControllerParams::ours(1, 4_000_000_000, 4_000_000_000, 100),
+        ControllerParams::calibrated(1 << 10, (1 << 10) + 1, 1 << 11, 100),
+    ] {
+        assert!(matches!(
+            params.check(),
+            Err(ExpandError::Parameter {
+                name: "experts",
+                ..
+            })
+        ));
     }
     good().check().unwrap();
     ControllerParams::reference(2, 6, 8, 5000).check().unwrap();
@@ -309,7 +357,7 @@ fn hostile_states_are_refused() {
     let good = serde_json::to_value(&controller).unwrap();
     assert!(serde_json::from_value::<Controller>(good.clone()).is_ok());
     type Damage = fn(&mut serde_json::Value);
-    let damages: [(&str, Damage); 9] = [
+    let damages: [(&str, Damage); 16] = [
         ("k_max", |v| v["params"]["k_max"] = 2.into()),
         ("order", |v| {
             v["layers"][0]["ids"] = serde_json::json!([1, 0, 2])
@@ -331,6 +379,27 @@ fn hostile_states_are_refused() {
             v["layers"][0]["experts"][0]["detector"] = serde_json::Value::Null
         }),
         ("layers", |v| v["layers"] = serde_json::json!([])),
+        ("expansions", |v| {
+            v["layers"][0]["expansions"] = u64::MAX.into()
+        }),
+        ("another expansion", |v| {
+            v["layers"][0]["expansions"] = 2.into()
+        }),
+        ("weight", |v| {
+            v["layers"][0]["experts"][0]["load"] =
+                serde_json::json!({ "value": 1.0, "weight": -1.0 })
+        }),
+        ("negative load", |v| {
+            v["layers"][0]["experts"][0]["load"] =
+                serde_json::json!({ "value": -1.0, "weight": 1.0 })
+        }),
+        ("not born yet", |v| {
+            v["layers"][0]["experts"][2]["born"] = 1.into()
+        }),
+        ("newest not born yet", |v| {
+            v["layers"][0]["newest"]["born"] = 1.into()
+        }),
+        ("not probed yet", |v| v["layers"][0]["probed_at"] = 1.into()),
     ];
     for (what, damage) in damages {
         let mut state = good.clone();
@@ -344,6 +413,87 @@ fn hostile_states_are_refused() {
     let mut state = serde_json::to_value(&controller).unwrap();
     state["pending"]["layers"][0]["source"]["id"] = 77.into();
     assert!(serde_json::from_value::<Controller>(state).is_err());
+}
+
+/// Detectors are those of the parameters: one of logarithms would fail at a zero, in the middle of a step.
+#[test]
+fn stored_detectors_are_those_of_the_parameters() {
+    let cusum = |transform| CalibratedCusumParams {
+        transform,
+        alarm_at: mass_cpd::AlarmAt::AverageRunLength(1000.0),
+        ..CalibratedCusumParams::default()
+    };
+    let (log, identity) = (cusum(Transform::Log), cusum(Transform::Identity));
+    let windows = |alpha| WindowedZParams::paper(5, 5, alpha);
+    let monitor = |horizon| mass_cpd::TrainingMonitorParams {
+        horizon,
+        ..Default::default()
+    };
+    let kinds: [[mass_cpd::AnyDetectorParams; 2]; 4] = [
+        [identity.into(), log.into()],
+        [windows(0.01).into(), windows(0.02).into()],
+        [monitor(None).into(), monitor(Some(5000)).into()],
+        [identity.into(), windows(0.01).into()],
+    ];
+    for kind in kinds {
+        let [own, other] = kind.map(|detector| {
+            let watch = Watch {
+                expert: Some(detector.clone()),
+                layer: Some(detector.clone()),
+                loss: Some(detector),
+                level: Level::Shared,
+            };
+            // A third of an alpha is no number that a text need keep.
+            let mut params = every_step(3, 7);
+            (params.watch, params.unused) = (watch, Unused::Skip);
+            let mut controller = params.check().unwrap();
+            step_with_worth(&mut controller, 0, 1.0);
+            serde_json::to_value(&controller).unwrap()
+        });
+        assert!(serde_json::from_value::<Controller>(own.clone()).is_ok());
+        for at in [
+            "/loss_detector",
+            "/layers/0/detector",
+            "/layers/0/experts/0/detector",
+        ] {
+            let mut state = own.clone();
+            *state.pointer_mut(at).unwrap() = other.pointer(at).unwrap().clone();
+            let read = serde_json::from_value::<Controller>(state);
+            assert!(read.is_err(), "{at} of {other}");
+        }
+    }
+}
+
+/// An answer that was not checked when it was given is checked when it is read.
+#[test]
+fn a_stored_answer_is_one_that_could_have_been_given() {
+    let params = ControllerParams {
+        stop: StopRule::HeldOut {
+            margin: 0.0,
+            z: 1.0,
+            wait: 1,
+            patience: 1,
+            remove: true,
+        },
+        ..every_step(2, 4)
+    };
+    let mut controller = params.check().unwrap();
+    step_with_worth(&mut controller, 0, 1.0);
+    let asked = Figures::new(1).begin(&mut controller, 1).unwrap();
+    controller
+        .answer(Figures::new(1).answer(1, asked[0]))
+        .unwrap();
+    let state = serde_json::to_value(&controller).unwrap();
+    let at = "/pending/layers/0/check_answer/standard_error";
+    for (error, taken) in [
+        (0.01.into(), true),
+        ((-0.01).into(), false),
+        (().into(), false),
+    ] {
+        let mut state = state.clone();
+        *state.pointer_mut(at).unwrap() = error;
+        assert_eq!(serde_json::from_value::<Controller>(state).is_ok(), taken);
+    }
 }
 
 #[test]
