@@ -18,8 +18,9 @@ impl Controller {
     /// # Errors
     /// [`ExpandError::Protocol`] if the step before was not finished, [`ExpandError::StepOrder`],
     /// [`ExpandError::Shape`] for a wrong number of layers, [`ExpandError::Experts`] if a layer's experts are not
-    /// exactly its active ones in order, [`ExpandError::NonFinite`] and [`ExpandError::Parameter`] for a figure that is
-    /// NaN, infinite or out of range, [`ExpandError::Missing`] if the choice needs a figure that is absent,
+    /// exactly its active ones in order, [`ExpandError::Observation`] for a figure of an expert that is NaN, infinite or out
+    /// of range, [`ExpandError::NonFinite`] and [`ExpandError::Parameter`] for such a loss or a pooled
+    /// norm beyond 1e40, [`ExpandError::Missing`] if the choice needs a figure that is absent,
     /// [`ExpandError::Empty`] for a matrix without elements, [`ExpandError::Detector`]. After an error the controller is
     /// as it was.
     pub fn begin_step(

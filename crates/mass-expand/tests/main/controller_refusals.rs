@@ -127,6 +127,20 @@ fn calls_out_of_turn_and_strange_answers_are_refused() {
     assert!(Answer::probe(0, ExpertId(0), &[1.0, f64::NAN], &[1.0, 1.0]).is_err());
 }
 
+/// A state that can be saved can be read back, whatever numbers its steps have.
+#[test]
+fn any_step_that_is_taken_can_be_stored() {
+    let mut controller = every_step(2, 4).check().unwrap();
+    for step in [1 << 60, u64::MAX] {
+        step_with_worth(&mut controller, step, 1.0);
+        let text = serde_json::to_string(&controller).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Controller>(&text).unwrap(),
+            controller
+        );
+    }
+}
+
 #[test]
 fn parameters_out_of_range_are_refused() {
     let good = || ControllerParams::paper(1, 2, 4, 1000);
