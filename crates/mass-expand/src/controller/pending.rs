@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::Controller;
 use super::event::Watched;
 use super::observation::Request;
+use super::params::StopRule;
 use crate::{ExpandError, ExpertId};
 
 /// One step that has been observed and not yet decided.
@@ -134,13 +135,20 @@ impl Pending {
             if !named.all(|id| state.position(id).is_some()) {
                 return Some("the step under way names an expert that is not active");
             }
-            let worth = |answer: &Option<Worth>, asked: Option<ExpertId>| {
-                answer.is_none_or(|w| Some(w.expert) == asked && w.difference.is_finite())
+            let worth = |answer: &Option<Worth>, asked: Option<ExpertId>, on_probe: bool| {
+                answer.is_none_or(|w| {
+                    let error = w.standard_error;
+                    Some(w.expert) == asked
+                        && w.difference.is_finite()
+                        && error.is_some() == on_probe
+                        && error.is_none_or(|e| e.is_finite() && e >= 0.0)
+                })
             };
-            if !worth(&pending.check_answer, pending.check)
-                || !worth(&pending.probe_answer, pending.probe)
+            let held_out = matches!(controller.params.stop, StopRule::HeldOut { .. });
+            if !worth(&pending.check_answer, pending.check, held_out)
+                || !worth(&pending.probe_answer, pending.probe, true)
             {
-                return Some("an answer of the step under way was not asked for");
+                return Some("an answer of the step under way was not asked for or is none");
             }
         }
         let known = |request: &Request| {

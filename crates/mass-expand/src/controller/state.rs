@@ -25,8 +25,10 @@ impl Average {
         self.value += (x - self.value) / self.weight;
     }
 
+    /// Whether updates can have made it: of none, or of some, of which the last weighs 1.
     pub(super) fn sound(&self) -> bool {
-        self.value.is_finite() && self.weight.is_finite()
+        let some = self.value.is_finite() && self.weight.is_finite() && self.weight >= 1.0;
+        some || *self == Self::default()
     }
 }
 
@@ -311,12 +313,16 @@ impl Controller {
                 return Some(reason);
             }
         }
-        for layer in &self.layers {
+        for (layer, &experts) in self.layers.iter().zip(&self.params.experts) {
             if layer.ids.is_empty()
                 || layer.ids.len() > self.params.k_max
                 || layer.experts.len() != layer.ids.len()
             {
                 return Some("a layer has too few or too many experts");
+            }
+            let named = (experts as u64).saturating_add(layer.expansions);
+            if named != layer.next_id.into() {
+                return Some("a layer's expansions are not those that named its experts");
             }
             if !layer.ids.is_sorted_by(|a, b| a < b)
                 || layer.ids.last().is_none_or(|last| last.0 >= layer.next_id)
@@ -340,14 +346,20 @@ impl Controller {
             {
                 return Some("a layer's detectors differ from the parameters");
             }
-            if !layer
+            let averages = layer
                 .experts
                 .iter()
-                .all(|e| e.load.sound() && e.loss_share.sound() && e.entropy.sound())
-                || !layer.signs.selected.sound()
-                || !layer.signs.constant.sound()
+                .flat_map(|e| [&e.load, &e.loss_share, &e.entropy])
+                .chain([&layer.signs.selected, &layer.signs.constant]);
+            if !averages.into_iter().all(|a| a.sound() && a.value >= 0.0) {
+                return Some("an average is none of figures that there can be");
+            }
+            let births = layer.experts.iter().map(|e| e.born);
+            if births
+                .chain([layer.newest.map(|newest| newest.born), layer.probed_at])
+                .any(|step| step > self.last_step)
             {
-                return Some("an average is not finite");
+                return Some("an expert was born or probed after the last step");
             }
         }
         if let Some(reason) = self.trace.contradiction(self) {

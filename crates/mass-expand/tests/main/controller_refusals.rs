@@ -323,7 +323,7 @@ fn hostile_states_are_refused() {
     let good = serde_json::to_value(&controller).unwrap();
     assert!(serde_json::from_value::<Controller>(good.clone()).is_ok());
     type Damage = fn(&mut serde_json::Value);
-    let damages: [(&str, Damage); 9] = [
+    let damages: [(&str, Damage); 16] = [
         ("k_max", |v| v["params"]["k_max"] = 2.into()),
         ("order", |v| {
             v["layers"][0]["ids"] = serde_json::json!([1, 0, 2])
@@ -345,6 +345,29 @@ fn hostile_states_are_refused() {
             v["layers"][0]["experts"][0]["detector"] = serde_json::Value::Null
         }),
         ("layers", |v| v["layers"] = serde_json::json!([])),
+        ("expansions", |v| {
+            v["layers"][0]["expansions"] = u64::MAX.into()
+        }),
+        ("another expansion", |v| {
+            v["layers"][0]["expansions"] = 2.into()
+        }),
+        ("weight", |v| {
+            v["layers"][0]["experts"][0]["load"] =
+                serde_json::json!({ "value": 1.0, "weight": -1.0 })
+        }),
+        ("negative load", |v| {
+            v["layers"][0]["experts"][0]["load"] =
+                serde_json::json!({ "value": -1.0, "weight": 1.0 })
+        }),
+        ("not born yet", |v| {
+            v["layers"][0]["experts"][2]["born"] = 1.into()
+        }),
+        ("newest not born yet", |v| {
+            v["layers"][0]["newest"]["born"] = 1.into()
+        }),
+        ("not probed yet", |v| {
+            v["layers"][0]["probed_at"] = 1.into()
+        }),
     ];
     for (what, damage) in damages {
         let mut state = good.clone();
@@ -358,6 +381,34 @@ fn hostile_states_are_refused() {
     let mut state = serde_json::to_value(&controller).unwrap();
     state["pending"]["layers"][0]["source"]["id"] = 77.into();
     assert!(serde_json::from_value::<Controller>(state).is_err());
+}
+
+/// An answer that was not checked when it was given is checked when it is read.
+#[test]
+fn a_stored_answer_is_one_that_could_have_been_given() {
+    let params = ControllerParams {
+        stop: StopRule::HeldOut {
+            margin: 0.0,
+            z: 1.0,
+            wait: 1,
+            patience: 1,
+            remove: true,
+        },
+        ..every_step(2, 4)
+    };
+    let mut controller = params.check().unwrap();
+    step_with_worth(&mut controller, 0, 1.0);
+    let asked = Figures::new(1).begin(&mut controller, 1).unwrap();
+    controller
+        .answer(Figures::new(1).answer(1, asked[0]))
+        .unwrap();
+    let state = serde_json::to_value(&controller).unwrap();
+    let at = "/pending/layers/0/check_answer/standard_error";
+    for (error, taken) in [(0.01.into(), true), ((-0.01).into(), false), (().into(), false)] {
+        let mut state = state.clone();
+        *state.pointer_mut(at).unwrap() = error;
+        assert_eq!(serde_json::from_value::<Controller>(state).is_ok(), taken);
+    }
 }
 
 #[test]
