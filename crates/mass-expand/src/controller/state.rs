@@ -1,6 +1,8 @@
 //! What a controller remembers, and how that is saved and checked when it comes back.
 
-use mass_cpd::{AnyDetector, Detector};
+use std::mem::discriminant;
+
+use mass_cpd::{AlarmAt, AnyDetector, Detector};
 use serde::{Deserialize, Serialize};
 
 use super::diagnosis::{LayerSigns, Signs};
@@ -281,7 +283,13 @@ impl TryFrom<Stored> for Controller {
             trace: stored.trace,
             events: stored.events,
         };
-        match controller.contradiction() {
+        let (params, watch) = (&controller.params, controller.watch());
+        let made = [
+            watch.make_expert(params)?,
+            watch.make_layer(params)?,
+            watch.make_loss(params)?,
+        ];
+        match controller.contradiction(&made) {
             None => Ok(controller),
             Some(reason) => Err(ExpandError::State { reason }),
         }
@@ -289,9 +297,12 @@ impl TryFrom<Stored> for Controller {
 }
 
 impl Controller {
-    /// What in a stored controller contradicts itself, if anything does.
-    fn contradiction(&self) -> Option<&'static str> {
-        let watch = self.watch();
+    /// What in a stored controller contradicts itself, if anything does. `made` are new detectors of an expert, a layer and the
+    /// loss.
+    fn contradiction(
+        &self,
+        [expert, of_layer, loss]: &[Option<AnyDetector>; 3],
+    ) -> Option<&'static str> {
         if self.layers.len() != self.params.experts.len() {
             return Some("the number of layers differs from the parameters");
         }
@@ -302,7 +313,7 @@ impl Controller {
         if self.continual && self.params.phase.continual.is_none() {
             return Some("a continual phase is under way that the parameters do not have");
         }
-        if !same_kind(&self.loss_detector, &watch.loss) {
+        if !same(&self.loss_detector, loss) {
             return Some("the loss detector differs from the parameters");
         }
         if let Some(plateau) = &self.plateau {
@@ -338,11 +349,8 @@ impl Controller {
             {
                 return Some("a layer names an expert that is not active");
             }
-            if !same_kind(&layer.detector, &watch.layer)
-                || layer
-                    .experts
-                    .iter()
-                    .any(|e| !same_kind(&e.detector, &watch.expert))
+            if !same(&layer.detector, of_layer)
+                || !layer.experts.iter().all(|e| same(&e.detector, expert))
             {
                 return Some("a layer's detectors differ from the parameters");
             }
@@ -372,17 +380,40 @@ impl Controller {
     }
 }
 
-fn same_kind(detector: &Option<AnyDetector>, params: &Option<mass_cpd::AnyDetectorParams>) -> bool {
-    use mass_cpd::AnyDetectorParams as P;
-    match (detector, params) {
+/// Whether a stored detector has the parameters of one made anew.
+fn same(stored: &Option<AnyDetector>, made: &Option<AnyDetector>) -> bool {
+    use AnyDetector as D;
+    // Levels are quotients, which a text may have kept but for the last digit.
+    let settle = |stored: &mut f64, made: f64| {
+        if (*stored / made - 1.0).abs() < 1e-12 {
+            *stored = made;
+        }
+    };
+    match (stored, made) {
         (None, None) => true,
-        (Some(AnyDetector::WindowedZ(_)), Some(P::WindowedZ(_)))
-        | (Some(AnyDetector::CalibratedCusum(_)), Some(P::CalibratedCusum(_))) => true,
-        (Some(AnyDetector::WindowedZ(_) | AnyDetector::CalibratedCusum(_)), _)
-        | (None, Some(_))
-        | (_, Some(P::WindowedZ(_) | P::CalibratedCusum(_)) | None) => false,
+        (Some(D::WindowedZ(stored)), Some(D::WindowedZ(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            stored == *made
+        }
+        (Some(D::CalibratedCusum(stored)), Some(D::CalibratedCusum(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            if let (AlarmAt::AverageRunLength(stored), AlarmAt::AverageRunLength(made)) =
+                (&mut stored.alarm_at, made.alarm_at)
+            {
+                settle(stored, made);
+            }
+            stored == *made
+        }
+        (Some(D::TrainingMonitor(stored)), Some(D::TrainingMonitor(made))) => {
+            let (mut stored, made) = (*stored.params(), made.params());
+            settle(&mut stored.alpha, made.alpha);
+            stored == *made
+        }
         // Kinds that this crate does not know by name: the detector has checked itself.
-        _ => true,
+        (Some(stored), Some(made)) => discriminant(stored) == discriminant(made),
+        (None, Some(_)) | (Some(_), None) => false,
     }
 }
 

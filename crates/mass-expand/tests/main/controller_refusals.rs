@@ -365,9 +365,7 @@ fn hostile_states_are_refused() {
         ("newest not born yet", |v| {
             v["layers"][0]["newest"]["born"] = 1.into()
         }),
-        ("not probed yet", |v| {
-            v["layers"][0]["probed_at"] = 1.into()
-        }),
+        ("not probed yet", |v| v["layers"][0]["probed_at"] = 1.into()),
     ];
     for (what, damage) in damages {
         let mut state = good.clone();
@@ -381,6 +379,55 @@ fn hostile_states_are_refused() {
     let mut state = serde_json::to_value(&controller).unwrap();
     state["pending"]["layers"][0]["source"]["id"] = 77.into();
     assert!(serde_json::from_value::<Controller>(state).is_err());
+}
+
+/// Detectors are those of the parameters: one of logarithms would fail at a zero, in the middle of a step.
+#[test]
+fn stored_detectors_are_those_of_the_parameters() {
+    let cusum = |transform| CalibratedCusumParams {
+        transform,
+        alarm_at: mass_cpd::AlarmAt::AverageRunLength(1000.0),
+        ..CalibratedCusumParams::default()
+    };
+    let (log, identity) = (cusum(Transform::Log), cusum(Transform::Identity));
+    let windows = |alpha| WindowedZParams::paper(5, 5, alpha);
+    let monitor = |horizon| mass_cpd::TrainingMonitorParams {
+        horizon,
+        ..Default::default()
+    };
+    let kinds: [[mass_cpd::AnyDetectorParams; 2]; 4] = [
+        [identity.into(), log.into()],
+        [windows(0.01).into(), windows(0.02).into()],
+        [monitor(None).into(), monitor(Some(5000)).into()],
+        [identity.into(), windows(0.01).into()],
+    ];
+    for kind in kinds {
+        let [own, other] = kind.map(|detector| {
+            let watch = Watch {
+                expert: Some(detector.clone()),
+                layer: Some(detector.clone()),
+                loss: Some(detector),
+                level: Level::Shared,
+            };
+            // A third of an alpha is no number that a text need keep.
+            let mut params = every_step(3, 7);
+            (params.watch, params.unused) = (watch, Unused::Skip);
+            let mut controller = params.check().unwrap();
+            step_with_worth(&mut controller, 0, 1.0);
+            serde_json::to_value(&controller).unwrap()
+        });
+        assert!(serde_json::from_value::<Controller>(own.clone()).is_ok());
+        for at in [
+            "/loss_detector",
+            "/layers/0/detector",
+            "/layers/0/experts/0/detector",
+        ] {
+            let mut state = own.clone();
+            *state.pointer_mut(at).unwrap() = other.pointer(at).unwrap().clone();
+            let read = serde_json::from_value::<Controller>(state);
+            assert!(read.is_err(), "{at} of {other}");
+        }
+    }
 }
 
 /// An answer that was not checked when it was given is checked when it is read.
@@ -404,7 +451,11 @@ fn a_stored_answer_is_one_that_could_have_been_given() {
         .unwrap();
     let state = serde_json::to_value(&controller).unwrap();
     let at = "/pending/layers/0/check_answer/standard_error";
-    for (error, taken) in [(0.01.into(), true), ((-0.01).into(), false), (().into(), false)] {
+    for (error, taken) in [
+        (0.01.into(), true),
+        ((-0.01).into(), false),
+        (().into(), false),
+    ] {
         let mut state = state.clone();
         *state.pointer_mut(at).unwrap() = error;
         assert_eq!(serde_json::from_value::<Controller>(state).is_ok(), taken);
