@@ -87,14 +87,14 @@ pub enum BisectDirection {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BisectParams {
-    /// `a s`: how many nats a token one standard deviation off the boundary moves each half's logit.
+    /// `a s`: how many nats a token one standard deviation off the boundary moves each half's logit; positive.
     pub strength: f64,
     /// `u`.
     pub direction: BisectDirection,
     /// Lower both offsets by the tokens' mean of `ln(e^t + e^-t)`, so that the pair's log mass is unchanged on average.
     /// Off, the pair gains mass.
     pub preserve_mass: bool,
-    /// Bound on the power iterations.
+    /// Bound on the power iterations, at least 1.
     pub max_iterations: usize,
 }
 
@@ -106,6 +106,26 @@ impl Default for BisectParams {
             preserve_mass: false,
             max_iterations: 100,
         }
+    }
+}
+
+impl BisectParams {
+    pub(crate) fn validate(&self) -> Result<(), ExpandError> {
+        if !(self.strength.is_finite() && self.strength > 0.0) {
+            return Err(ExpandError::Parameter {
+                name: "strength",
+                value: self.strength,
+                expected: "a positive finite number",
+            });
+        }
+        if self.max_iterations == 0 {
+            return Err(ExpandError::Parameter {
+                name: "max_iterations",
+                value: 0.0,
+                expected: "at least 1",
+            });
+        }
+        Ok(())
     }
 }
 
@@ -265,20 +285,7 @@ fn check(
     tokens: usize,
     dim: usize,
 ) -> Result<(), ExpandError> {
-    if !(params.strength.is_finite() && params.strength > 0.0) {
-        return Err(ExpandError::Parameter {
-            name: "strength",
-            value: params.strength,
-            expected: "a positive finite number",
-        });
-    }
-    if params.max_iterations == 0 {
-        return Err(ExpandError::Parameter {
-            name: "max_iterations",
-            value: 0.0,
-            expected: "at least 1",
-        });
-    }
+    params.validate()?;
     if gate_row.is_empty() {
         return Err(ExpandError::Empty { what: "gate row" });
     }

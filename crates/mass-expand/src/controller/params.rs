@@ -275,7 +275,8 @@ pub struct PruneRedundant {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ControllerParams {
-    /// Active experts of each layer at the start, named `0, 1, ...`; one entry per layer.
+    /// Active experts of each layer at the start, named `0, 1, ...`; one entry per layer. In all of them together at most
+    /// 2^20.
     pub experts: Vec<usize>,
     /// Most experts a layer may have.
     pub k_max: usize,

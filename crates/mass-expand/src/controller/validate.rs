@@ -2,9 +2,12 @@
 
 use mass_cpd::{AnyDetectorParams, Transform};
 
-use super::params::{ControllerParams, StopRule, Trigger, Unused};
+use super::params::{ControllerParams, SplitOperator, StopRule, Trigger, Unused};
 use super::watch::Watch;
 use crate::ExpandError;
+
+/// Of all layers at the start, each of which a state is made for.
+pub(super) const MOST_EXPERTS: usize = 1 << 20;
 
 fn require(
     ok: bool,
@@ -50,6 +53,17 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
             "at least 1 and at most k_max",
         )?;
     }
+    let all = params
+        .experts
+        .iter()
+        .copied()
+        .fold(0, usize::saturating_add);
+    require(
+        all <= MOST_EXPERTS,
+        "experts",
+        all as f64,
+        "at most 2^20 in all layers together",
+    )?;
     require(
         u32::try_from(params.k_max).is_ok(),
         "k_max",
@@ -75,6 +89,9 @@ pub(super) fn validate(params: &ControllerParams) -> Result<(), ExpandError> {
         "at most 1000",
     )?;
     params.alignment.validate()?;
+    if let SplitOperator::Bisect(bisect) = &params.operator {
+        bisect.validate()?;
+    }
     match params.trigger_in(false) {
         Trigger::Schedule { every, splits, .. } => {
             at_least_one("every", every)?;

@@ -5,6 +5,7 @@ use mass_cpd::{CalibratedCusumParams, WindowedZParams};
 use super::params::{
     AfterSplit, Choice, ControllerParams, Moments, Phase, SplitOperator, StopRule, Trigger, Unused,
 };
+use super::validate::MOST_EXPERTS;
 use super::watch::{Level, Watch};
 use crate::{AlignmentThreshold, BisectParams, Decomposition};
 
@@ -12,12 +13,13 @@ impl ControllerParams {
     /// What the paper writes, with its settings for language: expansion in the first tenth of `steps`,
     /// `T_warm = max(30, 5 %)`, `w = max(60, 9 %)`, alpha 0.01, delta 0.001, gamma 3.
     ///
-    /// `layers` layers of `experts` experts each, at most `k_max`. Mind that the window of 9 % and the end at 10 % leave
+    /// `layers` layers of `experts` experts each, at most `k_max`; more layers than [`check`](Self::check) takes experts are cut
+    /// down to as many as it refuses. Mind that the window of 9 % and the end at 10 % leave
     /// detection live for 1 % of the run: [`Controller::live_steps`](super::Controller::live_steps) tells.
     #[must_use]
     pub fn paper(layers: usize, experts: usize, k_max: usize, steps: u64) -> Self {
         Self {
-            experts: vec![experts; layers],
+            experts: vec![experts; layers.min(MOST_EXPERTS + 1)],
             k_max,
             steps: Some(steps),
             phase: Phase {

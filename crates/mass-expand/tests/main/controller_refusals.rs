@@ -285,6 +285,26 @@ fn parameters_out_of_range_are_refused() {
             },
         ),
         (
+            "strength",
+            ControllerParams {
+                operator: SplitOperator::Bisect(BisectParams {
+                    strength: -1.0,
+                    ..BisectParams::default()
+                }),
+                ..good()
+            },
+        ),
+        (
+            "max_iterations",
+            ControllerParams {
+                operator: SplitOperator::Bisect(BisectParams {
+                    max_iterations: 0,
+                    ..BisectParams::default()
+                }),
+                ..good()
+            },
+        ),
+        (
             "min_experts",
             ControllerParams {
                 pruning: Some(Pruning {
@@ -299,6 +319,20 @@ fn parameters_out_of_range_are_refused() {
     ];
     for (what, params) in broken {
         assert!(params.check().is_err(), "{what}");
+    }
+    // Before room is made for them.
+    for params in [
+        ControllerParams::paper(usize::MAX, 2, 4, 100),
+        ControllerParams::ours(1, 4_000_000_000, 4_000_000_000, 100),
+        ControllerParams::calibrated(1 << 10, (1 << 10) + 1, 1 << 11, 100),
+    ] {
+        assert!(matches!(
+            params.check(),
+            Err(ExpandError::Parameter {
+                name: "experts",
+                ..
+            })
+        ));
     }
     good().check().unwrap();
     ControllerParams::reference(2, 6, 8, 5000).check().unwrap();
