@@ -32,7 +32,7 @@ impl Alignment {
     /// GPU.
     ///
     /// # Errors
-    /// [`ExpandError::NonFinite`] if a square is not finite.
+    /// [`ExpandError::NonFinite`] if one is not finite, [`ExpandError::Parameter`] if a square is negative.
     ///
     /// # Examples
     /// ```
@@ -41,12 +41,7 @@ impl Alignment {
     /// # Ok::<(), mass_expand::ExpandError>(())
     /// ```
     pub fn of_products(gg: f64, gw: f64, ww: f64) -> Result<Self, ExpandError> {
-        if !gg.is_finite() {
-            return Err(ExpandError::NonFinite { what: "gradient" });
-        }
-        if !ww.is_finite() {
-            return Err(ExpandError::NonFinite { what: "weight" });
-        }
+        check_products([("gradient", gg), ("weight", ww)], gw)?;
         let (gradient_norm, weight_norm) = (gg.sqrt(), ww.sqrt());
         let cosine =
             (gg > 0.0 && ww > 0.0).then(|| (gw / gradient_norm / weight_norm).clamp(-1.0, 1.0));
@@ -57,6 +52,31 @@ impl Alignment {
             cosine,
         })
     }
+}
+
+/// Checks two vectors' squares and their inner product.
+pub(crate) fn check_products(
+    squares: [(&'static str, f64); 2],
+    product: f64,
+) -> Result<(), ExpandError> {
+    for (what, square) in squares {
+        if !square.is_finite() {
+            return Err(ExpandError::NonFinite { what });
+        }
+        if square < 0.0 {
+            return Err(ExpandError::Parameter {
+                name: "square of a norm",
+                value: square,
+                expected: "at least 0",
+            });
+        }
+    }
+    if !product.is_finite() {
+        return Err(ExpandError::NonFinite {
+            what: "inner product",
+        });
+    }
+    Ok(())
 }
 
 /// Computes the [`Alignment`] of a gradient with the weights it belongs to, in one pass over both.

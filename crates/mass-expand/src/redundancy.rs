@@ -15,6 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::alignment::check_products;
 use crate::{ExpandError, sweep};
 
 /// How the pairs' terms are joined.
@@ -129,7 +130,7 @@ pub struct RedundancyShare {
 ///
 /// # Errors
 /// [`ExpandError::Shape`] if there are not as many products as pairs, [`ExpandError::Pair`] if a pair names one row twice,
-/// [`ExpandError::NonFinite`], and [`ExpandError::Parameter`] if `weight` is not finite.
+/// [`ExpandError::NonFinite`], and [`ExpandError::Parameter`] if `weight` is not finite or a square is negative.
 ///
 /// # Examples
 /// ```
@@ -233,9 +234,7 @@ impl Pair {
 
     /// Of `<a, a>`, `<a, b>` and `<b, b>`.
     fn of_products([aa, ab, bb]: [f64; 3]) -> Result<Option<Self>, ExpandError> {
-        if !(aa.is_finite() && bb.is_finite()) {
-            return Err(ExpandError::NonFinite { what: "gate row" });
-        }
+        check_products([("gate row", aa), ("gate row", bb)], ab)?;
         if aa == 0.0 || bb == 0.0 {
             return Ok(None);
         }

@@ -597,7 +597,15 @@ fn shares_of_the_redundancy_loss_add_up_to_its_gradient() {
     assert!(redundancy_shares(&products[..3], &pairs, mean, 1.0).is_err());
     assert!(redundancy_shares(&products, &pairs, mean, f64::NAN).is_err());
     assert!(redundancy_shares(&[[1.0; 3]], &[(2, 2)], mean, 1.0).is_err());
-    assert!(redundancy_shares(&[[f64::NAN, 1.0, 1.0]], &[(0, 1)], mean, 1.0).is_err());
-    assert!(Alignment::of_products(f64::INFINITY, 1.0, 1.0).is_err());
+    for bad in [f64::NAN, f64::INFINITY, -1.0] {
+        // An inner product may be negative.
+        for at in [0, 1, 2].into_iter().filter(|&at| at != 1 || bad != -1.0) {
+            let mut products = [1.0; 3];
+            products[at] = bad;
+            assert!(redundancy_shares(&[products], &[(0, 1)], mean, 1.0).is_err());
+            let [gg, gw, ww] = products;
+            assert!(Alignment::of_products(gg, gw, ww).is_err());
+        }
+    }
     assert_eq!(Alignment::of_products(0.0, 0.0, 1.0).unwrap().cosine, None);
 }
