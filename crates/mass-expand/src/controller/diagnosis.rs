@@ -215,6 +215,7 @@ impl fmt::Display for Diagnosis {
 
 /// What of a run is kept for its diagnoses alone.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Signs {
     pub(super) first_live: Option<u64>,
     /// Alarms on live steps.
@@ -239,6 +240,7 @@ impl Signs {
 
 /// The same of one layer.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LayerSigns {
     pub(super) first_trigger: Option<u64>,
     /// Checks of the stop rule.

@@ -85,7 +85,7 @@ impl ExpertObservation {
 
 /// A figure that the controller needs before it can decide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "request")]
+#[serde(rename_all = "snake_case", tag = "request", deny_unknown_fields)]
 pub enum Request {
     /// The cosine of this expert's gradient with its weights; answer with [`Answer::Alignment`].
     Alignment {

@@ -11,6 +11,7 @@ use crate::{ExpandError, ExpertId};
 
 /// One step that has been observed and not yet decided.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Pending {
     pub(super) step: u64,
     pub(super) layers: Vec<LayerPending>,
@@ -20,6 +21,7 @@ pub(super) struct Pending {
 
 /// An alarm that a detector raised in the step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Alarm {
     pub(super) watched: Watched,
     /// The expert, if it watches one.
@@ -47,13 +49,13 @@ impl Alarm {
 
 /// An expert that the detectors (or the schedule) name, with what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Candidate {
     pub(super) id: ExpertId,
     /// Of its own detector, whether or not that raised an alarm.
     pub(super) p_value: Option<f64>,
     pub(super) p_horizon: Option<f64>,
     /// Its own detector's alarm.
-    #[serde(default)]
     pub(super) alarm: Option<Alarm>,
     pub(super) cosine: Option<f64>,
     /// Whether the cosine is still to come.
@@ -62,6 +64,7 @@ pub(super) struct Candidate {
 
 /// The answer to a masked or probe loss.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Worth {
     pub(super) expert: ExpertId,
     pub(super) difference: f64,
@@ -70,17 +73,16 @@ pub(super) struct Worth {
 
 /// The open part of one layer.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LayerPending {
     pub(super) candidates: Vec<Candidate>,
     /// Threshold of the alignment test, if it is part of the trigger.
     pub(super) delta: Option<f64>,
     /// The alarm of the layer's detector or the loss's.
-    #[serde(default)]
     pub(super) alarm: Option<Alarm>,
     /// The expert chosen to be split.
     pub(super) source: Option<Candidate>,
     /// The alarm that set the split off.
-    #[serde(default)]
     pub(super) cause: Option<Alarm>,
     /// Experts that satisfied the trigger.
     pub(super) triggered: usize,

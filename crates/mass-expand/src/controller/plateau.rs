@@ -8,6 +8,7 @@ use super::state::Average;
 
 /// What [`Trigger::Plateau`] remembers; a controller with another trigger has none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Plateau {
     average: Average,
     /// The average at the last improvement; `None` until the next step, whose own it then is.

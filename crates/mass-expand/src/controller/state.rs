@@ -16,6 +16,7 @@ use crate::{ExpandError, ExpertId};
 
 /// Exponential average whose weights are normalised, so that its first values are not drawn towards zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Average {
     pub(super) value: f64,
     weight: f64,
@@ -36,6 +37,7 @@ impl Average {
 
 /// One expert.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ExpertState {
     pub(super) detector: Option<AnyDetector>,
     /// Step of birth; `None` for the experts of the start.
@@ -46,7 +48,6 @@ pub(super) struct ExpertState {
     /// Steps in a row with almost no tokens.
     pub(super) unused_for: u64,
     /// Steps that the averages are of.
-    #[serde(default)]
     pub(super) averaged_steps: u64,
 }
 
@@ -86,6 +87,7 @@ impl ExpertState {
 
 /// The newest expert of a layer that is still there.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Newest {
     pub(super) id: ExpertId,
     pub(super) born: u64,
@@ -95,6 +97,7 @@ pub(super) struct Newest {
 
 /// One layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LayerState {
     /// Active experts, in the order of their birth.
     pub(super) ids: Vec<ExpertId>,
@@ -113,7 +116,6 @@ pub(super) struct LayerState {
     /// Step of that probe.
     pub(super) probed_at: Option<u64>,
     /// What diagnoses need.
-    #[serde(default)]
     pub(super) signs: LayerSigns,
 }
 
@@ -241,12 +243,11 @@ impl Controller {
 
 /// A controller as it is stored, before it has been checked.
 #[derive(Deserialize)]
-#[serde(rename = "Controller")]
+#[serde(rename = "Controller", deny_unknown_fields)]
 pub(super) struct Stored {
     params: ControllerParams,
     layers: Vec<LayerState>,
     loss_detector: Option<AnyDetector>,
-    #[serde(default)]
     plateau: Option<Plateau>,
     generator: rand_chacha::ChaCha8Rng,
     last_step: Option<u64>,
@@ -255,7 +256,6 @@ pub(super) struct Stored {
     ended: bool,
     ended_at: Option<u64>,
     pending: Option<Pending>,
-    #[serde(default)]
     signs: Signs,
     #[serde(default)]
     trace: Trace,
@@ -316,13 +316,14 @@ impl Controller {
         if !same(&self.loss_detector, loss) {
             return Some("the loss detector differs from the parameters");
         }
-        if let Some(plateau) = &self.plateau {
-            if !matches!(self.params.trigger, Trigger::Plateau { .. }) {
-                return Some("it looks for a plateau that is not its trigger");
-            }
-            if let Some(reason) = plateau.contradiction(self.last_step) {
-                return Some(reason);
-            }
+        let awaits = matches!(self.params.trigger, Trigger::Plateau { .. });
+        if self.plateau.is_some() != (awaits && self.last_step.is_some()) {
+            return Some("it waits for a plateau that is not its trigger, or for none that is");
+        }
+        if let Some(plateau) = &self.plateau
+            && let Some(reason) = plateau.contradiction(self.last_step)
+        {
+            return Some(reason);
         }
         for (layer, &experts) in self.layers.iter().zip(&self.params.experts) {
             if layer.ids.is_empty()

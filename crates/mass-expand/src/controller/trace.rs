@@ -12,6 +12,7 @@ use crate::ExpertId;
 
 /// What a detector watches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Stream {
     pub(super) layer: Option<usize>,
     pub(super) watched: Watched,
@@ -20,6 +21,7 @@ pub(super) struct Stream {
 
 /// Observations that may yet belong to a split, and the streams of splits that have happened.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Trace {
     /// Of all streams, of the latest [`ControllerParams::trace`](super::ControllerParams::trace) steps; those in the record
     /// already are not among them.

@@ -242,6 +242,7 @@ fn it_is_written_by_name_and_its_state_comes_back_checked() {
     assert!(with(&good, &|_| ()).is_ok());
     assert!(with(&good, &|s| s["plateau"]["best_at"] = 7.into()).is_err());
     assert!(with(&good, &|s| s["plateau"]["since"] = 7.into()).is_err());
+    assert!(with(&good, &|s| s["plateau"] = Value::Null).is_err());
     let foreign = good["plateau"].clone();
     assert!(with(&scheduled, &|s| s["plateau"] = foreign.clone()).is_err());
 }
