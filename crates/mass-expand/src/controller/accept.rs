@@ -4,6 +4,7 @@ use mass_cpd::{CpdError, Detector};
 
 use super::observation::{ExpertObservation, LayerObservation, StepObservation};
 use super::params::Choice;
+use super::state::{Average, LayerState};
 use super::{Controller, validate};
 use crate::ExpandError;
 
@@ -37,7 +38,7 @@ impl Controller {
                 expected: self.layers.len(),
             });
         }
-        let choice = self.params.choice;
+        let (choice, loss) = (self.params.choice, observation.loss);
         for (index, (observed, state)) in observation.layers.iter().zip(&self.layers).enumerate() {
             if observed.experts.len() != state.ids.len() {
                 return Err(ExpandError::Experts {
@@ -45,6 +46,7 @@ impl Controller {
                     reason: "their number differs",
                 });
             }
+            let without_shares = may_lack_shares(observed, state, loss);
             for (expert, &id) in observed.experts.iter().zip(&state.ids) {
                 if expert.id != id {
                     return Err(ExpandError::Experts {
@@ -59,7 +61,7 @@ impl Controller {
                 })?;
                 let entropy = expert.routing_entropy.is_some() || expert.load == 0;
                 match (choice, expert.loss_share, entropy) {
-                    (Choice::LossShare, None, _) => Err(ExpandError::Missing {
+                    (Choice::LossShare, None, _) if !without_shares => Err(ExpandError::Missing {
                         what: "loss_share",
                         layer: index,
                     }),
@@ -90,6 +92,18 @@ impl Controller {
         let mut detectors = watches.filter_map(|watch| watch.loss.as_ref());
         detectors.any(validate::logarithmic)
     }
+}
+
+/// Whether nobody in a layer has a share of the loss, and that is no oversight: there is none to share, or shares came before.
+fn may_lack_shares(observed: &LayerObservation<'_>, state: &LayerState, loss: f64) -> bool {
+    observed.without_shares()
+        && (loss <= 0.0
+            || observed.experts.iter().all(|e| e.load == 0)
+            || state.expansions > 0
+            || state
+                .experts
+                .iter()
+                .any(|e| e.loss_share != Average::default()))
 }
 
 fn check_figures(expert: &ExpertObservation) -> Result<(), ExpandError> {

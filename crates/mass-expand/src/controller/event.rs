@@ -39,6 +39,8 @@ pub enum HoldReason {
     Full,
     /// The newest expert has not been checked yet.
     AwaitingCheck,
+    /// Nobody has a share of the loss, by which the choice is made: the loss of the layer's tokens is zero.
+    NoLossShare,
     /// The only candidates were removed by the check of this step.
     SourceRemoved,
 }

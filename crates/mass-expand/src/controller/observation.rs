@@ -46,6 +46,10 @@ impl<'a> LayerObservation<'a> {
             dim,
         }
     }
+
+    pub(super) fn without_shares(&self) -> bool {
+        self.experts.iter().all(|e| e.loss_share.is_none())
+    }
 }
 
 /// One expert at one step.
@@ -61,7 +65,8 @@ pub struct ExpertObservation {
     /// Tokens routed to it in this step.
     pub load: u64,
     /// Its share of the step's loss, in [0, 1]: routing weight times token loss, summed over its tokens, over the same sum
-    /// of all experts of its layer.
+    /// of all experts of its layer. `None` of every expert where that is not positive, as of a loss of zero: its average then
+    /// stays.
     pub loss_share: Option<f64>,
     /// How undecided the routing of its tokens is: the mean over them of the entropy of the gate's distribution, in nats (or
     /// another entropy of what is routed to it, the same for all experts). `None` without tokens: its average then stays.

@@ -7,7 +7,7 @@ use super::accept::{check_cosine, check_finite, check_not_negative, pooled};
 use super::choice::choose;
 use super::event::{EventKind, HoldReason, Watched};
 use super::observation::{Answer, LayerObservation, Request, StepObservation, StopReason};
-use super::params::{StopRule, Trigger, Unused};
+use super::params::{Choice, StopRule, Trigger, Unused};
 use super::pending::{Alarm, Candidate, LayerPending, Pending, Worth};
 use super::trace::Stream;
 use crate::ExpandError;
@@ -289,6 +289,7 @@ impl Controller {
             Trigger::DetectorOnly | Trigger::DetectorAndAlignment
         );
         let open = &mut pending.layers[index];
+        open.without_shares = self.params.choice == Choice::LossShare && observed.without_shares();
         open.alarm = layer_alarm.filter(|_| by_detector);
         if self.tests_alignment() {
             open.delta = Some(self.params.alignment.delta(observed.hidden, observed.dim)?);
@@ -410,7 +411,10 @@ impl Controller {
         if held_out && open.check.is_none() && state.newest.is_some_and(|n| !n.checked) {
             return Some(HoldReason::AwaitingCheck);
         }
-        (state.ids.len() >= self.params.k_max).then_some(HoldReason::Full)
+        if state.ids.len() >= self.params.k_max {
+            return Some(HoldReason::Full);
+        }
+        open.without_shares.then_some(HoldReason::NoLossShare)
     }
 
     /// The expert to mask on the same batch before the split, for the rules that do so.

@@ -99,7 +99,8 @@ pub enum Choice {
     TriggeredLowestIndex,
     /// Among the triggered, the smallest marginal p-value of its own detector.
     TriggeredSmallestP,
-    /// Of all, the largest share of the loss (`calibrated`, `ours`); needs `loss_share`.
+    /// Of all, the largest share of the loss (`calibrated`, `ours`); needs `loss_share`. On a step without shares, as of a loss of
+    /// zero, the layer does not split.
     LossShare,
     /// Of all, the most tokens.
     MostLoaded,

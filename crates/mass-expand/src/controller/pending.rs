@@ -80,6 +80,8 @@ pub(super) struct LayerPending {
     pub(super) delta: Option<f64>,
     /// The alarm of the layer's detector or the loss's.
     pub(super) alarm: Option<Alarm>,
+    /// Whether the shares of the loss are missing by which the choice is made.
+    pub(super) without_shares: bool,
     /// The expert chosen to be split.
     pub(super) source: Option<Candidate>,
     /// The alarm that set the split off.

@@ -75,6 +75,43 @@ fn only_an_expert_with_tokens_needs_an_entropy() {
     assert_eq!(seen(2, [(10, Some(0.5)), (0, None)]), Ok(Some(1)));
 }
 
+/// A loss of zero has no shares, and the run goes on without a split; a loop that never gives shares is told so.
+#[test]
+fn a_step_without_shares_of_the_loss_splits_nothing() {
+    let params = ControllerParams {
+        choice: Choice::LossShare,
+        ..every_step(2, 8)
+    };
+    let mut controller = params.check().unwrap();
+    let mut seen = |at: u64, loss: f64, shares: [Option<f64>; 2]| {
+        let mut experts = observation(controller.active(0));
+        for (expert, share) in experts.iter_mut().zip(shares) {
+            expert.loss_share = share;
+        }
+        begin_with(&mut controller, at, loss, &[experts])?;
+        let actions = controller.finish_step()?;
+        Ok((source(&actions), controller.drain_events()))
+    };
+    let (what, layer) = ("loss_share", 0);
+    let missing = ExpandError::Missing { what, layer };
+    assert_eq!(seen(0, 1.0, [None; 2]), Err(missing.clone()));
+    assert_eq!(seen(0, 0.0, [Some(0.5), None]), Err(missing));
+    let held = |at| {
+        let (reason, candidates) = (HoldReason::NoLossShare, 2 + at as usize / 2);
+        let kind = EventKind::Hold { reason, candidates };
+        let (step, layer) = (at, Some(0));
+        Ok((None, vec![Event { step, layer, kind }]))
+    };
+    assert_eq!(seen(0, 0.0, [None; 2]), held(0));
+    assert_eq!(seen(1, 1.0, [Some(0.2), Some(0.8)]).unwrap().0, Some(1));
+    // Not only of a loss of zero, once there were shares: part of it may be of no token of the layer.
+    let mut experts = observation(controller.active(0));
+    experts.iter_mut().for_each(|e| e.loss_share = None);
+    begin_with(&mut controller, 2, 1.0, &[experts]).unwrap();
+    let actions = controller.finish_step().unwrap();
+    assert_eq!(Ok((source(&actions), controller.drain_events())), held(2));
+}
+
 /// Removals in 40 steps, with one split at step 5 if `splits`.
 fn removals(
     experts: usize,
