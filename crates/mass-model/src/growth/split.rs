@@ -20,7 +20,8 @@ use crate::pass::LayerTrace;
 ///
 /// # Errors
 /// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it
-/// came after the trace, [`ModelError::Expand`] for gradients that are not finite.
+/// came after the trace, [`ModelError::Expand`] for gradients that are not finite. The layer and its gradients are then as they
+/// were.
 pub fn split_expert(
     layer: &mut MoeLayer,
     source: ExpertId,
@@ -69,27 +70,29 @@ pub(super) fn split_expert_among(
         } => {
             let matrix = (old.network.fc1.0.shape()[0], old.network.fc1.0.shape()[1]);
             // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
-            for (a, b, shape) in [
+            let cut = [
                 (&old.network.fc1.0, &newcomer.network.fc1.0, matrix),
                 (&old.gate, &newcomer.gate, (1, old.gate.len())),
-            ] {
-                if decomposition.is_none() {
-                    gradients.hand_on(a, b)?;
-                    continue;
-                }
+            ];
+            // All that may be refused, before anything is changed.
+            let mut divided = Vec::new();
+            for (a, b, shape) in cut.into_iter().filter(|_| decomposition.is_some()) {
                 let Some(mut whole) = gradients.copy(a)? else {
                     continue;
                 };
                 let (mut copy, rows) = (vec![0.0; whole.len()], a.try_values()?);
-                let divided = divide_gradient(&mut whole, &mut copy, rows, shape, decomposition);
-                divided?;
-                gradients.set(b, copy)?;
-                gradients.set(a, whole)?;
+                divide_gradient(&mut whole, &mut copy, rows, shape, decomposition)?;
+                divided.extend([(b, copy), (a, whole)]);
             }
-            copy_gradients(old, &newcomer, gradients, false)?;
+            let mut offset = old.logit_offset;
             if preserve {
-                newcomer.logit_offset = preserve_mass(&mut old.logit_offset)?;
+                newcomer.logit_offset = preserve_mass(&mut offset)?;
             }
+            for (param, gradient) in divided {
+                gradients.set(param, gradient)?;
+            }
+            copy_gradients(old, &newcomer, gradients, decomposition.is_none())?;
+            old.logit_offset = offset;
         }
         SplitOperator::Bisect(_) if !linear_gate => {
             return Err(ModelError::Config(BISECT_NEEDS.into()));

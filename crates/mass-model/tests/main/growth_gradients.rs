@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use mass_expand::{
-    AlignmentThreshold, BisectParams, ControllerParams, Decomposition, EventKind, ExpertId,
+    AlignmentThreshold, BisectParams, ControllerParams, Decomposition, Event, EventKind, ExpertId,
     Reduction, SplitOperator, StopReason, StopRule, alignment, divide_gradient,
     redundancy_gradient,
 };
@@ -217,6 +217,57 @@ fn what_is_observed_follows_from_gradients_weights_and_losses() {
                 assert!(observed.iter().all(|o| o.loss_share.is_none()));
             }
         }
+    }
+}
+
+/// A split that is refused has cut nothing down.
+#[test]
+fn what_cannot_be_divided_keeps_its_gradients() {
+    for decomposition in [Decomposition::Whole, Decomposition::Rowwise] {
+        for offset in [0.0, f32::INFINITY] {
+            let mut model = crate::growing::model(top_p());
+            let (tokens, targets) = batch(0);
+            let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+            let (trace, gradients) = (&pass.layers[0], &mut pass.gradients);
+            let moe = model.mixture_mut(0);
+            let expert = moe.expert_mut(ExpertId(0)).unwrap();
+            expert.logit_offset = offset;
+            if offset == 0.0 {
+                expert.gate.gradient(gradients).unwrap()[0] = f32::NAN;
+            }
+            // As text, in which one NaN is another.
+            let before = format!("{:?}", gradients_of(moe, ExpertId(0), gradients));
+            let operator = SplitOperator::Clone {
+                decomposition: Some(decomposition),
+                preserve_mass: true,
+            };
+            let refused = split_expert(moe, ExpertId(0), operator, trace, gradients);
+            assert!(matches!(refused, Err(ModelError::Expand(_))), "{refused:?}");
+            let after = format!("{:?}", gradients_of(moe, ExpertId(0), gradients));
+            assert_eq!(after, before);
+        }
+    }
+}
+
+/// A batch that every token is right about has no shares of its loss: the run goes on, and what was due is not split.
+#[test]
+fn a_loss_of_zero_splits_nothing() {
+    let mut model = crate::growing::model(top_p());
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let params = ControllerParams::ours(2, 3, 6, 40);
+    let mut grower = Grower::new(GrowerConfig::new(params.with_schedule(0, 1))).unwrap();
+    for (step, splits) in [(0, 0), (1, 2)] {
+        let (tokens, targets) = batch(step);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        if step == 0 {
+            pass.loss = 0.0;
+            pass.token_losses.fill(0.0);
+        }
+        let events = grower
+            .step(step, &mut model, &mut optimizer, &mut pass, asks_nothing)
+            .unwrap();
+        let is_split = |e: &&Event| matches!(e.kind, EventKind::Split { .. });
+        assert_eq!(events.iter().filter(is_split).count(), splits);
     }
 }
 
