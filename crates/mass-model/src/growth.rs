@@ -44,8 +44,9 @@ mod shift;
 mod split;
 
 use mass_expand::{
-    Action, Answer, Choice, Controller, ControllerParams, Event, ExpertId, ExpertObservation,
-    LayerObservation, Reduction, RemovalReason, Request, SplitOperator, StepObservation, StopRule,
+    Action, Answer, Choice, Controller, ControllerParams, Event, ExpandError, ExpertId,
+    ExpertObservation, LayerObservation, Reduction, RemovalReason, Request, SplitOperator,
+    StepObservation, StopRule,
 };
 use mass_routing::Router;
 use serde::{Deserialize, Serialize};
@@ -115,16 +116,70 @@ impl GrowerConfig {
             redundancy_reduction: Reduction::Mean,
         }
     }
+
+    /// Checks what is not the controller's.
+    fn check(&self) -> Result<(), ModelError> {
+        let weight = self.redundancy_weight;
+        if weight.is_finite() && weight >= 0.0 {
+            return Ok(());
+        }
+        let what = format!("redundancy_weight is {weight}, not a number of at least 0");
+        Err(ModelError::Config(what))
+    }
 }
 
 /// Watches a model's experts, and splits and removes them as its controller decides.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "Stored")]
 pub struct Grower {
     config: GrowerConfig,
     controller: Controller,
     /// What splits did to gates, by layer, the latest last; of pairs of which both are there.
-    #[serde(default)]
     shifts: Vec<(usize, GateShift)>,
+}
+
+/// A grower as it is stored, before it has been checked.
+#[derive(Deserialize)]
+#[serde(rename = "Grower", deny_unknown_fields)]
+struct Stored {
+    config: GrowerConfig,
+    controller: Controller,
+    shifts: Vec<(usize, GateShift)>,
+}
+
+impl TryFrom<Stored> for Grower {
+    type Error = ModelError;
+
+    fn try_from(stored: Stored) -> Result<Self, ModelError> {
+        let Stored {
+            config,
+            controller,
+            shifts,
+        } = stored;
+        config.check()?;
+        let state = |reason| Err(ExpandError::State { reason }.into());
+        if config.controller != *controller.params() {
+            return state("the controller's parameters are not those of the configuration");
+        }
+        let layers = 0..controller.layers();
+        let pairs = |l| {
+            let of_layer = shifts.iter().filter(move |(layer, _)| *layer == l);
+            of_layer.map(|(_, shift)| (shift.source, shift.newcomer))
+        };
+        let theirs = |l| controller.pairs(l).iter().copied();
+        if !(shifts
+            .iter()
+            .all(|(l, shift)| layers.contains(l) && shift.is_finite())
+            && layers.clone().all(|l| pairs(l).eq(theirs(l))))
+        {
+            return state("what splits did to gates is not of the pairs that are there");
+        }
+        Ok(Self {
+            config,
+            controller,
+            shifts,
+        })
+    }
 }
 
 impl Grower {
@@ -134,11 +189,7 @@ impl Grower {
     /// [`ModelError::Expand`] for parameters that no controller can have, [`ModelError::Config`] for a weight of the redundancy
     /// loss that is negative or not finite.
     pub fn new(config: GrowerConfig) -> Result<Self, ModelError> {
-        let weight = config.redundancy_weight;
-        if !(weight.is_finite() && weight >= 0.0) {
-            let what = format!("redundancy_weight is {weight}, not a number of at least 0");
-            return Err(ModelError::Config(what));
-        }
+        config.check()?;
         let controller = config.controller.check()?;
         Ok(Self {
             config,

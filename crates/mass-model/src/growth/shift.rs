@@ -9,6 +9,7 @@ use crate::ops::MoeExpert;
 ///
 /// It is a difference, which is taken off again: what the half has learnt since, and later splits of it, stay.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GateShift {
     /// The expert that was split.
     pub source: ExpertId,
@@ -38,6 +39,11 @@ pub(super) fn between(
 }
 
 impl GateShift {
+    pub(super) fn is_finite(&self) -> bool {
+        let mut values = self.rows.iter().flatten().chain(&self.offsets);
+        values.all(|value| value.is_finite())
+    }
+
     /// The other half, if `expert` is one.
     pub fn other(&self, expert: ExpertId) -> Option<ExpertId> {
         if expert == self.source {

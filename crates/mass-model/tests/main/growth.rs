@@ -14,6 +14,7 @@ use mass_model::lm::{LanguageModel, Masked};
 use mass_model::nn::MoeLayer;
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_routing::{Combine, RouterConfig};
+use serde_json::json;
 
 use crate::growing::{SEQ, advance, all_values, batch, grower, model};
 
@@ -302,6 +303,44 @@ fn a_failed_newcomer_leaves_the_gate_as_it_was() {
     assert_eq!(of(|k| matches!(k, EventKind::Split { .. })), 2);
     assert_eq!(of(|k| matches!(k, EventKind::Remove { .. })), 2);
     close(&gates(model.mixture(0)), &before);
+}
+
+/// A stored grower is one that training has made: its rules are its controller's, and it knows what each split did.
+#[test]
+fn hostile_growers_are_refused() {
+    let (mut model, mut control) = (
+        model(RouterConfig::TopP {
+            p: 0.6,
+            combine: Combine::Renormalised,
+        }),
+        grower(),
+    );
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    advance(&mut model, &mut optimizer, &mut control, 0..5, &|step| step);
+    let good = serde_json::to_value(&control).unwrap();
+    let again: Grower = serde_json::from_value(good.clone()).unwrap();
+    assert_eq!(serde_json::to_value(&again).unwrap(), good);
+    let splits = good["shifts"].as_array().unwrap();
+    assert_eq!(splits.len(), 2);
+    for (at, value) in [
+        ("/config/redundancy_weight", json!(-1)),
+        ("/config/controller/k_max", json!(7)),
+        ("/controller/params/k_max", json!(7)),
+        ("/shifts", json!([])),
+        ("/shifts", json!([splits[0]])),
+        ("/shifts", json!([splits[0], splits[1], splits[1]])),
+        ("/shifts/1/0", json!(2)),
+        ("/shifts/0/1/source", json!(9)),
+    ] {
+        let mut state = good.clone();
+        *state.pointer_mut(at).unwrap() = value;
+        assert!(serde_json::from_value::<Grower>(state).is_err(), "{at}");
+    }
+    for part in ["config", "controller", "shifts"] {
+        let mut state = good.clone();
+        state.as_object_mut().unwrap().remove(part).unwrap();
+        assert!(serde_json::from_value::<Grower>(state).is_err(), "{part}");
+    }
 }
 
 /// A stopped layer's gradient norms are not computed; a controller that is told them all decides the same.
