@@ -37,16 +37,6 @@ pub enum CpdError {
         /// The largest that can be used.
         limit: f64,
     },
-    /// The values of a series differ by so little that their squares have no digits left.
-    #[error(
-        "the series moves by {largest:e} at most, under the {limit:e} whose squares can be summed; scale it up"
-    )]
-    TooSmall {
-        /// The farthest from the median.
-        largest: f64,
-        /// The least that can be used.
-        limit: f64,
-    },
     /// A parameter lies outside the range in which the method means anything.
     #[error("parameter `{name}` is {value}, but must be {expected}")]
     Parameter {

@@ -93,7 +93,7 @@ impl BinarySegmentation {
     ///
     /// # Errors
     /// [`CpdError::TooShort`] when it has fewer than two segments' points; [`CpdError::NonFinite`] or
-    /// [`CpdError::TooLarge`] for a value that cannot be used; [`CpdError::TooSmall`] where none is far enough from the median. Leave missing values out before.
+    /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let least = self.params.min_segment;
         let shortest = least.saturating_mul(2);

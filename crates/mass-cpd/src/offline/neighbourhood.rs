@@ -97,7 +97,7 @@ impl SegmentNeighbourhood {
     ///
     /// # Errors
     /// [`CpdError::TooShort`] when it has fewer than `(changes + 1) * min_segment` points; [`CpdError::NonFinite`] or
-    /// [`CpdError::TooLarge`] for a value that cannot be used; [`CpdError::TooSmall`] where none is far enough from the median. Leave missing values out before.
+    /// [`CpdError::TooLarge`] for a value that cannot be used. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let series = self.series(series)?;
         let all = self.all(&series);

@@ -78,9 +78,9 @@ pub(super) fn consistent(costs: &Costs<'_>, limit: f64, min_segment: usize) -> (
                 break;
             }
         }
-        penalty = (penalty * STEP)
-            .max(penalty * (needed / penalty).powf(0.25))
-            .min(most);
+        let next = (penalty * STEP).max(penalty * (needed / penalty).powf(0.25));
+        // Where squares vanish, so may the step.
+        penalty = if next > penalty { next.min(most) } else { most };
     }
     taken.map_or((most, Vec::new()), |(_, penalty, indices)| {
         (penalty, indices)

@@ -160,7 +160,7 @@ impl Pelt {
     ///
     /// # Errors
     /// [`CpdError::TooShort`] when it has fewer than `min_segment` points, or none; [`CpdError::NonFinite`] or
-    /// [`CpdError::TooLarge`] for a value that cannot be used; [`CpdError::TooSmall`] where none is far enough from the median; [`CpdError::LostInRounding`] where the squares of its
+    /// [`CpdError::TooLarge`] for a value that cannot be used; [`CpdError::LostInRounding`] where the squares of its
     /// values are some `10^28` times a penalty given as a value. Leave missing values out before.
     pub fn segment(&self, series: ArrayView1<'_, f64>) -> Result<Segmentation, CpdError> {
         let least = self.params.min_segment;

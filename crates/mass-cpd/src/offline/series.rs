@@ -9,8 +9,6 @@ use crate::CpdError;
 
 /// Largest value whose squares can be summed over any series.
 const LARGEST: f64 = 1e100;
-/// Smallest value whose square is far from where numbers lose their digits.
-const SMALLEST: f64 = 1e-100;
 /// Error of a double-double operation, with room.
 const FINE: f64 = 1e-31;
 /// How far under what it is compared with an error has to be.
@@ -51,13 +49,6 @@ impl Series {
         let median = *y.select_nth_unstable_by(middle, f64::total_cmp).1;
         y.clear();
         y.extend(series.iter().map(|x| x - median));
-        let largest = y.iter().map(|v| v.abs()).fold(0.0, f64::max);
-        if largest > 0.0 && largest < SMALLEST {
-            return Err(CpdError::TooSmall {
-                largest,
-                limit: SMALLEST,
-            });
-        }
         let square = y.iter().map(|v| v * v).sum();
         Ok(Self {
             y,

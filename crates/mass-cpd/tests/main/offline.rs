@@ -185,11 +185,6 @@ fn each_kind_of_bad_input_has_its_error() {
         binary.segment(series.view()),
         Err(CpdError::TooShort { needed: 10, .. })
     ));
-    // Their squares would be nothing.
-    let series = Array1::from_iter((0..1000).map(|t| f64::from(t) * 1e-163));
-    let small = |result: Result<_, CpdError>| matches!(result, Err(CpdError::TooSmall { .. }));
-    assert!(small(pelt.segment(series.view())) && small(binary.segment(series.view())));
-
     let name = |result: Result<(), CpdError>| match result {
         Err(CpdError::Parameter { name, .. }) => name,
         other => panic!("{other:?}"),
@@ -289,6 +284,8 @@ fn squares_that_vanish_and_segments_past_counting_are_no_trouble() {
     let mut tiny = vec![0.0; 10];
     tiny.extend([1e-158, -1e-158].repeat(5));
     cut(spread, &tiny);
+    let slope: Vec<f64> = (0..1000).map(|t| f64::from(t) * 1e-163).collect();
+    cut(PeltParams::default(), &slope);
     let endless = BinarySegmentationParams {
         min_segment: usize::MAX,
         ..BinarySegmentationParams::default()
