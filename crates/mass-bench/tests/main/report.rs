@@ -388,7 +388,8 @@ fn results_that_no_study_wrote_are_refused() {
     };
     let part =
         |shards: Value, of: usize| json!({ "shards": shards, "of": of, "plan": ["x/seed0"] });
-    let changes: [(&str, &dyn Fn(&mut Value)); 6] = [
+    type Change<'c> = (&'c str, &'c dyn Fn(&mut Value));
+    let changes: [Change<'_>; 6] = [
         ("missing field `method`", &|all| all["runs"][0] = json!({})),
         ("missing field `seed`", &|all| {
             all["runs"][0] = json!({ "method": "mass" })
