@@ -158,9 +158,12 @@ pub fn comparisons(study: &str, runs: &[Run]) -> Vec<Comparison> {
     let sets = sets_of(study, runs);
     let several = sets.len() > 1;
     let of_set = |(set, tasks): (String, Vec<String>)| {
-        let inside = |run: &&Run| run.task.as_ref().is_none_or(|task| tasks.contains(task));
-        let name = if several { set } else { String::new() };
-        of_one_set(&name, &tasks, runs.iter().filter(inside))
+        let inside = |run: &&Run| match &run.task {
+            Some(task) => tasks.contains(task),
+            None => set.is_empty(),
+        };
+        let name = if several { set.as_str() } else { "" };
+        of_one_set(name, &tasks, runs.iter().filter(inside))
     };
     sets.into_iter().flat_map(of_set).collect()
 }

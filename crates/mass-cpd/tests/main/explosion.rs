@@ -244,10 +244,9 @@ proptest! {
             if params.watch == Watch::Level {
                 let way = if size > 0.0 { Shift::Up } else { Shift::Down };
                 prop_assert_eq!(alarm.and_then(|s| s.direction), Some(way));
-                // An explosive fit goes further than the jump, and takes the rest for a fall; and so does a line through a jump,
-                // where it leads on through a gap.
-                let led_on = params.drift == Drift::Remove && matches!(gaps, Gaps::Long(..));
-                if !led_on
+                // An explosive fit goes further than the jump, and takes the rest for a fall; and so does a line or an autoregression
+                // through a jump, where it leads on through a long gap.
+                if !matches!(gaps, Gaps::Long(..))
                     && params.scores == Scores::Normal
                     && params.reference == Reference::SelfStarting
                     && params.after_alarm != AfterAlarm::Relearn
