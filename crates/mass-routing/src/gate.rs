@@ -31,9 +31,13 @@ pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
     }
 }
 
-/// Refuses logits that are none, where the projection of finite tokens overflowed.
-fn finite_logits(logits: &Array2<f32>) -> Result<(), RoutingError> {
-    match logits.indexed_iter().find(|(_, l)| !l.is_finite()) {
+/// Refuses a NaN or an infinity among the logits of the experts in use.
+pub(crate) fn finite_logits(
+    logits: ArrayView2<'_, f32>,
+    mask: Option<&[bool]>,
+) -> Result<(), RoutingError> {
+    let bad = |&((_, e), l): &((usize, usize), &f32)| !l.is_finite() && mask.is_none_or(|m| m[e]);
+    match logits.indexed_iter().find(bad) {
         Some(((token, expert), &value)) => Err(RoutingError::NonFiniteLogit {
             token,
             expert,

@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::summary::{groups, mean_std};
+use super::summary::{grouped_by, groups, mean_std};
 use super::{Decisions, Results, Run, RunKey, paired};
 use crate::study::noise;
 
@@ -93,20 +93,14 @@ fn splits(runs: &[Run]) -> Vec<(String, String)> {
 }
 
 /// "grows with the number of experts as its power of: routing_ms 0.98, step_ms 0.61": least squares of logarithms, of
-/// pools from 64 on where there are three, since small ones cost what does not depend on their size. One line for pools that differ by their size alone.
+/// pools from 64 on where there are three, since small ones cost what does not depend on their size. One line for pools
+/// that differ by their size alone.
 fn exponents(runs: &[Run]) -> Vec<(String, String)> {
-    let mut pools: Vec<(RunKey, Vec<&Run>)> = Vec::new();
-    for run in runs {
-        let key = RunKey {
-            experts_init: None,
-            seed: 0,
-            ..run.key()
-        };
-        match pools.iter_mut().find(|(other, _)| *other == key) {
-            Some((_, own)) => own.push(run),
-            None => pools.push((key, vec![run])),
-        }
-    }
+    let pools = grouped_by(runs, |run| RunKey {
+        experts_init: None,
+        seed: 0,
+        ..run.key()
+    });
     let several = pools.len() > 1;
     let line = |(key, own): (RunKey, Vec<&Run>)| {
         let what = "grows with the number of experts as its power of";

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::summary::mean_std;
-use super::{Run, RunKey, Summary, reported};
+use super::summary::{grouped_by, mean_std};
+use super::{Run, Summary, reported};
 use crate::dg::reported::{DOMAINS, accuracy};
 
 /// The metric of one method and setting, averaged over tasks seed by seed.
@@ -29,19 +29,14 @@ pub struct OverTasks {
 /// A seed counts if it has a metric for every task that any method was run on.
 #[must_use]
 pub fn over_tasks(study: &str, runs: &[Run]) -> Vec<OverTasks> {
-    let mut groups: Vec<(RunKey, String, Vec<&Run>)> = Vec::new();
-    for run in runs {
-        let Some(task) = &run.task else { continue };
-        let set = set_of(study, task);
-        let key = run.key().over_tasks();
-        match groups.iter_mut().find(|g| g.0 == key && g.1 == set) {
-            Some(group) => group.2.push(run),
-            None => groups.push((key, set, vec![run])),
-        }
-    }
+    let named = runs.iter().filter(|run| run.task.is_some());
+    let groups = grouped_by(named, |run| {
+        let task = run.task.as_deref().unwrap_or_default();
+        (run.key().over_tasks(), set_of(study, task))
+    });
     let sets = sets_of(study, runs);
     let mut found = Vec::new();
-    for (key, set, runs) in groups {
+    for ((key, set), runs) in groups {
         let tasks = sets.iter().find(|(name, _)| *name == set);
         let tasks = tasks.map_or_else(Vec::new, |(_, tasks)| tasks.clone());
         let of_seed = |seed| mean_of_seed(&runs, &tasks, seed);

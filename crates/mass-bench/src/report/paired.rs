@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use statrs::distribution::{Binomial, ContinuousCDF, DiscreteCDF, StudentsT};
 
 use super::over_tasks::{mean_of_seed, seeds, sets_of};
+use super::summary::grouped_by;
 use super::{Run, RunKey};
 
 /// The method that others are compared with.
@@ -173,17 +174,12 @@ fn of_one_set<'r>(
     tasks: &[String],
     runs: impl Iterator<Item = &'r Run>,
 ) -> Vec<Comparison> {
-    let mut groups: Vec<Group<'_>> = Vec::new();
-    for run in runs.filter(|r| r.metric.is_some()) {
-        let key = run.key().over_tasks();
-        match groups.iter_mut().find(|g| g.key == key) {
-            Some(group) => group.runs.push(run),
-            None => groups.push(Group {
-                key,
-                runs: vec![run],
-            }),
-        }
-    }
+    let judged = runs.filter(|run| run.metric.is_some());
+    let groups = grouped_by(judged, |run| run.key().over_tasks());
+    let groups: Vec<Group<'_>> = groups
+        .into_iter()
+        .map(|(key, runs)| Group { key, runs })
+        .collect();
     let mut found = Vec::new();
     for group in groups.iter().filter(|g| g.key.method == METHOD) {
         for method in ["dense", "erm", "static", "gmoe", "dynmoe"] {

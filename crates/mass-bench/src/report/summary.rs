@@ -48,7 +48,7 @@ macro_rules! summary {
                 k: first.k,
                 metric_name: first.metric_name.clone(),
                 n: runs.len(),
-judged: Some(judged).filter(|some| (1..runs.len()).contains(some)),
+                judged: Some(judged).filter(|some| (1..runs.len()).contains(some)),
                 $($mean, $std,)*
             }
         }
@@ -97,12 +97,20 @@ pub fn summarise(runs: &[Run]) -> Vec<Summary> {
 
 /// Runs that differ only in seed, in order of first appearance, by their key with the seed 0.
 pub(super) fn groups(runs: &[Run]) -> Vec<(RunKey, Vec<&Run>)> {
-    let mut groups: Vec<(RunKey, Vec<&Run>)> = Vec::new();
+    grouped_by(runs, |run| RunKey {
+        seed: 0,
+        ..run.key()
+    })
+}
+
+/// Runs with the same key together, in order of first appearance.
+pub(super) fn grouped_by<'r, K: PartialEq>(
+    runs: impl IntoIterator<Item = &'r Run>,
+    key: impl Fn(&Run) -> K,
+) -> Vec<(K, Vec<&'r Run>)> {
+    let mut groups: Vec<(K, Vec<&Run>)> = Vec::new();
     for run in runs {
-        let key = RunKey {
-            seed: 0,
-            ..run.key()
-        };
+        let key = key(run);
         match groups.iter_mut().find(|(k, _)| *k == key) {
             Some((_, members)) => members.push(run),
             None => groups.push((key, vec![run])),

@@ -171,7 +171,8 @@ pub struct CalibratedCusumParams {
     pub alarm_at: AlarmAt,
     /// Allowance of the CUSUM in standard deviations, in [0.05, 3]: half the smallest shift worth finding.
     pub k: f64,
-    /// Scores beyond this are counted as this much, at least `k + 0.05` and at most 100; `None` counts them in full. In a stream with outliers it takes
+    /// Scores beyond this are counted as this much, at least `k + 0.05` and at most 100; `None` counts them in full.
+    /// In a stream with outliers it takes
     /// several, not one, to make an alarm. The calibration knows of it: under the model a limit of 4 makes little difference for `k`
     /// up to 1. Where `n` scores at the limit just reach the threshold, `alpha` may lie in a jump of `p_N`: it is then not used up.
     /// A score over 8, which noise of the model does not reach, counts for at least a third of the threshold: the plainest change is

@@ -154,7 +154,8 @@ impl<'a> CosineGate<'a> {
         let (unit_tokens, token_norms) = unit_rows(projected.as_ref().map_or(x, |h| h.view()));
         let (unit_experts, expert_norms) = unit_rows(self.experts.t());
         let logits = unit_tokens.dot(&unit_experts.t()) * self.scale();
-        finite_logits(&logits)?;
+        // Where the projection of finite tokens overflowed.
+        finite_logits(logits.view(), None)?;
         Ok(CosineForward {
             logits,
             unit_tokens,

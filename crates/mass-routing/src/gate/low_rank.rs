@@ -142,7 +142,8 @@ impl<'a> LowRankGate<'a> {
             let max = own.clone().fold(f32::NEG_INFINITY, f32::max);
             max + own.map(|s| (s - max).exp()).sum::<f32>().ln()
         });
-        finite_logits(&logits)?;
+        // Where the projection of finite tokens overflowed.
+        finite_logits(logits.view(), None)?;
         Ok(LowRankForward { logits, q, scores })
     }
 

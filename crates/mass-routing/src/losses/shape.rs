@@ -4,7 +4,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use statrs::function::beta::{beta_reg, ln_beta};
 
 use super::{add_softmax_row, finite_weight, in_use, probabilities};
-use crate::gate::{finite, same};
+use crate::gate::{finite, finite_logits, same};
 use crate::usage::x_log_x;
 use crate::{RoutingError, RoutingPlan};
 
@@ -59,14 +59,7 @@ pub fn router_z(
     same("columns of d_logits (experts)", k, d_logits.ncols())?;
     let used = in_use(mask, k)?;
     // All rows before the first adds its gradient.
-    let bad = |&((_, e), l): &((usize, usize), &f32)| !l.is_finite() && mask.is_none_or(|m| m[e]);
-    if let Some(((token, expert), &value)) = logits.indexed_iter().find(bad) {
-        return Err(RoutingError::NonFiniteLogit {
-            token,
-            expert,
-            value,
-        });
-    }
+    finite_logits(logits, mask)?;
     let mut loss = 0.0;
     for (row, mut d) in logits.outer_iter().zip(d_logits.outer_iter_mut()) {
         let max = used
