@@ -1,4 +1,5 @@
-//! A window over the last values of a stream: fixed capacity, no allocation after it is made.
+//! A window over the last values of a stream: fixed capacity, no allocation after it is made. One that was read back grows until
+//! it is full: its capacity is the file's word alone.
 
 use serde::{Deserialize, Serialize};
 
@@ -54,18 +55,13 @@ impl Ring {
         self.next = 0;
     }
 
-    /// Whether a deserialised window could have been made by pushes into a window of `capacity`. Gives the
-    /// buffer its full room back, so that later pushes do not allocate.
-    pub(crate) fn revive(&mut self, capacity: usize) -> bool {
-        let ok = self.capacity == capacity
+    /// Whether a deserialised window could have been made by pushes into a window of `capacity`.
+    pub(crate) fn is_valid(&self, capacity: usize) -> bool {
+        self.capacity == capacity
             && self.values.len() <= capacity
             && self.next < capacity
             && (self.is_full() || self.next == self.values.len())
-            && self.values.iter().all(|x| x.is_finite());
-        if ok {
-            self.values.reserve_exact(capacity - self.values.len());
-        }
-        ok
+            && self.values.iter().all(|x| x.is_finite())
     }
 }
 

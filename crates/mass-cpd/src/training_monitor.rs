@@ -87,6 +87,17 @@ impl TrainingMonitorParams {
     /// # Errors
     /// [`CpdError::Parameter`] for the first parameter that is out of the range its field states.
     pub fn check(&self) -> Result<TrainingMonitor, CpdError> {
+        self.validate()?;
+        Ok(TrainingMonitor {
+            params: *self,
+            sample: Vec::with_capacity(self.training),
+            learned: None,
+            path: Path::default(),
+            count: 0,
+        })
+    }
+
+    fn validate(&self) -> Result<(), CpdError> {
         require(
             (20..=1 << 24).contains(&self.training),
             "training",
@@ -104,14 +115,7 @@ impl TrainingMonitorParams {
             "horizon",
             0.0,
             "at least 1, or none",
-        )?;
-        Ok(TrainingMonitor {
-            params: *self,
-            sample: Vec::with_capacity(self.training),
-            learned: None,
-            path: Path::default(),
-            count: 0,
-        })
+        )
     }
 }
 
@@ -424,7 +428,7 @@ impl TryFrom<Stored> for TrainingMonitor {
     type Error = CpdError;
 
     fn try_from(stored: Stored) -> Result<Self, CpdError> {
-        let fresh = stored.params.check()?;
+        stored.params.validate()?;
         let state = |reason| CpdError::State { reason };
         let training = stored.params.training;
         let held = stored.sample.len();
@@ -458,11 +462,9 @@ impl TryFrom<Stored> for TrainingMonitor {
         {
             return Err(state("the path of the sum is impossible"));
         }
-        let mut sample = fresh.sample;
-        sample.extend_from_slice(&stored.sample);
         Ok(Self {
             params: stored.params,
-            sample,
+            sample: stored.sample,
             learned: stored.learned,
             path: stored.path,
             count: stored.count,

@@ -83,6 +83,18 @@ impl WindowedZParams {
     /// # Errors
     /// [`CpdError::Parameter`] when `warmup` is 0, `window` is under 2 or over 2^24, or `alpha` is not in (0, 1).
     pub fn check(&self) -> Result<WindowedZ, CpdError> {
+        self.validate()?;
+        Ok(WindowedZ {
+            params: *self,
+            values: Ring::new(self.window),
+            scores: Ring::new(self.window),
+            count: 0,
+            skipped: 0,
+            last_score: None,
+        })
+    }
+
+    fn validate(&self) -> Result<(), CpdError> {
         require(self.warmup >= 1, "warmup", self.warmup as f64, "at least 1")?;
         require(
             (2..=1 << 24).contains(&self.window),
@@ -95,15 +107,7 @@ impl WindowedZParams {
             "alpha",
             self.alpha,
             "in (0, 1)",
-        )?;
-        Ok(WindowedZ {
-            params: *self,
-            values: Ring::new(self.window),
-            scores: Ring::new(self.window),
-            count: 0,
-            skipped: 0,
-            last_score: None,
-        })
+        )
     }
 }
 
@@ -255,11 +259,11 @@ struct Stored {
 impl TryFrom<Stored> for WindowedZ {
     type Error = CpdError;
 
-    fn try_from(mut stored: Stored) -> Result<Self, CpdError> {
-        stored.params.check()?;
+    fn try_from(stored: Stored) -> Result<Self, CpdError> {
+        stored.params.validate()?;
         let window = stored.params.window;
         let state = |reason| CpdError::State { reason };
-        if !stored.values.revive(window) || !stored.scores.revive(window) {
+        if !stored.values.is_valid(window) || !stored.scores.is_valid(window) {
             return Err(state("a window does not fit the parameters"));
         }
         if stored.last_score.is_some_and(|z| !z.is_finite()) {

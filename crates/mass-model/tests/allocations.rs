@@ -1,4 +1,5 @@
-//! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool.
+//! Kernels allocate nothing of the size of their data once they have run: scratch memory comes from a pool. Readers of stored
+//! state allocate nothing by a number in it alone.
 //!
 //! A program of its own, and one test at a time: the pool is the process's, and another test's kernels would take the buffers
 //! that the run before has left in it.
@@ -6,16 +7,23 @@
 use std::sync::{Mutex, PoisonError};
 
 use dfdx::prelude::{Backward, Cpu, NoneTape, OwnedTape, SumTo, TensorFromVec, Trace};
+use mass_cpd::{
+    Bank, BankParams, TrainingMonitor, TrainingMonitorParams, WindowedZ, WindowedZParams,
+};
+use mass_model::checkpoint::{self, Files, Snapshot};
 use mass_model::kernels::attention::{self, AttentionShape};
 use mass_model::kernels::gemm::Store;
 use mass_model::kernels::moe_ffn::{
     self, ExpertGradients, ExpertWeights, FfnShape, Grouped, Hidden,
 };
 use mass_model::kernels::{adamw, cross_entropy, dropout, layer_norm, linear};
+use mass_model::lm::LanguageModel;
 use mass_model::nn::{FeedForward, MoeConfig, MoeLayer};
 use mass_model::ops::{self, Attention, Rows, Sequences};
-use mass_model::{Activation, DropoutKeys, Param, Parameters};
+use mass_model::optim::{AdamW, AdamWConfig};
+use mass_model::{Activation, DropoutKeys, Param, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
+use serde_json::{Value, json};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -328,4 +336,90 @@ fn run_operations() {
             "{name} allocates {units:.3} times the size of its input"
         );
     }
+}
+
+#[test]
+fn what_is_read_takes_no_more_memory_than_its_size_allows() {
+    alone(read_false_numbers);
+}
+
+/// Files of some kilobytes, whose numbers ask for gigabytes.
+fn read_false_numbers() {
+    const MOST: u64 = 64 << 20;
+    let most_in_use = |run: &mut dyn FnMut()| allocation_counter::measure(run).bytes_max;
+
+    let moe = json!({ "dim": 2, "hidden": 2, "experts": 2, "activation": "relu", "router": { "router": "top_k", "k": 1 } });
+    let config = json!({ "vocab": 3, "max_seq": 2, "layers": 2, "embedding_std": 0.5,
+        "block": { "heads": 1, "layer_norm_eps": 1e-5, "moe": moe } });
+    let model = LanguageModel::new(
+        &serde_json::from_value(config.clone()).unwrap(),
+        &mut seeded_rng(0),
+    );
+    let optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    let files = checkpoint::encode(&Snapshot::new(0, &model.unwrap(), &optimizer, &())).unwrap();
+    for (field, number) in [
+        ("/model/block/moe/experts", 140_000),
+        ("/model/block/moe/experts", 4000),
+        ("/model/layers", 40_000),
+        ("/model/layers", 1000),
+    ] {
+        let mut files = files.clone();
+        let mut state: Value = serde_json::from_slice(&files["state.json"]).unwrap();
+        *state.pointer_mut(field).unwrap() = json!(number);
+        files.insert("state.json".into(), state.to_string().into_bytes());
+        seal(&mut files);
+        let most = most_in_use(&mut || {
+            let _ = checkpoint::decode::<LanguageModel, Value>(&files);
+        });
+        assert!(most < MOST, "{field} {number} takes {most} bytes");
+    }
+
+    let capacity = BankParams {
+        capacity: 1,
+        ..Default::default()
+    };
+    let stored = [
+        (
+            serde_json::to_value(WindowedZParams::paper(5, 10, 0.1).check().unwrap()),
+            vec!["/params/window", "/values/capacity", "/scores/capacity"],
+        ),
+        (
+            serde_json::to_value(TrainingMonitorParams::default().check().unwrap()),
+            vec!["/params/training"],
+        ),
+        (
+            serde_json::to_value(capacity.check().unwrap()),
+            vec!["/params/capacity"],
+        ),
+    ];
+    let readers: [fn(Value) -> bool; 3] = [
+        |v| serde_json::from_value::<WindowedZ>(v).is_ok(),
+        |v| serde_json::from_value::<TrainingMonitor>(v).is_ok(),
+        |v| serde_json::from_value::<Bank>(v).is_ok(),
+    ];
+    for ((stored, fields), read) in stored.into_iter().zip(readers) {
+        let mut stored = stored.unwrap();
+        for field in &fields {
+            *stored.pointer_mut(field).expect(field) = json!(1 << 24);
+        }
+        let (mut taken, kept) = (false, stored.clone());
+        let most = most_in_use(&mut || taken = read(kept.clone()));
+        assert!(
+            taken && most < MOST,
+            "{fields:?} takes {most} bytes: {taken}"
+        );
+    }
+}
+
+/// Checksums that agree with the files.
+fn seal(files: &mut Files) {
+    files.remove("checksums");
+    let line = |name: &str, bytes: &[u8]| {
+        format!("{:08x} {} {name}\n", crc32fast::hash(bytes), bytes.len())
+    };
+    // In the order in which they are written.
+    let names = ["model.safetensors", "optimizer.safetensors", "state.json"];
+    let mut text: String = names.iter().map(|name| line(name, &files[*name])).collect();
+    text += &line("checksums", text.as_bytes());
+    files.insert("checksums".into(), text.into_bytes());
 }

@@ -58,6 +58,11 @@ impl BankParams {
     /// As [`CalibratedCusumParams::check`]; [`CpdError::Parameter`] when `capacity` is over 2^24, or the windows of so many streams
     /// would hold more than 2^30 values.
     pub fn check(&self) -> Result<Bank, CpdError> {
+        self.validate()?;
+        Ok(self.make(self.capacity))
+    }
+
+    fn validate(&self) -> Result<(), CpdError> {
         self.detector.validate()?;
         crate::error::require(
             self.capacity <= 1 << 24,
@@ -72,7 +77,11 @@ impl BankParams {
             "capacity",
             self.capacity as f64,
             "at most 2^30 over the length of a stream's window and gap",
-        )?;
+        )
+    }
+
+    /// A bank with room for so many streams, whatever the capacity.
+    fn make(&self, room: usize) -> Bank {
         let mut bank = Bank {
             params: *self,
             ids: Vec::new(),
@@ -90,8 +99,8 @@ impl BankParams {
             calibration: Calibration::of(&self.detector),
             threshold: f64::INFINITY,
         };
-        bank.reserve(self.capacity);
-        Ok(bank)
+        bank.reserve(room);
+        bank
     }
 }
 

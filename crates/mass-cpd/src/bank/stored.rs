@@ -45,8 +45,10 @@ impl TryFrom<Stored> for Bank {
     type Error = CpdError;
 
     fn try_from(mut stored: Stored) -> Result<Self, CpdError> {
-        let mut bank = stored.params.check()?;
+        stored.params.validate()?;
         let n = stored.ids.len();
+        // Room is made when the rest bears it out: the capacity is the file's word alone.
+        let mut bank = stored.params.make(0);
         let state = |ok: bool, reason| {
             if ok {
                 Ok(())

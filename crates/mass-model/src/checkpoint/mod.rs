@@ -459,8 +459,9 @@ fn read_model<M: Checkpointed>(
     config: &M::Config,
     pools: Vec<Pool>,
 ) -> Result<M, ModelError> {
-    /// Values that are allocated on the configuration's word alone.
-    const UNQUESTIONED: u64 = 1 << 22;
+    /// Values that are allocated on the configuration's word alone. Of the smallest experts each takes a hundred times its four
+    /// bytes.
+    const UNQUESTIONED: u64 = 1 << 17;
     /// A pool may have shrunk to this fraction of what it started with.
     const SHRUNK: u64 = 64;
     let bytes = source.verified(seals, MODEL)?;
