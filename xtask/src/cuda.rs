@@ -7,7 +7,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use crate::run::{Outcome, cargo, exit_code, must, read, root, target, write};
+use crate::run::{Outcome, cargo, exit_code, must, read, root, target, wheels, write};
 
 /// The compiler of the kernels, and of that compiler's output. Any other version gives other bytes.
 const WHEELS: [&str; 2] = [
@@ -50,41 +50,9 @@ fn sources(folder: &Path) -> Outcome<Vec<PathBuf>> {
     }
 }
 
-/// A folder of NVIDIA's packages under the target directory, the pinned compiler among them. They come by pip: that
-/// of a virtual environment, or where Python has no such module, its own.
+/// A folder of NVIDIA's packages under the target directory, the pinned compiler among them.
 fn tools() -> Outcome<PathBuf> {
-    let folder = target().join("cuda-tools");
-    let (stamp, packages) = (folder.join("wheels"), folder.join("packages"));
-    let wanted = WHEELS.join("\n");
-    if fs::read_to_string(&stamp).is_ok_and(|there| there == wanted) {
-        return Ok(packages.join("nvidia"));
-    }
-    let environment = folder.join("venv");
-    let made = Command::new("python3")
-        .args(["-m", "venv"])
-        .arg(&environment)
-        .status();
-    let mut pip = match made {
-        Ok(status) if status.success() => Command::new(environment.join("bin/python")),
-        Ok(_) => Command::new("python3"),
-        Err(e) => {
-            return Err(format!(
-                "cannot run python3, which installs the compiler: {e}"
-            ));
-        }
-    };
-    pip.args([
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--upgrade",
-        "--target",
-    ]);
-    must(pip.arg(&packages).args(WHEELS))?;
-    write(&stamp, &wanted)?;
-    Ok(packages.join("nvidia"))
+    Ok(wheels("cuda-tools", &WHEELS)?.join("nvidia"))
 }
 
 /// Compiles the kernels of a folder.

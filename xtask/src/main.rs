@@ -1,4 +1,4 @@
-//! Project commands: `cargo xtask <command>`. Needs nothing but Rust; those for CUDA need Python and g++.
+//! Project commands: `cargo xtask <command>`. Needs nothing but Rust; `deny` needs Python, those for CUDA g++ as well.
 //!
 //! Each command is one file. What concerns experiments is forwarded to the `mass-bench` binary, which
 //! is built first.
@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod cuda;
 mod cuda_bundle;
+mod deny;
 mod docs;
 mod forward;
 mod run;
@@ -27,6 +28,7 @@ Usage: cargo xtask <command> [arguments]
   cuda-kernels        compile mass-cuda's kernels to the PTX that is committed; --check compares
   cuda-emu            run the tests that need a GPU on an emulated one
   cuda-bundle         make an archive that checks and measures a GPU elsewhere
+  deny                check licences, sources and advisories of what the project depends on
   docs                make a site of the reference and the documents, and check its links
   ci                  run what CI runs
 
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Some("cuda-kernels") => cuda::kernels(&arguments[1..]),
         Some("cuda-emu") => cuda::emulate(&arguments[1..]),
         Some("cuda-bundle") => cuda_bundle::run(&arguments[1..]),
+        Some("deny") => deny::run(&arguments[1..]),
         Some("docs") => docs::run(&arguments[1..]),
         Some("ci") => ci::run(&arguments[1..]),
         Some("help" | "--help" | "-h") => {
@@ -52,7 +55,7 @@ fn main() -> ExitCode {
                 format!("unknown command `{o}`")
             });
             eprintln!(
-                "error: {what}; there are: reproduce, report, train, score, bench, data, cuda-kernels, cuda-emu, cuda-bundle, docs, ci"
+                "error: {what}; there are: reproduce, report, train, score, bench, data, cuda-kernels, cuda-emu, cuda-bundle, deny, docs, ci"
             );
             ExitCode::from(2)
         }

@@ -73,3 +73,41 @@ pub(crate) fn must(command: &mut Command) -> Outcome<()> {
         Err(e) => Err(format!("cannot run {program}: {e}")),
     }
 }
+
+/// A folder under the target directory with these pinned packages of PyPI in it. They come by pip: that of a virtual
+/// environment, or where Python has no such module, its own.
+pub(crate) fn wheels(name: &str, wanted: &[&str]) -> Outcome<PathBuf> {
+    let folder = target().join(name);
+    let (stamp, packages) = (folder.join("wheels"), folder.join("packages"));
+    let list = wanted.join("\n");
+    if fs::read_to_string(&stamp).is_ok_and(|there| there == list) {
+        return Ok(packages);
+    }
+    let environment = folder.join("venv");
+    let made = Command::new("python3")
+        .args(["-m", "venv"])
+        .arg(&environment)
+        .status();
+    let mut pip = match made {
+        Ok(status) if status.success() => Command::new(environment.join("bin/python")),
+        Ok(_) => Command::new("python3"),
+        Err(e) => {
+            return Err(format!(
+                "cannot run python3, which installs {}: {e}",
+                wanted.join(" and ")
+            ));
+        }
+    };
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--upgrade",
+        "--target",
+    ]);
+    must(pip.arg(&packages).args(wanted))?;
+    write(&stamp, &list)?;
+    Ok(packages)
+}
