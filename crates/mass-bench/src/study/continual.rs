@@ -26,18 +26,19 @@ use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 
 /// What `--task` may name: a concept that appears among four others, one that takes their place, five one after another; and
-/// sentences of four tasks of GLUE, read as bytes, one task after another.
-pub const TASKS: &[&str] = &["appear", "switch", "stream", "texts"];
+/// sentences of four tasks of GLUE, read as bytes, one task after another, or all from the beginning, which does not change.
+pub const TASKS: &[&str] = &["appear", "switch", "stream", "texts", "texts-mixed"];
 
 /// A part of a run: where it ends, in percent, and the kinds of data that it has.
 type Part = (u64, &'static [usize]);
 
 /// The parts of each task's runs.
-const PARTS: [&[Part]; 4] = [
+const PARTS: [&[Part]; 5] = [
     &[(50, &[0, 1, 2, 3]), (100, &[0, 1, 2, 3, 4])],
     &[(50, &[0, 1, 2, 3]), (100, &[4])],
     &[(20, &[0]), (40, &[1]), (60, &[2]), (80, &[3]), (100, &[4])],
     &[(25, &[0]), (50, &[1]), (75, &[2]), (100, &[3])],
+    &[(100, &[0, 1, 2, 3])],
 ];
 
 /// The kinds of text: examples of grammar books, pairs from the news, premises of inference, captions and headlines.
@@ -192,7 +193,7 @@ impl Family for Continual {
     }
 
     fn there(&self, set: &str) -> Result<(), BenchError> {
-        if set != "texts" {
+        if !set.starts_with("texts") {
             return Ok(());
         }
         let data = self.data_dir()?;
@@ -203,9 +204,9 @@ impl Family for Continual {
     fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {
         let task = TASKS.iter().position(|t| *t == set).unwrap_or(0);
         let parts = PARTS[task];
-        match set {
-            "texts" => self.texts(parts),
-            _ => self.concepts(parts),
+        match set.starts_with("texts") {
+            true => self.texts(parts),
+            false => self.concepts(parts),
         }
     }
 
@@ -238,7 +239,7 @@ impl Family for Continual {
                 judge(place, model, run, data.kinds.iter().cloned(), |_, _| Ok(())).map(drop)
             }),
             validation: None,
-            stream: Some(Stream {
+            stream: (data.parts.len() > 1).then(|| Stream {
                 ends,
                 kinds: &data.kinds,
                 tell: Box::new(|place, model, ends, run| {
@@ -300,7 +301,7 @@ impl Continual {
     /// Sentences as bytes: to train on those of training sets, held out those of development sets.
     fn texts(&self, parts: &'static [Part]) -> Result<Data, BenchError> {
         let mut digest = Fnv::default();
-        let (mut documents, mut kinds, mut probes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut trained, mut kinds, mut probes) = (Vec::new(), Vec::new(), Vec::new());
         for task in TEXTS {
             let data = Dataset::read(self.data_dir()?, task)?;
             let train = bytes(&data.train);
@@ -328,15 +329,21 @@ impl Continual {
                 digest.eat(&(text.len() as u64).to_le_bytes());
                 digest.eat(text);
             }
-            let length = train.len();
-            documents.push((train.into_iter().map(u32::from).collect(), length));
+            trained.push(train);
         }
+        let document = |(_, kinds): &Part| {
+            let bytes = kinds.iter().flat_map(|&kind| &trained[kind]);
+            let document: Vec<u32> = bytes.map(|&byte| byte.into()).collect();
+            let length = document.len();
+            (document, length)
+        };
+        let first: Vec<TokenBatch> = parts[0].1.iter().map(|&k| probes[k].clone()).collect();
         Ok(Data {
             parts,
             vocab: crate::text::VOCAB,
-            documents,
+            documents: parts.iter().map(document).collect(),
             kinds,
-            probe: probes.swap_remove(0),
+            probe: TokenBatch::joined(SEQ, &first),
             digest: Some(digest.0),
         })
     }
@@ -474,7 +481,7 @@ mod tests {
         let args = ReproduceArgs::parsed(&["continual", "--preset", "full"]);
         let plan = plan(&args).unwrap();
         let runs = plan.runs(&args).unwrap();
-        assert_eq!(runs.len(), 4 * 5 * 12);
+        assert_eq!(runs.len(), TASKS.len() * 5 * 12);
         for method in plan.methods(&args).unwrap() {
             if let Some(rules) = method.growth(1, 4000, 0, |_| ()).unwrap() {
                 rules.controller.check_reachable().unwrap();
