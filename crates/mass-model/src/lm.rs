@@ -10,7 +10,7 @@ use crate::mixtures::{attempt, check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{Host, Pass, Rows, Sequences, Training};
 use crate::parallel::Meanwhile;
-use crate::param::Param;
+use crate::param::{Param, draw};
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::place::{Place, PlacedGradients};
 use crate::{mixtures, parameters};
@@ -60,7 +60,7 @@ impl LanguageModel {
     /// A model with freshly drawn weights: embeddings from N(0, embedding_std²) and the rest as PyTorch's defaults.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for sizes that no model can have.
+    /// [`ModelError::Config`] for sizes that no model can have; the generator is as it was then.
     pub fn new(config: &LanguageModelConfig, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
         let &LanguageModelConfig {
             vocab,
@@ -75,15 +75,17 @@ impl LanguageModel {
             return Err(ModelError::Config(sizes));
         }
         let (dim, std) = (config.block.moe.dim, config.embedding_std);
-        Ok(Self {
-            tokens: Param::normal(&[vocab, dim], std, true, rng)?,
-            positions: Param::normal(&[max_seq, dim], std, true, rng)?,
-            blocks: (0..layers)
-                .map(|_| Block::new(&config.block, rng))
-                .collect::<Result<_, _>>()?,
-            norm: LayerNorm::new(dim, config.block.layer_norm_eps)?,
-            head: Linear::new(dim, vocab, false, rng)?,
-            config: config.clone(),
+        draw(rng, |rng| {
+            Ok(Self {
+                tokens: Param::normal(&[vocab, dim], std, true, rng)?,
+                positions: Param::normal(&[max_seq, dim], std, true, rng)?,
+                blocks: (0..layers)
+                    .map(|_| Block::new(&config.block, rng))
+                    .collect::<Result<_, _>>()?,
+                norm: LayerNorm::new(dim, config.block.layer_norm_eps)?,
+                head: Linear::new(dim, vocab, false, rng)?,
+                config: config.clone(),
+            })
         })
     }
 
@@ -251,7 +253,7 @@ impl LanguageModel {
     /// Negative log-likelihood of each target, nats, without a tape.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward), and [`ModelError::NonFinite`] for a token whose loss is NaN or infinite.
     pub fn score(
         &self,
         tokens: &[u32],

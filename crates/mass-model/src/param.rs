@@ -1,5 +1,6 @@
 //! Parameters with run-time sizes, and the visitor that optimiser, checkpoints and gradient monitors walk them by.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -30,6 +31,27 @@ fn count(shape: &[usize]) -> Result<usize, ModelError> {
             "a parameter cannot have shape {shape:?}: it is larger than memory can be"
         ))),
     }
+}
+
+/// Room for `n` values, if there is enough.
+pub(crate) fn room<T>(n: usize, what: impl FnOnce() -> String) -> Result<Vec<T>, ModelError> {
+    let mut values = Vec::new();
+    match values.try_reserve_exact(n) {
+        Ok(()) => Ok(values),
+        Err(_) => Err(ModelError::Config(format!(
+            "{} is larger than memory has room for",
+            what()
+        ))),
+    }
+}
+
+/// Draws weights; if they are refused, the generator is as it was.
+pub(crate) fn draw<T>(
+    rng: &mut ChaCha8Rng,
+    make: impl FnOnce(&mut ChaCha8Rng) -> Result<T, ModelError>,
+) -> Result<T, ModelError> {
+    let before = rng.clone();
+    make(rng).inspect_err(|_| *rng = before)
 }
 
 /// A trainable vector or matrix (row-major).
@@ -77,12 +99,24 @@ impl Param {
         })
     }
 
+    /// Of one value after another; a size that memory has no room for is refused before there is one.
+    pub(crate) fn filled(
+        shape: &[usize],
+        decays: bool,
+        mut value: impl FnMut() -> f32,
+    ) -> Result<Self, ModelError> {
+        let n = count(shape)?;
+        let mut values = room(n, || format!("a parameter of shape {shape:?}"))?;
+        values.extend((0..n).map(|_| value()));
+        Self::new(values, shape, decays)
+    }
+
     /// All zero.
     ///
     /// # Errors
     /// [`ModelError::Config`] as [`new`](Self::new).
     pub fn zeros(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
-        Self::new(vec![0.0; count(shape)?], shape, decays)
+        Self::filled(shape, decays, || 0.0)
     }
 
     /// All one.
@@ -90,7 +124,7 @@ impl Param {
     /// # Errors
     /// [`ModelError::Config`] as [`new`](Self::new).
     pub fn ones(shape: &[usize], decays: bool) -> Result<Self, ModelError> {
-        Self::new(vec![1.0; count(shape)?], shape, decays)
+        Self::filled(shape, decays, || 1.0)
     }
 
     /// Drawn from U(-bound, bound).
@@ -108,11 +142,7 @@ impl Param {
                 "values cannot be drawn from U(-b, b) with b {bound}: it must be finite and at least 0"
             ))
         })?;
-        Self::new(
-            (0..count(shape)?).map(|_| d.sample(rng)).collect(),
-            shape,
-            decays,
-        )
+        Self::filled(shape, decays, || d.sample(rng))
     }
 
     /// Drawn from N(0, std²).
@@ -130,11 +160,7 @@ impl Param {
                 "values cannot be drawn from N(0, s²) with s {std}: it must be finite"
             ))
         })?;
-        Self::new(
-            (0..count(shape)?).map(|_| d.sample(rng)).collect(),
-            shape,
-            decays,
-        )
+        Self::filled(shape, decays, || d.sample(rng))
     }
 
     /// The values, row-major.
@@ -453,6 +479,32 @@ pub trait Parameters {
         let mut n = 0;
         self.visit("", &mut |_, p| n += p.len());
         n
+    }
+}
+
+/// Refuses a model two parameters of which have one name, where something is kept by name.
+pub(crate) fn check_names(model: &(impl Parameters + ?Sized)) -> Result<(), ModelError> {
+    let (mut names, mut twice) = (HashSet::new(), None);
+    model.visit("", &mut |name, _| {
+        if twice.is_none() {
+            twice = names.replace(name);
+        }
+    });
+    match twice {
+        Some(name) => Err(ModelError::Config(format!(
+            "two parameters have the name {name:?}, and what belongs to one is kept by its name"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a NaN or an infinity among the values that belong to a parameter.
+pub(crate) fn check_finite(what: &str, name: &str, values: &[f32]) -> Result<(), ModelError> {
+    match values.iter().find(|x| !x.is_finite()) {
+        Some(x) => Err(ModelError::NonFinite(format!(
+            "{x} among the {what} of {name}"
+        ))),
+        None => Ok(()),
     }
 }
 

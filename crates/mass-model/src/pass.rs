@@ -79,6 +79,14 @@ pub struct Masked {
     pub expert: ExpertId,
 }
 
+/// Refuses logits that no answer can be read from.
+pub(crate) fn check_logits(logits: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+    match logits.iter().position(|x| !x.is_finite()) {
+        Some(i) => Err(ModelError::NonFinite(format!("logit {i}"))),
+        None => Ok(logits),
+    }
+}
+
 /// A training pass: loss, gradients and what each mixture layer did.
 pub struct TrainPass<G = CpuGradients> {
     /// Mean loss, nats.

@@ -58,7 +58,8 @@ __device__ float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + exp_of(2.0f * x
 
 // The activation of x and its derivative there.
 __device__ float2 activation(int which, float x) {
-    if (which == ACT_RELU) return x > 0.0f ? make_float2(x, 1.0f) : make_float2(0.0f, 0.0f);
+    // So that NaN stays NaN.
+    if (which == ACT_RELU) return x <= 0.0f ? make_float2(0.0f, 0.0f) : make_float2(x, 1.0f);
     if (which == ACT_GELU_ERF) {
         float cdf = 0.5f * (1.0f + erf_of(x * 0.70710678f));
         float exponent = -0.5f * x * x;

@@ -45,7 +45,7 @@ extern "C" __global__ void gate_gradient(const float *dh, const float *h, const 
         const float d = dh[at + i], value = h[at + i];
         if (i < whole_h) whole += d * value;
         else rest = d * value;
-        if (relu != 0) by_pre[at + i] = value > 0.0f ? d * w : 0.0f;
+        if (relu != 0) by_pre[at + i] = value <= 0.0f ? 0.0f : d * w;
         else by_pre[at + i] *= d * w;
         if (by_factor != 0) by_factor[at + i] *= d * w;
     }

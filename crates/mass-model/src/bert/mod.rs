@@ -58,8 +58,8 @@ use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::nn::{LayerNorm, Linear};
 use crate::ops::{Activations, Host, Pass, Training};
 use crate::optim::Gradients;
-use crate::param::Param;
-use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::param::{Param, draw};
+use crate::pass::{LayerTrace, Masked, TrainPass, check_logits};
 use crate::place::{Place, PlacedGradients};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use layer::BertLayer;
@@ -89,7 +89,9 @@ impl BertClassifier {
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
         let std = config.initializer_range;
-        let mut model = Self::build(config, labels, &mut Drawn { std, rng })?;
+        let mut model = draw(rng, |rng| {
+            Self::build(config, labels, &mut Drawn { std, rng })
+        })?;
         let padding = model.padding();
         model.words.values_mut()[padding].fill(0.0);
         Ok(model)
@@ -337,7 +339,7 @@ impl BertClassifier {
     /// # Errors
     /// [`ModelError::Config`] or [`ModelError::Shape`] for a batch whose parts do not fit each other or a sequence that is
     /// too long, [`ModelError::Index`] for a token or segment past its table, [`ModelError::NoSuchExpert`] or
-    /// [`ModelError::Config`] for a masked expert that is not there.
+    /// [`ModelError::Config`] for a masked expert that is not there, [`ModelError::NonFinite`] for a logit that is NaN or infinite.
     pub fn logits(
         &self,
         batch: &TextBatch,
@@ -345,7 +347,7 @@ impl BertClassifier {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut course = Course::masking(masked);
         let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
-        Ok((logits.to_vec(), course.traces))
+        Ok((check_logits(logits.to_vec())?, course.traces))
     }
 
     /// The loss of each sequence, without dropout.
@@ -435,7 +437,7 @@ impl BertClassifier {
                 let mut course = Course::masking(masked);
                 let logits = self.forward(pass, batch, &mut course)?;
                 let values = pass.mirror(&logits);
-                Ok((values.try_values()?.to_vec(), course.traces))
+                Ok((check_logits(values.try_values()?.to_vec())?, course.traces))
             }
         }
     }

@@ -63,7 +63,7 @@ use serde_json::Value;
 use crate::error::ModelError;
 use crate::mixtures::Mixtures;
 use crate::optim::{AdamW, Ema, ParameterState};
-use crate::param::{bring_to_host, join};
+use crate::param::{Param, bring_to_host, check_finite, check_names, join};
 use directory::{Sink, Source};
 use manifest::{Manifest, Pool};
 use pool::Reading;
@@ -130,7 +130,7 @@ pub struct Snapshot<'a, M, S: ?Sized> {
     /// Averaged weights, if the run keeps them.
     pub ema: Option<&'a Ema>,
     /// What the caller needs beside: controller, data position, random state. Serialised as JSON, which has no NaN and no
-    /// infinity: a state with either is refused.
+    /// infinity: a state with either is refused. Nor has it an option in an option: `Some(None)` comes back as `None`.
     pub state: &'a S,
 }
 
@@ -176,9 +176,12 @@ fn broken(path: &Path, why: CheckpointError) -> ModelError {
 ///
 /// # Errors
 /// [`ModelError::Io`] naming the file that could not be written, [`ModelError::Config`] if averaged weights are
-/// [in the model](Ema::swap) or the model [is not what its configuration says](Checkpointed::check_config),
-/// [`ModelError::NonFinite`] for a NaN or an infinity in the state or an expert's offset, [`ModelError::Checkpoint`] for a
-/// state that JSON cannot hold. The previous checkpoint is intact then.
+/// [in the model](Ema::swap), two parameters have one name, or the model
+/// [is not what its configuration says](Checkpointed::check_config): it has other parameters than a model that is made of
+/// it, of other shapes, or some that decay where its do not. [`ModelError::NonFinite`] for a NaN or an infinity in the state, a
+/// weight, a moment, an average or an expert's offset, [`ModelError::Shape`] for moments or averages of another size than their
+/// parameter, [`ModelError::Checkpoint`] for whatever else [`load`] would refuse, such as a state that JSON cannot hold or that is
+/// nested too deeply. The previous checkpoint is intact then.
 pub fn save<M: Checkpointed, S: Serialize + ?Sized>(
     dir: &Path,
     snapshot: &Snapshot<'_, M, S>,
@@ -218,15 +221,13 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
             "averaged weights are in the model; swap them out before saving".into(),
         ));
     }
+    check_names(model)?;
     model.check_config()?;
     for layer in 0..model.mixtures() {
         let moe = model.mixture(layer);
         for (expert, id) in moe.experts().iter().zip(moe.ids()) {
-            if !expert.logit_offset.is_finite() {
-                let name = join(&model.mixture_name(layer), &format!("experts.{}", id.0));
-                let what = format!("the logit offset {} of {name}", expert.logit_offset);
-                return Err(ModelError::NonFinite(what));
-            }
+            let name = join(&model.mixture_name(layer), &format!("experts.{}", id.0));
+            expert.check_offset(&name)?;
         }
     }
     let unserialisable =
@@ -238,25 +239,61 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
             "a number of the state, {value}"
         )));
     }
+    let pool = |layer| {
+        let moe = model.mixture(layer);
+        Pool {
+            experts: moe.ids().to_vec(),
+            next_id: moe.next_id().0,
+            logit_offsets: moe.experts().iter().map(|e| e.logit_offset).collect(),
+            router: moe.router().clone(),
+        }
+    };
+    let steps = optimizer.state().iter();
+    let manifest = Manifest {
+        format: FORMAT,
+        kind: M::KIND.to_owned(),
+        step,
+        model: model.checkpoint_config(),
+        pools: (0..model.mixtures()).map(pool).collect(),
+        optimizer: optimizer.config().clone(),
+        parameter_steps: steps.map(|(name, s)| (name.clone(), s.step)).collect(),
+        ema: ema.map(|e| *e.config()),
+        state,
+    };
+    let json = serde_json::to_vec(&manifest).map_err(|e| unserialisable(&e))?;
+    check_readable(model, &json)?;
     let mut seals = Seals::default();
     let mut seal_and_sink = |name: &str, bytes: Vec<u8>| {
         seals.add(name, &bytes);
         sink(name, bytes)
     };
     bring_to_host(model)?;
-    for state in optimizer.state().values() {
-        state.m.try_values()?;
-        state.v.try_values()?;
-    }
-    for average in ema.iter().flat_map(|ema| ema.shadow().values()) {
-        average.try_values()?;
-    }
-    let (mut tensors, mut shapes) = (Vec::new(), BTreeMap::new());
+    let (mut tensors, mut shapes, mut outcome) = (Vec::new(), BTreeMap::new(), Ok(()));
     model.visit("", &mut |name, p| {
-        shapes.insert(name.clone(), p.shape().to_vec());
         let (shape, values) = (p.shape().to_vec(), p.values());
+        if outcome.is_ok() {
+            outcome = check_finite("values", &name, values);
+        }
+        shapes.insert(name.clone(), shape.clone());
         tensors.push((name, F32View { shape, values }));
     });
+    outcome?;
+    // What belongs to a parameter that has left the model is kept, whatever its length.
+    let fits = |what: &str, name: &String, len: usize| match shapes.get(name) {
+        Some(shape) if shape.iter().product::<usize>() != len => {
+            let what = format!("{what} of {name}");
+            Err(ModelError::shape(what, shape, &[len]))
+        }
+        _ => Ok(()),
+    };
+    for (name, state) in optimizer.state() {
+        state.check(name)?;
+        fits("moments", name, state.m.len())?;
+    }
+    for (name, average) in ema.iter().flat_map(|ema| ema.shadow()) {
+        check_finite("averages", name, average.try_values()?)?;
+        fits("averages", name, average.len())?;
+    }
     seal_and_sink(MODEL, tensors::encode(MODEL, tensors)?)?;
 
     let flat = |values| F32View {
@@ -292,30 +329,36 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         seal_and_sink(AVERAGES, tensors::encode(AVERAGES, averages.collect())?)?;
     }
 
-    let pool = |layer| {
-        let moe = model.mixture(layer);
-        Pool {
-            experts: moe.ids().to_vec(),
-            next_id: moe.next_id().0,
-            logit_offsets: moe.experts().iter().map(|e| e.logit_offset).collect(),
-            router: moe.router().clone(),
-        }
-    };
-    let steps = optimizer.state().iter();
-    let manifest = Manifest {
-        format: FORMAT,
-        kind: M::KIND.to_owned(),
-        step,
-        model: model.checkpoint_config(),
-        pools: (0..model.mixtures()).map(pool).collect(),
-        optimizer: optimizer.config().clone(),
-        parameter_steps: steps.map(|(name, s)| (name.clone(), s.step)).collect(),
-        ema: ema.map(|e| *e.config()),
-        state,
-    };
-    let json = serde_json::to_vec(&manifest).map_err(|e| unserialisable(&e))?;
     seal_and_sink(STATE, json)?;
     sink(SEALS, seals.render().into_bytes())
+}
+
+/// Refuses a model that [`load`] would not make again of what was written of it.
+fn check_readable<M: Checkpointed>(model: &M, json: &[u8]) -> Result<(), ModelError> {
+    let path = Path::new(STATE);
+    let manifest: Manifest<M::Config, Value> = manifest::parse(path, json, M::KIND)?;
+    let mut other: M = blank(path, &manifest.model, model.num_values() as u64)?;
+    Reading::as_saved(path, &other, manifest.pools)?.give_pools(path, &mut other)?;
+    let of = |p: &Param| (p.shape().to_vec(), p.decays());
+    let mut expected = BTreeMap::new();
+    other.visit("", &mut |name, p| drop(expected.insert(name, of(p))));
+    let mut found = BTreeMap::new();
+    model.visit("", &mut |name, p| drop(found.insert(name, of(p))));
+    let names = expected.keys().chain(found.keys());
+    let mut differing = names.filter(|&name| expected.get(name) != found.get(name));
+    let Some(name) = differing.next() else {
+        return Ok(());
+    };
+    let describe = |of: Option<&(Vec<usize>, bool)>| match of {
+        Some((shape, true)) => format!("a parameter of shape {shape:?} that decays"),
+        Some((shape, false)) => format!("a parameter of shape {shape:?} that does not decay"),
+        None => "none".into(),
+    };
+    Err(ModelError::Config(format!(
+        "{name} is {}, but {} in a model of this configuration, and a checkpoint keeps no more than that",
+        describe(found.get(name)),
+        describe(expected.get(name))
+    )))
 }
 
 /// A number in it that is NaN or infinite, if there is one.
@@ -391,7 +434,7 @@ pub fn load_into<M: Checkpointed>(
     for (layer, pool) in manifest.pools.iter().enumerate().take(model.mixtures()) {
         let config = model.mixture(layer).config();
         for loss in &config.losses {
-            if let Some(needed) = loss.lacks(&pool.router, &config.gate) {
+            if let Some(needed) = loss.lacks(&pool.router, config.gate.is_low_rank()) {
                 let what = format!("mixture layer {layer} has a router, but {loss:?} {needed}");
                 return Err(broken(&state, CheckpointError::Settings(what)));
             }
@@ -453,23 +496,14 @@ fn read_manifest<M: Checkpointed, S: DeserializeOwned>(
     manifest::parse(&source.path(STATE), &json, M::KIND)
 }
 
-fn read_model<M: Checkpointed>(
-    source: &Source<'_>,
-    seals: &Seals,
-    config: &M::Config,
-    pools: Vec<Pool>,
-) -> Result<M, ModelError> {
+/// A model of a configuration that is read from `state`, with so many values saved.
+fn blank<M: Checkpointed>(state: &Path, config: &M::Config, saved: u64) -> Result<M, ModelError> {
     /// Values that are allocated on the configuration's word alone. Of the smallest experts each takes a hundred times its four
     /// bytes.
     const UNQUESTIONED: u64 = 1 << 17;
     /// A pool may have shrunk to this fraction of what it started with.
     const SHRUNK: u64 = 64;
-    let bytes = source.verified(seals, MODEL)?;
-    let path = source.path(MODEL);
-    let file = TensorFile::parse(&path, &bytes)?;
-    let state = source.path(STATE);
-    let settings = |why: String| broken(&state, CheckpointError::Settings(why));
-    let saved = file.num_values();
+    let settings = |why: String| broken(state, CheckpointError::Settings(why));
     match M::values_at_least(config) {
         Some(values) if values <= UNQUESTIONED.max(saved.saturating_mul(SHRUNK)) => {}
         Some(values) => {
@@ -478,7 +512,20 @@ fn read_model<M: Checkpointed>(
         }
         None => return Err(settings("sizes that no model can have".into())),
     }
-    let mut model = M::from_checkpoint_config(config).map_err(|e| settings(e.to_string()))?;
+    M::from_checkpoint_config(config).map_err(|e| settings(e.to_string()))
+}
+
+fn read_model<M: Checkpointed>(
+    source: &Source<'_>,
+    seals: &Seals,
+    config: &M::Config,
+    pools: Vec<Pool>,
+) -> Result<M, ModelError> {
+    let bytes = source.verified(seals, MODEL)?;
+    let path = source.path(MODEL);
+    let file = TensorFile::parse(&path, &bytes)?;
+    let state = source.path(STATE);
+    let mut model: M = blank(&state, config, file.num_values())?;
     let reading = Reading::as_saved(&state, &model, pools)?;
     reading.check(&model, &file)?;
     reading.apply(&state, &mut model, &file)?;
@@ -536,7 +583,8 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
     }
     file.expect_only(|_| false)?;
     let mut optimizer = AdamW::new(manifest.optimizer).map_err(settings)?;
-    optimizer.restore(states)?;
+    let unfit = |e: ModelError| broken(&path, CheckpointError::Settings(e.to_string()));
+    optimizer.restore(states).map_err(unfit)?;
 
     let mut ema = None;
     if let Some(config) = manifest.ema {

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 
 use super::directory::io;
+use super::storage::{Disk, Storage};
 use super::tensors::{F32View, TensorFile, encode};
 use crate::error::ModelError;
-use crate::param::{Parameters, bring_to_host};
+use crate::param::{Parameters, bring_to_host, check_finite, check_names};
 
 /// Writes the values of all parameters by their names, and nothing else: one safetensors file in `f32`.
 ///
@@ -30,52 +31,67 @@ use crate::param::{Parameters, bring_to_host};
 /// ```
 ///
 /// # Errors
-/// [`ModelError::Config`] if two parameters have one name, [`ModelError::Io`] naming the file that could not be written.
+/// [`ModelError::Config`] if two parameters have one name, [`ModelError::NonFinite`] for a value that is NaN or infinite,
+/// [`ModelError::Io`] naming the file that could not be written.
 pub fn save_safetensors<M: Parameters + ?Sized>(path: &Path, model: &M) -> Result<(), ModelError> {
+    check_names(model)?;
     bring_to_host(model)?;
-    let (mut tensors, mut names, mut twice) = (Vec::new(), BTreeSet::new(), None);
+    let (mut tensors, mut outcome) = (Vec::new(), Ok(()));
     model.visit("", &mut |name, p| {
-        if !names.insert(name.clone()) {
-            twice.get_or_insert(name.clone());
+        if outcome.is_ok() {
+            outcome = check_finite("values", &name, p.values());
         }
         let (shape, values) = (p.shape().to_vec(), p.values());
         tensors.push((name, F32View { shape, values }));
     });
-    if let Some(name) = twice {
-        let what = format!("two parameters have the name {name:?}, and a file holds one");
-        return Err(ModelError::Config(what));
-    }
+    outcome?;
     let bytes = encode(&path.to_string_lossy(), tensors)?;
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = Path::new(&partial);
-    let written = File::create(partial).and_then(|mut file| {
-        file.write_all(&bytes)?;
+    let (partial, mut file) = fresh(path).map_err(io(path))?;
+    let written = file.write_all(&bytes).and_then(|()| {
         file.sync_all()?;
-        fs::rename(partial, path)
+        fs::rename(&partial, path)
     });
-    written.map_err(|error| {
-        // It may never have been made, or be on a disk that is full: that it is gone matters less than why.
-        let _ = fs::remove_file(partial);
-        io(path)(error)
-    })
+    if let Err(error) = written {
+        // The disk may be full: that it is gone matters less than why.
+        let _ = fs::remove_file(&partial);
+        return Err(io(path)(error));
+    }
+    let dir = match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    };
+    Disk.sync_dir(dir).map_err(io(dir))
+}
+
+/// A file beside another, under a name that nobody has.
+fn fresh(path: &Path) -> std::io::Result<(PathBuf, File)> {
+    let mut number = 0_u64;
+    loop {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{}-{number}.partial", std::process::id()));
+        match File::create_new(&name) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => number += 1,
+            made => return made.map(|file| (name.into(), file)),
+        }
+    }
 }
 
 /// Reads the values of all parameters from a safetensors file in `f32`, as [`save_safetensors`] writes it.
 ///
 /// # Errors
-/// [`ModelError::Io`] if the file cannot be read; [`ModelError::Checkpoint`] naming the file, and the tensor where there is one,
-/// if a tensor is missing, of another shape or type, or belongs to no parameter. The model is as it was then.
+/// [`ModelError::Config`] if two parameters have one name, [`ModelError::Io`] if the file cannot be read; [`ModelError::Checkpoint`] naming the file, and the tensor where there is one,
+/// if a tensor is missing, of another shape or type, has a value that is NaN or infinite, or belongs to no parameter. The model is as it was then.
 pub fn load_safetensors<M: Parameters + ?Sized>(
     path: &Path,
     model: &mut M,
 ) -> Result<(), ModelError> {
+    check_names(model)?;
     let bytes = fs::read(path).map_err(io(path))?;
     let file = TensorFile::parse(path, &bytes)?;
     let (mut names, mut outcome) = (BTreeSet::new(), Ok(()));
     model.visit("", &mut |name, p| {
         if outcome.is_ok() {
-            outcome = file.check(&name, p.shape());
+            outcome = file.check_values(&name, p.shape());
             names.insert(name);
         }
     });

@@ -12,7 +12,7 @@ use super::tensors::TensorFile;
 use crate::error::ModelError;
 use crate::error::{CheckpointError, ExpertCounts};
 use crate::mixtures::Mixtures;
-use crate::param::join;
+use crate::param::{check_names, join};
 
 /// What to do when checkpoint and model have different numbers of experts in a layer.
 ///
@@ -174,6 +174,7 @@ impl Reading {
         model: &M,
         file: &TensorFile<'_>,
     ) -> Result<(), ModelError> {
+        check_names(model)?;
         let mut expected = BTreeSet::new();
         let mut outcome = Ok(());
         model.visit("", &mut |name, param| {
@@ -181,7 +182,7 @@ impl Reading {
                 return;
             }
             let mut one = |name: String| {
-                let checked = file.check(&name, param.shape());
+                let checked = file.check_values(&name, param.shape());
                 expected.insert(name);
                 checked
             };
@@ -209,13 +210,19 @@ impl Reading {
         model.mixture(at).ids().first().copied()
     }
 
-    /// Gives the model its pools and values, from a file that has been [checked](Self::check).
-    pub(super) fn apply<M: Mixtures>(
+    /// Gives the model its pools.
+    pub(super) fn give_pools<M: Mixtures>(
         &self,
         path: &Path,
         model: &mut M,
-        file: &TensorFile<'_>,
     ) -> Result<(), ModelError> {
+        for (layer, LayerReading { pool, .. }) in self.layers.iter().enumerate() {
+            let mixture = model.mixture(layer);
+            if let Err(e) = mixture.check_router(&pool.router, pool.experts.len()) {
+                let why = e.to_string();
+                return Err(broken(path, CheckpointError::Pool { layer, why }));
+            }
+        }
         for (at, LayerReading { pool, .. }) in self.layers.iter().enumerate() {
             model
                 .mixture_mut(at)
@@ -227,6 +234,17 @@ impl Reading {
                 )
                 .map_err(|e| broken(path, CheckpointError::Settings(e.to_string())))?;
         }
+        Ok(())
+    }
+
+    /// Gives the model its pools and values, from a file that has been [checked](Self::check).
+    pub(super) fn apply<M: Mixtures>(
+        &self,
+        path: &Path,
+        model: &mut M,
+        file: &TensorFile<'_>,
+    ) -> Result<(), ModelError> {
+        self.give_pools(path, model)?;
         let mut outcome = Ok(());
         model.visit_mut("", &mut |name, param| {
             if outcome.is_err() {

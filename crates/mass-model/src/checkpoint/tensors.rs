@@ -100,6 +100,19 @@ impl<'a> TensorFile<'a> {
         Err(broken(self.path, why))
     }
 
+    /// Refuses a tensor that is missing, of another shape, or with a value that is no number.
+    pub(super) fn check_values(&self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
+        self.check(name, shape)?;
+        let mut values = self.get(name)?.data().as_chunks::<4>().0.iter();
+        match values.all(|b| f32::from_le_bytes(*b).is_finite()) {
+            true => Ok(()),
+            false => {
+                let name = name.to_owned();
+                Err(broken(self.path, CheckpointError::NonFinite { name }))
+            }
+        }
+    }
+
     /// Gives a parameter a tensor's values; its own are not read, which may lie on a device that has failed.
     pub(super) fn read_into(&self, name: &str, param: &mut Param) -> Result<(), ModelError> {
         self.check(name, param.shape())?;

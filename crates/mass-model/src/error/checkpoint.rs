@@ -91,6 +91,12 @@ pub enum CheckpointError {
         /// Its type.
         dtype: String,
     },
+    /// A tensor of weights with a NaN or an infinity.
+    #[error("tensor {name} has a value that is not finite")]
+    NonFinite {
+        /// Which.
+        name: String,
+    },
     /// Weights in another library's layout that do not fit: a [`PretrainedError`](crate::pretrained::PretrainedError) in words.
     #[error("{0}")]
     Pretrained(String),

@@ -77,7 +77,8 @@ fn each_value(pre: &mut [f32], f: impl Fn(f32) -> (f32, f32)) {
 
 #[inline(always)]
 fn relu(x: f32) -> (f32, f32) {
-    if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }
+    // So that NaN stays NaN.
+    if x <= 0.0 { (0.0, 0.0) } else { (x, 1.0) }
 }
 
 #[inline(always)]
@@ -111,6 +112,23 @@ fn silu(x: f32) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_activation_makes_a_number_of_nan() {
+        for act in [
+            Activation::Relu,
+            Activation::GeluErf,
+            Activation::GeluTanh,
+            Activation::Silu,
+        ] {
+            let (mut y, mut z, mut slope) = ([f32::NAN; 20], [f32::NAN; 20], [0.0; 20]);
+            act.apply(&mut y);
+            act.apply_with_slope(&mut z, &mut slope);
+            assert!(y.iter().chain(&z).all(|x| x.is_nan()), "{act:?}");
+        }
+        // Backward, the slope of a ReLU is that of PyTorch's: one at NaN, zero at zero.
+        assert_eq!([f32::NAN, 0.0, 1.0].map(|x| relu(x).1), [1.0, 0.0, 1.0]);
+    }
 
     #[test]
     fn slopes_agree_with_central_differences() {

@@ -483,7 +483,7 @@ fn backward_rows(
                                 }
                             } else {
                                 for ((d, dh), h) in by_pre.iter_mut().zip(&*dh).zip(h) {
-                                    *d = if *h > 0.0 { dh * w } else { 0.0 };
+                                    *d = if *h <= 0.0 { 0.0 } else { dh * w };
                                 }
                             }
                             if let Some(by_factor) = &mut by_factor {

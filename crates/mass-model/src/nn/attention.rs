@@ -5,6 +5,7 @@ use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::ops::{Attention, Pass, Rows, Sequences, on_tensors};
+use crate::param::draw;
 use crate::parameters;
 
 /// Multi-head self-attention with an output projection.
@@ -36,12 +37,14 @@ impl SelfAttention {
                 "{heads} attention heads do not divide width {dim}"
             )));
         }
-        Ok(Self {
-            qkv: Linear::new(dim, packed, true, rng)?,
-            out: Linear::new(dim, dim, true, rng)?,
-            heads,
-            causal: true,
-            dropout: 0.0,
+        draw(rng, |rng| {
+            Ok(Self {
+                qkv: Linear::new(dim, packed, true, rng)?,
+                out: Linear::new(dim, dim, true, rng)?,
+                heads,
+                causal: true,
+                dropout: 0.0,
+            })
         })
     }
 

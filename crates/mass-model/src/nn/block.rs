@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{LayerNorm, MoeConfig, MoeLayer, SelfAttention};
 use crate::error::ModelError;
 use crate::ops::{Pass, Rows, Sequences, on_tensors};
+use crate::param::draw;
 use crate::parameters;
 use crate::pass::{LayerTrace, Masked};
 
@@ -40,11 +41,13 @@ impl Block {
     /// [`ModelError::Config`] for sizes that no block can have.
     pub fn new(config: &BlockConfig, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
         let dim = config.moe.dim;
-        Ok(Self {
-            norm1: LayerNorm::new(dim, config.layer_norm_eps)?,
-            attention: SelfAttention::new(dim, config.heads, rng)?,
-            norm2: LayerNorm::new(dim, config.layer_norm_eps)?,
-            moe: MoeLayer::new(&config.moe, rng)?,
+        draw(rng, |rng| {
+            Ok(Self {
+                norm1: LayerNorm::new(dim, config.layer_norm_eps)?,
+                attention: SelfAttention::new(dim, config.heads, rng)?,
+                norm2: LayerNorm::new(dim, config.layer_norm_eps)?,
+                moe: MoeLayer::new(&config.moe, rng)?,
+            })
         })
     }
 

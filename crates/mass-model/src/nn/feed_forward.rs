@@ -4,7 +4,7 @@ use super::Linear;
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{Network, Pass};
-use crate::param::{Param, Parameters};
+use crate::param::{Param, Parameters, draw};
 
 /// A dense feed-forward network, `y = fc2 act(fc1 x + b1) + b2`, or gated, `y = fc2 (act(fc1 x + b1) ⊙ (up x + b3)) + b2`.
 ///
@@ -32,13 +32,15 @@ impl FeedForward {
         gated: bool,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        let fc1 = Linear::new(dim, hidden, true, rng)?;
-        let fc2 = Linear::new(hidden, dim, true, rng)?;
-        let mut network = Self::from_linear(fc1, fc2, activation)?;
-        if gated {
-            network.add_factor(rng)?;
-        }
-        Ok(network)
+        draw(rng, |rng| {
+            let fc1 = Linear::new(dim, hidden, true, rng)?;
+            let fc2 = Linear::new(hidden, dim, true, rng)?;
+            let mut network = Self::from_linear(fc1, fc2, activation)?;
+            if gated {
+                network.add_factor(rng)?;
+            }
+            Ok(network)
+        })
     }
 
     /// A network from its two layers, missing biases being zero.

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::mem::{Discriminant, discriminant};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dfdx::prelude::{Cpu, HasShape, ReshapeTo, Shape, Tape, Tensor};
@@ -14,7 +15,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, Pass, Routing, RoutingLoss, Rows, enter, on_tensors};
 use crate::parallel::Ranks;
-use crate::param::{Param, Parameters, join};
+use crate::param::{Param, Parameters, draw, join};
 use crate::pass::{GateInput, LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
@@ -69,6 +70,12 @@ pub enum GateConfig {
         /// The largest absolute score, positive.
         scale: f32,
     },
+}
+
+impl GateConfig {
+    pub(crate) fn is_low_rank(&self) -> bool {
+        matches!(self, Self::LowRank { .. })
+    }
 }
 
 fn scale_one() -> f32 {
@@ -291,7 +298,8 @@ impl MoeLayer {
     /// A layer with weights drawn as PyTorch's `Linear` draws them: U(-1/√in, 1/√in).
     ///
     /// # Errors
-    /// [`ModelError::Config`] if a size is zero, [`ModelError::Routing`] if the router's parameters are not valid.
+    /// [`ModelError::Config`] if a size is zero, or top-any routing is of another number of experts; [`ModelError::Routing`] if the
+    /// router's parameters are not valid, or it takes more experts than there are. The generator is as it was then.
     pub fn new(config: &MoeConfig, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
         let &MoeConfig {
             dim,
@@ -305,24 +313,27 @@ impl MoeLayer {
             );
             return Err(ModelError::Config(sizes));
         }
-        let experts = (0..experts)
-            .map(|_| {
-                let gate = config.gate_row(rng)?;
-                let network = FeedForward::new(dim, hidden, config.activation, config.gated, rng)?;
-                Ok(MoeExpert {
-                    gate,
-                    logit_offset: 0.0,
-                    threshold: None,
-                    network: network.0,
+        draw(rng, |rng| {
+            let experts = (0..experts)
+                .map(|_| {
+                    let gate = config.gate_row(rng)?;
+                    let network =
+                        FeedForward::new(dim, hidden, config.activation, config.gated, rng)?;
+                    Ok(MoeExpert {
+                        gate,
+                        logit_offset: 0.0,
+                        threshold: None,
+                        network: network.0,
+                    })
                 })
-            })
-            .collect::<Result<Vec<_>, ModelError>>()?;
-        let mut layer = Self::assemble(config, experts, rng)?;
-        if let Some(width) = config.shared_hidden {
-            let shared = FeedForward::new(dim, width, config.activation, config.gated, rng)?;
-            layer.shared = Some(shared);
-        }
-        Ok(layer)
+                .collect::<Result<Vec<_>, ModelError>>()?;
+            let mut layer = Self::assemble(config, experts, rng)?;
+            if let Some(width) = config.shared_hidden {
+                let shared = FeedForward::new(dim, width, config.activation, config.gated, rng)?;
+                layer.shared = Some(shared);
+            }
+            Ok(layer)
+        })
     }
 
     /// A layer whose experts are copies of a dense feed-forward network, with gate rows drawn from U(-1/√d, 1/√d).
@@ -349,17 +360,19 @@ impl MoeLayer {
             let what = "a dense network has no shared expert to convert";
             return Err(ModelError::Config(what.into()));
         }
-        let experts = (0..config.experts)
-            .map(|_| {
-                Ok(MoeExpert {
-                    gate: config.gate_row(rng)?,
-                    logit_offset: 0.0,
-                    threshold: None,
-                    network: network.0.clone(),
+        draw(rng, |rng| {
+            let experts = (0..config.experts)
+                .map(|_| {
+                    Ok(MoeExpert {
+                        gate: config.gate_row(rng)?,
+                        logit_offset: 0.0,
+                        threshold: None,
+                        network: network.0.clone(),
+                    })
                 })
-            })
-            .collect::<Result<Vec<_>, ModelError>>()?;
-        Self::from_experts(config, experts, rng)
+                .collect::<Result<Vec<_>, ModelError>>()?;
+            Self::from_experts(config, experts, rng)
+        })
     }
 
     /// A layer from experts made elsewhere; the gate's projection, if it has one, is drawn from U(-1/√d, 1/√d). With top-any
@@ -367,7 +380,8 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`ModelError::Config`] if their number is not the configuration's, one is gated and another or the configuration is not,
-    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes.
+    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes, [`ModelError::NonFinite`] for a logit offset that is NaN
+    /// or infinite.
     pub fn from_experts(
         config: &MoeConfig,
         experts: Vec<MoeExpert>,
@@ -377,7 +391,7 @@ impl MoeLayer {
             let what = "a layer made from experts has no shared expert";
             return Err(ModelError::Config(what.into()));
         }
-        Self::assemble(config, experts, rng)
+        draw(rng, |rng| Self::assemble(config, experts, rng))
     }
 
     fn assemble(
@@ -400,8 +414,9 @@ impl MoeLayer {
             }
         }
         let router = config.router.build()?;
+        enough_experts(&config.router, experts.len())?;
         for loss in &config.losses {
-            if let Some(needed) = loss.lacks(&router, &config.gate) {
+            if let Some(needed) = loss.lacks(&router, config.gate.is_low_rank()) {
                 return Err(ModelError::Config(format!(
                     "routing loss {loss:?} {needed}, not {:?} behind {:?}",
                     config.router, config.gate
@@ -414,11 +429,21 @@ impl MoeLayer {
             let what = "top-any routing behind noise: its thresholds are the experts' and cannot reach it there";
             return Err(ModelError::Config(what.into()));
         }
-        let any = matches!(config.router, RouterConfig::TopAny { .. });
+        let any = match config.router {
+            RouterConfig::TopAny { experts: n } if n != 0 && n != experts.len() => {
+                return Err(ModelError::Config(format!(
+                    "top-any routing of {n} experts in a layer of {}",
+                    experts.len()
+                )));
+            }
+            RouterConfig::TopAny { .. } => true,
+            _ => false,
+        };
         for (e, expert) in experts.iter_mut().enumerate() {
             expert
                 .network
                 .check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
+            expert.check_offset(&format!("expert {e}"))?;
             let gated = expert.network.up.is_some();
             if gated != config.gated {
                 let what = format!("expert {e}: gated is {gated}, configured {}", config.gated);
@@ -581,9 +606,10 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`ModelError::Shape`] or [`ModelError::Config`] if it is not made as the others are, [`ModelError::Config`] if the
-    /// layer has no id left; the pool is as it was then.
+    /// layer has no id left, [`ModelError::NonFinite`] for a logit offset that is NaN or infinite; the pool is as it was then.
     pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
         let first = &self.experts[0];
+        expert.check_offset("a newcomer")?;
         expert
             .network
             .check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
@@ -632,7 +658,8 @@ impl MoeLayer {
     /// Takes an expert out of the pool.
     ///
     /// # Errors
-    /// [`ModelError::NoSuchExpert`] if it is not there, [`ModelError::Config`] if it is the last one.
+    /// [`ModelError::NoSuchExpert`] if it is not there, [`ModelError::Config`] if it is the last one,
+    /// [`ModelError::Routing`] if the router takes more experts than would be left; the pool is as it was then.
     pub fn remove(&mut self, id: ExpertId) -> Result<MoeExpert, ModelError> {
         let index = self.index_of(id)?;
         if self.experts.len() == 1 {
@@ -640,12 +667,35 @@ impl MoeLayer {
                 "the last expert of a layer cannot be removed".into(),
             ));
         }
+        enough_experts(&self.config.router, self.experts.len() - 1)?;
         self.ids.remove(index);
         if !self.owners.is_empty() {
             self.owners.remove(index);
         }
         self.router_mut().remove_expert(index);
         Ok(self.experts.remove(index))
+    }
+
+    /// Refuses a router of another kind than the layer's, or one that has learned of more experts than there are.
+    pub(crate) fn check_router(
+        &self,
+        router: &AnyRouter,
+        experts: usize,
+    ) -> Result<(), ModelError> {
+        let (ours, theirs) = (kinds(&self.config.router.build()?), kinds(router));
+        if ours != theirs {
+            let what = format!(
+                "the state of a router of another kind than {:?}",
+                self.config.router
+            );
+            return Err(ModelError::Config(what));
+        }
+        match biases(router) {
+            known if known > experts => Err(ModelError::Config(format!(
+                "a router with biases of {known} experts, of which there are {experts}"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Gives the layer a pool of another size, as read from a checkpoint; the values are read afterwards.
@@ -795,6 +845,36 @@ impl MoeLayer {
         };
         let both = shared.run(pass, x)?;
         Ok((pass.add(both, y, None)?, plan))
+    }
+}
+
+/// Refuses a pool that a router cannot route to.
+fn enough_experts(router: &RouterConfig, experts: usize) -> Result<(), ModelError> {
+    match *router {
+        RouterConfig::TopK { k, .. } | RouterConfig::BiasBalanced { k, .. } if k > experts => {
+            let available = experts;
+            Err(RoutingError::TooFewExperts { k, available }.into())
+        }
+        RouterConfig::Noisy { ref inner, .. } => enough_experts(inner, experts),
+        _ => Ok(()),
+    }
+}
+
+/// What kind a router is, and the one inside it.
+fn kinds(router: &AnyRouter) -> Vec<Discriminant<AnyRouter>> {
+    let inner = match router {
+        AnyRouter::Noisy(noisy) => kinds(noisy.inner()),
+        _ => Vec::new(),
+    };
+    std::iter::once(discriminant(router)).chain(inner).collect()
+}
+
+/// Of how many experts a router has learned a bias.
+fn biases(router: &AnyRouter) -> usize {
+    match router {
+        AnyRouter::BiasBalanced(router) => router.bias().len(),
+        AnyRouter::Noisy(noisy) => biases(noisy.inner()),
+        _ => 0,
     }
 }
 

@@ -35,7 +35,8 @@ pub type MeanAndRows<T> = (Tensor<Rank0, f32, Cpu, T>, Vec<f32>);
 /// Mean over rows of `-ln softmax(logits)[target]`, in nats, and the value of each row.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if there is not one target a row, [`ModelError::Index`] for a target that is no class.
+/// [`ModelError::Shape`] if there is not one target a row, [`ModelError::Index`] for a target that is no class,
+/// [`ModelError::NonFinite`] for a row whose loss is NaN or infinite.
 pub fn cross_entropy<T: Tape<f32, Cpu>>(
     logits: Rows<T>,
     targets: &[u32],
@@ -58,9 +59,12 @@ pub fn token_losses<T: Tape<f32, Cpu>>(
 }
 
 /// The mean, summed in double precision.
-pub(super) fn mean_of(losses: &[f32]) -> f32 {
+pub(super) fn mean_of(losses: &[f32]) -> Result<f32, ModelError> {
     let sum: f64 = losses.iter().map(|&x| f64::from(x)).sum();
-    (sum / losses.len() as f64) as f32
+    match losses.iter().position(|x| !x.is_finite()) {
+        Some(row) => Err(ModelError::NonFinite(format!("the loss of row {row}"))),
+        None => Ok((sum / losses.len() as f64) as f32),
+    }
 }
 
 /// The mean of losses. `backward` is put on the tape, if it is one, with the gradient of that mean.
@@ -69,7 +73,7 @@ fn mean<T: Tape<f32, Cpu>>(
     losses: Vec<f32>,
     backward: impl FnOnce(&mut CpuGradients, f32) -> Result<(), CpuError> + 'static,
 ) -> Result<(Scalar, Vec<f32>), ModelError> {
-    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)], ())?;
+    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)?], ())?;
     if T::OWNS_TAPE {
         let ghost = loss.ghost();
         tape.add_backward_op(move |g| {
@@ -122,7 +126,7 @@ pub(super) fn check_values(
 ///
 /// # Errors
 /// [`ModelError::Config`] for several outputs, [`ModelError::Shape`] if there is not one target a row,
-/// [`ModelError::NonFinite`] for a target that is no number.
+/// [`ModelError::NonFinite`] for a target or a loss that is no number.
 pub(super) fn run_squared_error<T: Tape<f32, Cpu>>(
     tape: &mut T,
     outputs: Activations,

@@ -159,15 +159,37 @@ impl Gate {
         }
     }
 
-    /// Width of an expert's gate row for tokens of width `dim`.
-    pub(super) fn width(&self, dim: usize) -> usize {
+    /// Width of an expert's gate row for tokens of width `dim`; refuses a gate of other shapes than these have.
+    pub(super) fn width(&self, dim: usize) -> Result<usize, ModelError> {
+        let fits = |what: &str, wanted: &[usize], param: &Param| match param.shape() == wanted {
+            true => Ok(()),
+            false => Err(ModelError::shape(what, wanted, param.shape())),
+        };
         match self {
+            Self::Linear => Ok(dim),
             Self::Cosine {
-                projection: Some((weight, _)),
-                ..
-            } => weight.shape()[0],
-            Self::LowRank { query, anchors, .. } => query.shape()[0] * anchors,
-            _ => dim,
+                projection,
+                log_scale,
+            } => {
+                if let Some(scale) = log_scale {
+                    fits("log scale of a gate", &[1], scale)?;
+                }
+                let Some((weight, bias)) = projection else {
+                    return Ok(dim);
+                };
+                let width = weight.shape().first().copied().unwrap_or(1);
+                fits("projection of a gate", &[width, dim], weight)?;
+                fits("bias of a gate's projection", &[width], bias)?;
+                Ok(width)
+            }
+            Self::LowRank { query, anchors, .. } => {
+                let rank = query.shape().first().copied().unwrap_or(1);
+                fits("query projection of a gate", &[rank, dim], query)?;
+                rank.checked_mul(*anchors).ok_or_else(|| {
+                    let what = format!("a gate of rank {rank} with {anchors} anchors an expert is larger than memory can be");
+                    ModelError::Config(what)
+                })
+            }
         }
     }
 
@@ -225,14 +247,6 @@ impl Gate {
                 anchors,
                 scale,
             } => {
-                if query.shape().last() != Some(&dim) {
-                    let (wanted, found) = ([query.shape()[0], dim], query.shape());
-                    return Err(ModelError::shape(
-                        "query projection of a gate",
-                        &wanted,
-                        found,
-                    ));
-                }
                 let (anchors, scale) = (*anchors, *scale);
                 let values = query.try_values()?;
                 let gate = low_rank_gate(&rows, experts.len(), values, anchors, scale, dim)?;
@@ -285,6 +299,10 @@ impl Gated {
     #[cfg(feature = "cuda")]
     pub(super) fn linear(logits: Scratch, rows: Vec<f32>, experts: &[MoeExpert]) -> Self {
         Self::new(logits, rows, Kind::Linear, experts)
+    }
+
+    pub(super) fn is_low_rank(&self) -> bool {
+        matches!(self.kind, Kind::LowRank { .. })
     }
 
     /// Where the gradients of the experts' rows are.

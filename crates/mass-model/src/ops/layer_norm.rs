@@ -9,7 +9,7 @@ use crate::param::Param;
 /// `y = (x - mean) / √(var + eps) ⊙ gamma + beta` over each row of `x: [n, d]`.
 ///
 /// # Errors
-/// [`ModelError::Shape`] if the shapes do not fit.
+/// [`ModelError::Shape`] if the shapes do not fit, [`ModelError::Config`] for an `eps` that is not positive and finite.
 pub fn layer_norm<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     gamma: &Param,
@@ -19,12 +19,24 @@ pub fn layer_norm<T: Tape<f32, Cpu>>(
     on_tensors(x, |pass, x| pass.layer_norm(x, gamma, beta, eps))
 }
 
+/// Refuses what would divide rows of one value by zero.
+pub(crate) fn check_eps(eps: f32) -> Result<(), ModelError> {
+    match eps > 0.0 && eps.is_finite() {
+        true => Ok(()),
+        false => Err(ModelError::Config(format!(
+            "layer norm with eps {eps}: it must be positive and finite"
+        ))),
+    }
+}
+
 /// Width of the rows.
 pub(super) fn check(
     shape: &(usize, usize),
     gamma: &Param,
     beta: &Param,
+    eps: f32,
 ) -> Result<usize, ModelError> {
+    check_eps(eps)?;
     let d = gamma.len();
     expect_width("input of layer norm", shape, d)?;
     match beta.len() == d {
@@ -41,7 +53,7 @@ pub(super) fn run<T: Tape<f32, Cpu>>(
     beta: &Param,
     eps: f32,
 ) -> Result<Activations, ModelError> {
-    check(x.shape(), gamma, beta)?;
+    check(x.shape(), gamma, beta, eps)?;
     let shape = *x.shape();
     let mut stats = Scratch::take(2 * shape.0);
     let mut y = Scratch::take(x.len());

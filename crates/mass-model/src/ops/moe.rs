@@ -44,6 +44,17 @@ impl MoeExpert {
     }
 }
 
+impl MoeExpert {
+    pub(crate) fn check_offset(&self, what: &str) -> Result<(), ModelError> {
+        match self.logit_offset {
+            o if o.is_finite() => Ok(()),
+            o => Err(ModelError::NonFinite(format!(
+                "the logit offset {o} of {what}"
+            ))),
+        }
+    }
+}
+
 /// What the backward pass keeps of an expert.
 pub(crate) struct Held {
     values: Vec<Arc<Vec<f32>>>,
@@ -161,7 +172,8 @@ pub(super) fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 ///
 /// # Errors
 /// [`ModelError::Shape`] if there is no row (a router of mass-routing takes a batch of no tokens, the kernels do not) or an expert
-/// does not fit the input's width, [`ModelError::Routing`] if the router refuses the
+/// or the gate does not fit the input's width, [`ModelError::Config`] for a routing loss that the router or the gate has no room
+/// for (with a tape), [`ModelError::Routing`] if the router refuses the
 /// logits (a NaN among them, or no expert in use), or with a tape cannot run backward, or a routing loss is undefined.
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
@@ -196,7 +208,7 @@ pub(super) fn check(
     };
     let (hidden, dim) = first.network.check("expert 0", None)?;
     let factor = first.network.up.is_some();
-    let width = gate.width(dim);
+    let width = gate.width(dim)?;
     for (e, expert) in experts.iter().enumerate() {
         expert
             .network
@@ -211,6 +223,12 @@ pub(super) fn check(
                 &[width],
                 expert.gate.shape(),
             ));
+        }
+        if let Some(threshold) = expert.threshold.as_ref()
+            && threshold.shape() != [1]
+        {
+            let what = format!("threshold of expert {e}");
+            return Err(ModelError::shape(what, &[1], threshold.shape()));
         }
     }
     expect_width("input of a mixture layer", input, dim)?;

@@ -12,7 +12,6 @@ use super::gate::{Gated, internal};
 use crate::error::ModelError;
 use crate::kernels::scratch::Scratch;
 use crate::kernels::vector::softmax_in_place;
-use crate::nn::GateConfig;
 use crate::parallel::Ranks;
 
 /// A loss on the routing of a batch, added to the model's own with a weight. It changes gradients only: the loss that a
@@ -119,8 +118,8 @@ impl RoutingLoss {
         }
     }
 
-    /// What the loss needs and the router or the gate does not have.
-    pub(crate) fn lacks(&self, router: &AnyRouter, gate: &GateConfig) -> Option<&'static str> {
+    /// What the loss needs and the router, or the gate, which may be of low rank, does not have.
+    pub(crate) fn lacks(&self, router: &AnyRouter, low_rank: bool) -> Option<&'static str> {
         match self {
             Self::Load { .. } => {
                 let needed = "needs noisy top-k routing";
@@ -132,7 +131,7 @@ impl RoutingLoss {
             }
             Self::DiverseAndSimple { .. } => {
                 let needed = "needs a gate of one row an expert";
-                matches!(gate, GateConfig::LowRank { .. }).then_some(needed)
+                low_rank.then_some(needed)
             }
             Self::Importance { .. } | Self::RouterZ { .. } => None,
         }
@@ -146,6 +145,12 @@ impl RoutingLoss {
         (gated, ranks): (&Gated, &Ranks),
         gradients: &mut LossGradients,
     ) -> Result<(), ModelError> {
+        let lacks = || self.lacks(router, gated.is_low_rank());
+        if let Some(problem) = self.problem().or_else(lacks) {
+            return Err(ModelError::Config(format!(
+                "routing loss {self:?}: {problem}"
+            )));
+        }
         // What is not linear in the batch is computed from sums over all of it, wherever its rows are.
         let sum = |values: &mut [f64]| -> Result<(), ModelError> { Ok(ranks.sum(values)?) };
         let size = (plan.num_tokens(), plan.num_experts());
@@ -181,10 +186,7 @@ impl RoutingLoss {
                 loss
             }
             Self::Load { weight } => {
-                // Layers are not made otherwise.
-                let Some((noisy, k)) = noisy_top_k(router) else {
-                    return Ok(());
-                };
+                let (noisy, k) = noisy_top_k(router).expect("it was not found lacking");
                 let (noised, std) = (noisy.noisy_logits(), f64::from(noisy.std()));
                 let mut other = Scratch::zeros(size.0 * size.1);
                 let into = &mut ArrayViewMut2::from_shape(size, &mut other).map_err(internal)?;

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use crate::error::ModelError;
+use crate::param::room;
 
 /// Which rows of a batch belong together.
 ///
@@ -27,13 +28,15 @@ impl Sequences {
     /// # Errors
     /// [`ModelError::Config`] if either is zero, or there are more rows than memory can hold.
     pub fn uniform(batch: usize, seq: usize) -> Result<Self, ModelError> {
-        if batch == 0 || seq == 0 || batch.checked_mul(seq).is_none() {
+        if batch == 0 || seq == 0 || batch == usize::MAX || batch.checked_mul(seq).is_none() {
             return Err(ModelError::Config(format!(
                 "{batch} sequences of {seq} rows: each must be at least 1, and all together fit into memory"
             )));
         }
+        let mut offsets = room(batch + 1, || format!("a batch of {batch} sequences"))?;
+        offsets.extend((0..=batch).map(|i| i * seq));
         Ok(Self {
-            offsets: (0..=batch).map(|i| i * seq).collect(),
+            offsets: offsets.into(),
             keys: None,
         })
     }

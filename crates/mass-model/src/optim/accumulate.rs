@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::Gradients;
 use crate::error::ModelError;
 use crate::mirror::Mirror;
-use crate::param::Parameters;
+use crate::param::{Parameters, check_names};
 
 /// Mean of the gradients of several micro-batches, for batches larger than memory allows.
 ///
@@ -51,35 +51,23 @@ impl GradientAccumulator {
     /// Takes in the gradients of a micro-batch whose loss is a mean over `weight` rows.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a weight that is not positive and finite, [`ModelError::Shape`] if a parameter has changed
-    /// its size, that of a device without memory; nothing is taken in then.
+    /// [`ModelError::Config`] for a weight that is not positive and finite, also in sum with those before, and for two parameters
+    /// of one name; [`ModelError::Shape`] if a parameter has changed its size, that of a device without memory. Nothing is taken
+    /// in then.
     pub fn add<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &M,
         gradients: &mut G,
         weight: f64,
     ) -> Result<(), ModelError> {
-        if !(weight > 0.0 && weight.is_finite()) {
+        let total = self.weight + weight;
+        if !(weight > 0.0 && total.is_finite()) {
             return Err(ModelError::Config(format!(
-                "weight of a micro-batch is {weight}, not a positive number"
+                "weight of a micro-batch is {weight}, in sum {total}; each must be a positive number"
             )));
         }
-        // Sizes first: after an error the accumulator is as it was.
-        let mut wrong = None;
-        model.visit("", &mut |name, param| {
-            if let Some(mean) = self.means.get(&name)
-                && mean.len() != param.len()
-            {
-                wrong.get_or_insert(ModelError::shape(
-                    format!("accumulated gradient of {name}"),
-                    &[param.len()],
-                    &[mean.len()],
-                ));
-            }
-        });
-        if let Some(error) = wrong {
-            return Err(error);
-        }
+        // After an error the accumulator is as it was.
+        self.check(model)?;
         // And room.
         let (mut outcome, mut new) = (Ok(()), BTreeMap::new());
         model.visit("", &mut |name, param| {
@@ -92,9 +80,9 @@ impl GradientAccumulator {
             }
         });
         outcome?;
-        self.weight += weight;
+        self.weight = total;
         self.batches += 1;
-        let share = (weight / self.weight) as f32;
+        let share = (weight / total) as f32;
         let mut before = std::mem::take(&mut self.means);
         before.append(&mut new);
         let mut outcome = Ok(());
@@ -110,7 +98,8 @@ impl GradientAccumulator {
     /// Replaces `gradients` by the mean of what was taken in, and begins anew.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if nothing was taken in.
+    /// [`ModelError::Config`] if nothing was taken in, or two parameters have one name; [`ModelError::Shape`] if a parameter has
+    /// changed its size. The accumulator is as it was then. That of a device that has failed.
     pub fn mean_into<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &M,
@@ -121,20 +110,27 @@ impl GradientAccumulator {
                 "no micro-batch to take the mean gradient of".into(),
             ));
         }
-        let mut means = std::mem::take(self).means;
+        self.check(model)?;
+        let (mut outcome, mut means) = (Ok(()), std::mem::take(self).means);
+        model.visit("", &mut |name, param| {
+            if outcome.is_ok() {
+                outcome = gradients.replace(param, means.remove(&name));
+            }
+        });
+        outcome
+    }
+
+    /// Refuses a model of other sizes than what was taken in, or with two parameters of one name.
+    fn check<M: Parameters + ?Sized>(&self, model: &M) -> Result<(), ModelError> {
+        check_names(model)?;
         let mut outcome = Ok(());
         model.visit("", &mut |name, param| {
-            if outcome.is_err() {
-                return;
+            if let (Ok(()), Some(mean)) = (&outcome, self.means.get(&name))
+                && mean.len() != param.len()
+            {
+                let what = format!("accumulated gradient of {name}");
+                outcome = Err(ModelError::shape(what, &[param.len()], &[mean.len()]));
             }
-            outcome = match means.remove(&name) {
-                Some(mean) if mean.len() != param.len() => Err(ModelError::shape(
-                    format!("accumulated gradient of {name}"),
-                    &[param.len()],
-                    &[mean.len()],
-                )),
-                mean => gradients.replace(param, mean),
-            };
         });
         outcome
     }

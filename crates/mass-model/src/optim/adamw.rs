@@ -1,5 +1,3 @@
-#[cfg(feature = "cuda")]
-use std::collections::BTreeSet;
 use std::collections::{BTreeMap, HashSet};
 
 use mass_expand::Moments;
@@ -16,7 +14,7 @@ use crate::kernels::vector::dot;
 use crate::kernels::vectorised;
 use crate::mirror::Mirror;
 use crate::parallel::Ranks;
-use crate::param::{Held, Param, Parameters};
+use crate::param::{Held, Param, Parameters, check_finite, check_names};
 #[cfg(feature = "cuda")]
 use {
     crate::ops::CudaGradients,
@@ -97,6 +95,25 @@ pub struct ParameterState {
     pub step: u64,
 }
 
+impl ParameterState {
+    /// Refuses moments that no gradients have. The second may have become infinite.
+    pub(crate) fn check(&self, name: &str) -> Result<(), ModelError> {
+        let (m, v) = (self.m.try_values()?, self.v.try_values()?);
+        if m.len() != v.len() {
+            let what = format!("moments of {name}");
+            return Err(ModelError::shape(what, &[m.len()], &[v.len()]));
+        }
+        check_finite("first moments", name, m)?;
+        match v.iter().find(|v| v.is_nan() || **v < 0.0) {
+            Some(v) if v.is_nan() => check_finite("second moments", name, &[*v]),
+            Some(v) => Err(ModelError::Config(format!(
+                "{v} among the second moments of {name}, which are never negative"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
 /// AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments and step count for each parameter by name.
 ///
 /// `m = β1 m + (1-β1) g`, `v = β2 v + (1-β2) g²`, `θ -= lr (m/(1-β1^t) / (√(v/(1-β2^t)) + ε) + λ θ)`, where t counts the
@@ -121,7 +138,7 @@ impl AdamW {
     /// An optimiser without state; state is made as parameters are met.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a beta outside [0, 1), an eps that is not positive in f32 (a gradient of zero would be divided
+    /// [`ModelError::Config`] for a beta outside [0, 1), or 1 when it is rounded to f32, an eps that is not positive in f32 (a gradient of zero would be divided
     /// by zero), or a negative or non-finite setting, also of a group.
     pub fn new(config: AdamWConfig) -> Result<Self, ModelError> {
         let AdamWConfig {
@@ -133,9 +150,9 @@ impl AdamW {
             ref groups,
         } = config;
         for (name, value) in [("beta1", beta1), ("beta2", beta2)] {
-            if !(0.0..1.0).contains(&value) {
+            if !(value >= 0.0 && (value as f32) < 1.0) {
                 return Err(ModelError::Config(format!(
-                    "AdamW {name} is {value}, not in [0, 1)"
+                    "AdamW {name} is {value}, not in [0, 1) in f32"
                 )));
             }
         }
@@ -187,8 +204,8 @@ impl AdamW {
     /// # Errors
     /// [`ModelError::NoGradient`] if no parameter has a gradient, so that nothing could be learnt: the gradients are of another
     /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
-    /// learning rate, or one that is too large for f32 as a group scales it (so for eps and weight decay), and on a device for two
-    /// parameters of one name. [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the
+    /// learning rate, or one that is too large for f32 as a group scales it, alone, times the weight decay or over 1 - beta1 (so
+    /// for eps and weight decay), and for two parameters of one name. [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the
     /// memory of a device does not suffice, or it has failed. No parameter, moment or gradient is changed then, so that the step
     /// may be made again.
     pub fn step<M: Parameters + ?Sized, G: Gradients>(
@@ -205,6 +222,7 @@ impl AdamW {
                 "a learning rate of {lr}; it must not be negative"
             )));
         }
+        check_names(model)?;
         let (mut names, mut params) = (Vec::new(), Vec::new());
         model.visit("", &mut |name, param| {
             names.push(name);
@@ -301,17 +319,10 @@ impl AdamW {
     /// Replaces all state, as when a checkpoint is loaded.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if a parameter's two moments differ in length.
+    /// [`ModelError::Shape`] if a parameter's two moments differ in length, [`ModelError::NonFinite`] if one is NaN or a first one
+    /// infinite, [`ModelError::Config`] if a second one is negative; that of a device that has failed. Nothing is replaced then.
     pub fn restore(&mut self, state: BTreeMap<String, ParameterState>) -> Result<(), ModelError> {
-        for (name, s) in &state {
-            if s.m.len() != s.v.len() {
-                return Err(ModelError::shape(
-                    format!("moments of {name}"),
-                    &[s.m.len()],
-                    &[s.v.len()],
-                ));
-            }
-        }
+        state.iter().try_for_each(|(name, s)| s.check(name))?;
         self.state = state;
         Ok(())
     }
@@ -341,12 +352,21 @@ impl Rule<'_> {
             ref groups,
             weight_decay,
             eps,
+            beta1,
             ..
         } = *self.config;
         let (decay, lr_scale) = decide(groups, weight_decay, name, param);
         let lr = self.lr * lr_scale;
-        for (what, value) in [("learning rate", lr), ("weight decay", decay), ("eps", eps)] {
-            if !(value as f32).is_finite() {
+        // The factors of an update, the first of which is the largest.
+        let (shrink, rate) = (lr as f32 * decay as f32, lr as f32 / (1.0 - beta1) as f32);
+        for (what, value, in_f32) in [
+            ("learning rate", lr, lr as f32),
+            ("weight decay", decay, decay as f32),
+            ("eps", eps, eps as f32),
+            ("learning rate times weight decay", lr * decay, shrink),
+            ("learning rate over 1 - beta1", lr / (1.0 - beta1), rate),
+        ] {
+            if !in_f32.is_finite() {
                 let what = format!("AdamW {what} of {name} is {value}, too large for f32");
                 return Err(ModelError::Config(what));
             }
@@ -438,21 +458,16 @@ pub(super) fn update_there<M: Parameters + ?Sized>(
     due: &[Option<Due>],
 ) -> Result<(), ModelError> {
     let device = gradients.device().clone();
-    let (mut names, mut new) = (BTreeSet::new(), BTreeMap::new());
+    let mut new = BTreeMap::new();
     let (mut outcome, mut all) = (Ok(()), due.iter());
     model.visit_mut("", &mut |name, param| {
         if let (Some(Some(_)), Ok(())) = (all.next(), &outcome) {
-            outcome = match names.insert(name.clone()) {
-                false => Err(ModelError::Config(format!(
-                    "two parameters have the name {name:?}, and moments are kept by name"
-                ))),
-                true => own_on(&device, name, param, state, &mut new),
-            };
+            outcome = own_on(&device, name, param, state, &mut new);
         }
     });
     outcome?;
 
-    let mut tasks = Vec::with_capacity(names.len());
+    let mut tasks = Vec::with_capacity(due.len());
     let mut all = due.iter();
     let shared: &M = model;
     shared.visit("", &mut |name, param| {
@@ -527,16 +542,21 @@ fn own_on(
     Ok(())
 }
 
-/// Sum of squares: blocks in f32, their sum in f64, as exact as needed and as fast as memory. The order of the sums does
+/// Sum of squares: blocks in f32 (those too large for it in f64), their sum in f64, as exact as needed and as fast as memory. The order of the sums does
 /// not depend on the number of threads.
 pub(crate) fn sum_of_squares(g: &[f32]) -> f64 {
     const PIECE: usize = 1 << 18;
     let piece = |g: &[f32]| -> f64 {
         let block = |c: &[f32]| {
-            f64::from(vectorised(
+            let sum = vectorised(
                 #[inline(always)]
                 || dot(c, c),
-            ))
+            );
+            match sum.is_finite() {
+                true => f64::from(sum),
+                // Squares of numbers that f32 holds are too large for it.
+                false => c.iter().map(|&x| f64::from(x).powi(2)).sum(),
+            }
         };
         g.chunks(4096).map(block).sum()
     };

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ModelError;
 use crate::lineage::{Lineage, tick};
 use crate::mirror::Mirror;
-use crate::param::{Parameters, reach_devices};
+use crate::param::{Parameters, check_finite, check_names, reach_devices};
 
 /// Exponential moving average of weights, by parameter name.
 ///
@@ -64,7 +64,7 @@ impl Ema {
     /// An average that has seen nothing yet.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a decay outside [0, 1).
+    /// [`ModelError::Config`] for a decay outside [0, 1), or one that is 1 when it is rounded to f32.
     pub fn new(decay: f64) -> Result<Self, ModelError> {
         Self::restore(EmaConfig { decay }, BTreeMap::new())
     }
@@ -72,16 +72,20 @@ impl Ema {
     /// An average as it was saved.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a decay outside [0, 1).
+    /// [`ModelError::Config`] for a decay outside [0, 1), or one that is 1 when it is rounded to f32;
+    /// [`ModelError::NonFinite`] for an average that is NaN or infinite.
     pub fn restore(
         config: EmaConfig,
         shadow: BTreeMap<String, Vec<f32>>,
     ) -> Result<Self, ModelError> {
-        if !(0.0..1.0).contains(&config.decay) {
+        let EmaConfig { decay } = config;
+        if !(decay >= 0.0 && (decay as f32) < 1.0) {
             return Err(ModelError::Config(format!(
-                "decay of averaged weights is {}, not in [0, 1)",
-                config.decay
+                "decay of averaged weights is {decay}, not in [0, 1) in f32"
             )));
+        }
+        for (name, values) in &shadow {
+            check_finite("averages", name, values)?;
         }
         let shadow = shadow.into_iter().map(|(name, s)| (name, s.into()));
         Ok(Self {
@@ -112,7 +116,7 @@ impl Ema {
     /// Takes in the weights after an optimiser's step.
     ///
     /// # Errors
-    /// [`ModelError::Config`] while the averages are in the model, [`ModelError::Shape`] if a parameter has changed its
+    /// [`ModelError::Config`] while the averages are in the model or if two parameters have one name, [`ModelError::Shape`] if a parameter has changed its
     /// size, that of a device that has changed the weights and failed; nothing is changed then.
     pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
         reach_devices(model)?;
@@ -247,8 +251,8 @@ impl Ema {
     /// value.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if a parameter has changed its size, that of a device that has changed the weights and failed;
-    /// nothing is exchanged then.
+    /// [`ModelError::Config`] if two parameters have one name, [`ModelError::Shape`] if one has changed its size, that of a device
+    /// that has changed the weights and failed; nothing is exchanged then.
     pub fn swap<M: Parameters + ?Sized>(&mut self, model: &mut M) -> Result<(), ModelError> {
         reach_devices(model)?;
         if self.swapped {
@@ -286,6 +290,7 @@ impl Ema {
     }
 
     fn check_sizes<M: Parameters + ?Sized>(&self, model: &M) -> Result<(), ModelError> {
+        check_names(model)?;
         let mut wrong = None;
         model.visit("", &mut |name, param| {
             if let Some(average) = self.shadow.get(&name)

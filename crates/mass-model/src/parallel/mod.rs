@@ -230,7 +230,7 @@ impl Ranks {
     /// What the first rank has; the others give none.
     ///
     /// # Errors
-    /// As [`gather_json`](Self::gather_json).
+    /// As [`gather_json`](Self::gather_json); [`ParallelError::Unsupported`], on every rank, if the first has none.
     pub fn of_first<T: Serialize + DeserializeOwned>(
         &self,
         own: Option<&T>,
@@ -242,6 +242,10 @@ impl Ranks {
             .transpose()
             .map_err(unreadable)?;
         let all = self.gather_bytes(&own.unwrap_or_default())?;
+        if all[0].is_empty() {
+            let what = "the first rank has nothing to hand out";
+            return Err(ParallelError::Unsupported(what.into()));
+        }
         serde_json::from_slice(&all[0]).map_err(unreadable)
     }
 
@@ -311,12 +315,19 @@ impl Ranks {
     /// how much from each.
     ///
     /// # Errors
-    /// As [`gather_bytes`](Self::gather_bytes).
+    /// As [`gather_bytes`](Self::gather_bytes); [`ParallelError::Unsupported`], on this rank, if `to` is not one number a rank, or they
+    /// do not add up to what is sent.
     pub fn exchange(
         &self,
         send: &[f32],
         to: &[usize],
     ) -> Result<(Vec<f32>, Vec<usize>), ParallelError> {
+        let sum = to.iter().try_fold(0_usize, |sum, &n| sum.checked_add(n));
+        if to.len() != self.size() || sum != Some(send.len()) {
+            let (n, size) = (send.len(), self.size());
+            let what = format!("{n} values cannot be sent to {size} ranks in parts of {to:?}");
+            return Err(ParallelError::Unsupported(what));
+        }
         let Some(shared) = self.several() else {
             return Ok((send.to_vec(), vec![send.len()]));
         };

@@ -66,7 +66,7 @@ pub use trainable::Trainable;
 
 use crate::error::ModelError;
 use crate::nn::{LayerNorm, Linear};
-use crate::param::Param;
+use crate::param::{Param, draw};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use crate::{mixtures, parameters};
 use block::VitBlock;
@@ -116,7 +116,9 @@ impl VitClassifier {
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
         let std = config.initializer_range;
-        Self::build(config, classes, &mut Drawn { std, rng })
+        draw(rng, |rng| {
+            Self::build(config, classes, &mut Drawn { std, rng })
+        })
     }
 
     /// Reads `config.json` and the weights of a folder; see [`VitConfig::read`] and [`pretrained`](crate::pretrained).

@@ -10,7 +10,7 @@ use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::ops::{Activations, Host, Pass, Sequences, Training};
-use crate::pass::{LayerTrace, Masked, TrainPass};
+use crate::pass::{LayerTrace, Masked, TrainPass, check_logits};
 use crate::place::{Place, PlacedGradients};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
@@ -275,7 +275,7 @@ impl VitClassifier {
     /// # Errors
     /// [`ModelError::Config`] for an image that patches do not make up, or features of more blocks than there are or of a
     /// mixture; [`ModelError::Shape`] for pixels or features of another number than whole images have,
-    /// [`ModelError::NonFinite`] for a NaN or infinity among them; [`ModelError::NoSuchExpert`] or [`ModelError::Config`]
+    /// [`ModelError::NonFinite`] for a NaN or infinity among them or the logits; [`ModelError::NoSuchExpert`] or [`ModelError::Config`]
     /// for a masked expert that is not there.
     pub fn logits(
         &self,
@@ -284,7 +284,7 @@ impl VitClassifier {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut course = Course::masking(masked);
         let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
-        Ok((logits.states.to_vec(), course.traces))
+        Ok((check_logits(logits.states.to_vec())?, course.traces))
     }
 
     /// Cross-entropy of each image, nats, without dropout.
@@ -374,7 +374,7 @@ impl VitClassifier {
                 let mut course = Course::masking(masked);
                 let logits = self.forward(pass, batch, &mut course)?.states;
                 let values = pass.mirror(&logits);
-                Ok((values.try_values()?.to_vec(), course.traces))
+                Ok((check_logits(values.try_values()?.to_vec())?, course.traces))
             }
         }
     }

@@ -258,6 +258,26 @@ fn false_contents_are_refused_by_the_name_of_the_file_and_the_tensor() {
             |e| matches!(e, E::Pool { layer: 1, .. }),
         ),
         case(
+            "a router of another kind",
+            "state.json",
+            pool(
+                "router",
+                json!({ "router": "top_k", "k": 1, "combine": "raw" }),
+            ),
+            |e| matches!(e, E::Pool { layer: 1, why } if why.contains("another kind")),
+        ),
+        case(
+            "a weight that is no number",
+            MODEL,
+            |f| {
+                rewrite(f, MODEL, &|name, raw| {
+                    let nan = f32::NAN.to_le_bytes().repeat(raw.2.len() / 4);
+                    only(name, raw.clone(), (raw.0, raw.1, nan))
+                })
+            },
+            |e| matches!(e, E::NonFinite { name } if name == VICTIM),
+        ),
+        case(
             "an infinite offset",
             "state.json",
             pool("logit_offsets", json!([0.0, 1e39, 0.0])),

@@ -33,6 +33,7 @@ mod own_models;
 mod parallel;
 mod passed_over;
 mod pretrained;
+mod refused;
 mod routers;
 mod saved;
 mod vit;

@@ -173,11 +173,10 @@ impl Router for BiasBalanced {
     fn adapt_to(&mut self, loads: &Loads) -> Result<(), RoutingError> {
         let experts = loads.of_experts.len();
         if experts > self.bias.len() {
-            let (expected, found) = (self.bias.len(), experts);
             return Err(RoutingError::ShapeMismatch {
-                what: "experts of the plan to adapt to",
-                expected,
-                found,
+                what: "experts that this router has routed, beside those of the plan to adapt to",
+                expected: experts,
+                found: self.bias.len(),
             });
         }
         same("mask per expert", experts, loads.in_use.len())?;

@@ -117,7 +117,7 @@ impl Pass for Cuda {
         beta: &Param,
         eps: f32,
     ) -> Result<CudaRows, ModelError> {
-        ops::layer_norm::check(&x.shape, gamma, beta)?;
+        ops::layer_norm::check(&x.shape, gamma, beta, eps)?;
         let (scale, shift) = (
             gamma.mirror().on(&self.device)?,
             beta.mirror().on(&self.device)?,
@@ -420,6 +420,6 @@ impl Cuda {
         if let Some(tape) = &mut self.tape {
             tape.push(Box::new(backward));
         }
-        Ok((CudaLoss(ops::cross_entropy::mean_of(&losses)), losses))
+        Ok((CudaLoss(ops::cross_entropy::mean_of(&losses)?), losses))
     }
 }
