@@ -8,9 +8,10 @@ use crate::checkpoint::Checkpointed;
 use crate::error::ModelError;
 use crate::mixtures::{attempt, check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
-use crate::ops::{Host, Pass, Rows, Sequences, Training};
+use crate::ops::{Host, Pass, ROW, Rows, Sequences, Training};
 use crate::parallel::Meanwhile;
 use crate::param::{Param, draw};
+use crate::pass::numbers;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::place::{Place, PlacedGradients};
 use crate::{mixtures, parameters};
@@ -210,7 +211,8 @@ impl LanguageModel {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut pass = crate::ops::Cuda::evaluating(device);
         let (logits, layers) = self.run(&mut pass, tokens, seq, masked, None)?;
-        Ok((pass.cross_entropy(logits, targets)?.1, layers))
+        let losses = pass.cross_entropy(logits, targets)?.1;
+        Ok((numbers(ROW, losses)?, layers))
     }
 
     /// [`train_pass`](Self::train_pass) at a place that is chosen when the program runs.
@@ -263,7 +265,8 @@ impl LanguageModel {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut pass = Host(NoneTape);
         let (logits, layers) = self.run(&mut pass, tokens, seq, masked, None)?;
-        Ok((pass.cross_entropy(logits, targets)?.1, layers))
+        let losses = pass.cross_entropy(logits, targets)?.1;
+        Ok((numbers(ROW, losses)?, layers))
     }
 }
 

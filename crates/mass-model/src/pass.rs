@@ -79,11 +79,11 @@ pub struct Masked {
     pub expert: ExpertId,
 }
 
-/// Refuses logits that no answer can be read from.
-pub(crate) fn check_logits(logits: Vec<f32>) -> Result<Vec<f32>, ModelError> {
-    match logits.iter().position(|x| !x.is_finite()) {
-        Some(i) => Err(ModelError::NonFinite(format!("logit {i}"))),
-        None => Ok(logits),
+/// Refuses logits, or losses, that say nothing.
+pub(crate) fn numbers(what: &str, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(i) => Err(ModelError::NonFinite(format!("{what} {i}"))),
+        None => Ok(values),
     }
 }
 

@@ -56,10 +56,10 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::mixtures::{Mixtures, attempt, check_masked};
 use crate::nn::{LayerNorm, Linear};
-use crate::ops::{Activations, Host, Pass, Training};
+use crate::ops::{Activations, Host, Pass, ROW, Training};
 use crate::optim::Gradients;
 use crate::param::{Param, draw};
-use crate::pass::{LayerTrace, Masked, TrainPass, check_logits};
+use crate::pass::{LayerTrace, Masked, TrainPass, numbers};
 use crate::place::{Place, PlacedGradients};
 use crate::pretrained::{Drawn, Head, Kind, Source, Stored, Weights};
 use layer::BertLayer;
@@ -347,7 +347,7 @@ impl BertClassifier {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut course = Course::masking(masked);
         let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
-        Ok((check_logits(logits.to_vec())?, course.traces))
+        Ok((numbers("logit", logits.to_vec())?, course.traces))
     }
 
     /// The loss of each sequence, without dropout.
@@ -437,7 +437,10 @@ impl BertClassifier {
                 let mut course = Course::masking(masked);
                 let logits = self.forward(pass, batch, &mut course)?;
                 let values = pass.mirror(&logits);
-                Ok((check_logits(values.try_values()?.to_vec())?, course.traces))
+                Ok((
+                    numbers("logit", values.try_values()?.to_vec())?,
+                    course.traces,
+                ))
             }
         }
     }
@@ -450,6 +453,6 @@ impl BertClassifier {
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
         let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
-        Ok(Self::loss(pass, logits, targets)?.1)
+        numbers(ROW, Self::loss(pass, logits, targets)?.1)
     }
 }

@@ -7,6 +7,7 @@ use crate::gradients::{CpuGradients, leaves_are_named};
 use crate::kernels::cross_entropy as kernel;
 use crate::kernels::gemm::Store;
 use crate::kernels::scratch::Scratch;
+use crate::pass::numbers;
 
 pub(super) fn check(
     &(n, classes): &(usize, usize),
@@ -26,6 +27,9 @@ pub(super) fn check(
     Ok((n, classes))
 }
 
+/// What a loss is called that is no number.
+pub(crate) const ROW: &str = "the loss of row";
+
 /// A scalar without its tape.
 pub(crate) type Scalar = Tensor<Rank0, f32, Cpu>;
 
@@ -43,7 +47,7 @@ pub fn cross_entropy<T: Tape<f32, Cpu>>(
 ) -> Result<MeanAndRows<T>, ModelError> {
     let (logits, mut pass) = enter(logits)?;
     let (mean, rows) = pass.cross_entropy(logits, targets)?;
-    Ok((mean.put_tape(pass.0), rows))
+    Ok((mean.put_tape(pass.0), numbers(ROW, rows)?))
 }
 
 /// `-ln softmax(logits)[target]` of each row, in nats.
@@ -55,16 +59,13 @@ pub fn token_losses<T: Tape<f32, Cpu>>(
     targets: &[u32],
 ) -> Result<Vec<f32>, ModelError> {
     let (logits, mut pass) = enter(logits.split_tape().0)?;
-    Ok(pass.cross_entropy(logits, targets)?.1)
+    numbers(ROW, pass.cross_entropy(logits, targets)?.1)
 }
 
 /// The mean, summed in double precision.
-pub(super) fn mean_of(losses: &[f32]) -> Result<f32, ModelError> {
+pub(super) fn mean_of(losses: &[f32]) -> f32 {
     let sum: f64 = losses.iter().map(|&x| f64::from(x)).sum();
-    match losses.iter().position(|x| !x.is_finite()) {
-        Some(row) => Err(ModelError::NonFinite(format!("the loss of row {row}"))),
-        None => Ok((sum / losses.len() as f64) as f32),
-    }
+    (sum / losses.len() as f64) as f32
 }
 
 /// The mean of losses. `backward` is put on the tape, if it is one, with the gradient of that mean.
@@ -73,7 +74,7 @@ fn mean<T: Tape<f32, Cpu>>(
     losses: Vec<f32>,
     backward: impl FnOnce(&mut CpuGradients, f32) -> Result<(), CpuError> + 'static,
 ) -> Result<(Scalar, Vec<f32>), ModelError> {
-    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)?], ())?;
+    let loss: Scalar = Cpu::default().try_tensor_from_vec(vec![mean_of(&losses)], ())?;
     if T::OWNS_TAPE {
         let ghost = loss.ghost();
         tape.add_backward_op(move |g| {
@@ -126,7 +127,7 @@ pub(super) fn check_values(
 ///
 /// # Errors
 /// [`ModelError::Config`] for several outputs, [`ModelError::Shape`] if there is not one target a row,
-/// [`ModelError::NonFinite`] for a target or a loss that is no number.
+/// [`ModelError::NonFinite`] for a target that is no number.
 pub(super) fn run_squared_error<T: Tape<f32, Cpu>>(
     tape: &mut T,
     outputs: Activations,

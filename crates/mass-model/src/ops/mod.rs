@@ -28,8 +28,8 @@ pub(crate) use activations::{Activations, enter, on_tensors};
 pub use add::{add, dropout};
 pub(crate) use assemble::Taps;
 pub use attention::{Attention, self_attention};
-pub(crate) use cross_entropy::Scalar;
 pub use cross_entropy::{MeanAndRows, cross_entropy, token_losses};
+pub(crate) use cross_entropy::{ROW, Scalar};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
 #[cfg(feature = "cuda")]

@@ -9,8 +9,8 @@ use crate::error::ModelError;
 use crate::kernels::dropout::DropoutKeys;
 use crate::kernels::scratch::Scratch;
 use crate::mixtures::{Mixtures, attempt, check_masked};
-use crate::ops::{Activations, Host, Pass, Sequences, Training};
-use crate::pass::{LayerTrace, Masked, TrainPass, check_logits};
+use crate::ops::{Activations, Host, Pass, ROW, Sequences, Training};
+use crate::pass::{LayerTrace, Masked, TrainPass, numbers};
 use crate::place::{Place, PlacedGradients};
 
 /// Rows, the number of tokens of an image, and the block they are the input of.
@@ -284,7 +284,7 @@ impl VitClassifier {
     ) -> Result<(Vec<f32>, Vec<LayerTrace>), ModelError> {
         let mut course = Course::masking(masked);
         let logits = self.forward(&mut Host(NoneTape), batch, &mut course)?;
-        Ok((check_logits(logits.states.to_vec())?, course.traces))
+        Ok((numbers("logit", logits.states.to_vec())?, course.traces))
     }
 
     /// Cross-entropy of each image, nats, without dropout.
@@ -374,7 +374,10 @@ impl VitClassifier {
                 let mut course = Course::masking(masked);
                 let logits = self.forward(pass, batch, &mut course)?.states;
                 let values = pass.mirror(&logits);
-                Ok((check_logits(values.try_values()?.to_vec())?, course.traces))
+                Ok((
+                    numbers("logit", values.try_values()?.to_vec())?,
+                    course.traces,
+                ))
             }
         }
     }
@@ -387,6 +390,6 @@ impl VitClassifier {
         masked: Option<Masked>,
     ) -> Result<Vec<f32>, ModelError> {
         let logits = self.forward(pass, batch, &mut Course::masking(masked))?;
-        Ok(pass.cross_entropy(logits.states, classes)?.1)
+        numbers(ROW, pass.cross_entropy(logits.states, classes)?.1)
     }
 }

@@ -299,7 +299,7 @@ fn a_destroyed_model_says_so() {
     let (mut model, _, _) = trained(3);
     model.head.weight.values_mut().fill(f32::NAN);
     says(model.score(&[1, 2], &[2, 3], 2, None), "the loss of row 0");
-    says(model.train_pass(&[1, 2], &[2, 3], 2), "the loss of row 0");
+    says(model.train_pass(&[1, 2], &[2, 3], 2), "the training loss");
 
     let mut layer = MoeLayer::new(&moe(2, top_k(1)), &mut seeded_rng(0)).unwrap();
     let mut twin = layer.experts()[0].offspring();
@@ -309,8 +309,7 @@ fn a_destroyed_model_says_so() {
 
     let mut norm = LayerNorm::new(4, 1e-5).unwrap();
     norm.eps = -1.0;
-    assert!(norm.try_forward(x.clone()).is_err());
-    says(Err::<(), _>(mass_model::last_error().unwrap()), "eps -1");
+    says(norm.try_forward(x.clone()), "eps -1");
     says(
         ops::layer_norm(x, &norm.weight, &norm.bias, f32::NAN),
         "eps NaN",
@@ -392,7 +391,7 @@ fn a_refused_construction_leaves_the_generator_as_it_was() {
     assert!(MoeLayer::new(&moe(2, too_much.clone()), rng).is_err());
     let dense = FeedForward::new(4, 3, Activation::Relu, false, &mut seeded_rng(1)).unwrap();
     assert!(MoeLayer::from_dense(&dense, &moe(2, too_much), rng).is_err());
-    for (heads, eps) in [(3, 1e-5), (2, -1.0)] {
+    for (heads, eps) in [(4, 1e-5), (2, -1.0)] {
         let mut config = crate::saved::config(2);
         (config.block.heads, config.block.layer_norm_eps) = (heads, eps);
         assert!(Block::new(&config.block, rng).is_err());
