@@ -105,7 +105,8 @@ fn a_checkpoint_that_could_not_be_read_is_not_written() {
 
     let dir = tempfile::tempdir().unwrap();
     let good = checkpoint::save(dir.path(), &snapshot(&trained(3))).unwrap();
-    let changes: [(fn(&mut LanguageModel), &str); 6] = [
+    type Change = fn(&mut LanguageModel);
+    let changes: [(Change, &str); 6] = [
         (
             |m| m.head = Linear::new(6, 7, true, &mut seeded_rng(1)).unwrap(),
             "head.bias is a parameter of shape [7] that does not decay, but none",
