@@ -155,8 +155,8 @@ impl<'k> Course<'k> {
     }
 
     /// The mask of the next dropout operation.
-    pub(crate) fn dropout(&mut self, rate: f32) -> Option<Dropout> {
-        self.keys.as_mut().and_then(|keys| keys.next(rate))
+    pub(crate) fn dropout(&mut self, rate: f32) -> Result<Option<Dropout>, ModelError> {
+        self.keys.as_mut().map_or(Ok(None), |keys| keys.next(rate))
     }
 }
 

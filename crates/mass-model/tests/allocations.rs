@@ -85,7 +85,7 @@ fn run_kernels() {
         heads: 4,
         dim: d,
         causal: true,
-        dropout: DropoutKeys::new(0, 0).next(0.1),
+        dropout: DropoutKeys::new(0, 0).next(0.1).unwrap(),
         longest_kept: attention::LONGEST_KEPT,
     };
     let (qkv, mut dqkv) = (vec![0.1; n * 3 * d], vec![0.0; n * 3 * d]);
@@ -185,7 +185,7 @@ fn run_kernels() {
             cross_entropy::backward(&logits, &targets, 1.0, (&mut dx, Store::Add), d);
         }),
     ));
-    let mask = DropoutKeys::new(0, 1).next(0.1);
+    let mask = DropoutKeys::new(0, 1).next(0.1).unwrap();
     reports.push((
         "dropout",
         steady(|| dropout::masked(mask, &x, &mut dx, Store::Add)),
@@ -249,7 +249,7 @@ fn run_operations() {
     let mut rng = mass_model::seeded_rng(0);
     let mixture = MoeLayer::new(&config, &mut rng).unwrap();
     let network = FeedForward::new(d, hidden, Activation::GeluErf, false, &mut rng).unwrap();
-    let keys = DropoutKeys::new(0, 1).next(0.1);
+    let keys = DropoutKeys::new(0, 1).next(0.1).unwrap();
     // Gradients stay the next run's, as an optimiser gives them back.
     let back = |y: Rows<OwnedTape<f32, Cpu>>, params: &[&Param]| {
         let mut gradients = y.sum().backward();

@@ -57,11 +57,11 @@ impl BertLayer {
             .attention
             .run(pass, x.clone(), sequences, early, keys)?;
         let x = pass.pick_some(x, early)?;
-        let dropout = course.dropout(self.dropout);
+        let dropout = course.dropout(self.dropout)?;
         let h = pass.add(h, x, dropout)?;
         let x = self.attention_norm.run(pass, h)?;
         let h = self.mlp.run(pass, x.clone(), course)?;
-        let dropout = course.dropout(self.dropout);
+        let dropout = course.dropout(self.dropout)?;
         let h = pass.add(h, x, dropout)?;
         let h = self.mlp.keep_late(pass, h, keep)?;
         self.ffn_norm.run(pass, h)

@@ -217,7 +217,7 @@ impl BertClassifier {
         let x = pass.embedding(&tables)?;
         let x = self.norm.run(pass, x)?;
         let rate = self.config.encoder.hidden_dropout_prob;
-        let mut x = pass.dropout(x, course.dropout(rate))?;
+        let mut x = pass.dropout(x, course.dropout(rate)?)?;
         let first = &sequences.offsets()[..sequences.len()];
         for (i, layer) in self.layers.iter().enumerate() {
             observe(&x);
@@ -239,7 +239,7 @@ impl BertClassifier {
         let states = self.encode(pass, batch, Wanted::First, course, &mut |_| {})?;
         let pooled = self.pool(pass, states)?;
         let rate = self.config.encoder.head_dropout();
-        let pooled = pass.dropout(pooled, course.dropout(rate))?;
+        let pooled = pass.dropout(pooled, course.dropout(rate)?)?;
         self.head.run(pass, pooled)
     }
 

@@ -531,7 +531,7 @@ mod tests {
                     heads: 3,
                     dim: 15,
                     causal,
-                    dropout: DropoutKeys::new(1, 2).next(rate),
+                    dropout: DropoutKeys::new(1, 2).next(rate).unwrap(),
                     longest_kept,
                 };
                 let (y, gradient) = pass(shape(usize::MAX));

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::gemm::Store;
 use super::vectorised;
+use crate::error::ModelError;
 
 /// Elements handled by one task.
 const BLOCK: usize = 1 << 14;
@@ -32,11 +33,12 @@ impl From<Dropout> for mass_cuda::kernels::Dropout {
 /// use mass_model::DropoutKeys;
 /// let masks = |step| {
 ///     let mut keys = DropoutKeys::new(7, step);
-///     [keys.next(0.1), keys.next(0.1)]
+///     Ok::<_, mass_model::ModelError>([keys.next(0.1)?, keys.next(0.1)?])
 /// };
-/// assert_eq!(masks(0), masks(0));
-/// assert_ne!(masks(0)[0], masks(0)[1]);
-/// assert_ne!(masks(0), masks(1));
+/// assert_eq!(masks(0)?, masks(0)?);
+/// assert_ne!(masks(0)?[0], masks(0)?[1]);
+/// assert_ne!(masks(0)?, masks(1)?);
+/// # Ok::<(), mass_model::ModelError>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct DropoutKeys {
@@ -53,14 +55,20 @@ impl DropoutKeys {
         }
     }
 
-    /// The mask of the next dropout operation at a rate in [0, 1]; `None` at zero, and for what is no rate: negative values and
-    /// NaN. From 1 on everything is dropped.
-    pub fn next(&mut self, rate: f32) -> Option<Dropout> {
+    /// The mask of the next dropout operation; `None` at a rate of zero, and at one everything is dropped.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a rate outside [0, 1]; the next key is as it was then.
+    pub fn next(&mut self, rate: f32) -> Result<Option<Dropout>, ModelError> {
+        if !(0.0..=1.0).contains(&rate) {
+            let what = format!("a dropout rate of {rate}, which is not in [0, 1]");
+            return Err(ModelError::Config(what));
+        }
         self.site += 1;
-        (rate > 0.0).then(|| Dropout {
+        Ok((rate > 0.0).then(|| Dropout {
             rate,
             key: mix(self.seed ^ self.site.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
-        })
+        }))
     }
 }
 
@@ -148,7 +156,7 @@ mod tests {
     fn as_many_are_dropped_as_asked_for_and_neighbours_are_independent() {
         for rate in [0.1f32, 0.5] {
             let mut keys = DropoutKeys::new(3, 5);
-            let mask = keys.next(rate).unwrap();
+            let mask = keys.next(rate).unwrap().unwrap();
             let n = 1 << 20;
             let kept: Vec<bool> = (0..n).map(|i| mask.factor(i) > 0.0).collect();
             let share = kept.iter().filter(|k| !**k).count() as f64 / f64::from(n);
@@ -162,6 +170,12 @@ mod tests {
                 );
             }
         }
-        assert_eq!(DropoutKeys::new(0, 0).next(0.0), None);
+        let keys = &mut DropoutKeys::new(0, 0);
+        assert_eq!(keys.next(0.0).unwrap(), None);
+        let mask = keys.next(1.0).unwrap().unwrap();
+        assert!((0..1 << 10).all(|i| mask.factor(i) == 0.0));
+        for rate in [-0.1, f32::NAN, 1.1] {
+            assert!(keys.next(rate).is_err(), "{rate}");
+        }
     }
 }

@@ -78,7 +78,7 @@ impl SelfAttention {
         let how = Attention {
             heads: self.heads,
             causal: self.causal,
-            dropout: keys.and_then(|k| k.next(self.dropout)),
+            dropout: keys.map_or(Ok(None), |k| k.next(self.dropout))?,
         };
         let attended = pass.self_attention(qkv, sequences, how)?;
         let attended = pass.pick_some(attended, keep)?;

@@ -414,7 +414,7 @@ impl MoeLayer {
             }
         }
         let router = config.router.build()?;
-        enough_experts(&config.router, experts.len())?;
+        enough_experts(&router, experts.len())?;
         for loss in &config.losses {
             if let Some(needed) = loss.lacks(&router, config.gate.is_low_rank()) {
                 return Err(ModelError::Config(format!(
@@ -667,7 +667,7 @@ impl MoeLayer {
                 "the last expert of a layer cannot be removed".into(),
             ));
         }
-        enough_experts(&self.config.router, self.experts.len() - 1)?;
+        enough_experts(&self.router(), self.experts.len() - 1)?;
         self.ids.remove(index);
         if !self.owners.is_empty() {
             self.owners.remove(index);
@@ -676,7 +676,7 @@ impl MoeLayer {
         Ok(self.experts.remove(index))
     }
 
-    /// Refuses a router of another kind than the layer's, or one that has learned of more experts than there are.
+    /// Refuses a router of another kind than the layer's, or one that takes more experts than there are or has learned of more.
     pub(crate) fn check_router(
         &self,
         router: &AnyRouter,
@@ -694,7 +694,7 @@ impl MoeLayer {
             known if known > experts => Err(ModelError::Config(format!(
                 "a router with biases of {known} experts, of which there are {experts}"
             ))),
-            _ => Ok(()),
+            _ => enough_experts(router, experts),
         }
     }
 
@@ -849,13 +849,9 @@ impl MoeLayer {
 }
 
 /// Refuses a pool that a router cannot route to.
-fn enough_experts(router: &RouterConfig, experts: usize) -> Result<(), ModelError> {
-    match *router {
-        RouterConfig::TopK { k, .. } | RouterConfig::BiasBalanced { k, .. } if k > experts => {
-            let available = experts;
-            Err(RoutingError::TooFewExperts { k, available }.into())
-        }
-        RouterConfig::Noisy { ref inner, .. } => enough_experts(inner, experts),
+fn enough_experts(router: &AnyRouter, available: usize) -> Result<(), ModelError> {
+    match router.least_experts() {
+        k if k > available => Err(RoutingError::TooFewExperts { k, available }.into()),
         _ => Ok(()),
     }
 }

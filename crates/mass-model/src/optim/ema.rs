@@ -113,7 +113,8 @@ impl Ema {
         self.swapped
     }
 
-    /// Takes in the weights after an optimiser's step.
+    /// Takes in the weights after an optimiser's step. It does not look for NaN or infinities among them: the averages have them
+    /// then, and what is computed with those is refused, as is a [checkpoint](crate::checkpoint::save) of them.
     ///
     /// # Errors
     /// [`ModelError::Config`] while the averages are in the model or if two parameters have one name, [`ModelError::Shape`] if a parameter has changed its

@@ -269,8 +269,13 @@ impl Gradients for CudaGradients {
         let found: Vec<_> = params.iter().map(|param| self.find(param)).collect();
         let there: Vec<_> = found.iter().flatten().copied().collect();
         let mut sums = dots::sums_of_squares(self.device(), &there)?.into_iter();
-        let of = |found: &Option<_>| found.and_then(|_| sums.next());
-        Ok(found.iter().map(of).collect())
+        let sums = found.iter().map(|found| found.and_then(|_| sums.next()));
+        let of = |(sum, param): (Option<f64>, &&Param)| match sum {
+            // Squares that are too large for the blocks there are summed here.
+            Some(sum) if !sum.is_finite() => Ok(self.of(param)?.map(|g| sum_of_squares(&g))),
+            sum => Ok(sum),
+        };
+        sums.zip(params).map(of).collect()
     }
 
     fn zero(&mut self, param: &Param, which: Range<usize>) -> Result<(), ModelError> {

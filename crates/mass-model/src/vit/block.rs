@@ -65,12 +65,12 @@ impl VitBlock {
         let h = self.attention.run(pass, h, sequences, early, keys)?;
         let h = scaled(pass, h, self.scale1.as_ref())?;
         let x = pass.pick_some(x, early)?;
-        let dropout = course.dropout(self.dropout);
+        let dropout = course.dropout(self.dropout)?;
         let x = pass.add(h, x, dropout)?;
         let h = self.norm2.run(pass, x.clone())?;
         let h = self.mlp.run(pass, h, course)?;
         let h = scaled(pass, h, self.scale2.as_ref())?;
-        let dropout = course.dropout(self.dropout);
+        let dropout = course.dropout(self.dropout)?;
         let h = pass.add(h, x, dropout)?;
         self.mlp.keep_late(pass, h, keep)
     }

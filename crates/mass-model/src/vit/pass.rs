@@ -44,7 +44,7 @@ impl VitClassifier {
         let taps = interpolation(config.grid(), grid, config.position_resampling);
         let x = pass.assemble(embedded, &self.class, &self.positions, taps)?;
         let rate = config.hidden_dropout_prob;
-        let x = pass.dropout(x, course.dropout(rate))?;
+        let x = pass.dropout(x, course.dropout(rate)?)?;
         Ok((x, 1 + grid.0 * grid.1))
     }
 

@@ -5,7 +5,7 @@ use mass_model::checkpoint::{self, Checkpointed, Snapshot};
 use mass_model::nn::{GateConfig, MoeConfig};
 use mass_model::optim::{AdamW, AdamWConfig};
 use mass_model::vit::{ImageBatch, VitClassifier, VitConfig};
-use mass_model::{CpuGradients, DropoutKeys, ModelError, Parameters, seeded_rng};
+use mass_model::{CpuGradients, DropoutKeys, ModelError, Param, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 const TOP_P: RouterConfig = RouterConfig::TopP {
@@ -158,6 +158,25 @@ fn a_checkpoint_of_another_model_is_refused() {
     checkpoint::save(dir.path(), &snapshot).unwrap();
     let e = checkpoint::load_model::<BertClassifier>(dir.path()).unwrap_err();
     assert!(matches!(e, ModelError::Checkpoint { .. }), "{e}");
+}
+
+#[test]
+fn a_classifier_that_a_checkpoint_would_not_give_back_is_not_saved() {
+    fn refused<M: Checkpointed>(mut model: M, victim: &str) {
+        let optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        let encode = |model: &M| checkpoint::encode(&Snapshot::new(0, model, &optimizer, &()));
+        encode(&model).unwrap();
+        model.visit_mut("", &mut |name, p| {
+            if name == victim {
+                *p = Param::zeros(&[1], false).unwrap();
+            }
+        });
+        let error = encode(&model).unwrap_err().to_string();
+        let what = format!("{victim} is a parameter of shape [1] that does not decay");
+        assert!(error.contains(&what), "{error}");
+    }
+    refused(bert(), "words");
+    refused(vit(), "positions");
 }
 
 #[test]

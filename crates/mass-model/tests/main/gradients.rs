@@ -395,7 +395,7 @@ fn threads_do_not_change_a_bit_of_attention() {
             let how = Attention {
                 heads,
                 causal,
-                dropout: DropoutKeys::new(1, 2).next(rate),
+                dropout: DropoutKeys::new(1, 2).next(rate).unwrap(),
             };
             let run = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);

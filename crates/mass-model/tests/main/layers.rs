@@ -512,7 +512,7 @@ fn attention_with_a_mask_and_dropout_agrees_with_central_differences() {
 #[test]
 fn dropout_keeps_the_mean_and_its_gradient_has_the_same_mask() {
     let x = Cpu::default().ones_like(&(400, 50));
-    let mask = DropoutKeys::new(1, 2).next(0.25);
+    let mask = DropoutKeys::new(1, 2).next(0.25).unwrap();
     let y = ops::dropout(x.clone().leaky_traced(), mask).unwrap();
     let kept = y.as_vec();
     let mean = kept.iter().sum::<f32>() / kept.len() as f32;
@@ -652,7 +652,7 @@ fn what_a_layer_cannot_be_is_refused() {
 
 #[test]
 fn a_rate_of_nearly_one_is_that_rate() {
-    let mask = DropoutKeys::new(1, 2).next(0.999);
+    let mask = DropoutKeys::new(1, 2).next(0.999).unwrap();
     let ones = Cpu::default().tensor_from_vec(vec![1.0; 100_000], (1000, 100));
     let kept = ops::dropout(ones, mask).unwrap().as_vec();
     let kept: Vec<f32> = kept.into_iter().filter(|&x| x != 0.0).collect();

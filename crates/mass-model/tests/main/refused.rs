@@ -267,6 +267,35 @@ fn what_an_accumulator_refuses_it_still_has() {
     assert_eq!(*model.a.gradient(&mut gradients).unwrap(), [3.0; 4]);
 }
 
+#[test]
+fn what_is_no_number_is_refused_once_it_has_been_averaged() {
+    let mut model = one(1.0);
+    let mut gradients = given(&model, f32::NAN);
+    let mut accumulator = GradientAccumulator::new();
+    accumulator.add(&model, &mut gradients, 1.0).unwrap();
+    accumulator
+        .add(&model, &mut given(&model, 1.0), 1.0)
+        .unwrap();
+    accumulator.mean_into(&model, &mut gradients).unwrap();
+    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    says(
+        optimizer.step(&mut model, &mut gradients, 0.1),
+        "the gradient of a",
+    );
+    assert_eq!(model.a.values(), [1.0; 4]);
+
+    let mut parts = trained(3);
+    let weights = parts.0.norm.weight.values().to_vec();
+    parts.0.norm.weight.values_mut().fill(f32::NAN);
+    parts.2.update(&parts.0).unwrap();
+    parts.0.norm.weight.values_mut().copy_from_slice(&weights);
+    let saved = checkpoint::encode(&snapshot(&parts));
+    says(saved, "NaN among the averages of norm.weight");
+    parts.2.swap(&mut parts.0).unwrap();
+    let scored = parts.0.score(&[1, 2], &[2, 3], 2, None);
+    says(scored, "not finite");
+}
+
 fn moe(experts: usize, router: serde_json::Value) -> MoeConfig {
     serde_json::from_value(json!({
         "dim": 4, "hidden": 3, "experts": experts, "activation": "relu", "router": router,
@@ -417,11 +446,33 @@ fn a_router_and_its_pool_belong_together() {
     assert_eq!(layer.ids().len(), 2);
 
     // A plan of evaluation, before the router has ever trained.
-    let balanced = json!({ "router": "bias_balanced", "k": 1, "rate": 0.1, "combine": "raw" });
-    let mut layer = MoeLayer::new(&moe(3, balanced), rng).unwrap();
+    let with_bias = |n: usize| {
+        let bias = vec![0.0; n];
+        json!({ "router": "bias_balanced", "k": 1, "rate": 0.1, "combine": "raw", "bias": bias })
+    };
+    let balanced =
+        |k: usize| json!({ "router": "bias_balanced", "k": k, "rate": 0.1, "combine": "raw" });
+    let mut layer = MoeLayer::new(&moe(3, balanced(1)), rng).unwrap();
     let x: Tensor<(usize, usize), f32, Cpu> = Cpu::default().ones_like(&(2, 4));
     let plan = layer.forward_routed(x, None).unwrap().plan;
     says(layer.adapt(&plan), "experts that this router has routed");
+
+    let optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+    for (router, part) in [
+        (top_k(1), "a router of another kind"),
+        (balanced(4), "4 experts"),
+        (
+            with_bias(5),
+            "a router with biases of 5 experts, of which there are 3",
+        ),
+    ] {
+        let mut config = crate::saved::config(3);
+        config.block.moe.router = serde_json::from_value(balanced(1)).unwrap();
+        let mut model = LanguageModel::new(&config, rng).unwrap();
+        *model.mixture_mut(0).router_mut() = serde_json::from_value(router).unwrap();
+        let saved = checkpoint::encode(&Snapshot::new(1, &model, &optimizer, &()));
+        says(saved, part);
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ use crate::kernels::dropout::DropoutKeys;
 use crate::mirror::Mirror;
 use crate::nn::{FeedForward, GateConfig, LayerNorm, Linear, MoeConfig, MoeLayer, SelfAttention};
 use crate::ops::{Host, Pass, RoutingLoss, Sequences, Taps, Training};
+use crate::optim::Gradients;
 use crate::param::{Param, Parameters};
 use crate::seeded_rng;
 
@@ -84,10 +85,10 @@ impl Operation {
                 pass.assemble(x, class, positions, taps.clone())
             }
             Self::Tanh => pass.tanh(x),
-            Self::Dropout(rate) => pass.dropout(x, keys.next(*rate)),
+            Self::Dropout(rate) => pass.dropout(x, keys.next(*rate)?),
             Self::Add(rate) => {
                 let other = pass.tanh(x.clone())?;
-                pass.add(other, x, keys.next(*rate))
+                pass.add(other, x, keys.next(*rate)?)
             }
         }
     }
@@ -277,6 +278,30 @@ fn mixtures_behind_every_router_and_gate() {
                 compare(&what, (19, 6), &Operation::Moe(Box::new(layer)));
             }
         }
+    }
+}
+
+#[test]
+fn a_relu_keeps_nan_and_large_gradients_have_a_norm() {
+    let Some(device) = device() else { return };
+    let (table, rng) = (param(&[3, 4], 0.4), &mut seeded_rng(4));
+    let mut network = FeedForward::new(4, 5, Activation::Relu, false, rng).unwrap();
+    network.visit_mut("", &mut |name, p| {
+        if name == "fc1.bias" {
+            p.values_mut().fill(f32::NAN);
+        }
+    });
+    let mut pass = Cuda::evaluating(&device);
+    let y = run(&mut pass, &table, &Operation::FeedForward(network)).unwrap();
+    assert!(y.2.iter().all(|y| y.is_nan()), "{:?}", y.2);
+
+    let mut pass = Cuda::training(&device);
+    let loss = run(&mut pass, &table, &Operation::Tanh).unwrap().0;
+    let mut gradients = pass.backward(loss).unwrap().1;
+    for (value, sum) in [(1e20, 12e40), (f32::INFINITY, f64::INFINITY)] {
+        gradients.set(&table, vec![value; 12]).unwrap();
+        let found = gradients.sums_of_squares(&[&table]).unwrap()[0].unwrap();
+        assert!(found == sum || (found / sum - 1.0).abs() < 1e-6, "{found}");
     }
 }
 
