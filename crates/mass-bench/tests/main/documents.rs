@@ -40,7 +40,7 @@ fn tables_are_those_of_the_results() {
         ),
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-quick"]),
-        ("continual.md", &["continual-quick"]),
+        ("continual.md", &["continual-full"]),
         ("domains.md", &["domains-quick"]),
         ("sensitivity.md", &["sensitivity-full"]),
         ("noise.md", &["noise-full"]),
