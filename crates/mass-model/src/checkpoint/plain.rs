@@ -79,8 +79,9 @@ fn fresh(path: &Path) -> std::io::Result<(PathBuf, File)> {
 /// Reads the values of all parameters from a safetensors file in `f32`, as [`save_safetensors`] writes it.
 ///
 /// # Errors
-/// [`ModelError::Config`] if two parameters have one name, [`ModelError::Io`] if the file cannot be read; [`ModelError::Checkpoint`] naming the file, and the tensor where there is one,
-/// if a tensor is missing, of another shape or type, has a value that is NaN or infinite, or belongs to no parameter. The model is as it was then.
+/// [`ModelError::Config`] if two parameters have one name, [`ModelError::Io`] if the file cannot be read;
+/// [`ModelError::Checkpoint`] naming the file, and the tensor where there is one, if a tensor is missing, of another shape or
+/// type, has a value that is NaN or infinite, or belongs to no parameter. The model is as it was then.
 pub fn load_safetensors<M: Parameters + ?Sized>(
     path: &Path,
     model: &mut M,

@@ -54,7 +54,8 @@ pub enum GateConfig {
     /// `logit_e = <x, w_e>`.
     #[default]
     Linear,
-    /// `logit_e = cos(P x + b, w_e) / temperature`. `None` for both gives DynMoE's gate; GMoE's has projection 256 and temperature 0.5.
+    /// `logit_e = cos(P x + b, w_e) / temperature`. `None` for both gives DynMoE's gate; GMoE's has projection 256 and
+    /// temperature 0.5.
     Cosine {
         /// Width of the projection; `None`: no projection.
         projection: Option<usize>,
@@ -380,8 +381,8 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`ModelError::Config`] if their number is not the configuration's, one is gated and another or the configuration is not,
-    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes, [`ModelError::NonFinite`] for a logit offset that is NaN
-    /// or infinite.
+    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes,
+    /// [`ModelError::NonFinite`] for a logit offset that is NaN or infinite.
     pub fn from_experts(
         config: &MoeConfig,
         experts: Vec<MoeExpert>,
@@ -500,9 +501,9 @@ impl MoeLayer {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a router that balances itself learn from a plan: a balancing bias moves, a controlled p is steered. Call it once for each
-    /// training step, while the pool is the one that the plan is of; [`Mixtures::adapt`](crate::growth::Mixtures::adapt) does it for
-    /// every layer of a model.
+    /// Lets a router that balances itself learn from a plan: a balancing bias moves, a controlled p is steered. Call it once
+    /// for each training step, while the pool is the one that the plan is of;
+    /// [`Mixtures::adapt`](crate::growth::Mixtures::adapt) does it for every layer of a model.
     ///
     /// # Errors
     /// [`ModelError::Routing`] if the plan is of another number of experts.

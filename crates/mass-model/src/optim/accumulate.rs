@@ -48,8 +48,8 @@ impl GradientAccumulator {
         self.batches
     }
 
-    /// Takes in the gradients of a micro-batch whose loss is a mean over `weight` rows. It does not look for NaN or infinities among
-    /// them: the mean has them then, and [`AdamW::step`](super::AdamW::step) refuses it.
+    /// Takes in the gradients of a micro-batch whose loss is a mean over `weight` rows. It does not look for NaN or infinities
+    /// among them: the mean has them then, and [`AdamW::step`](super::AdamW::step) refuses it.
     ///
     /// # Errors
     /// [`ModelError::Config`] for a weight that is not positive and finite, also in sum with those before, and for two parameters

@@ -121,11 +121,12 @@ impl ParameterState {
 /// shrink it. λ and a factor on lr may differ between parameters: see [`Group`]. Clipping scales all gradients by
 /// `min(1, clip_norm / ‖g‖)`, the norm taken over every parameter together.
 ///
-/// A parameter without a gradient ([`Param::find_gradient`](crate::Param::find_gradient)) is passed over, as PyTorch passes over
-/// one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and biases of
-/// an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move on by
-/// momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a gradient in
-/// every batch, zero or not; like a row of PyTorch's `Linear` it decays and moves. A gradient of zero is a gradient.
+/// A parameter without a gradient ([`Param::find_gradient`](crate::Param::find_gradient)) is passed over, as PyTorch passes
+/// over one whose `grad` is `None`: its values, moments and step count stay as they are, to the bit. Such are the matrices and
+/// biases of an expert that no token of the batch was routed to: nothing was learnt about them, so they neither decay nor move
+/// on by momentum. Its gate row is another matter: it is a row of the gate's matrix, which every token is scored by, and has a
+/// gradient in every batch, zero or not; like a row of PyTorch's `Linear` it decays and moves. A gradient of zero is a
+/// gradient.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -138,8 +139,8 @@ impl AdamW {
     /// An optimiser without state; state is made as parameters are met.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a beta outside [0, 1), or 1 when it is rounded to f32, an eps that is not positive in f32 (a gradient of zero would be divided
-    /// by zero), or a negative or non-finite setting, also of a group.
+    /// [`ModelError::Config`] for a beta outside [0, 1), or 1 when it is rounded to f32, an eps that is not positive in f32 (a
+    /// gradient of zero would be divided by zero), or a negative or non-finite setting, also of a group.
     pub fn new(config: AdamWConfig) -> Result<Self, ModelError> {
         let AdamWConfig {
             beta1,
@@ -203,11 +204,12 @@ impl AdamW {
     ///
     /// # Errors
     /// [`ModelError::NoGradient`] if no parameter has a gradient, so that nothing could be learnt: the gradients are of another
-    /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite, [`ModelError::Config`] for a negative
-    /// learning rate, or one that is too large for f32 as a group scales it, alone, times the weight decay or over 1 - beta1 (so
-    /// for eps and weight decay), and for two parameters of one name. [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the
-    /// memory of a device does not suffice, or it has failed. No parameter, moment or gradient is changed then, so that the step
-    /// may be made again.
+    /// model, or were used up. [`ModelError::NonFinite`] if a gradient or the learning rate is NaN or infinite,
+    /// [`ModelError::Config`] for a negative learning rate, or one that is too large for f32 as a group scales it, alone, times
+    /// the weight decay or over 1 - beta1 (so for eps and weight decay), and for two parameters of one name.
+    /// [`ModelError::Shape`] if a parameter has another size than its moments. `ModelError::Cuda` if the memory of a device
+    /// does not suffice, or it has failed. No parameter, moment or gradient is changed then, so that the step may be made
+    /// again.
     pub fn step<M: Parameters + ?Sized, G: Gradients>(
         &mut self,
         model: &mut M,
@@ -542,8 +544,8 @@ fn own_on(
     Ok(())
 }
 
-/// Sum of squares: blocks in f32 (those too large for it in f64), their sum in f64, as exact as needed and as fast as memory. The order of the sums does
-/// not depend on the number of threads.
+/// Sum of squares: blocks in f32 (those too large for it in f64), their sum in f64, as exact as needed and as fast as memory.
+/// The order of the sums does not depend on the number of threads.
 pub(crate) fn sum_of_squares(g: &[f32]) -> f64 {
     const PIECE: usize = 1 << 18;
     let piece = |g: &[f32]| -> f64 {

@@ -15,9 +15,10 @@ use crate::param::{Parameters, check_finite, check_names, reach_devices};
 /// and one that vanishes is dropped. Averaged are trainable values alone; offsets of logits and the state of routers are the
 /// model's own.
 ///
-/// A split also moves values at once: a bisection parts two gate rows, and the offsets with them. The average makes the same move
-/// ([`Param::move_to`](crate::Param::move_to)) before it is used again, so that the averaged model after a split is the split of the
-/// averaged model. Averaging the move itself would leave rows and offsets that do not belong together for `1 / (1 - decay)` steps.
+/// A split also moves values at once: a bisection parts two gate rows, and the offsets with them. The average makes the same
+/// move ([`Param::move_to`](crate::Param::move_to)) before it is used again, so that the averaged model after a split is the
+/// split of the averaged model. Averaging the move itself would leave rows and offsets that do not belong together for `1 / (1
+/// - decay)` steps.
 ///
 /// ```
 /// use mass_model::{Param, Parameters, nn::LayerNorm, optim::Ema};
@@ -117,8 +118,8 @@ impl Ema {
     /// then, and what is computed with those is refused, as is a [checkpoint](crate::checkpoint::save) of them.
     ///
     /// # Errors
-    /// [`ModelError::Config`] while the averages are in the model or if two parameters have one name, [`ModelError::Shape`] if a parameter has changed its
-    /// size, that of a device that has changed the weights and failed; nothing is changed then.
+    /// [`ModelError::Config`] while the averages are in the model or if two parameters have one name, [`ModelError::Shape`] if
+    /// a parameter has changed its size, that of a device that has changed the weights and failed; nothing is changed then.
     pub fn update<M: Parameters + ?Sized>(&mut self, model: &M) -> Result<(), ModelError> {
         reach_devices(model)?;
         self.follow(model)?;

@@ -315,8 +315,8 @@ impl Ranks {
     /// how much from each.
     ///
     /// # Errors
-    /// As [`gather_bytes`](Self::gather_bytes); [`ParallelError::Unsupported`], on this rank, if `to` is not one number a rank, or they
-    /// do not add up to what is sent.
+    /// As [`gather_bytes`](Self::gather_bytes); [`ParallelError::Unsupported`], on this rank, if `to` is not one number a rank,
+    /// or they do not add up to what is sent.
     pub fn exchange(
         &self,
         send: &[f32],

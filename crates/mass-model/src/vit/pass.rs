@@ -275,8 +275,8 @@ impl VitClassifier {
     /// # Errors
     /// [`ModelError::Config`] for an image that patches do not make up, or features of more blocks than there are or of a
     /// mixture; [`ModelError::Shape`] for pixels or features of another number than whole images have,
-    /// [`ModelError::NonFinite`] for a NaN or infinity among them or the logits; [`ModelError::NoSuchExpert`] or [`ModelError::Config`]
-    /// for a masked expert that is not there.
+    /// [`ModelError::NonFinite`] for a NaN or infinity among them or the logits; [`ModelError::NoSuchExpert`] or
+    /// [`ModelError::Config`] for a masked expert that is not there.
     pub fn logits(
         &self,
         batch: ImageBatch<'_>,
