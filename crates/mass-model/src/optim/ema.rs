@@ -17,8 +17,8 @@ use crate::param::{Parameters, check_finite, check_names, reach_devices};
 ///
 /// A split also moves values at once: a bisection parts two gate rows, and the offsets with them. The average makes the same
 /// move ([`Param::move_to`](crate::Param::move_to)) before it is used again, so that the averaged model after a split is the
-/// split of the averaged model. Averaging the move itself would leave rows and offsets that do not belong together for `1 / (1
-/// - decay)` steps.
+/// split of the averaged model. Averaging the move itself would leave rows and offsets that do not belong together for
+/// `1 / (1 - decay)` steps.
 ///
 /// ```
 /// use mass_model::{Param, Parameters, nn::LayerNorm, optim::Ema};
