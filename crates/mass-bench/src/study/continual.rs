@@ -4,7 +4,7 @@
 //! false-alarm budget of their own, are beside static pools and DynMoE. What is asked: how soon after a change a pool grows, how
 //! often before it, what becomes of the loss on old and new kinds, and which experts the newest kind got.
 
-use mass_expand::ControllerParams;
+use mass_expand::{ControllerParams, Watch};
 use mass_model::LayerTrace;
 use mass_model::growth::Mixtures;
 use mass_routing::Combine;
@@ -79,6 +79,16 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
         p: 0.5,
         live_percent: Some(100),
     };
+    let mut methods = methods(&pool, &[5, 12, 20], steps, 12);
+    let all = alarms(steps);
+    let loss = Watch {
+        expert: None,
+        layer: None,
+        ..all.clone()
+    };
+    for (of, watch) in [("the loss", loss), ("all", all)] {
+        methods.push(Method::Mass(ours_by_alarms(&pool, steps, 12, of, watch)));
+    }
     Ok(Plan {
         family: Continual {
             regime: Regime {
@@ -89,7 +99,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
             tasks: asked.map_or_else(|| tasks.to_vec(), |task| vec![*task]),
             args: args.clone(),
         },
-        methods: methods(&pool, &[5, 12, 20], steps, 12),
+        methods,
         pool,
         seeds,
         variant: None,
@@ -112,53 +122,68 @@ pub(super) fn methods(pool: &Pool, sizes: &[usize], steps: u64, first_to: usize)
         .collect()
 }
 
-/// The paper's rule and its code's as they are meant, and live to the end; `calibrated` and `ours` as they are, and with alarms
-/// that go on. `ours` leaves itself room for them: it grows to `first_to` first.
-fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
-    let confined = |variant| Mass {
-        live_percent: None,
-        ..Mass::of(variant, pool)
-    };
-    let with = |label: &str, variant, rules: &[(&str, Value)]| Mass {
+/// A pool that grows by its variant's own timing, under this label, by these rules.
+fn relabelled(variant: Variant, pool: &Pool, label: &str, rules: &[(&str, Value)]) -> Mass {
+    Mass {
         label: label.to_owned(),
+        live_percent: None,
         overrides: rules
             .iter()
             .map(|(at, value)| ((*at).to_owned(), value.clone()))
             .collect::<Overrides>(),
-        ..confined(variant)
-    };
-    // What is left after the first phase, in which a false alarm has this chance at most.
-    let alarms = ControllerParams::calibrated_watch(0.05, steps * 9 / 10).shortened(steps);
-    let alarms = json!(alarms);
-    let continual = ("controller.phase.continual", alarms);
+        ..Mass::of(variant, pool)
+    }
+}
+
+/// The detectors of `calibrated` for what is left after the first phase, in which a false alarm has this chance at most.
+fn alarms(steps: u64) -> Watch {
+    ControllerParams::calibrated_watch(0.05, steps * 9 / 10).shortened(steps)
+}
+
+/// `ours` that has grown to `first_to`, and goes on by the alarms of what is watched.
+fn ours_by_alarms(pool: &Pool, steps: u64, first_to: usize, of: &str, watch: Watch) -> Mass {
     let (first, every) = ((steps / 200).max(1), (steps / 1000).max(1));
     let splits = (first_to - pool.experts) as u64;
     let schedule = json!({ "schedule_then_detector": { "first": first, "every": every } });
+    relabelled(
+        Variant::Ours,
+        pool,
+        &format!("{first_to}, then by alarms of {of}"),
+        &[
+            ("controller.phase.continual", json!(watch)),
+            ("controller.unused", json!("skip")),
+            ("controller.trigger", schedule),
+            ("controller.phase.live_until", json!(first + splits * every)),
+        ],
+    )
+}
+
+/// The paper's rule and its code's as they are meant, and live to the end; `calibrated` and `ours` as they are, and with alarms
+/// that go on. `ours` leaves itself room for them: it grows to `first_to` first.
+fn grown(pool: &Pool, steps: u64, first_to: usize) -> Vec<Mass> {
+    let confined = |variant| relabelled(variant, pool, "", &[]);
+    let all = alarms(steps);
+    let of_both = Watch {
+        expert: None,
+        ..all.clone()
+    };
     vec![
         confined(Variant::Paper),
         Mass::of(Variant::Paper, pool),
         Mass::of(Variant::Reference, pool),
         confined(Variant::Calibrated),
-        with(
-            "alarms go on",
+        relabelled(
             Variant::Calibrated,
-            std::slice::from_ref(&continual),
+            pool,
+            "alarms go on",
+            &[("controller.phase.continual", json!(all))],
         ),
         Mass {
             experts_max: first_to,
-            ..with(&format!("to {first_to}"), Variant::Ours, &[])
+            ..relabelled(Variant::Ours, pool, &format!("to {first_to}"), &[])
         },
         confined(Variant::Ours),
-        with(
-            &format!("{first_to}, then by alarms"),
-            Variant::Ours,
-            &[
-                continual,
-                ("controller.unused", json!("skip")),
-                ("controller.trigger", schedule),
-                ("controller.phase.live_until", json!(first + splits * every)),
-            ],
-        ),
+        ours_by_alarms(pool, steps, first_to, "loss and layer", of_both),
     ]
 }
 
@@ -481,7 +506,7 @@ mod tests {
         let args = ReproduceArgs::parsed(&["continual", "--preset", "full"]);
         let plan = plan(&args).unwrap();
         let runs = plan.runs(&args).unwrap();
-        assert_eq!(runs.len(), TASKS.len() * 5 * 12);
+        assert_eq!(runs.len(), TASKS.len() * 5 * 14);
         for method in plan.methods(&args).unwrap() {
             if let Some(rules) = method.growth(1, 4000, 0, |_| ()).unwrap() {
                 rules.controller.check_reachable().unwrap();

@@ -231,15 +231,19 @@ impl ControllerParams {
         self
     }
 
-    /// Continual mode: after the first phase expansion goes on, with detectors that have a false-alarm probability of
-    /// `alpha` in every `horizon` steps, whatever was spent before.
+    /// Continual mode: after the first phase expansion goes on by alarms of the training loss and of each layer's pooled norm, which
+    /// together have a false-alarm probability of `alpha` in every `horizon` steps, whatever was spent before. Which expert is split
+    /// then, [`choice`](Self::choice) says.
     ///
-    /// Experts without tokens are then not observed ([`Unused::Skip`]) in the first phase either, whatever the variant, since the
-    /// detectors of the second have no use for their zeros.
+    /// Experts' own norms are not watched: they follow the experts' loads, and raise more false alarms than they promise
+    /// (`docs/results/continual.md` of the repository). To watch them as well, set [`Phase::continual`] to a whole
+    /// [`calibrated_watch`](Self::calibrated_watch), and [`unused`](Self::unused) to [`Unused::Skip`].
     #[must_use]
     pub fn continual(mut self, alpha: f64, horizon: u64) -> Self {
-        self.phase.continual = Some(Self::calibrated_watch(alpha, horizon));
-        self.unused = Unused::Skip;
+        self.phase.continual = Some(Watch {
+            expert: None,
+            ..Self::calibrated_watch(alpha, horizon)
+        });
         self
     }
 }

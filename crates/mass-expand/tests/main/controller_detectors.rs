@@ -186,9 +186,9 @@ fn splits_and_removals_start_afresh_only_what_the_rule_names() {
 /// The continual phase brings calibrated detectors at its own level, which begin at its first step, and forgets failures.
 #[test]
 fn the_continual_phase_has_its_own_detectors_and_forgets_failed_checks() {
-    let params = ControllerParams::paper(2, 3, 16, 1000)
-        .continual(0.01, 1000)
-        .with_schedule(0, 40);
+    let mut params = ControllerParams::paper(2, 3, 16, 1000).with_schedule(0, 40);
+    params.phase.continual = Some(ControllerParams::calibrated_watch(0.01, 1000));
+    params.unused = Unused::Skip;
     let mut controller = params.check().unwrap();
     let failures = |controller: &Controller| {
         let state = serde_json::to_value(controller).unwrap();
@@ -226,6 +226,47 @@ fn the_continual_phase_has_its_own_detectors_and_forgets_failed_checks() {
         assert_eq!(controller.stopped(layer), None);
     }
     assert_levels(&controller, shares);
+}
+
+/// After its schedule `ours` splits when the loss rises, in both layers, or a layer's pooled norm, there. That the tokens, and with
+/// them the norms, go to one expert is no reason.
+#[test]
+fn alarms_that_go_on_are_of_the_loss_and_the_layers() {
+    let mut params = ControllerParams::ours(2, 3, 16, 2000).continual(0.01, 1000);
+    params.trigger = Trigger::ScheduleThenDetector { first: 2, every: 1 };
+    params.phase.live_until = 4;
+    let mut controller = params.check().unwrap();
+    let figures = Figures::new(3);
+    let mut split_at = Vec::new();
+    for at in 0..1000 {
+        let mut layers = figures.layers(&controller, at);
+        for experts in &mut layers {
+            let squares = experts.iter().map(|e| e.gradient_norm.powi(2));
+            let pooled = squares.sum::<f64>().sqrt();
+            for (e, expert) in experts.iter_mut().enumerate() {
+                if at >= 400 {
+                    expert.gradient_norm = pooled * if e == 0 { 1.0 } else { 0.05 };
+                }
+            }
+        }
+        let rises = |from| if at < from { 1.0 } else { 1.5 };
+        for expert in &mut layers[1] {
+            expert.gradient_norm *= rises(900);
+        }
+        let loss = figures.loss(at) * rises(500);
+        begin_with(&mut controller, at, loss, &layers).unwrap();
+        for action in figures.finish(&mut controller, at) {
+            if let Action::Split { layer, .. } = action {
+                split_at.push((at, layer));
+            }
+        }
+    }
+    assert_eq!(split_at[..4], [(2, 0), (2, 1), (3, 0), (3, 1)]);
+    let [(at, 0), (same, 1), (later, 1)] = split_at[4..] else {
+        panic!("{split_at:?}");
+    };
+    assert!(at == same && (500..504).contains(&at), "{split_at:?}");
+    assert!((900..904).contains(&later), "{split_at:?}");
 }
 
 /// An alarm of a layer's pooled norm makes all experts of that layer candidates, and splits in no other.
