@@ -235,7 +235,8 @@ impl ControllerParams {
     /// together have a false-alarm probability of `alpha` in every `horizon` steps, whatever was spent before. Which expert is split
     /// then, [`choice`](Self::choice) says.
     ///
-    /// Experts' own norms are not watched: they follow the experts' loads, and raise more false alarms than they promise
+    /// Experts' own norms are not watched: a gradient is a sum over an expert's tokens, so that its norm moves with the load, and
+    /// raises more false alarms than it promises
     /// (`docs/results/continual.md` of the repository). To watch them as well, set [`Phase::continual`] to a whole
     /// [`calibrated_watch`](Self::calibrated_watch), and [`unused`](Self::unused) to [`Unused::Skip`].
     #[must_use]
