@@ -46,7 +46,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     ctx.say_where(&task.place);
     let rules = check(&task, &method, args.seed)?;
     let header = Header::new("train", "text", args.threads).on(&task.place);
-    let settings = json!({ "arguments": args, "settings": { "text": data } });
+    let settings = json!({ "arguments": args, "settings": { "digest_of_text": data } });
     let ranks = ctx.ranks.clone();
     let mut store = ResultStore::open_among(&ranks, &args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {
@@ -58,6 +58,12 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         ctx.progress.note(&format!("as set, {diagnosis}"));
     }
     let before = trainer.step();
+    if args.resume {
+        ctx.progress.note(&match before {
+            0 => format!("nothing to resume in {}: beginning anew", folder.display()),
+            step => format!("resumed after {step} of {} steps", args.steps),
+        });
+    }
     ctx.progress.start("training", args.steps as u64);
     let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
     let complete = trainer.train(&folder, true, &mut |step, loss| {

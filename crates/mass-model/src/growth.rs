@@ -185,6 +185,9 @@ impl TryFrom<Stored> for Grower {
 impl Grower {
     /// A grower for a model whose layers hold the experts that the configuration names.
     ///
+    /// Rules whose windows or warm-ups are longer than the run, so that nothing can ever be split, are taken:
+    /// [`ControllerParams::check_reachable`](mass_expand::ControllerParams::check_reachable) refuses them.
+    ///
     /// # Errors
     /// [`ModelError::Expand`] for parameters that no controller can have, [`ModelError::Config`] for a weight of the redundancy
     /// loss that is negative or not finite.

@@ -79,11 +79,11 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = all_threads(), hide_default_value = true)]
     #[serde(skip)]
     pub threads: usize,
-    /// Where results and checkpoints go
+    /// Where results and checkpoints go, ten of these in a run, but at least 50 steps apart
     #[arg(long, value_name = "DIR", default_value = "target/train")]
     #[serde(skip)]
     pub out: PathBuf,
-    /// Go on from the checkpoint in --out
+    /// Go on from the checkpoint in --out, if there is one
     #[arg(long)]
     #[serde(skip)]
     pub resume: bool,

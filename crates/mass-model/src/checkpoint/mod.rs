@@ -84,6 +84,9 @@ const SEALS: &str = "checksums";
 const LATEST: &str = "latest";
 
 /// A model that a checkpoint can hold: it can be made anew from a serialisable configuration.
+///
+/// Held are the parameters that [`Parameters`](crate::Parameters) names. What else the model has, such as layers of dfdx, belongs into
+/// the [state](Snapshot::state), or it is as `from_checkpoint_config` makes it.
 pub trait Checkpointed: Mixtures + Sized {
     /// What the model is, in words that stay: a checkpoint of another kind is refused.
     const KIND: &'static str;
