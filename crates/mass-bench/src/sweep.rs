@@ -24,12 +24,19 @@ pub enum Side {
 #[derive(Debug)]
 pub struct Ticker<'a> {
     done: &'a AtomicU64,
+    passed: &'a AtomicU64,
     said: &'a Mutex<String>,
     stop: &'a AtomicBool,
     interrupt: &'a AtomicBool,
 }
 
 impl Ticker<'_> {
+    /// Counts steps that are not made: an earlier process did, or they are left out.
+    pub fn pass_over(&self, steps: u64) {
+        self.passed.fetch_add(steps, Ordering::Relaxed);
+        self.done.fetch_add(steps, Ordering::Relaxed);
+    }
+
     /// Counts steps and says how it goes; `false` asks the run to save itself and stop.
     pub fn tick(&self, steps: u64, say: impl FnOnce() -> String) -> bool {
         self.done.fetch_add(steps, Ordering::Relaxed);
@@ -54,8 +61,9 @@ pub fn sweep<P: Sync>(
     total_steps: u64,
     work: impl Fn(&P, &Ticker<'_>) -> Result<Option<Outcome>, BenchError> + Sync,
 ) -> Result<(), BenchError> {
-    let (next, done, stop) = (
+    let (next, done, passed, stop) = (
         AtomicUsize::new(0),
+        AtomicU64::new(0),
         AtomicU64::new(0),
         AtomicBool::new(false),
     );
@@ -89,6 +97,7 @@ pub fn sweep<P: Sync>(
                 };
                 let ticker = Ticker {
                     done: &done,
+                    passed: &passed,
                     said: &said,
                     stop: &stop,
                     interrupt: &interrupt,
@@ -136,6 +145,7 @@ pub fn sweep<P: Sync>(
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            ctx.progress.pass_over(passed.load(Ordering::Relaxed));
             ctx.progress.tick(done.load(Ordering::Relaxed), || {
                 let said = said.lock().unwrap_or_else(PoisonError::into_inner);
                 format!("{written} of {} runs; {said}", planned.len())

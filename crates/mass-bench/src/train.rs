@@ -65,6 +65,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
         });
     }
     ctx.progress.start("training", args.steps as u64);
+    ctx.progress.pass_over(before);
     let (flag, progress) = (ctx.interrupt_flag(), &mut ctx.progress);
     let complete = trainer.train(&folder, true, &mut |step, loss| {
         progress.tick(step, || format!("{:.3} bits per byte", bits_per_byte(loss)));

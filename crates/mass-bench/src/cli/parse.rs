@@ -244,10 +244,17 @@ fn reproduce(
 ) -> Result<(), BenchError> {
     let mut all = Vec::new();
     let ranks = ctx.ranks.clone();
-    studies
-        .iter()
-        .try_for_each(|args| study::check(args, &ranks))?;
+    let mut some = Vec::new();
     for args in studies {
+        match study::check(args, &ranks)? {
+            true => some.push(args),
+            false => ctx.progress.note(&format!(
+                "{}: it has fewer runs than there are shards, and none for this one",
+                args.study
+            )),
+        }
+    }
+    for args in some {
         let results = study::run(args, ctx)?;
         if !command.json && ranks.is_first() {
             print(&summary(&results, &args.out))?;

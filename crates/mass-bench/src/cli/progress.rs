@@ -17,6 +17,8 @@ pub struct Progress {
     label: String,
     total: u64,
     done: u64,
+    /// Steps that count, but took no time here.
+    passed: u64,
 }
 
 #[derive(Debug)]
@@ -26,8 +28,6 @@ enum Mode {
         begun: Instant,
         /// When a line is due.
         next: Duration,
-        /// Steps that an earlier process had done.
-        from: Option<u64>,
     },
     Silent,
 }
@@ -54,13 +54,14 @@ impl Progress {
             label: String::new(),
             total: 0,
             done: 0,
+            passed: 0,
         }
     }
 
     /// Begins a task of `total` steps.
     pub fn start(&mut self, label: &str, total: u64) {
         label.clone_into(&mut self.label);
-        (self.total, self.done) = (total, 0);
+        (self.total, self.done, self.passed) = (total, 0, 0);
         match &mut self.mode {
             Mode::Bar(bar) => {
                 bar.reset();
@@ -73,6 +74,15 @@ impl Progress {
         }
     }
 
+    /// Of the steps that will be done so many took no time here: an earlier process made them, or a run stopped before them.
+    pub fn pass_over(&mut self, steps: u64) {
+        if std::mem::replace(&mut self.passed, steps) != steps
+            && let Mode::Bar(bar) = &self.mode
+        {
+            bar.reset_eta();
+        }
+    }
+
     /// `done` steps are done; `message` is called only when it will be shown.
     pub fn tick(&mut self, done: u64, message: impl FnOnce() -> String) {
         self.done = done;
@@ -81,13 +91,13 @@ impl Progress {
                 bar.set_position(done);
                 bar.set_message(message());
             }
-            Mode::Plain { begun, next, from } => {
-                let (elapsed, from) = (begun.elapsed(), *from.get_or_insert(done));
+            Mode::Plain { begun, next } => {
+                let elapsed = begun.elapsed();
                 if elapsed >= *next {
                     *next = elapsed + PLAIN_INTERVAL;
                     let (label, total) = (&self.label, self.total);
                     let left = left(
-                        done.saturating_sub(from),
+                        done.saturating_sub(self.passed),
                         total.saturating_sub(done),
                         elapsed,
                     );
@@ -123,7 +133,6 @@ impl Mode {
         Self::Plain {
             begun: Instant::now(),
             next: FIRST_LINE,
-            from: None,
         }
     }
 }

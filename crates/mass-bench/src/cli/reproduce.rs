@@ -192,9 +192,13 @@ impl ReproduceArgs {
 
     /// Refuses a flag that none of the studies would heed. A variable of the environment is no such word: it is there for all.
     fn check_inputs(&self, studies: &[&Study]) -> Result<(), BenchError> {
-        let some =
-            |takes: fn(&Inputs) -> bool| studies.iter().any(|s| takes(&(s.inputs)(self.preset)));
+        let task = self.task.as_deref();
+        let some = |takes: fn(&Inputs) -> bool| {
+            let mut inputs = studies.iter().map(|s| (s.inputs)(self.preset, task));
+            inputs.any(|inputs| takes(&inputs))
+        };
         let (study, preset) = (&self.study, self.preset);
+        let of = task.map_or_else(String::new, |task| format!(", task {task}"));
         for (given, flag, taken, what) in [
             (self.data.is_some(), "--data", some(|i| i.data), "data sets"),
             (
@@ -212,7 +216,7 @@ impl ReproduceArgs {
         ] {
             if given && !taken {
                 return Err(BenchError::Usage(format!(
-                    "{flag}: {study}, preset {preset}, reads no {what}; drop {flag}, or choose another study or preset"
+                    "{flag}: {study}{of}, preset {preset}, reads no {what}; drop {flag}, or choose another study, task or preset"
                 )));
             }
         }
@@ -248,10 +252,16 @@ impl ReproduceArgs {
             }));
         }
         within("--threads", self.threads, 1024)?;
+        let inputs = (study.inputs)(self.preset, self.task.as_deref());
+        // What is given is looked at; a variable of the environment where it is read.
+        let found = |flag, given: &Option<PathBuf>, variable, taken: bool| match given {
+            None if !taken => Ok(None),
+            given => directory(flag, given.as_deref(), variable),
+        };
         Ok(Self {
             study: study.name.to_owned(),
-            data: directory("--data", self.data.as_deref(), "MASS_DATA_DIR")?,
-            models: directory("--models", self.models.as_deref(), "MASS_MODELS_DIR")?,
+            data: found("--data", &self.data, "MASS_DATA_DIR", inputs.data)?,
+            models: found("--models", &self.models, "MASS_MODELS_DIR", inputs.models)?,
             out: self.out_dir(study.name, all)?,
             of_all: all,
             ..self.clone()

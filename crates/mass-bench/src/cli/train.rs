@@ -134,7 +134,8 @@ impl TrainArgs {
     /// [`BenchError::Usage`], saying what to give instead.
     pub fn check(&self) -> Result<(), BenchError> {
         let usage = |message: String| Err(BenchError::Usage(message));
-        if let Some(p) = self.p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+        // Routers compute in f32.
+        if let Some(p) = self.p.filter(|p| !(*p as f32 > 0.0 && *p <= 1.0)) {
             return usage(format!("--p is {p}; it must be above 0 and at most 1"));
         }
         if !(self.lr > 0.0 && self.lr.is_finite()) {

@@ -66,7 +66,7 @@ impl Dataset {
         match Self::files(data, task).into_iter().find(|f| !f.is_file()) {
             Some(path) => Err(GlueError::Io {
                 path,
-                source: std::io::ErrorKind::NotFound.into(),
+                source: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"),
             }),
             None => Ok(()),
         }

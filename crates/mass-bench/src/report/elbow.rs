@@ -30,6 +30,8 @@ pub(super) struct Elbow {
     pub(super) experts: usize,
     /// All pools within it.
     within: Vec<usize>,
+    /// The largest pool there is: it is no elbow.
+    most: usize,
     seeds: usize,
     /// How many draws have their elbow where.
     draws: BTreeMap<usize, usize>,
@@ -45,7 +47,12 @@ impl Elbow {
         shares.join(", ")
     }
 
-    /// "elbow K 15 (10 in 3 %, 15 in 71 %, 20 in 26 % of draws)".
+    /// Whether more experts stop paying before there are no larger pools.
+    pub(super) fn is_one(&self) -> bool {
+        self.experts < self.most
+    }
+
+    /// "elbow at K 15 (10 in 3 %, 15 in 71 %, 20 in 26 % of draws)".
     pub(super) fn short(&self) -> String {
         format!("elbow at K {} ({} of draws)", self.experts, self.shares())
     }
@@ -56,9 +63,12 @@ impl fmt::Display for Elbow {
         let within: Vec<String> = self.within.iter().map(usize::to_string).collect();
         write!(
             f,
-            "Elbow of {}: K {} (within one standard error of the best: {}; paired bootstrap over {} seeds: {})",
+            "Elbow of {}: {} (within one standard error of the best: {}; paired bootstrap over {} seeds: {})",
             self.pools.without_seed(),
-            self.experts,
+            match self.is_one() {
+                true => format!("K {}", self.experts),
+                false => format!("none up to K {}", self.most),
+            },
             within.join(", "),
             self.seeds,
             self.shares()
@@ -71,7 +81,7 @@ pub(super) fn by_metric(results: &Results) -> bool {
     results.runs.iter().any(|r| r.metric.is_some())
 }
 
-/// The elbows of a study: of every task and way of routing with three static pools or more on two seeds or more.
+/// The elbows of a study: of every task and way of routing with three static pools or more on three seeds or more.
 pub(super) fn elbows(results: &Results) -> Vec<Elbow> {
     let loss = |r: &Run| match by_metric(results) {
         true => r.metric.map(|m| -m),
@@ -117,7 +127,7 @@ fn elbow(key: RunKey, pools: &Pools) -> Option<Elbow> {
         .filter(|seed| pools.values().all(|l| l.contains_key(seed)))
         .collect();
     let seeds = shared.len();
-    if pools.len() < 3 || seeds < 2 {
+    if pools.len() < 3 || seeds < 3 {
         return None;
     }
     let table: Vec<(usize, Vec<f64>)> = pools
@@ -136,6 +146,7 @@ fn elbow(key: RunKey, pools: &Pools) -> Option<Elbow> {
         pools: key,
         experts: within[0],
         within,
+        most: *pools.keys().next_back()?,
         seeds,
         draws,
     })
@@ -223,7 +234,11 @@ mod tests {
 
     #[test]
     fn what_was_forgotten_has_no_elbow() {
-        let pools: &[(usize, &[f64])] = &[(5, &[4.0, 4.1]), (12, &[4.2, 4.3]), (20, &[4.3, 4.4])];
+        let pools: &[(usize, &[f64])] = &[
+            (5, &[4.0, 4.1, 4.2]),
+            (12, &[4.2, 4.3, 4.4]),
+            (20, &[4.3, 4.4, 4.5]),
+        ];
         for (study, task, number) in [
             ("continual", "appear", 1),
             ("continual", "switch", 0),
@@ -241,16 +256,24 @@ mod tests {
     }
 
     #[test]
-    fn two_pools_or_one_seed_have_no_elbow() {
-        assert!(elbows(&results(&[(5, &[1.0, 1.1]), (10, &[0.9, 1.0])], false)).is_empty());
-        assert!(elbows(&results(&[(5, &[1.0]), (10, &[0.9]), (15, &[0.8])], false)).is_empty());
+    fn two_pools_or_two_seeds_have_no_elbow_and_the_largest_pool_is_none() {
+        let five: &[f64] = &[1.0, 1.1, 1.2];
+        let ten: &[f64] = &[0.9, 1.0, 1.1];
+        let none = |pools: &[(usize, &[f64])]| elbows(&results(pools, false)).is_empty();
+        assert!(none(&[(5, five), (10, ten)]));
+        assert!(none(&[(5, &five[..2]), (10, &ten[..2]), (15, &[0.8, 0.9])]));
         // Only seeds that every pool has are compared.
+        assert!(none(&[(5, five), (10, ten), (15, &[0.8, 0.9])]));
+
+        let found = elbows(&results(
+            &[(5, five), (10, ten), (15, &[0.7, 0.71, 0.72])],
+            false,
+        ));
+        assert!(!found[0].is_one());
+        let text = found[0].to_string();
         assert!(
-            elbows(&results(
-                &[(5, &[1.0, 1.1]), (10, &[0.9, 1.0]), (15, &[0.8])],
-                false
-            ))
-            .is_empty()
+            text.starts_with("Elbow of static/k2: none up to K 15 ("),
+            "{text}"
         );
     }
 }

@@ -135,7 +135,7 @@ fn chart<'a>(
     if by_experts {
         for elbow in elbows(results)
             .iter()
-            .filter(|e| e.pools.task.as_deref() == task)
+            .filter(|e| e.is_one() && e.pools.task.as_deref() == task)
         {
             let pools = RunKey {
                 task: None,

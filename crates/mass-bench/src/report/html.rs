@@ -3,6 +3,7 @@ use std::path::Path;
 use super::curves::curves;
 use super::frontier::{frontier, picture};
 use super::growth::{Drawn, by_run, growth, pairs, traces, usage};
+use super::paired::show_p;
 use super::store::write_atomically;
 use super::svg::{breakable, escape};
 use super::table::{DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, plus_minus};
@@ -191,11 +192,11 @@ fn comparisons(comparisons: &[Comparison]) -> String {
             format!("{:+.4}", p.mean_difference),
             interval.unwrap_or_default(),
             show(p.t, 2),
-            show(p.p_value, 2),
+            p.p_value.map_or_else(String::new, show_p),
             p.wins.to_string(),
             p.ties.to_string(),
             p.losses.to_string(),
-            format!("{:.2}", p.sign_p_value),
+            show_p(p.sign_p_value),
             p.n.to_string(),
         ]
     };

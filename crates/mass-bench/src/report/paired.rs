@@ -87,7 +87,7 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
     let mean = differences.iter().sum::<f64>() / n as f64;
     let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
     let std = (n > 1).then(|| (squares / (n as f64 - 1.0)).sqrt());
-    // Equal differences of rounded figures differ in their last bits.
+    // Equal figures, and equal differences of figures, differ in their last bits once they were rounded.
     let largest = pairs.iter().map(|(a, b)| a.abs().max(b.abs()));
     let rounding = 1e-12 * largest.fold(0.0, f64::max);
     let error = std.filter(|s| *s > rounding);
@@ -99,8 +99,8 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
         let reach = student.inverse_cdf(0.975) * error;
         [mean - reach, mean + reach]
     });
-    let count = |f: fn(f64) -> bool| differences.iter().filter(|d| f(**d)).count();
-    let (wins, losses) = (count(|d| d > 0.0), count(|d| d < 0.0));
+    let count = |sign: f64| differences.iter().filter(|d| *d * sign > rounding).count();
+    let (wins, losses) = (count(1.0), count(-1.0));
     let signs = (wins + losses) as u64;
     let tail = Binomial::new(0.5, signs).map_or(1.0, |b| b.cdf(wins.min(losses) as u64));
     Some(Paired {
@@ -115,6 +115,14 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
         losses,
         sign_p_value: (2.0 * tail).min(1.0),
     })
+}
+
+/// A p-value to two digits, but never zero.
+pub(super) fn show_p(p: f64) -> String {
+    match p < 0.005 {
+        true => format!("{p:.0e}"),
+        false => format!("{p:.2}"),
+    }
 }
 
 /// Runs of one method and setting, over tasks and seeds.
@@ -248,6 +256,15 @@ mod tests {
         assert_eq!(one.interval, None);
         assert!((one.sign_p_value - 1.0).abs() < 1e-12);
         let same = paired(&[(1.0, 1.0), (2.0, 2.0)]).unwrap();
+        // Means of .1, .2 and .3 in two orders are one figure.
+        let means = [0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1].map(|sum: f64| sum / 3.0);
+        assert!(means[0] != means[1]);
+        let rounded = paired(&[(means[0], means[1]), (means[1], means[0])]).unwrap();
+        assert_eq!((rounded.wins, rounded.ties, rounded.losses), (0, 2, 0));
+        assert_eq!(
+            [0.5, 0.005, 0.0049, 1e-12].map(show_p),
+            ["0.50", "0.01", "5e-3", "1e-12"]
+        );
         assert_eq!((same.t, same.ties, same.sign_p_value), (None, 2, 1.0));
     }
 

@@ -4,6 +4,7 @@ use mass_expand::{Diagnosis, Watched};
 
 use super::by_method::{own, tests};
 use super::elbow::{Elbow, elbows};
+use super::paired::show_p;
 use super::{
     Comparison, Expansion, OverTasks, Paired, Results, Run, Summary, over_tasks, reported,
 };
@@ -261,15 +262,22 @@ fn comparison(c: &Comparison) -> Vec<String> {
     };
     let line = |what: &str, of: &str, p: &Paired| {
         let t = match (p.t, p.p_value) {
-            (Some(t), Some(p)) => format!("t {t:.2}, p {p:.2}; "),
+            (Some(t), Some(p)) => format!("t {t:.2}, p {}; ", show_p(p)),
             _ => String::new(),
         };
         let interval = p.interval.map_or_else(String::new, |[low, high]| {
             format!(" [{low:+.4}, {high:+.4}]")
         });
         format!(
-            "{} against {}{of_set}{what}: {:+.4}{interval} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {:.2}){passed_over}",
-            c.method, c.against, p.mean_difference, p.n, p.wins, p.ties, p.losses, p.sign_p_value
+            "{} against {}{of_set}{what}: {:+.4}{interval} over {} {of} ({t}{} won, {} tied, {} lost, sign test p {}){passed_over}",
+            c.method,
+            c.against,
+            p.mean_difference,
+            p.n,
+            p.wins,
+            p.ties,
+            p.losses,
+            show_p(p.sign_p_value)
         )
     };
     let by_seed = c.by_seed.as_ref();

@@ -61,6 +61,11 @@ pub struct Continual {
     tasks: Vec<&'static str>,
 }
 
+/// Whether a task's data are read, not generated.
+pub(super) fn is_of_texts(task: &str) -> bool {
+    task.starts_with("texts")
+}
+
 /// The plan of a preset.
 ///
 /// # Errors
@@ -218,7 +223,7 @@ impl Family for Continual {
     }
 
     fn there(&self, set: &str) -> Result<(), BenchError> {
-        if !set.starts_with("texts") {
+        if !is_of_texts(set) {
             return Ok(());
         }
         let data = self.data_dir()?;

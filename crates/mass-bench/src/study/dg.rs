@@ -170,12 +170,22 @@ impl Domains {
                 self.args.study, self.args.preset
             )));
         };
-        find_set(data, name).ok_or_else(|| BenchError::Input {
+        let set = find_set(data, name).ok_or_else(|| BenchError::Input {
             path: data.join(name),
             problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
                       `python -m domainbed.scripts.download` lays it out; --task names another set"
                 .into(),
-        })
+        })?;
+        // Results there would be a domain of the next run.
+        let real = |path: &Path| path.canonicalize().ok();
+        let (out, folder) = (self.args.out.ancestors().find_map(real), real(&set));
+        match out.zip(folder) {
+            Some((out, folder)) if out.starts_with(&folder) => Err(BenchError::Usage(format!(
+                "--out {}: is within the images of {name}; give a directory elsewhere",
+                self.args.out.display()
+            ))),
+            _ => Ok(set),
+        }
     }
 
     /// The images of a directory.

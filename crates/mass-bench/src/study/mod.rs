@@ -41,10 +41,10 @@ pub struct Study {
     pub own_methods: fn() -> Vec<String>,
     /// Whether several processes can train a run together.
     pub shared: bool,
-    /// What a preset takes from directories.
-    pub inputs: fn(Preset) -> Inputs,
-    /// Whether its inputs are named and there, without reading them.
-    pub check: fn(&ReproduceArgs) -> Result<(), BenchError>,
+    /// What a preset takes from directories, of one task or of all.
+    pub inputs: fn(Preset, Option<&str>) -> Inputs,
+    /// Whether there is a run, whose inputs are named and there, without reading them.
+    pub check: fn(&ReproduceArgs) -> Result<bool, BenchError>,
     /// Makes the runs.
     pub run: fn(&ReproduceArgs, &mut RunContext) -> Result<Results, BenchError>,
 }
@@ -69,15 +69,15 @@ impl Inputs {
     };
 
     /// Texts and models, but nothing for a check that all is connected.
-    fn texts(preset: Preset) -> Self {
+    fn texts(preset: Preset, task: Option<&str>) -> Self {
         Self {
             images: false,
-            ..Self::but_for_smoke(preset)
+            ..Self::but_for_smoke(preset, task)
         }
     }
 
     /// Everything, but nothing for a check that all is connected.
-    fn but_for_smoke(preset: Preset) -> Self {
+    fn but_for_smoke(preset: Preset, _: Option<&str>) -> Self {
         let reads = preset != Preset::Smoke;
         Self {
             data: reads,
@@ -99,7 +99,7 @@ macro_rules! study {
                 other_tasks: false,
                 own_methods: Vec::new,
                 shared: true,
-                inputs: |_| Inputs::NONE,
+                inputs: |_, _| Inputs::NONE,
                 check: |args| $plan(args)?.check(args),
                 run: |args, ctx| $plan(args)?.run(args, ctx),
             }
@@ -177,8 +177,11 @@ pub const STUDIES: &[Study] = &[
         "Concepts and texts that appear after growth, or follow one another: delay, forgetting",
         continual::plan,
         continual::TASKS,
-        inputs: |preset| Inputs {
-            data: matches!(preset, Preset::Full | Preset::Paper),
+        inputs: |preset, task| Inputs {
+            data: match task {
+                Some(task) => continual::is_of_texts(task),
+                None => matches!(preset, Preset::Full | Preset::Paper),
+            },
             ..Inputs::NONE
         },
     ),
@@ -213,11 +216,12 @@ pub fn find(name: &str) -> Option<&'static Study> {
     STUDIES.iter().find(|study| study.name == name)
 }
 
-/// Checks what can be checked before hours of other studies: names, and inputs that should be there.
+/// Checks what can be checked before hours of other studies: names, and inputs that should be there. Of all studies one may have
+/// no run for a shard.
 ///
 /// # Errors
 /// As [`run`].
-pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<(), BenchError> {
+pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<bool, BenchError> {
     let study = find(&args.study).ok_or_else(|| unknown_study(&args.study))?;
     if !ranks.is_alone() && !study.shared {
         return Err(BenchError::Usage(format!(
@@ -225,12 +229,12 @@ pub fn check(args: &ReproduceArgs, ranks: &Ranks) -> Result<(), BenchError> {
             study.name
         )));
     }
-    (study.check)(args)?;
+    let any = (study.check)(args)?;
     // Others may be so late that the first has begun to write.
-    if ranks.is_first() {
+    if any && ranks.is_first() {
         ResultStore::check_kept(&args.out, args.existing())?;
     }
-    Ok(())
+    Ok(any)
 }
 
 /// Runs the study that the arguments name.

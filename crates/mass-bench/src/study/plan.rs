@@ -238,12 +238,12 @@ impl<F: Family> Plan<F> {
         Ok(runs)
     }
 
-    /// The runs of this shard, at least one.
+    /// The runs of this shard: at least one, but of a study that is one of all.
     fn own(&self, args: &ReproduceArgs) -> Result<Vec<Planned>, BenchError> {
         let runs = self.runs(args)?.into_iter().enumerate();
         let own = runs.filter(|(i, _)| args.shard.owns(*i));
         let own: Vec<Planned> = own.map(|(_, planned)| planned).collect();
-        if own.is_empty() {
+        if own.is_empty() && !args.of_all {
             return Err(BenchError::Usage(
                 "these choices of --methods, --variant, --task and --shard leave no run".into(),
             ));
@@ -251,13 +251,14 @@ impl<F: Family> Plan<F> {
         Ok(own)
     }
 
-    /// Whether there is a run, and what it needs is there; nothing is read.
+    /// Whether there is a run, whose needs are there; nothing is read. A shard may have none of a study that is one of all.
     ///
     /// # Errors
     /// [`BenchError`]: what is wrong or missing.
-    pub fn check(&self, args: &ReproduceArgs) -> Result<(), BenchError> {
+    pub fn check(&self, args: &ReproduceArgs) -> Result<bool, BenchError> {
         let runs = self.own(args)?;
-        sets(&runs).try_for_each(|set| self.family.there(set))
+        sets(&runs).try_for_each(|set| self.family.there(set))?;
+        Ok(!runs.is_empty())
     }
 
     /// Makes the runs.
@@ -347,14 +348,14 @@ impl<F: Family> Plan<F> {
                 let (run, method) = (&planned.run, &planned.method);
                 let mut trainer =
                     Trainer::open_among(&ranks, *task, (run, method), &folder, args.resume)?;
-                ticker.tick(trainer.step(), String::new);
+                ticker.pass_over(trainer.step());
                 let keep = F::SIDE == Side::BySide;
                 let on_step = &mut |_, loss| ticker.tick(1, || format!("{key}: loss {loss:.3}"));
                 if !trainer.train(&folder, keep, on_step)? {
                     return Ok(None);
                 }
                 // A run that stopped early counts in full.
-                ticker.tick(steps(task) - trainer.step(), String::new);
+                ticker.pass_over(steps(task) - trainer.step());
                 trainer.finish().map(Some)
             },
         )

@@ -277,6 +277,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn of_all_studies_a_small_one_has_nothing_for_some_shards() {
+        let args = ReproduceArgs::parsed(&["scale", "--preset", "smoke", "--shard", "3/3"]);
+        let plan = plan(&args).unwrap();
+        assert!(plan.check(&args).is_err());
+        let any = |shard: &str| {
+            let mut args = ReproduceArgs::parsed(&["scale", "--preset", "smoke", "--shard", shard]);
+            args.of_all = true;
+            plan.check(&args).unwrap()
+        };
+        assert_eq!(["2/3", "3/3"].map(any), [true, false]);
+    }
+
+    #[test]
     fn pools_grow_by_what_is_split_and_none_is_split_by_watching() {
         let args = ReproduceArgs::parsed(&["scale", "--preset", "full"]);
         let plan = plan(&args).unwrap();

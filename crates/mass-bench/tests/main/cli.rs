@@ -146,6 +146,31 @@ fn bad_arguments_exit_2_with_one_line() {
             &["--data", "all, preset smoke"],
         ),
         (
+            &[
+                "reproduce",
+                "continual",
+                "--preset",
+                "full",
+                "--task",
+                "appear",
+                "--data",
+                ".",
+            ],
+            &[
+                "--data",
+                "continual, task appear, preset full",
+                "reads no data sets",
+            ],
+        ),
+        (
+            &["reproduce", "continual", "--task", "texts"],
+            &["needs data", "--data DIR"],
+        ),
+        (
+            &["reproduce", "continual", "--task", "texts", "--data", "."],
+            &["CoLA", "no such file"],
+        ),
+        (
             &["reproduce", "glue", "--leave-out-damaged"],
             &["--leave-out-damaged", "no files of images"],
         ),
@@ -235,7 +260,7 @@ fn bad_arguments_exit_2_with_one_line() {
         let given = [&["train", "--text", "file", "--seq", "8"], rest].concat();
         refused(&given, at, &[part]);
     };
-    train(&["--p", "1e-50"], "p");
+    train(&["--p", "1e-50"], "--p is 0.0");
     for (method, flag) in [
         ("dense", "--router top_k:k=1"),
         ("dynmoe", "--router top_k:k=1"),
@@ -519,5 +544,55 @@ fn every_study_takes_any_method() {
         };
         let runs = results["runs"].as_array().expect("runs").iter();
         assert_eq!(runs.map(of).collect::<Vec<_>>().join(" "), keys);
+    }
+}
+
+/// A variable of the environment is there for all studies: what it says is looked at by those that read it.
+#[test]
+fn a_variable_is_looked_at_where_it_is_read() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let error = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
+            .arg("reproduce")
+            .args(arguments)
+            .current_dir(dir.path())
+            .env("MASS_DATA_DIR", "nowhere")
+            .env("MASS_MODELS_DIR", "nowhere")
+            .output()
+            .expect("the binary runs");
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let found = error(&["synthetic", "--preset", "smoke", "--shard", "999/999"]);
+    assert!(found.contains("leave no run"), "{found}");
+    let found = error(&["glue"]);
+    assert!(found.contains("$MASS_DATA_DIR nowhere: no such"), "{found}");
+}
+
+#[test]
+fn results_do_not_go_among_the_images() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for folder in ["data/pacs/art/dog", "vit-s14"] {
+        std::fs::create_dir_all(dir.path().join(folder)).expect("folders");
+    }
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::write(dir.path().join("vit-s14").join(file), "").expect("a write");
+    }
+    for out in ["data/pacs", "data/pacs/out/deep", "data/../data/pacs/out"] {
+        let given = [
+            "reproduce",
+            "dg",
+            "--data",
+            "data",
+            "--models",
+            ".",
+            "--out",
+            out,
+        ];
+        refused(
+            &given,
+            dir.path(),
+            &["--out", "is within the images of pacs"],
+        );
     }
 }
