@@ -39,7 +39,7 @@ fn tables_are_those_of_the_results() {
             ][..],
         ),
         ("ablation.md", &["ablation-full"]),
-        ("regime.md", &["regime-quick"]),
+        ("regime.md", &["regime-full"]),
         ("continual.md", &["continual-full"]),
         ("domains.md", &["domains-quick"]),
         ("sensitivity.md", &["sensitivity-full"]),
