@@ -500,10 +500,8 @@ pub(super) fn pretty(value: &impl Serialize) -> String {
 
 /// Writes to a temporary name beside `path`, syncs, renames: never half a file.
 pub(super) fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
     let fill = |file: &mut File| file.write_all(text.as_bytes());
-    durable::write(path, Path::new(&temporary), fill).map_err(|e| io_error(path, e))
+    durable::write(path, fill).map_err(|e| io_error(path, e))
 }
 
 /// The lines of a file; none of one that is not there.

@@ -224,6 +224,39 @@ fn what_is_finished_is_kept_until_someone_says_otherwise() {
     assert!(checkpoint.exists());
 }
 
+/// A directory by another path is still the one that is reported on, and a picture may be its own copy by another name.
+#[cfg(unix)]
+#[test]
+fn a_report_in_its_place_keeps_pictures_and_unfinished_lines() {
+    use std::os::unix::fs::symlink;
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let [dir, link, linked] = ["dir", "link", "linked"].map(|name| root.path().join(name));
+    let mut store = open(&dir, &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    let line = MetricLine {
+        run: mass(1, 0.0).key().to_string(),
+        ..MetricLine::default()
+    };
+    store.metric(&line).expect("a line");
+    drop(store);
+    let picture = dir.join("patches/mass/layer0.png");
+    std::fs::create_dir_all(picture.parent().expect("a parent")).expect("a directory");
+    std::fs::write(&picture, "a picture").expect("a write");
+    symlink(&dir, &link).expect("a link");
+    join(&[dir.clone()], Some(&linked)).expect("a report elsewhere");
+    let copy = linked.join("patches/mass/layer0.png");
+    std::fs::remove_file(&copy).expect("a picture");
+    std::fs::hard_link(&picture, &copy).expect("a link");
+    let lines = read(&dir, "metrics.jsonl");
+    for out in [&link.join("../dir"), &link, &linked] {
+        join(&[dir.clone()], Some(out)).expect("a report");
+        assert_eq!(read(&dir, "metrics.jsonl"), lines, "{out:?}");
+        for picture in [&picture, &copy] {
+            assert_eq!(std::fs::read(picture).expect("a picture"), b"a picture");
+        }
+    }
+}
+
 #[test]
 fn a_directory_has_one_writer_at_a_time() {
     let settings = json!({"steps": 1});
