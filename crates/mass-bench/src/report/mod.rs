@@ -80,8 +80,8 @@ pub enum ReportError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Something in the output directory that would be replaced, and is of no study.
-    #[error("{}: would be replaced, and there are no results of a study beside it; choose another --out", path.display())]
+    /// Something in the output directory that would be replaced, and may be of no study.
+    #[error("{}: would be replaced, and is not known to be a study's; choose another --out, or remove it yourself", path.display())]
     Foreign {
         /// The file or directory.
         path: PathBuf,

@@ -306,16 +306,60 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
     }
     // Other files beside are no obstacle, and stay.
     let shared = tempfile::tempdir().expect("a temporary directory");
-    std::fs::write(shared.path().join("notes.txt"), "mine").expect("a write");
-    for _ in 0..2 {
-        open(shared.path(), &settings, Existing::Refuse).expect("a store");
+    let notes = ["notes.txt", "results.json.tmp", "report.html.tmp"];
+    for name in notes {
+        std::fs::write(shared.path().join(name), "mine").expect("a write");
     }
-    assert_eq!(read(shared.path(), "notes.txt"), "mine");
+    for _ in 0..2 {
+        let mut store = open(shared.path(), &settings, Existing::Refuse).expect("a store");
+        store.push(mass(0, 2.1)).expect("a run");
+        drop(store);
+        open(shared.path(), &settings, Existing::Replace).expect("a store");
+    }
+    assert!(notes.iter().all(|name| read(shared.path(), name) == "mine"));
     // A directory that cannot be made.
     let file = shared.path().join("notes.txt/out");
     let error = open(&file, &settings, Existing::Refuse).expect_err("below a file");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("--out"), "{error}");
+}
+
+/// What has the name of the lock is written to only by those who take it, and only if a study has made it.
+#[test]
+fn a_lock_of_someone_else_keeps_what_it_holds() {
+    let settings = json!({"steps": 1});
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let out = dir.path().join("out");
+    let lock = out.join(".lock");
+    drop(open(&out, &settings, Existing::Refuse).expect("a store"));
+    let ours = read(&out, "results.json");
+    // Left by another process, and looked at by one that is refused.
+    for theirs in ["", "17"] {
+        std::fs::write(&lock, theirs).expect("a write");
+        std::fs::write(out.join("results.json"), "{}").expect("a write");
+        open(&out, &settings, Existing::Replace).expect_err("results of no study");
+        assert_eq!(read(&out, ".lock"), theirs);
+    }
+    let refused = || {
+        for existing in [Existing::Refuse, Existing::Replace, Existing::Resume] {
+            let error = open(&out, &settings, existing).expect_err("a lock of someone else");
+            assert!(matches!(error, ReportError::Foreign { .. }), "{error}");
+        }
+        join(&[out.clone()], None).expect_err("a lock of someone else");
+    };
+    std::fs::write(out.join("results.json"), ours).expect("a write");
+    std::fs::write(&lock, "mine\n").expect("a write");
+    refused();
+    assert_eq!(read(&out, ".lock"), "mine\n");
+    #[cfg(unix)]
+    for target in ["numbers", "nothing"] {
+        std::fs::write(dir.path().join("numbers"), "123").expect("a write");
+        std::fs::remove_file(&lock).expect("a removal");
+        std::os::unix::fs::symlink(dir.path().join(target), &lock).expect("a link");
+        refused();
+        assert_eq!(read(dir.path(), "numbers"), "123");
+        assert!(!dir.path().join("nothing").exists());
+    }
 }
 
 #[test]
