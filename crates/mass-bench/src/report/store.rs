@@ -2,7 +2,7 @@ use std::{
     collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -553,6 +553,19 @@ pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
         && !(part.shards.iter().all(|i| (1..=part.of).contains(i)) && part.of > 0)
     {
         return Err(problem(format!("there is no {part}")));
+    }
+    // A report is written to the directory of these names.
+    let is_name = |word: &&String| {
+        let first = Path::new(word).components().next();
+        matches!(first, Some(Component::Normal(name)) if name == word.as_str())
+    };
+    if let Some(word) = [&results.study, &results.preset]
+        .into_iter()
+        .find(|w| !is_name(w))
+    {
+        return Err(problem(format!(
+            "`{word}` is no name of a study or a preset"
+        )));
     }
     let mut seen = HashSet::new();
     match results.runs.iter().find(|run| !seen.insert(run.key())) {

@@ -466,7 +466,7 @@ fn results_that_no_study_wrote_are_refused() {
     let part =
         |shards: Value, of: usize| json!({ "shards": shards, "of": of, "plan": ["x/seed0"] });
     type Change<'c> = (&'c str, &'c dyn Fn(&mut Value));
-    let changes: [Change<'_>; 6] = [
+    let changes: [Change<'_>; 10] = [
         ("missing field `method`", &|all| all["runs"][0] = json!({})),
         ("missing field `seed`", &|all| {
             all["runs"][0] = json!({ "method": "mass" })
@@ -477,6 +477,11 @@ fn results_that_no_study_wrote_are_refused() {
         ("shard 1 of 0", &|all| all["part"] = part(json!([1]), 0)),
         ("shard 3 of 2", &|all| all["part"] = part(json!([3]), 2)),
         ("shard 0 of 2", &|all| all["part"] = part(json!([0]), 2)),
+        // They become part of a path.
+        ("`/tmp` is no name", &|all| all["study"] = json!("/tmp")),
+        ("`../x` is no name", &|all| all["preset"] = json!("../x")),
+        ("`..` is no name", &|all| all["preset"] = json!("..")),
+        ("`` is no name", &|all| all["study"] = json!("")),
     ];
     for (what, change) in changes {
         let error = with(change).expect_err(what);
