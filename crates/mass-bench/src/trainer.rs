@@ -81,6 +81,19 @@ fn is_not_finite(error: &ModelError) -> bool {
     )
 }
 
+/// An error with what to do, where that is known.
+fn advised(error: BenchError) -> BenchError {
+    match error {
+        BenchError::Failed { doing, source }
+            if source.downcast_ref().is_some_and(is_not_finite) =>
+        {
+            let advice = "training has diverged: a smaller learning rate may help";
+            BenchError::failed(doing, format!("{source}; {advice}"))
+        }
+        other => other,
+    }
+}
+
 /// A run under way.
 pub struct Trainer<'t, T: Task> {
     task: &'t T,
@@ -316,13 +329,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             ModelError::Parallel(e) => BenchError::Parallel(e),
             e => {
                 let doing = format!("{} at step {}", self.name(), self.step);
-                match is_not_finite(&e) {
-                    true => BenchError::failed(
-                        doing,
-                        format!("{e}; training has diverged: a smaller learning rate may help"),
-                    ),
-                    false => BenchError::failed(doing, e),
-                }
+                advised(BenchError::failed(doing, e))
             }
         })?;
         self.step += 1;
@@ -419,7 +426,10 @@ impl<'t, T: Task> Trainer<'t, T> {
         }
         let progress = &mut self.saved.progress;
         let scored = match self.ranks.is_first() {
-            true => self.task.score(&self.model, self.step, progress)?,
+            true => {
+                let scored = self.task.score(&self.model, self.step, progress);
+                scored.map_err(advised)?
+            }
             false => None,
         };
         parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
@@ -496,7 +506,7 @@ impl<'t, T: Task> Trainer<'t, T> {
         let (model, optimizer) = (&self.model, &self.optimizer);
         let snapshot = Snapshot::new(self.step, model, optimizer, &self.saved);
         checkpoint::save(dir, &snapshot)
-            .map_err(|e| BenchError::failed("saving a checkpoint", e))?;
+            .map_err(|e| advised(BenchError::failed("saving a checkpoint", e)))?;
         self.task.save(dir, self.step, progress, true)
     }
 
@@ -536,7 +546,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             waiting: (saved.training_s > 0.0).then(|| saved.waited_s / saved.training_s),
         };
         if self.ranks.is_first() {
-            self.task.finish(&end, &mut run)?;
+            self.task.finish(&end, &mut run).map_err(advised)?;
         }
         run.peak_rss_mib = peak_rss_mib();
         Ok(Outcome {
