@@ -87,7 +87,7 @@ pub enum ReportError {
         path: PathBuf,
     },
     /// A file of an earlier run that cannot be understood.
-    #[error("{}: not readable as results: {problem}; choose another --out", path.display())]
+    #[error("{}: not readable as results: {problem}; restore it, or remove its directory yourself to begin anew", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,

@@ -417,10 +417,13 @@ const OWN: [&str; 8] = [
 
 /// Refuses a directory in which something would be replaced that no study has written: `--out` may name anything.
 pub(super) fn check_owner(dir: &Path) -> Result<(), ReportError> {
-    let results = fs::read_to_string(dir.join("results.json")).ok();
-    let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
-    if results.is_some_and(|r| r["study"].is_string() && r["runs"].is_array()) {
-        return Ok(());
+    match read_json::<Value>(&dir.join("results.json")) {
+        Ok(r) if r["study"].is_string() && r["runs"].is_array() => return Ok(()),
+        // Cut short, by the settings beside it.
+        Err(damaged @ ReportError::Malformed { .. }) if dir.join("settings.json").exists() => {
+            return Err(damaged);
+        }
+        _ => {}
     }
     match OWN
         .map(|name| dir.join(name))

@@ -499,6 +499,33 @@ fn results_that_no_study_wrote_are_refused() {
     }
 }
 
+/// No flag replaces what may be the work of hours, and none is advised.
+#[test]
+fn damaged_results_are_to_be_removed_by_hand() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    drop(store);
+    let whole = read(dir.path(), "results.json");
+    let refused = |name: &str, error: ReportError| {
+        assert_eq!(error.exit_code(), 2);
+        let error = error.to_string();
+        let advice = "remove its directory yourself";
+        assert!(error.contains(name) && error.contains(advice), "{error}");
+        assert!(!error.contains("--out"), "{error}");
+    };
+    std::fs::write(dir.path().join("results.json"), &whole[..99]).expect("a write");
+    for existing in [Existing::Refuse, Existing::Replace, Existing::Resume] {
+        let error = open(dir.path(), &json!({}), existing).expect_err("damaged results");
+        refused("results.json", error);
+    }
+    let report = || join(&[dir.path().to_owned()], None).expect_err("a damaged directory");
+    refused("results.json", report());
+    std::fs::write(dir.path().join("results.json"), whole).expect("a write");
+    std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
+    refused("settings.json", report());
+}
+
 #[test]
 fn a_row_says_of_how_many_runs_its_figures_are() {
     let dir = tempfile::tempdir().expect("a temporary directory");
