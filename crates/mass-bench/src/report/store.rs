@@ -9,6 +9,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::durable;
+use crate::trainer::checkpoints;
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -161,11 +162,14 @@ impl ResultStore {
         let results = fs::read_to_string(dir.join("results.json")).ok();
         let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
         let runs = results.and_then(|r| r["runs"].as_array().map(Vec::len));
-        let mut entries = fs::read_dir(dir.join("checkpoints")).into_iter().flatten();
+        let entries = fs::read_dir(dir.join("checkpoints"));
+        let mut entries = entries.into_iter().flatten().flatten();
+        // A first one that could not be written leaves an empty folder.
+        let mut saved = || entries.any(|run| !checkpoints(&run.path()).is_empty());
         let what = match runs {
             // Somebody else's: told apart when the directory is opened.
             None => return Ok(()),
-            Some(0) if entries.next().is_none() => return Ok(()),
+            Some(0) if !saved() => return Ok(()),
             Some(0) => "the checkpoint of a run that was interrupted".to_owned(),
             Some(1) => "a finished run".to_owned(),
             Some(runs) => format!("{runs} finished runs"),

@@ -218,7 +218,11 @@ fn what_is_finished_is_kept_until_someone_says_otherwise() {
     drop(store);
     // Nothing is lost of a directory without runs, and the checkpoint of one that was interrupted would be.
     drop(open(dir.path(), &settings, Existing::Refuse).expect("a store"));
-    let checkpoint = dir.path().join("checkpoints/mass");
+    let run = dir.path().join("checkpoints/mass");
+    std::fs::create_dir_all(&run).expect("a directory");
+    // The first could not be written.
+    drop(open(dir.path(), &settings, Existing::Refuse).expect("a store"));
+    let checkpoint = run.join("step-0000000050");
     std::fs::create_dir_all(&checkpoint).expect("a directory");
     refused(dir.path(), &settings, "checkpoint");
     assert!(checkpoint.exists());
