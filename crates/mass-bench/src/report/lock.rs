@@ -1,7 +1,7 @@
 //! One process at a time writes to a directory of results.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use super::ReportError;
@@ -14,13 +14,19 @@ const NAME: &str = ".lock";
 ///
 /// # Errors
 /// [`ReportError::InUse`] if another has it, [`ReportError::Foreign`] for a file of this name that is not a study's,
-/// [`ReportError::Io`].
+/// [`ReportError::Out`] for a directory that nobody may write to, [`ReportError::Io`].
 pub(super) fn take(dir: &Path) -> Result<Option<File>, ReportError> {
     let path = dir.join(NAME);
     is_there(&path)?;
     let mut open = OpenOptions::new();
     let open = open.create(true).truncate(false).read(true).write(true);
-    let mut file = open.open(&path).map_err(|e| io_error(&path, e))?;
+    let mut file = open.open(&path).map_err(|source| match source.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => ReportError::Out {
+            path: path.clone(),
+            source,
+        },
+        _ => io_error(&path, source),
+    })?;
     let locked = lock(dir, &file)?;
     if locked {
         // For the message of another process. Nothing depends on it.

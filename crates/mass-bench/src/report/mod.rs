@@ -72,7 +72,7 @@ pub enum ReportError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// An output directory that cannot be made.
+    /// An output directory that cannot be made or written to.
     #[error("{}: {source}; choose another --out", path.display())]
     Out {
         /// The directory.

@@ -326,6 +326,13 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
     let error = open(&file, &settings, Existing::Refuse).expect_err("below a file");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("--out"), "{error}");
+    // One in which nobody makes a file.
+    #[cfg(target_os = "linux")]
+    {
+        let error = open("/sys".as_ref(), &settings, Existing::Refuse).expect_err("/sys");
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert!(error.to_string().contains("--out"), "{error}");
+    }
 }
 
 /// What has the name of the lock is written to only by those who take it, and only if a study has made it.
