@@ -13,6 +13,7 @@ use crate::cli::ScoreArgs;
 use crate::language::judge;
 use crate::report::Run;
 use crate::text::{VOCAB, bits_per_byte, read, windows};
+use crate::trainer::files;
 
 /// Windows side by side, which keep the kernels busy.
 const ROWS: usize = 16;
@@ -99,23 +100,16 @@ fn load(dir: &Path) -> Result<LanguageModel, BenchError> {
     if checkpoint::exists(dir) {
         return checkpoint::load_model(dir).map_err(damaged);
     }
-    let entries = |dir: &Path| -> Vec<PathBuf> {
-        let found = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        found.map(|entry| entry.path()).collect()
-    };
     if dir.join("state.json").is_file() {
-        let mut files = checkpoint::Files::new();
-        for path in entries(dir) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let bytes = std::fs::read(&path).map_err(|e| input(&path, e.to_string()))?;
-            files.insert(name.into_owned(), bytes);
-        }
+        let files = files(dir).map_err(|e| input(dir, e.to_string()))?;
         let read = checkpoint::decode::<LanguageModel, IgnoredAny>(&files);
         return read
             .map(|read| read.model)
             .map_err(|e| input(dir, e.to_string()));
     }
-    let mut runs = entries(&dir.join("checkpoints"));
+    let found = std::fs::read_dir(dir.join("checkpoints"));
+    let found = found.into_iter().flatten().flatten();
+    let mut runs: Vec<PathBuf> = found.map(|entry| entry.path()).collect();
     runs.retain(|run| checkpoint::exists(run));
     runs.sort();
     match runs.as_slice() {

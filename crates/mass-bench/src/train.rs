@@ -272,7 +272,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use crate::method::{ABLATIONS, METHODS};
-    use crate::trainer::tests::resumes_to_the_same_bits;
+    use crate::trainer::{checkpoints, tests::resumes_to_the_same_bits};
 
     fn parsed(path: &std::path::Path, more: &[&str]) -> Result<TrainArgs, BenchError> {
         let path = path.to_str().unwrap();
@@ -344,6 +344,41 @@ mod tests {
                 resumes_to_the_same_bits(task, method, &[3, 10]);
             });
         }
+    }
+
+    /// Steps are made again only where no checkpoint of them is whole, and what might be one is not deleted.
+    #[test]
+    fn a_run_goes_on_from_a_checkpoint_that_is_whole_or_not_at_all() {
+        with_task(&[], |task, method, run| {
+            let dir = tempfile::tempdir().unwrap();
+            let (at, latest) = (dir.path(), dir.path().join("latest"));
+            let open = || Trainer::open(task, run, method, at, true);
+            let refused = || open().err().unwrap().to_string();
+            for stop in [3, 5] {
+                let mut trainer = open().unwrap();
+                assert!(
+                    !trainer
+                        .train(at, false, &mut |step, _| step < stop)
+                        .unwrap()
+                );
+            }
+            let steps = checkpoints(at);
+            let damage = |step: &std::path::Path| std::fs::write(step.join("state.json"), "{");
+            let pointer = std::fs::read(&latest).unwrap();
+            std::fs::remove_file(&latest).unwrap();
+            assert_eq!(open().unwrap().step(), 5);
+            damage(&steps[1]).unwrap();
+            assert_eq!(open().unwrap().step(), 3);
+            std::fs::write(&latest, pointer).unwrap();
+            let message = refused();
+            for part in [&steps[1], &steps[0], &latest] {
+                assert!(message.contains(part.to_str().unwrap()), "{message}");
+            }
+            std::fs::remove_file(&latest).unwrap();
+            damage(&steps[0]).unwrap();
+            assert!(refused().contains("--fresh"));
+            assert_eq!(checkpoints(at), steps);
+        });
     }
 
     #[test]

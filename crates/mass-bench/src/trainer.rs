@@ -1,6 +1,8 @@
 //! The training loop, of every task and every method: it can stop at any step and go on to the same bits.
 
-use std::path::Path;
+use std::fs::DirEntry;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use mass_expand::ExpertId;
@@ -77,6 +79,19 @@ fn is_not_finite(error: &ModelError) -> bool {
             )
             | ModelError::Expand(ExpandError::NonFinite { .. })
     )
+}
+
+/// An error with what to do, where that is known.
+fn advised(error: BenchError) -> BenchError {
+    match error {
+        BenchError::Failed { doing, source }
+            if source.downcast_ref().is_some_and(is_not_finite) =>
+        {
+            let advice = "training has diverged: a smaller learning rate may help";
+            BenchError::failed(doing, format!("{source}; {advice}"))
+        }
+        other => other,
+    }
 }
 
 /// A run under way.
@@ -176,7 +191,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             saved,
             ranks: ranks.clone(),
         };
-        if resume && checkpoint::exists(dir) {
+        if resume && (checkpoint::exists(dir) || !checkpoints(dir).is_empty()) {
             trainer.go_on(dir)?;
             let devices = &mut trainer.saved.devices;
             if devices.last() != Some(&device) {
@@ -209,8 +224,29 @@ impl<'t, T: Task> Trainer<'t, T> {
             path: dir.to_owned(),
             problem,
         };
-        let read = checkpoint::load::<T::Model, Saved<T::Progress>>(dir);
-        let read = read.map_err(|e| input(format!("{e}; --fresh deletes it and begins anew")))?;
+        let read = match checkpoint::load::<T::Model, Saved<T::Progress>>(dir) {
+            Ok(read) => read,
+            Err(e) => {
+                let whole = checkpoints(dir)
+                    .into_iter()
+                    .rev()
+                    .find_map(|step| Some((checkpoint::decode(&files(&step).ok()?).ok()?, step)));
+                match whole {
+                    // The first one may have been written and not yet named.
+                    Some((read, _)) if !checkpoint::exists(dir) => read,
+                    Some((_, step)) => {
+                        let (latest, step) = (dir.join("latest"), step.display());
+                        return Err(input(format!(
+                            "{e}; {step} is whole: without {} --resume goes on from there; --fresh deletes both and begins anew",
+                            latest.display()
+                        )));
+                    }
+                    None => {
+                        return Err(input(format!("{e}; --fresh deletes it and begins anew")));
+                    }
+                }
+            }
+        };
         if read.state.settings != self.saved.settings {
             return Err(input(
                 "the checkpoint is of a run with other settings or other data; give another --out, or --fresh, which deletes \
@@ -293,13 +329,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             ModelError::Parallel(e) => BenchError::Parallel(e),
             e => {
                 let doing = format!("{} at step {}", self.name(), self.step);
-                match is_not_finite(&e) {
-                    true => BenchError::failed(
-                        doing,
-                        format!("{e}; training has diverged: a smaller learning rate may help"),
-                    ),
-                    false => BenchError::failed(doing, e),
-                }
+                advised(BenchError::failed(doing, e))
             }
         })?;
         self.step += 1;
@@ -396,7 +426,10 @@ impl<'t, T: Task> Trainer<'t, T> {
         }
         let progress = &mut self.saved.progress;
         let scored = match self.ranks.is_first() {
-            true => self.task.score(&self.model, self.step, progress)?,
+            true => {
+                let scored = self.task.score(&self.model, self.step, progress);
+                scored.map_err(advised)?
+            }
             false => None,
         };
         parallel::release(&self.ranks, &mut self.model, &mut self.optimizer);
@@ -473,7 +506,7 @@ impl<'t, T: Task> Trainer<'t, T> {
         let (model, optimizer) = (&self.model, &self.optimizer);
         let snapshot = Snapshot::new(self.step, model, optimizer, &self.saved);
         checkpoint::save(dir, &snapshot)
-            .map_err(|e| BenchError::failed("saving a checkpoint", e))?;
+            .map_err(|e| advised(BenchError::failed("saving a checkpoint", e)))?;
         self.task.save(dir, self.step, progress, true)
     }
 
@@ -513,7 +546,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             waiting: (saved.training_s > 0.0).then(|| saved.waited_s / saved.training_s),
         };
         if self.ranks.is_first() {
-            self.task.finish(&end, &mut run)?;
+            self.task.finish(&end, &mut run).map_err(advised)?;
         }
         run.peak_rss_mib = peak_rss_mib();
         Ok(Outcome {
@@ -548,6 +581,26 @@ impl<'t, T: Task> Trainer<'t, T> {
         let layers = 0..self.model.mixtures();
         layers.map(|l| self.model.mixture(l).ids()).collect()
     }
+}
+
+/// Folders of checkpoints of a run, the newest last.
+pub(crate) fn checkpoints(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_step = |e: &DirEntry| e.file_name().to_string_lossy().starts_with("step-");
+    let mut found: Vec<PathBuf> = entries.filter(is_step).map(|e| e.path()).collect();
+    found.sort();
+    found
+}
+
+/// The files of one of them.
+pub(crate) fn files(step: &Path) -> io::Result<checkpoint::Files> {
+    let mut files = checkpoint::Files::new();
+    for entry in std::fs::read_dir(step)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        files.insert(name, std::fs::read(entry.path())?);
+    }
+    Ok(files)
 }
 
 /// This rank's share of a batch, and its number of targets.

@@ -25,9 +25,7 @@ pub(super) fn write(
 ) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     durable::create_dir_all(dir)?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = dir.join(format!(".{name}.{}.part", std::process::id()));
-    durable::write(path, &temporary, |file| {
+    durable::write(path, |file| {
         let header = serde_json::to_vec(header)?;
         let length = u32::try_from(header.len()).map_err(io::Error::other)?;
         let mut file = Summing::new(BufWriter::with_capacity(1 << 20, file));

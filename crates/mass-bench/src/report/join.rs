@@ -1,8 +1,11 @@
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+
+use crate::durable;
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -203,31 +206,42 @@ fn write(
     let metrics: Vec<MetricLine> = metrics.collect();
     write_atomically(&there, &pretty(results))?;
     write_atomically(&out.join("settings.json"), &pretty(settings))?;
+    // A directory has several paths.
+    let place = |dir: &Path| fs::canonicalize(dir).map_err(|e| io_error(dir, e));
+    let mut others = Vec::new();
+    for from in kept {
+        if place(&from.dir)? != place(out)? {
+            others.push(&from.dir);
+        }
+    }
     // Of one directory they are what they were.
-    if kept.len() > 1 || kept[0].dir != out {
+    if !others.is_empty() {
         for (name, text) in LINES.iter().zip(&texts) {
             write_atomically(&out.join(name), text)?;
         }
-        for from in kept.iter().filter(|k| k.dir != out) {
-            copy(&from.dir.join("patches"), &out.join("patches"))?;
+        for from in others {
+            copy(&from.join("patches"), &out.join("patches"))?;
         }
     }
     write_reports(out, results, &metrics, &drawn(texts[1].lines()))
 }
 
-/// Copies a directory, if it is there.
+/// Copies a directory, if it is there. A file may be its own copy by another name, so that none is emptied before it is read.
 fn copy(from: &Path, to: &Path) -> Result<(), ReportError> {
     if !from.is_dir() {
         return Ok(());
     }
     fs::create_dir_all(to).map_err(|e| io_error(to, e))?;
-    for entry in fs::read_dir(from).map_err(|e| io_error(from, e))? {
-        let path = entry.map_err(|e| io_error(from, e))?.path();
+    let entries = fs::read_dir(from).and_then(Iterator::collect);
+    let entries: Vec<fs::DirEntry> = entries.map_err(|e| io_error(from, e))?;
+    for entry in entries {
+        let path = entry.path();
         let new = to.join(path.file_name().unwrap_or_default());
         if path.is_dir() {
             copy(&path, &new)?;
         } else {
-            fs::copy(&path, &new).map_err(|e| io_error(&path, e))?;
+            let fill = |file: &mut File| io::copy(&mut File::open(&path)?, file).map(drop);
+            durable::write(&new, fill).map_err(|e| io_error(&path, e))?;
         }
     }
     Ok(())

@@ -72,7 +72,7 @@ pub enum ReportError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// An output directory that cannot be made.
+    /// An output directory that cannot be made or written to.
     #[error("{}: {source}; choose another --out", path.display())]
     Out {
         /// The directory.
@@ -80,14 +80,14 @@ pub enum ReportError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Something in the output directory that would be replaced, and is of no study.
-    #[error("{}: would be replaced, and there are no results of a study beside it; choose another --out", path.display())]
+    /// Something in the output directory that would be replaced, and may be of no study.
+    #[error("{}: would be replaced, and is not known to be a study's; choose another --out, or remove it yourself", path.display())]
     Foreign {
         /// The file or directory.
         path: PathBuf,
     },
     /// A file of an earlier run that cannot be understood.
-    #[error("{}: not readable as results: {problem}; choose another --out", path.display())]
+    #[error("{}: not readable as results: {problem}; restore it, or remove its directory yourself to begin anew", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,

@@ -2,13 +2,14 @@ use std::{
     collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::durable;
+use crate::trainer::checkpoints;
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -161,11 +162,14 @@ impl ResultStore {
         let results = fs::read_to_string(dir.join("results.json")).ok();
         let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
         let runs = results.and_then(|r| r["runs"].as_array().map(Vec::len));
-        let mut entries = fs::read_dir(dir.join("checkpoints")).into_iter().flatten();
+        let entries = fs::read_dir(dir.join("checkpoints"));
+        let mut entries = entries.into_iter().flatten().flatten();
+        // A first one that could not be written leaves an empty folder.
+        let mut saved = || entries.any(|run| !checkpoints(&run.path()).is_empty());
         let what = match runs {
             // Somebody else's: told apart when the directory is opened.
             None => return Ok(()),
-            Some(0) if entries.next().is_none() => return Ok(()),
+            Some(0) if !saved() => return Ok(()),
             Some(0) => "the checkpoint of a run that was interrupted".to_owned(),
             Some(1) => "a finished run".to_owned(),
             Some(runs) => format!("{runs} finished runs"),
@@ -417,10 +421,13 @@ const OWN: [&str; 8] = [
 
 /// Refuses a directory in which something would be replaced that no study has written: `--out` may name anything.
 pub(super) fn check_owner(dir: &Path) -> Result<(), ReportError> {
-    let results = fs::read_to_string(dir.join("results.json")).ok();
-    let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
-    if results.is_some_and(|r| r["study"].is_string() && r["runs"].is_array()) {
-        return Ok(());
+    match read_json::<Value>(&dir.join("results.json")) {
+        Ok(r) if r["study"].is_string() && r["runs"].is_array() => return Ok(()),
+        // Cut short, by the settings beside it.
+        Err(damaged @ ReportError::Malformed { .. }) if dir.join("settings.json").exists() => {
+            return Err(damaged);
+        }
+        _ => {}
     }
     match OWN
         .map(|name| dir.join(name))
@@ -500,10 +507,8 @@ pub(super) fn pretty(value: &impl Serialize) -> String {
 
 /// Writes to a temporary name beside `path`, syncs, renames: never half a file.
 pub(super) fn write_atomically(path: &Path, text: &str) -> Result<(), ReportError> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
     let fill = |file: &mut File| file.write_all(text.as_bytes());
-    durable::write(path, Path::new(&temporary), fill).map_err(|e| io_error(path, e))
+    durable::write(path, fill).map_err(|e| io_error(path, e))
 }
 
 /// The lines of a file; none of one that is not there.
@@ -555,6 +560,19 @@ pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
         && !(part.shards.iter().all(|i| (1..=part.of).contains(i)) && part.of > 0)
     {
         return Err(problem(format!("there is no {part}")));
+    }
+    // A report is written to the directory of these names.
+    let is_name = |word: &&String| {
+        let first = Path::new(word).components().next();
+        matches!(first, Some(Component::Normal(name)) if name == word.as_str())
+    };
+    if let Some(word) = [&results.study, &results.preset]
+        .into_iter()
+        .find(|w| !is_name(w))
+    {
+        return Err(problem(format!(
+            "`{word}` is no name of a study or a preset"
+        )));
     }
     let mut seen = HashSet::new();
     match results.runs.iter().find(|run| !seen.insert(run.key())) {

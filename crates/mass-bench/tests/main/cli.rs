@@ -370,15 +370,20 @@ fn a_run_that_diverges_says_so_and_leaves_a_directory_that_can_be_reported_on() 
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = dir.path();
     std::fs::write(at.join("text"), "a text of some length. ".repeat(400)).expect("a write");
-    let train = "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --lr 1e38 --out out";
-    let output = bench(&train.split(' ').collect::<Vec<_>>(), at);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{error}");
-    let last = error.lines().last().unwrap_or_default();
-    assert!(
-        last.starts_with("error: ") && last.contains("a smaller learning rate"),
-        "{error}"
-    );
+    // On the way, and in the last step.
+    for steps in ["--steps 2000 --fresh", "--steps 1 --fresh"] {
+        let train = format!(
+            "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --lr 1e38 --out out {steps}"
+        );
+        let output = bench(&train.split(' ').collect::<Vec<_>>(), at);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        let last = error.lines().last().unwrap_or_default();
+        assert!(
+            last.starts_with("error: ") && last.contains("a smaller learning rate"),
+            "{error}"
+        );
+    }
     let report = bench(&["report", "out"], at);
     let text = String::from_utf8_lossy(&report.stdout);
     assert!(report.status.success() && text.contains("No run is finished yet."));

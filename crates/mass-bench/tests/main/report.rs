@@ -218,10 +218,47 @@ fn what_is_finished_is_kept_until_someone_says_otherwise() {
     drop(store);
     // Nothing is lost of a directory without runs, and the checkpoint of one that was interrupted would be.
     drop(open(dir.path(), &settings, Existing::Refuse).expect("a store"));
-    let checkpoint = dir.path().join("checkpoints/mass");
+    let run = dir.path().join("checkpoints/mass");
+    std::fs::create_dir_all(&run).expect("a directory");
+    // The first could not be written.
+    drop(open(dir.path(), &settings, Existing::Refuse).expect("a store"));
+    let checkpoint = run.join("step-0000000050");
     std::fs::create_dir_all(&checkpoint).expect("a directory");
     refused(dir.path(), &settings, "checkpoint");
     assert!(checkpoint.exists());
+}
+
+/// A directory by another path is still the one that is reported on, and a picture may be its own copy by another name.
+#[cfg(unix)]
+#[test]
+fn a_report_in_its_place_keeps_pictures_and_unfinished_lines() {
+    use std::os::unix::fs::symlink;
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let [dir, link, linked] = ["dir", "link", "linked"].map(|name| root.path().join(name));
+    let mut store = open(&dir, &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    let line = MetricLine {
+        run: mass(1, 0.0).key().to_string(),
+        ..MetricLine::default()
+    };
+    store.metric(&line).expect("a line");
+    drop(store);
+    let picture = dir.join("patches/mass/layer0.png");
+    std::fs::create_dir_all(picture.parent().expect("a parent")).expect("a directory");
+    std::fs::write(&picture, "a picture").expect("a write");
+    symlink(&dir, &link).expect("a link");
+    join(&[dir.clone()], Some(&linked)).expect("a report elsewhere");
+    let copy = linked.join("patches/mass/layer0.png");
+    std::fs::remove_file(&copy).expect("a picture");
+    std::fs::hard_link(&picture, &copy).expect("a link");
+    let lines = read(&dir, "metrics.jsonl");
+    for out in [&link.join("../dir"), &link, &linked] {
+        join(&[dir.clone()], Some(out)).expect("a report");
+        assert_eq!(read(&dir, "metrics.jsonl"), lines, "{out:?}");
+        for picture in [&picture, &copy] {
+            assert_eq!(std::fs::read(picture).expect("a picture"), b"a picture");
+        }
+    }
 }
 
 #[test]
@@ -273,16 +310,67 @@ fn a_directory_of_someone_else_keeps_what_it_holds() {
     }
     // Other files beside are no obstacle, and stay.
     let shared = tempfile::tempdir().expect("a temporary directory");
-    std::fs::write(shared.path().join("notes.txt"), "mine").expect("a write");
-    for _ in 0..2 {
-        open(shared.path(), &settings, Existing::Refuse).expect("a store");
+    let notes = ["notes.txt", "results.json.tmp", "report.html.tmp"];
+    for name in notes {
+        std::fs::write(shared.path().join(name), "mine").expect("a write");
     }
-    assert_eq!(read(shared.path(), "notes.txt"), "mine");
+    for _ in 0..2 {
+        let mut store = open(shared.path(), &settings, Existing::Refuse).expect("a store");
+        store.push(mass(0, 2.1)).expect("a run");
+        drop(store);
+        open(shared.path(), &settings, Existing::Replace).expect("a store");
+    }
+    assert!(notes.iter().all(|name| read(shared.path(), name) == "mine"));
     // A directory that cannot be made.
     let file = shared.path().join("notes.txt/out");
     let error = open(&file, &settings, Existing::Refuse).expect_err("below a file");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("--out"), "{error}");
+    // One in which nobody makes a file.
+    #[cfg(target_os = "linux")]
+    {
+        let error = open("/sys".as_ref(), &settings, Existing::Refuse).expect_err("/sys");
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert!(error.to_string().contains("--out"), "{error}");
+    }
+}
+
+/// What has the name of the lock is written to only by those who take it, and only if a study has made it.
+#[test]
+fn a_lock_of_someone_else_keeps_what_it_holds() {
+    let settings = json!({"steps": 1});
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let out = dir.path().join("out");
+    let lock = out.join(".lock");
+    drop(open(&out, &settings, Existing::Refuse).expect("a store"));
+    let ours = read(&out, "results.json");
+    // Left by another process, and looked at by one that is refused.
+    for theirs in ["", "17"] {
+        std::fs::write(&lock, theirs).expect("a write");
+        std::fs::write(out.join("results.json"), "{}").expect("a write");
+        open(&out, &settings, Existing::Replace).expect_err("results of no study");
+        assert_eq!(read(&out, ".lock"), theirs);
+    }
+    let refused = || {
+        for existing in [Existing::Refuse, Existing::Replace, Existing::Resume] {
+            let error = open(&out, &settings, existing).expect_err("a lock of someone else");
+            assert!(matches!(error, ReportError::Foreign { .. }), "{error}");
+        }
+        join(&[out.clone()], None).expect_err("a lock of someone else");
+    };
+    std::fs::write(out.join("results.json"), ours).expect("a write");
+    std::fs::write(&lock, "mine\n").expect("a write");
+    refused();
+    assert_eq!(read(&out, ".lock"), "mine\n");
+    #[cfg(unix)]
+    for target in ["numbers", "nothing"] {
+        std::fs::write(dir.path().join("numbers"), "123").expect("a write");
+        std::fs::remove_file(&lock).expect("a removal");
+        std::os::unix::fs::symlink(dir.path().join(target), &lock).expect("a link");
+        refused();
+        assert_eq!(read(dir.path(), "numbers"), "123");
+        assert!(!dir.path().join("nothing").exists());
+    }
 }
 
 #[test]
@@ -389,7 +477,7 @@ fn results_that_no_study_wrote_are_refused() {
     let part =
         |shards: Value, of: usize| json!({ "shards": shards, "of": of, "plan": ["x/seed0"] });
     type Change<'c> = (&'c str, &'c dyn Fn(&mut Value));
-    let changes: [Change<'_>; 6] = [
+    let changes: [Change<'_>; 10] = [
         ("missing field `method`", &|all| all["runs"][0] = json!({})),
         ("missing field `seed`", &|all| {
             all["runs"][0] = json!({ "method": "mass" })
@@ -400,6 +488,11 @@ fn results_that_no_study_wrote_are_refused() {
         ("shard 1 of 0", &|all| all["part"] = part(json!([1]), 0)),
         ("shard 3 of 2", &|all| all["part"] = part(json!([3]), 2)),
         ("shard 0 of 2", &|all| all["part"] = part(json!([0]), 2)),
+        // They become part of a path.
+        ("`/tmp` is no name", &|all| all["study"] = json!("/tmp")),
+        ("`../x` is no name", &|all| all["preset"] = json!("../x")),
+        ("`..` is no name", &|all| all["preset"] = json!("..")),
+        ("`` is no name", &|all| all["study"] = json!("")),
     ];
     for (what, change) in changes {
         let error = with(change).expect_err(what);
@@ -415,6 +508,33 @@ fn results_that_no_study_wrote_are_refused() {
         });
         named.expect("a report");
     }
+}
+
+/// No flag replaces what may be the work of hours, and none is advised.
+#[test]
+fn damaged_results_are_to_be_removed_by_hand() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.push(mass(0, 2.15)).expect("a run");
+    drop(store);
+    let whole = read(dir.path(), "results.json");
+    let refused = |name: &str, error: ReportError| {
+        assert_eq!(error.exit_code(), 2);
+        let error = error.to_string();
+        let advice = "remove its directory yourself";
+        assert!(error.contains(name) && error.contains(advice), "{error}");
+        assert!(!error.contains("--out"), "{error}");
+    };
+    std::fs::write(dir.path().join("results.json"), &whole[..99]).expect("a write");
+    for existing in [Existing::Refuse, Existing::Replace, Existing::Resume] {
+        let error = open(dir.path(), &json!({}), existing).expect_err("damaged results");
+        refused("results.json", error);
+    }
+    let report = || join(&[dir.path().to_owned()], None).expect_err("a damaged directory");
+    refused("results.json", report());
+    std::fs::write(dir.path().join("results.json"), whole).expect("a write");
+    std::fs::remove_file(dir.path().join("settings.json")).expect("a removal");
+    refused("settings.json", report());
 }
 
 #[test]
