@@ -43,6 +43,14 @@ pub enum BenchError {
     /// Processes that train together failed, or parted.
     #[error(transparent)]
     Parallel(#[from] mass_model::parallel::ParallelError),
+    /// Training whose numbers are numbers no more.
+    #[error("{doing}: {source}; training has diverged: a smaller learning rate may help")]
+    Diverged {
+        /// What was being done.
+        doing: String,
+        /// What is no number.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A failure below this crate: a model, an optimiser, a device.
     #[error("{doing}: {source}")]
     Failed {
@@ -81,7 +89,10 @@ impl BenchError {
             Self::Report(error) => error.exit_code(),
             // Another process was given something else than this one, or something that several cannot do.
             Self::Parallel(ParallelError::Differ { .. } | ParallelError::Unsupported(_)) => 2,
-            Self::Interrupted { .. } | Self::Failed { .. } | Self::Parallel(_) => 1,
+            Self::Interrupted { .. }
+            | Self::Diverged { .. }
+            | Self::Failed { .. }
+            | Self::Parallel(_) => 1,
         }
     }
 

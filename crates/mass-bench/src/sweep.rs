@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::BenchError;
 use crate::cli::RunContext;
 use crate::report::{ResultStore, Run, reset_peak_rss};
-use crate::trainer::Outcome;
+use crate::trainer::{DIVERGED, Outcome};
 
 /// How the runs of a study share the threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,7 +160,12 @@ pub fn sweep<P: Sync>(
 
 fn write(ctx: &RunContext, store: &mut ResultStore, outcome: Outcome) -> Result<(), BenchError> {
     let folder = RunContext::checkpoint_dir(store.dir(), &outcome.run.key());
-    let line = describe(&outcome.run);
+    let line = match outcome.events.last() {
+        Some(last) if last["kind"] == DIVERGED => {
+            last["why"].as_str().unwrap_or_default().to_owned()
+        }
+        _ => describe(&outcome.run),
+    };
     store.keep(outcome.run, &outcome.metrics, &outcome.events)?;
     if ctx.ranks.is_first() && folder.is_dir() {
         std::fs::remove_dir_all(&folder)

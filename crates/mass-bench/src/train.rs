@@ -46,7 +46,7 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
     ctx.say_where(&task.place);
     let rules = check(&task, &method, args.seed)?;
     let header = Header::new("train", "text", args.threads).on(&task.place);
-    let settings = json!({ "arguments": args, "settings": { "digest_of_text": data } });
+    let settings = json!({ "arguments": args, "settings": { "text": data } });
     let ranks = ctx.ranks.clone();
     let mut store = ResultStore::open_among(&ranks, &args.out, header, &settings, args.existing())?;
     if store.finished(&run.key()).is_some() {

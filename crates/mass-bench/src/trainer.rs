@@ -67,6 +67,9 @@ fn processor() -> Vec<String> {
     vec![Place::Cpu.to_string()]
 }
 
+/// The kind of the event that ends a run which has diverged.
+pub(crate) const DIVERGED: &str = "diverged";
+
 /// Whether numbers have left the range that numbers have.
 fn is_not_finite(error: &ModelError) -> bool {
     use mass_expand::ExpandError;
@@ -81,14 +84,13 @@ fn is_not_finite(error: &ModelError) -> bool {
     )
 }
 
-/// An error with what to do, where that is known.
-fn advised(error: BenchError) -> BenchError {
+/// An error by its cause.
+fn sorted(error: BenchError) -> BenchError {
     match error {
         BenchError::Failed { doing, source }
             if source.downcast_ref().is_some_and(is_not_finite) =>
         {
-            let advice = "training has diverged: a smaller learning rate may help";
-            BenchError::failed(doing, format!("{source}; {advice}"))
+            BenchError::Diverged { doing, source }
         }
         other => other,
     }
@@ -329,7 +331,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             ModelError::Parallel(e) => BenchError::Parallel(e),
             e => {
                 let doing = format!("{} at step {}", self.name(), self.step);
-                advised(BenchError::failed(doing, e))
+                sorted(BenchError::failed(doing, e))
             }
         })?;
         self.step += 1;
@@ -428,7 +430,7 @@ impl<'t, T: Task> Trainer<'t, T> {
         let scored = match self.ranks.is_first() {
             true => {
                 let scored = self.task.score(&self.model, self.step, progress);
-                scored.map_err(advised)?
+                scored.map_err(sorted)?
             }
             false => None,
         };
@@ -506,15 +508,51 @@ impl<'t, T: Task> Trainer<'t, T> {
         let (model, optimizer) = (&self.model, &self.optimizer);
         let snapshot = Snapshot::new(self.step, model, optimizer, &self.saved);
         checkpoint::save(dir, &snapshot)
-            .map_err(|e| advised(BenchError::failed("saving a checkpoint", e)))?;
+            .map_err(|e| sorted(BenchError::failed("saving a checkpoint", e)))?;
         self.task.save(dir, self.step, progress, true)
     }
 
     /// The row and the lines of a run that is complete.
     ///
     /// # Errors
-    /// [`BenchError::Failed`] for a model that cannot be scored.
-    pub fn finish(mut self) -> Result<Outcome, BenchError> {
+    /// [`BenchError::Diverged`] or [`BenchError::Failed`] for a model that cannot be scored.
+    pub fn finish(self) -> Result<Outcome, BenchError> {
+        let (outcome, judged) = self.end(true)?;
+        judged.map(|()| outcome)
+    }
+
+    /// The same of a run of a study, by how [`train`](Self::train) ended: `None` if it was stopped. One that has diverged, alone, is a
+    /// run without figures, and its last event says why: others go on.
+    ///
+    /// # Errors
+    /// What training ended with, or as [`finish`](Self::finish).
+    pub fn conclude(
+        self,
+        trained: Result<bool, BenchError>,
+    ) -> Result<Option<Outcome>, BenchError> {
+        let (step, alone) = (self.step, self.ranks.is_alone());
+        let (mut outcome, ended) = match trained {
+            Ok(false) => return Ok(None),
+            Err(e @ BenchError::Diverged { .. }) if alone => (self.end(false)?.0, Err(e)),
+            trained => {
+                trained?;
+                self.end(true)?
+            }
+        };
+        match ended {
+            Err(e @ BenchError::Diverged { .. }) if alone => {
+                (outcome.run.test_loss, outcome.run.metric) = (None, None);
+                outcome
+                    .events
+                    .push(json!({ "step": step, "kind": DIVERGED, "why": e.to_string() }));
+            }
+            ended => ended?,
+        }
+        Ok(Some(outcome))
+    }
+
+    /// The row and the lines of a run, and whether its model could be scored, if it is to be.
+    fn end(mut self, judge: bool) -> Result<(Outcome, Result<(), BenchError>), BenchError> {
         self.bring_together()?;
         let saved = self.saved;
         let Saved { tokens, wall_s, .. } = saved;
@@ -545,15 +583,18 @@ impl<'t, T: Task> Trainer<'t, T> {
             progress: &saved.progress,
             waiting: (saved.training_s > 0.0).then(|| saved.waited_s / saved.training_s),
         };
-        if self.ranks.is_first() {
-            self.task.finish(&end, &mut run).map_err(advised)?;
-        }
+        let judged = match judge && self.ranks.is_first() {
+            true => self.task.finish(&end, &mut run).map_err(sorted),
+            false => Ok(()),
+        };
         run.peak_rss_mib = peak_rss_mib();
-        Ok(Outcome {
+        let (metrics, events) = (saved.metrics, saved.events);
+        let outcome = Outcome {
             run,
-            metrics: saved.metrics,
-            events: saved.events,
-        })
+            metrics,
+            events,
+        };
+        Ok((outcome, judged))
     }
 
     /// Its name in metrics.jsonl and events.jsonl.

@@ -351,12 +351,12 @@ impl<F: Family> Plan<F> {
                 ticker.pass_over(trainer.step());
                 let keep = F::SIDE == Side::BySide;
                 let on_step = &mut |_, loss| ticker.tick(1, || format!("{key}: loss {loss:.3}"));
-                if !trainer.train(&folder, keep, on_step)? {
-                    return Ok(None);
+                let trained = trainer.train(&folder, keep, on_step);
+                if !matches!(trained, Ok(false)) {
+                    // A run that ended early counts in full.
+                    ticker.pass_over(steps(task) - trainer.step());
                 }
-                // A run that stopped early counts in full.
-                ticker.pass_over(steps(task) - trainer.step());
-                trainer.finish().map(Some)
+                trainer.conclude(trained)
             },
         )
     }

@@ -373,7 +373,7 @@ fn a_run_that_diverges_says_so_and_leaves_a_directory_that_can_be_reported_on() 
     // On the way, and in the last step.
     for steps in ["--steps 2000 --fresh", "--steps 1 --fresh"] {
         let train = format!(
-            "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --lr 1e38 --out out {steps}"
+            "train --text text --seq 8 --dim 8 --hidden 8 --layers 1 --lr 1e30 --out out {steps}"
         );
         let output = bench(&train.split(' ').collect::<Vec<_>>(), at);
         let error = String::from_utf8_lossy(&output.stderr);
@@ -387,6 +387,32 @@ fn a_run_that_diverges_says_so_and_leaves_a_directory_that_can_be_reported_on() 
     let report = bench(&["report", "out"], at);
     let text = String::from_utf8_lossy(&report.stdout);
     assert!(report.status.success() && text.contains("No run is finished yet."));
+}
+
+/// The other runs of a study go on, and the one is finished: it has no figures, and an event that says why.
+#[test]
+fn a_run_that_diverges_does_not_end_its_study() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let study = "reproduce synthetic --preset smoke --methods static,dense --router noisy:std=1e38/top_k:k=2 --out out --json";
+    let made = |more: &[&str]| {
+        let given = [&study.split(' ').collect::<Vec<_>>(), more].concat();
+        let output = bench(&given, dir.path());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("results")
+    };
+    let results = made(&[]);
+    let runs = results["runs"].as_array().expect("runs");
+    assert!(runs.len() >= 2);
+    for run in runs {
+        let figure = run["test_loss"].is_number();
+        assert_eq!(figure, run["method"] == "dense", "{run}");
+    }
+    let events = std::fs::read_to_string(dir.path().join("out/events.jsonl")).expect("events");
+    assert!(
+        events.contains(r#""kind":"diverged""#) && events.contains("the logit of token"),
+        "{events}"
+    );
+    assert_eq!(made(&["--resume"])["runs"], results["runs"]);
 }
 
 /// A directory of `train`, its run and a step of it are one model, whose score is that of its windows.
