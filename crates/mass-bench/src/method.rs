@@ -7,7 +7,7 @@ use mass_expand::{ControllerParams, Reduction, SplitOperator, StopRule};
 use mass_model::growth::{GradientNorm, GrowerConfig};
 use mass_model::nn::{GateConfig, MoeConfig, MoeLayer};
 use mass_model::ops::RoutingLoss;
-use mass_model::{Activation, seeded_rng};
+use mass_model::{Activation, ModelError, seeded_rng};
 use mass_routing::{Combine, GateGradient, Router, RouterConfig, RoutingError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -580,14 +580,13 @@ fn check_router(
     };
     let layer = match MoeLayer::new(&config, &mut seeded_rng(0)) {
         Ok(layer) => layer,
+        Err(ModelError::Routing(RoutingError::TooFewExperts { k, available })) => {
+            return refuse(format!(
+                "it takes {k} experts a token, and the pool begins with {available}"
+            ));
+        }
         Err(e) => return refuse(e.to_string()),
     };
-    let least = layer.router().least_experts();
-    if least > experts {
-        return refuse(format!(
-            "it takes {least} experts a token, and the pool begins with {experts}"
-        ));
-    }
     if layer.router().gate_gradient() == GateGradient::Never {
         let what = "one expert a token with renormalised weights teaches the gate nothing; add combine=straight_through or combine=raw, or take more experts";
         return refuse(what.into());

@@ -247,13 +247,13 @@ fn a_report_in_its_place_keeps_pictures_and_unfinished_lines() {
     std::fs::create_dir_all(picture.parent().expect("a parent")).expect("a directory");
     std::fs::write(&picture, "a picture").expect("a write");
     symlink(&dir, &link).expect("a link");
-    join(&[dir.clone()], Some(&linked)).expect("a report elsewhere");
+    join(std::slice::from_ref(&dir), Some(&linked)).expect("a report elsewhere");
     let copy = linked.join("patches/mass/layer0.png");
     std::fs::remove_file(&copy).expect("a picture");
     std::fs::hard_link(&picture, &copy).expect("a link");
     let lines = read(&dir, "metrics.jsonl");
     for out in [&link.join("../dir"), &link, &linked] {
-        join(&[dir.clone()], Some(out)).expect("a report");
+        join(std::slice::from_ref(&dir), Some(out)).expect("a report");
         assert_eq!(read(&dir, "metrics.jsonl"), lines, "{out:?}");
         for picture in [&picture, &copy] {
             assert_eq!(std::fs::read(picture).expect("a picture"), b"a picture");
@@ -356,7 +356,7 @@ fn a_lock_of_someone_else_keeps_what_it_holds() {
             let error = open(&out, &settings, existing).expect_err("a lock of someone else");
             assert!(matches!(error, ReportError::Foreign { .. }), "{error}");
         }
-        join(&[out.clone()], None).expect_err("a lock of someone else");
+        join(std::slice::from_ref(&out), None).expect_err("a lock of someone else");
     };
     std::fs::write(out.join("results.json"), ours).expect("a write");
     std::fs::write(&lock, "mine\n").expect("a write");
