@@ -201,19 +201,27 @@ fn write(
         path: out.to_owned(),
         source,
     })?;
+    // A directory has several paths.
+    let place = |dir: &Path| fs::canonicalize(dir).map_err(|e| io_error(dir, e));
+    let own = place(out)?;
+    let mut others = Vec::new();
+    for from in kept {
+        let dir = place(&from.dir)?;
+        if own.starts_with(dir.join("patches")) {
+            return Err(refuse(
+                out,
+                "is within the pictures that would be copied there; give another --out",
+            ));
+        }
+        if dir != own {
+            others.push(&from.dir);
+        }
+    }
     let _lock = lock::take(out)?;
     let metrics = texts[0].lines().flat_map(serde_json::from_str);
     let metrics: Vec<MetricLine> = metrics.collect();
     write_atomically(&there, &pretty(results))?;
     write_atomically(&out.join("settings.json"), &pretty(settings))?;
-    // A directory has several paths.
-    let place = |dir: &Path| fs::canonicalize(dir).map_err(|e| io_error(dir, e));
-    let mut others = Vec::new();
-    for from in kept {
-        if place(&from.dir)? != place(out)? {
-            others.push(&from.dir);
-        }
-    }
     // Of one directory they are what they were.
     if !others.is_empty() {
         for (name, text) in LINES.iter().zip(&texts) {

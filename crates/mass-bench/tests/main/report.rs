@@ -259,6 +259,14 @@ fn a_report_in_its_place_keeps_pictures_and_unfinished_lines() {
             assert_eq!(std::fs::read(picture).expect("a picture"), b"a picture");
         }
     }
+    // Pictures are not copied into themselves.
+    let within = dir.join("patches/mass/report");
+    let refused = join(std::slice::from_ref(&dir), Some(&within)).expect_err("no such place");
+    assert!(
+        refused.to_string().contains("within the pictures"),
+        "{refused}"
+    );
+    assert!(!within.join("results.json").exists());
 }
 
 #[test]
