@@ -235,6 +235,8 @@ proptest! {
             Direction::Up => size > 0.0,
             Direction::Down => size < 0.0,
         };
+        // Of a jump of the level the spread sees the errors until it is learned: each smaller than those before, and of a lower rank.
+        let seen = seen && (params.watch == Watch::Level || params.scores == Scores::Normal);
         if shape == Shape::Jump && seen && ready && params.score_limit.is_some() {
             // Three certain scores are an alarm, and so are a few of the highest ranks.
             let most = if params.scores == Scores::Ranks { 8 } else { 3 };
