@@ -549,6 +549,12 @@ fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), Report
     write_atomically(path, &kept)
 }
 
+/// Whether a word is the plain name of a folder, and no path.
+pub(crate) fn is_name(word: &str) -> bool {
+    let first = Path::new(word).components().next();
+    matches!(first, Some(Component::Normal(name)) if name == word)
+}
+
 /// The results of a study, if they can be what one has written.
 pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
     let results: Results = read_json(path)?;
@@ -562,10 +568,6 @@ pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
         return Err(problem(format!("there is no {part}")));
     }
     // A report is written to the directory of these names.
-    let is_name = |word: &&String| {
-        let first = Path::new(word).components().next();
-        matches!(first, Some(Component::Normal(name)) if name == word.as_str())
-    };
     if let Some(word) = [&results.study, &results.preset]
         .into_iter()
         .find(|w| !is_name(w))

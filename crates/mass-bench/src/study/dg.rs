@@ -15,7 +15,7 @@ mod selected;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use mass_model::ModelError;
@@ -34,6 +34,7 @@ use crate::dg::images::{BadImages, DomainImages, PIECE, Source};
 use crate::dg::reported::SETS;
 use crate::dg::sample;
 use crate::dg::split::Split;
+use crate::report::is_name;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
 use data::Set;
@@ -386,15 +387,6 @@ impl Family for Domains {
         };
         FineTune::new(self, set, planned, split)
     }
-}
-
-/// Whether a set is the name of a folder and not a way to one.
-fn is_name(set: &str) -> bool {
-    let mut parts = Path::new(set).components();
-    matches!(
-        (parts.next(), parts.next()),
-        (Some(Component::Normal(_)), None)
-    )
 }
 
 /// "pacs/sketch" as a set and a target, "pacs" as a set.

@@ -42,9 +42,7 @@ impl MoeExpert {
             network: self.network.offspring(),
         }
     }
-}
 
-impl MoeExpert {
     pub(crate) fn check_offset(&self, what: &str) -> Result<(), ModelError> {
         match self.logit_offset {
             o if o.is_finite() => Ok(()),
