@@ -13,7 +13,6 @@ use crate::cli::ScoreArgs;
 use crate::language::judge;
 use crate::report::Run;
 use crate::text::{VOCAB, bits_per_byte, read, windows};
-use crate::trainer::files;
 
 /// Windows side by side, which keep the kernels busy.
 const ROWS: usize = 16;
@@ -101,11 +100,8 @@ fn load(dir: &Path) -> Result<LanguageModel, BenchError> {
         return checkpoint::load_model(dir).map_err(damaged);
     }
     if dir.join("state.json").is_file() {
-        let files = files(dir).map_err(|e| input(dir, e.to_string()))?;
-        let read = checkpoint::decode::<LanguageModel, IgnoredAny>(&files);
-        return read
-            .map(|read| read.model)
-            .map_err(|e| input(dir, e.to_string()));
+        let read = checkpoint::load_step::<LanguageModel, IgnoredAny>(dir);
+        return read.map(|read| read.model).map_err(damaged);
     }
     let found = std::fs::read_dir(dir.join("checkpoints"));
     let found = found.into_iter().flatten().flatten();

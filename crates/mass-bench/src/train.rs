@@ -266,13 +266,14 @@ fn unigram_bits(text: &ByteText, test: &[TokenBatch]) -> f64 {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use mass_model::checkpoint;
     use mass_model::growth::Mixtures;
     use mass_routing::AnyRouter;
 
     use super::*;
     use crate::cli::{Cli, Command};
     use crate::method::{ABLATIONS, METHODS};
-    use crate::trainer::{checkpoints, tests::resumes_to_the_same_bits};
+    use crate::trainer::tests::resumes_to_the_same_bits;
 
     fn parsed(path: &std::path::Path, more: &[&str]) -> Result<TrainArgs, BenchError> {
         let path = path.to_str().unwrap();
@@ -362,7 +363,7 @@ mod tests {
                         .unwrap()
                 );
             }
-            let steps = checkpoints(at);
+            let steps = checkpoint::steps(at);
             let damage = |step: &std::path::Path| std::fs::write(step.join("state.json"), "{");
             let pointer = std::fs::read(&latest).unwrap();
             std::fs::remove_file(&latest).unwrap();
@@ -377,7 +378,7 @@ mod tests {
             std::fs::remove_file(&latest).unwrap();
             damage(&steps[0]).unwrap();
             assert!(refused().contains("--fresh"));
-            assert_eq!(checkpoints(at), steps);
+            assert_eq!(checkpoint::steps(at), steps);
         });
     }
 

@@ -1,7 +1,5 @@
 //! The training loop, of every task and every method: it can stop at any step and go on to the same bits.
 
-use std::fs::DirEntry;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -193,7 +191,7 @@ impl<'t, T: Task> Trainer<'t, T> {
             saved,
             ranks: ranks.clone(),
         };
-        if resume && (checkpoint::exists(dir) || !checkpoints(dir).is_empty()) {
+        if resume && (checkpoint::exists(dir) || !checkpoint::steps(dir).is_empty()) {
             trainer.go_on(dir)?;
             let devices = &mut trainer.saved.devices;
             if devices.last() != Some(&device) {
@@ -229,10 +227,10 @@ impl<'t, T: Task> Trainer<'t, T> {
         let read = match checkpoint::load::<T::Model, Saved<T::Progress>>(dir) {
             Ok(read) => read,
             Err(e) => {
-                let whole = checkpoints(dir)
+                let whole = checkpoint::steps(dir)
                     .into_iter()
                     .rev()
-                    .find_map(|step| Some((checkpoint::decode(&files(&step).ok()?).ok()?, step)));
+                    .find_map(|step| Some((checkpoint::load_step(&step).ok()?, step)));
                 match whole {
                     // The first one may have been written and not yet named.
                     Some((read, _)) if !checkpoint::exists(dir) => read,
@@ -622,26 +620,6 @@ impl<'t, T: Task> Trainer<'t, T> {
         let layers = 0..self.model.mixtures();
         layers.map(|l| self.model.mixture(l).ids()).collect()
     }
-}
-
-/// Folders of checkpoints of a run, the newest last.
-pub(crate) fn checkpoints(dir: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let is_step = |e: &DirEntry| e.file_name().to_string_lossy().starts_with("step-");
-    let mut found: Vec<PathBuf> = entries.filter(is_step).map(|e| e.path()).collect();
-    found.sort();
-    found
-}
-
-/// The files of one of them.
-pub(crate) fn files(step: &Path) -> io::Result<checkpoint::Files> {
-    let mut files = checkpoint::Files::new();
-    for entry in std::fs::read_dir(step)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        files.insert(name, std::fs::read(entry.path())?);
-    }
-    Ok(files)
 }
 
 /// This rank's share of a batch, and its number of targets.

@@ -5,11 +5,11 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use mass_model::checkpoint;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::durable;
-use crate::trainer::checkpoints;
 
 use super::growth::drawn;
 use super::html::write_reports;
@@ -165,7 +165,7 @@ impl ResultStore {
         let entries = fs::read_dir(dir.join("checkpoints"));
         let mut entries = entries.into_iter().flatten().flatten();
         // A first one that could not be written leaves an empty folder.
-        let mut saved = || entries.any(|run| !checkpoints(&run.path()).is_empty());
+        let mut saved = || entries.any(|run| !checkpoint::steps(&run.path()).is_empty());
         let what = match runs {
             // Somebody else's: told apart when the directory is opened.
             None => return Ok(()),

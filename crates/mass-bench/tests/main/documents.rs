@@ -45,7 +45,7 @@ fn tables_are_those_of_the_results() {
         ("sensitivity.md", &["sensitivity-full"]),
         ("noise.md", &["noise-full"]),
         ("labels.md", &["labels-quick"]),
-        ("scale.md", &["scale-quick", "scale-quick-top2"]),
+        ("scale.md", &["scale-full", "scale-full-top2"]),
         ("glue.md", &["glue-full"]),
         ("dg.md", &["dg-full"]),
     ] {

@@ -138,6 +138,14 @@ fn remove_folders(
     Ok(())
 }
 
+/// The folders with names of checkpoints, the oldest first.
+pub(super) fn steps(storage: &impl Storage, dir: &Path) -> Vec<PathBuf> {
+    let mut names = storage.names(dir).unwrap_or_default();
+    names.retain(|name| is_step(name));
+    names.sort();
+    names.iter().map(|name| dir.join(name)).collect()
+}
+
 /// Whether a folder has the name of a checkpoint.
 fn is_step(name: &str) -> bool {
     name.strip_prefix("step-").is_some_and(|rest| {

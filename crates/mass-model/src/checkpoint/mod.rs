@@ -383,6 +383,11 @@ pub fn exists(dir: &Path) -> bool {
     dir.join(LATEST).is_file()
 }
 
+/// Folders of checkpoints in `dir`, the oldest first, whether [`load`] would take them or not; none if there is no such directory.
+pub fn steps(dir: &Path) -> Vec<PathBuf> {
+    directory::steps(&Disk, dir)
+}
+
 /// Reads the newest checkpoint of `dir`.
 ///
 /// # Errors
@@ -392,6 +397,16 @@ pub fn load<M: Checkpointed, S: DeserializeOwned>(
     dir: &Path,
 ) -> Result<Checkpoint<M, S>, ModelError> {
     read_all(&Source::Folder(directory::newest(&Disk, dir)?))
+}
+
+/// Reads the checkpoint in one of the folders that [`steps`] lists.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_step<M: Checkpointed, S: DeserializeOwned>(
+    folder: &Path,
+) -> Result<Checkpoint<M, S>, ModelError> {
+    read_all(&Source::Folder(folder.to_owned()))
 }
 
 /// Reads a checkpoint from memory.
