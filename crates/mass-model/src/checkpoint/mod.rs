@@ -53,12 +53,12 @@ mod storage;
 mod tensors;
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::error::ModelError;
 use crate::mixtures::Mixtures;
@@ -233,10 +233,9 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
             expert.check_offset(&name)?;
         }
     }
-    let unserialisable =
-        |e: &dyn Display| broken(Path::new(STATE), CheckpointError::Json(e.to_string()));
     // JSON would write null for them, and perhaps be read back as something else.
-    let tree = ciborium::Value::serialized(state).map_err(|e| unserialisable(&e))?;
+    let tree = ciborium::Value::serialized(state)
+        .map_err(|e| broken(Path::new(STATE), CheckpointError::Json(e.to_string())))?;
     if let Some(value) = non_finite(&tree) {
         return Err(ModelError::NonFinite(format!(
             "a number of the state, {value}"
@@ -256,20 +255,15 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         format: FORMAT,
         kind: M::KIND.to_owned(),
         step,
-        model: model.checkpoint_config(),
+        model: manifest::raw(model.checkpoint_config())?,
         pools: (0..model.mixtures()).map(pool).collect(),
         optimizer: optimizer.config().clone(),
         parameter_steps: steps.map(|(name, s)| (name.clone(), s.step)).collect(),
         ema: ema.map(|e| *e.config()),
-        state,
+        state: manifest::raw(state)?,
     };
-    let json = serde_json::to_vec(&manifest).map_err(|e| unserialisable(&e))?;
+    let json = manifest.render()?;
     check_readable(model, &json)?;
-    let mut seals = Seals::default();
-    let mut seal_and_sink = |name: &str, bytes: Vec<u8>| {
-        seals.add(name, &bytes);
-        sink(name, bytes)
-    };
     bring_to_host(model)?;
     let (mut tensors, mut shapes, mut outcome) = (Vec::new(), BTreeMap::new(), Ok(()));
     model.visit("", &mut |name, p| {
@@ -281,22 +275,60 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
         tensors.push((name, F32View { shape, values }));
     });
     outcome?;
-    // What belongs to a parameter that has left the model is kept, whatever its length.
-    let fits = |what: &str, name: &String, len: usize| match shapes.get(name) {
+    if let Some(ema) = ema {
+        check_averages(ema, &shapes)?;
+    }
+    // A move that the averages have not made yet would be lost: it is the parameter in memory that knows of it.
+    let followed = match ema {
+        Some(behind) if behind.lags(model) => {
+            let mut ema = behind.clone();
+            ema.follow(model)?;
+            Some(ema)
+        }
+        _ => None,
+    };
+    let ema = followed.as_ref().or(ema);
+    write_files(json, tensors, &shapes, (optimizer, ema), sink)
+}
+
+type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Refuses values of another number than their parameter's. What belongs to a parameter that has left the model is kept, whatever
+/// its length.
+fn check_fits(shapes: &Shapes, what: &str, name: &str, len: usize) -> Result<(), ModelError> {
+    match shapes.get(name) {
         Some(shape) if shape.iter().product::<usize>() != len => {
             let what = format!("{what} of {name}");
             Err(ModelError::shape(what, shape, &[len]))
         }
         _ => Ok(()),
-    };
+    }
+}
+
+fn check_averages(ema: &Ema, shapes: &Shapes) -> Result<(), ModelError> {
+    ema.shadow().iter().try_for_each(|(name, average)| {
+        check_finite("averages", name, average.try_values()?)?;
+        check_fits(shapes, "averages", name, average.len())
+    })
+}
+
+/// The part of [`produce`] that needs no model.
+fn write_files(
+    json: Vec<u8>,
+    tensors: Vec<(String, F32View<'_>)>,
+    shapes: &Shapes,
+    (optimizer, ema): (&AdamW, Option<&Ema>),
+    sink: &mut Sink<'_>,
+) -> Result<(), ModelError> {
     for (name, state) in optimizer.state() {
         state.check(name)?;
-        fits("moments", name, state.m.len())?;
+        check_fits(shapes, "moments", name, state.m.len())?;
     }
-    for (name, average) in ema.iter().flat_map(|ema| ema.shadow()) {
-        check_finite("averages", name, average.try_values()?)?;
-        fits("averages", name, average.len())?;
-    }
+    let mut seals = Seals::default();
+    let mut seal_and_sink = |name: &str, bytes: Vec<u8>| {
+        seals.add(name, &bytes);
+        sink(name, bytes)
+    };
     seal_and_sink(MODEL, tensors::encode(MODEL, tensors)?)?;
 
     let flat = |values| F32View {
@@ -312,17 +344,6 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
     });
     seal_and_sink(OPTIMIZER, tensors::encode(OPTIMIZER, moments.collect())?)?;
 
-    // A move that the averages have not made yet would be lost: it is the parameter in memory that knows of it.
-    let followed;
-    let ema = match ema {
-        Some(behind) if behind.lags(model) => {
-            let mut ema = behind.clone();
-            ema.follow(model)?;
-            followed = ema;
-            Some(&followed)
-        }
-        other => other,
-    };
     if let Some(ema) = ema {
         let averages = ema.shadow().iter().map(|(name, values)| {
             let shape = shapes.get(name).cloned();
@@ -339,8 +360,10 @@ fn produce<M: Checkpointed, S: Serialize + ?Sized>(
 /// Refuses a model that [`load`] would not make again of what was written of it.
 fn check_readable<M: Checkpointed>(model: &M, json: &[u8]) -> Result<(), ModelError> {
     let path = Path::new(STATE);
-    let manifest: Manifest<M::Config, Value> = manifest::parse(path, json, M::KIND)?;
-    let mut other: M = blank(path, &manifest.model, model.num_values() as u64)?;
+    let manifest = Manifest::parse(path, json, M::KIND)?;
+    manifest::value::<Value>(path, &manifest.state)?;
+    let config = manifest::value(path, &manifest.model)?;
+    let mut other: M = blank(path, &config, model.num_values() as u64)?;
     Reading::as_saved(path, &other, manifest.pools)?.give_pools(path, &mut other)?;
     let of = |p: &Param| (p.shape().to_vec(), p.decays());
     let mut expected = BTreeMap::new();
@@ -426,7 +449,7 @@ pub fn decode<M: Checkpointed, S: DeserializeOwned>(
 pub fn load_model<M: Checkpointed>(dir: &Path) -> Result<M, ModelError> {
     let source = Source::Folder(directory::newest(&Disk, dir)?);
     let seals = source.seals()?;
-    let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
+    let manifest = read_manifest(&source, &seals, M::KIND)?;
     read_model(&source, &seals, &manifest.model, manifest.pools)
 }
 
@@ -444,11 +467,13 @@ pub fn load_into<M: Checkpointed>(
 ) -> Result<Vec<ExpertCounts>, ModelError> {
     let source = Source::Folder(directory::newest(&Disk, dir)?);
     let seals = source.seals()?;
-    let manifest = read_manifest::<M, IgnoredAny>(&source, &seals)?;
+    let manifest = read_manifest(&source, &seals, M::KIND)?;
     let bytes = source.verified(&seals, MODEL)?;
     let path = source.path(MODEL);
     let file = TensorFile::parse(&path, &bytes)?;
     let state = source.path(STATE);
+    // As a configuration: what was written by an older version may lack a setting.
+    let config: M::Config = manifest::value(&state, &manifest.model)?;
     for (layer, pool) in manifest.pools.iter().enumerate().take(model.mixtures()) {
         let config = model.mixture(layer).config();
         for loss in &config.losses {
@@ -461,7 +486,7 @@ pub fn load_into<M: Checkpointed>(
     let reading = Reading::fitted(&state, model, manifest.pools, options.pool)?;
     reading.check(model, &file)?;
     let values = |config: &M::Config| serde_json::to_value(config);
-    let both = values(&manifest.model).and_then(|a| Ok((a, values(model.checkpoint_config())?)));
+    let both = values(&config).and_then(|a| Ok((a, values(model.checkpoint_config())?)));
     let (theirs, ours) = both.map_err(|e| broken(&state, CheckpointError::Json(e.to_string())))?;
     if let Some(what) = contradiction("", &theirs, &ours) {
         return Err(broken(&state, CheckpointError::Settings(what)));
@@ -506,12 +531,13 @@ fn contradiction(name: &str, theirs: &Value, ours: &Value) -> Option<String> {
     }
 }
 
-fn read_manifest<M: Checkpointed, S: DeserializeOwned>(
+fn read_manifest(
     source: &Source<'_>,
     seals: &Seals,
-) -> Result<Manifest<M::Config, S>, ModelError> {
+    kind: &'static str,
+) -> Result<Manifest, ModelError> {
     let json = source.verified(seals, STATE)?;
-    manifest::parse(&source.path(STATE), &json, M::KIND)
+    Manifest::parse(&source.path(STATE), &json, kind)
 }
 
 /// A model of a configuration that is read from `state`, with so many values saved.
@@ -536,14 +562,15 @@ fn blank<M: Checkpointed>(state: &Path, config: &M::Config, saved: u64) -> Resul
 fn read_model<M: Checkpointed>(
     source: &Source<'_>,
     seals: &Seals,
-    config: &M::Config,
+    config: &RawValue,
     pools: Vec<Pool>,
 ) -> Result<M, ModelError> {
     let bytes = source.verified(seals, MODEL)?;
     let path = source.path(MODEL);
     let file = TensorFile::parse(&path, &bytes)?;
     let state = source.path(STATE);
-    let mut model: M = blank(&state, config, file.num_values())?;
+    let config = manifest::value(&state, config)?;
+    let mut model: M = blank(&state, &config, file.num_values())?;
     let reading = Reading::as_saved(&state, &model, pools)?;
     reading.check(&model, &file)?;
     reading.apply(&state, &mut model, &file)?;
@@ -554,19 +581,38 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
     source: &Source<'_>,
 ) -> Result<Checkpoint<M, S>, ModelError> {
     let seals = source.seals()?;
-    let manifest = read_manifest::<M, S>(source, &seals)?;
-    let model: M = read_model(source, &seals, &manifest.model, manifest.pools)?;
+    let mut manifest = read_manifest(source, &seals, M::KIND)?;
+    let state = manifest::value(&source.path(STATE), &manifest.state)?;
+    let pools = std::mem::take(&mut manifest.pools);
+    let model: M = read_model(source, &seals, &manifest.model, pools)?;
+    let mut lengths = BTreeMap::new();
+    model.visit("", &mut |name, p| {
+        lengths.insert(name, p.len());
+    });
+    let step = manifest.step;
+    let (optimizer, ema) = read_optimizer(source, &seals, manifest, &lengths)?;
+    Ok(Checkpoint {
+        model,
+        optimizer,
+        ema,
+        step,
+        state,
+    })
+}
+
+/// The part of [`read_all`] that needs to know no more of the model than how many values each parameter has.
+fn read_optimizer(
+    source: &Source<'_>,
+    seals: &Seals,
+    manifest: Manifest,
+    lengths: &BTreeMap<String, usize>,
+) -> Result<(AdamW, Option<Ema>), ModelError> {
     let settings = |e: ModelError| {
         broken(
             &source.path(STATE),
             CheckpointError::Settings(e.to_string()),
         )
     };
-
-    let mut lengths = BTreeMap::new();
-    model.visit("", &mut |name, p| {
-        lengths.insert(name, p.len());
-    });
     // What belongs to a parameter that has left the model is kept, whatever its length.
     let fits = |path: &Path, tensor: String, of: &str, actual: usize| match lengths.get(of) {
         Some(&expected) if expected != actual => {
@@ -580,7 +626,7 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
         _ => Ok(()),
     };
 
-    let bytes = source.verified(&seals, OPTIMIZER)?;
+    let bytes = source.verified(seals, OPTIMIZER)?;
     let path = source.path(OPTIMIZER);
     let mut file = TensorFile::parse(&path, &bytes)?;
     let mut states = BTreeMap::new();
@@ -606,7 +652,7 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
 
     let mut ema = None;
     if let Some(config) = manifest.ema {
-        let bytes = source.verified(&seals, AVERAGES)?;
+        let bytes = source.verified(seals, AVERAGES)?;
         let path = source.path(AVERAGES);
         let mut file = TensorFile::parse(&path, &bytes)?;
         let mut shadow = BTreeMap::new();
@@ -617,11 +663,5 @@ fn read_all<M: Checkpointed, S: DeserializeOwned>(
         }
         ema = Some(Ema::restore(config, shadow).map_err(settings)?);
     }
-    Ok(Checkpoint {
-        model,
-        optimizer,
-        ema,
-        step: manifest.step,
-        state: manifest.state,
-    })
+    Ok((optimizer, ema))
 }
