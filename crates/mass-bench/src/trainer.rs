@@ -1,6 +1,6 @@
 //! The training loop, of every task and every method: it can stop at any step and go on to the same bits.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use mass_expand::ExpertId;

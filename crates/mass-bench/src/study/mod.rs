@@ -13,6 +13,7 @@ pub mod plan;
 pub mod regime;
 pub mod scale;
 pub mod sensitivity;
+pub mod size;
 pub mod synthetic;
 mod weights;
 
@@ -127,6 +128,12 @@ pub const STUDIES: &[Study] = &[
         "GINC: where, if anywhere, static pools have the losses that the paper reports",
         regime::plan,
         regime::TASKS,
+    ),
+    study!(
+        "size",
+        "GINC: how many experts are enough, by the size of the data and the width of an expert",
+        size::plan,
+        size::TASKS,
     ),
     study!(
         "sensitivity",

@@ -59,6 +59,9 @@ pub(crate) struct Regime {
     pub(super) batch: usize,
     /// Noise in gradients; see [`Language::gradient_noise`].
     pub(super) gradient_noise: f32,
+    /// Documents of 1024 tokens that there are, if they are few; else as many as the set has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) documents: Option<usize>,
 }
 
 impl Regime {
@@ -70,6 +73,7 @@ impl Regime {
         steps: 2000,
         batch: BATCH,
         gradient_noise: 0.0,
+        documents: None,
     };
 
     /// The model, with a network in place of its mixture.
@@ -408,6 +412,8 @@ impl Family for Synthetic {
 
     fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {
         let (vocab, finite) = size_of(set);
+        let few = self.regime_of(set).documents;
+        let finite = few.map(|documents| (documents, 1024)).or(finite);
         let ginc = Ginc::generate(&GincParams::new(vocab).check()?);
         let rng = |purpose| stream(DATA_SEED, purpose, vocab as u64);
         let (documents, length) = finite.unwrap_or((self.documents, self.document_length));
