@@ -130,6 +130,8 @@ fn chart<'a>(
     for series in &mut chart.series {
         series.points.sort_by(|a, b| a.x.total_cmp(&b.x));
     }
+    // How many series static pools are differs between the two charts: after all others they change no one's colour.
+    chart.series.sort_by_key(|s| s.name.starts_with("static"));
     let (least, most) = chart.x_span();
     chart.log2 = !by_experts && most > 2.5 * least;
     if by_experts {

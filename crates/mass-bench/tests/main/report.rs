@@ -935,6 +935,10 @@ fn the_frontier_has_every_method_and_the_elbow_of_static_pools() {
     let marks = (8 + 1) * 2 + (2 + 1) + (4 + 1);
     assert_eq!(frontier.matches("class=\"mark\"").count(), marks);
     assert_eq!(frontier.matches("class=\"ring\"").count(), 2 + 2);
+    // Whatever grows has one colour in both, although there are two and four lines of static pools.
+    let drawn = frontier.split("<g class=\"series ").skip(1);
+    let grown = drawn.filter(|s| s.contains("<title>mass"));
+    assert_eq!(grown.map(|s| &s[..2]).collect::<Vec<_>>(), ["c0", "c0"]);
     assert!(
         frontier.contains("Bayes floor 1.335")
             && frontier.contains("static/<wbr>k2: elbow at K 15 (15 in 100 % of draws)")

@@ -138,10 +138,10 @@ fn remove_folders(
     Ok(())
 }
 
-/// The folders with names of checkpoints, the oldest first.
+/// The folders with names of checkpoints, in the order of their steps.
 pub(super) fn steps(storage: &impl Storage, dir: &Path) -> Vec<PathBuf> {
     let mut names = storage.names(dir).unwrap_or_default();
-    names.retain(|name| is_step(name));
+    names.retain(|name| is_step(name) && storage.is_dir(&dir.join(name)));
     names.sort();
     names.iter().map(|name| dir.join(name)).collect()
 }

@@ -406,7 +406,7 @@ pub fn exists(dir: &Path) -> bool {
     dir.join(LATEST).is_file()
 }
 
-/// Folders of checkpoints in `dir`, the oldest first, whether [`load`] would take them or not; none if there is no such directory.
+/// Folders of checkpoints in `dir` in the order of their steps, whether they can be read or not; none if there is no such directory.
 pub fn steps(dir: &Path) -> Vec<PathBuf> {
     directory::steps(&Disk, dir)
 }
@@ -422,7 +422,7 @@ pub fn load<M: Checkpointed, S: DeserializeOwned>(
     read_all(&Source::Folder(directory::newest(&Disk, dir)?))
 }
 
-/// Reads the checkpoint in one of the folders that [`steps`] lists.
+/// Reads the checkpoint in one of the folders that [`steps`] lists, such as the one before a newest that is damaged.
 ///
 /// # Errors
 /// As [`load`].

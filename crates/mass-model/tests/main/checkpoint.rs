@@ -295,6 +295,15 @@ fn other_folders_beside_checkpoints_stay() {
     let folders = std::fs::read_dir(dir.path()).unwrap();
     let folders = folders.filter(|e| e.as_ref().unwrap().path().is_dir());
     assert_eq!(folders.count(), 3);
+    let steps = checkpoint::steps(dir.path());
+    assert_eq!(steps.len(), 2);
+    // Either is whole, and damage to one leaves the other.
+    std::fs::remove_file(steps[1].join("state.json")).unwrap();
+    let read = |step: &Path| checkpoint::load_step::<LanguageModel, String>(step);
+    let refused = read(&steps[1]).unwrap_err().to_string();
+    assert!(refused.contains("state.json"), "{refused}");
+    assert_eq!(values(&read(&steps[0]).unwrap().model), values(&parts.0));
+    assert!(checkpoint::steps(&dir.path().join("none")).is_empty());
 }
 
 #[test]

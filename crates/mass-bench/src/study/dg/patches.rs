@@ -1,6 +1,8 @@
 //! Which patches go to which expert, by class and by domain.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write as _};
 use std::path::Path;
 
 use image::{ImageFormat, RgbImage};
@@ -13,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::data::Set;
 use crate::BenchError;
+use crate::durable;
 
 /// Images of each class in each domain that are counted; the first of them is drawn.
 const EXAMPLES: usize = 8;
@@ -214,17 +217,22 @@ impl PatchRouting {
 
 /// Writes a picture for each layer and the counts of all of them, patches.json, to `dir`.
 pub(super) fn write(layers: &[PatchRouting], set: &Set, dir: &Path) -> Result<(), BenchError> {
-    let problem = |path: &Path, problem: String| {
-        BenchError::failed(format!("writing {}", path.display()), problem)
-    };
-    std::fs::create_dir_all(dir).map_err(|e| problem(dir, e.to_string()))?;
+    let problem =
+        |path: &Path, e: io::Error| BenchError::failed(format!("writing {}", path.display()), e);
+    durable::create_dir_all(dir).map_err(|e| problem(dir, e))?;
     for layer in layers {
         let path = dir.join(format!("{}.png", layer.name));
-        let written = layer.sheet(set).save_with_format(&path, ImageFormat::Png);
-        written.map_err(|e| problem(&path, e.to_string()))?;
+        let sheet = layer.sheet(set);
+        let picture = |file: &mut File| {
+            let mut out = BufWriter::new(file);
+            let written = sheet.write_to(&mut out, ImageFormat::Png);
+            written.map_err(io::Error::other)?;
+            out.flush()
+        };
+        durable::write(&path, picture).map_err(|e| problem(&path, e))?;
     }
     let path = dir.join("patches.json");
     let counts: Vec<Value> = layers.iter().map(|layer| layer.counts(set)).collect();
     let text = format!("{:#}\n", json!(counts));
-    std::fs::write(&path, text).map_err(|e| problem(&path, e.to_string()))
+    durable::write(&path, |file| file.write_all(text.as_bytes())).map_err(|e| problem(&path, e))
 }
