@@ -17,7 +17,9 @@ use crate::BenchError;
 use crate::dynmoe::DynMoe;
 use crate::method::Method;
 use crate::prefetch::{Prefetched, prefetch};
-use crate::report::{Decisions, Expansion, MetricLine, PairSums, Run, expansions, peak_rss_mib};
+use crate::report::{
+    Decisions, Expansion, MetricLine, PairSums, Run, expansions, peak_rss_mib, write_lines,
+};
 use crate::task::{Finished, Task};
 
 /// Batches made ahead.
@@ -507,6 +509,9 @@ impl<'t, T: Task> Trainer<'t, T> {
         let snapshot = Snapshot::new(self.step, model, optimizer, &self.saved);
         checkpoint::save(dir, &snapshot)
             .map_err(|e| sorted(BenchError::failed("saving a checkpoint", e)))?;
+        // Those of the study are written when the run is done. Who waits for it can look at these.
+        write_lines(&dir.join("metrics.jsonl"), &self.saved.metrics)
+            .map_err(|e| BenchError::failed("writing the metrics of a run under way", e))?;
         self.task.save(dir, self.step, progress, true)
     }
 

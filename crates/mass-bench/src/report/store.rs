@@ -533,9 +533,18 @@ fn append_to(path: &Path) -> Result<BufWriter<File>, ReportError> {
         .map_err(|e| io_error(path, e))
 }
 
-fn append(file: &mut BufWriter<File>, line: &impl Serialize) -> io::Result<()> {
+fn append(file: &mut impl Write, line: &impl Serialize) -> io::Result<()> {
     serde_json::to_writer(&mut *file, line)?;
     file.write_all(b"\n")
+}
+
+/// A file of these lines, in place of what it was.
+pub(crate) fn write_lines(path: &Path, lines: &[impl Serialize]) -> io::Result<()> {
+    durable::write(path, |file| {
+        let mut out = BufWriter::new(file);
+        lines.iter().try_for_each(|line| append(&mut out, line))?;
+        out.flush()
+    })
 }
 
 fn filter_lines(path: &Path, keep: impl Fn(&Value) -> bool) -> Result<(), ReportError> {

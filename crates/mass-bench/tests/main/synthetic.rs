@@ -300,6 +300,10 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
     for name in ["metrics.jsonl", "events.jsonl"] {
         assert_eq!(lines(&cut, name), lines(&whole, name), "{name}");
     }
+    // What there was of them at each checkpoint could be looked at.
+    let run = std::fs::read_dir(cut.join("checkpoints")).unwrap().next();
+    let on_the_way = lines(&run.unwrap().unwrap().path(), "metrics.jsonl");
+    assert!(!on_the_way.is_empty() && lines(&cut, "metrics.jsonl").starts_with(&on_the_way));
     let figures = |out: &Path| {
         let mut run = results(out)["runs"][0].clone();
         for clock in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
