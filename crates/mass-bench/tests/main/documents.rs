@@ -40,6 +40,7 @@ fn tables_are_those_of_the_results() {
         ),
         ("ablation.md", &["ablation-full"]),
         ("regime.md", &["regime-full"]),
+        ("size.md", &["size-full"]),
         ("continual.md", &["continual-full"]),
         ("domains.md", &["domains-quick"]),
         ("sensitivity.md", &["sensitivity-full"]),
