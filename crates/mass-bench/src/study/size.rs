@@ -50,7 +50,7 @@ const POOLS: [usize; 8] = [1, 2, 3, 5, 8, 12, 20, 32];
 pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let seeds = match args.preset {
         Preset::Smoke | Preset::Quick => 1,
-        Preset::Full | Preset::Paper => 3,
+        Preset::Full | Preset::Paper => 5,
     };
     let pool = Pool {
         experts_max: 32,
@@ -80,7 +80,7 @@ mod tests {
     fn every_set_has_every_pool() {
         let args = ReproduceArgs::parsed(&["size", "--preset", "full"]);
         let runs = plan(&args).unwrap().runs(&args).unwrap();
-        assert_eq!(runs.len(), SETS.len() * (POOLS.len() + 2) * 3);
+        assert_eq!(runs.len(), SETS.len() * (POOLS.len() + 2) * 5);
         for (name, regime) in SETS {
             let thousands = regime.documents.unwrap() * 1024 / 1000;
             assert_eq!(*name, format!("{thousands}k-expert-{}", regime.hidden));
