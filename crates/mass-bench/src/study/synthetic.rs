@@ -187,8 +187,10 @@ impl Synthetic {
     fn regime_of(&self, set: &str) -> Regime {
         let other = self.regimes.iter().find(|(name, _)| *name == set);
         let regime = other.map_or(self.regime, |(_, regime)| *regime);
+        let few = FINITE.iter().find(|(name, _)| *name == set);
         Regime {
             steps: regime.steps.min(self.longest),
+            documents: regime.documents.or(few.map(|(_, documents)| *documents)),
             ..regime
         }
     }
@@ -202,14 +204,6 @@ impl Synthetic {
             windows_per_concept: 8,
             ..self
         }
-    }
-}
-
-/// The vocabulary of a set, and how many documents of which length it has if it is a small one.
-fn size_of(set: &str) -> (usize, Option<(usize, usize)>) {
-    match FINITE.iter().find(|(name, _)| *name == set) {
-        Some((_, documents)) => (50, Some((*documents, 1024))),
-        None => (vocab_of(set).unwrap_or(50), None),
     }
 }
 
@@ -411,19 +405,19 @@ impl Family for Synthetic {
     }
 
     fn read(&self, set: &str, _: &mut RunContext) -> Result<Data, BenchError> {
-        let (vocab, finite) = size_of(set);
+        let vocab = vocab_of(set).unwrap_or(50);
         let few = self.regime_of(set).documents;
-        let finite = few.map(|documents| (documents, 1024)).or(finite);
         let ginc = Ginc::generate(&GincParams::new(vocab).check()?);
         let rng = |purpose| stream(DATA_SEED, purpose, vocab as u64);
-        let (documents, length) = finite.unwrap_or((self.documents, self.document_length));
+        let many = (self.documents, self.document_length);
+        let (documents, length) = few.map_or(many, |documents| (documents, 1024));
         let corpus = ginc.sample_corpus(documents, length, &mut rng(Purpose::Training))?;
         let sample = |windows, purpose| Windows::sample(&ginc, windows, SEQ, &mut rng(purpose));
         let windows = sample(self.windows_per_concept, Purpose::Evaluation)?;
         let probe = sample((self.windows_per_concept / 5).max(4), Purpose::Probe)?;
         let bayes_loss = bayes_floor(&BayesFilter::of(&ginc), &windows)?.mean;
         let probe = probe.batch(0..probe.len());
-        let validation = match finite {
+        let validation = match few {
             Some(_) => {
                 let validation = sample(self.windows_per_concept, Purpose::Validation)?;
                 Some(validation.batch(0..validation.len()))
