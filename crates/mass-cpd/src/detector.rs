@@ -95,7 +95,9 @@ pub trait Detector {
     /// Takes note that an observation is missing: time passes, and nothing is learned.
     ///
     /// Evidence stays as it is. An autoregression predicts the next observation over the gap (with a lagged reference it is not judged),
-    /// and does not learn it, as its predecessor is not known. A warm-up counts observations only.
+    /// and does not learn it, as its predecessor is not known. A warm-up counts observations only. With an autoregression of order `p`
+    /// and no lagged reference, a gap among the first 8 observations (`8 + 2 p` where the order is chosen or above one) makes what was
+    /// learned before it forgotten.
     ///
     /// # Examples
     /// ```
@@ -175,8 +177,8 @@ impl AnyDetectorParams {
     /// Makes the detector.
     ///
     /// # Errors
-    /// [`CpdError::Parameter`] for the first parameter that is out of range; [`CpdError::NotFound`] where no threshold keeps the
-    /// level that is asked for.
+    /// [`CpdError::Parameter`] for the first parameter that is out of range; [`CpdError::Unsupported`] for parameters that are not
+    /// allowed together; [`CpdError::NotFound`] where no threshold keeps the level that is asked for.
     pub fn check(&self) -> Result<AnyDetector, CpdError> {
         Ok(match self {
             Self::WindowedZ(p) => AnyDetector::WindowedZ(p.check()?),

@@ -14,7 +14,7 @@ pub enum CpdError {
     /// The observation is NaN or infinite.
     #[error("observation {count} is {value}, but only finite numbers can be monitored")]
     NonFinite {
-        /// Its 1-based position: one more than the number of observations accepted so far.
+        /// Its 1-based position: one more than the number of observations so far, missing ones among them.
         count: u64,
         /// The offending value.
         value: f64,
@@ -22,7 +22,7 @@ pub enum CpdError {
     /// The observation is zero or negative and the detector takes logarithms.
     #[error("observation {count} is {value}, but the log transform needs positive numbers")]
     NonPositive {
-        /// Its 1-based position: one more than the number of observations accepted so far.
+        /// Its 1-based position: one more than the number of observations so far, missing ones among them.
         count: u64,
         /// The offending value.
         value: f64,
@@ -30,7 +30,7 @@ pub enum CpdError {
     /// The observation is finite, but the moments it enters might not be.
     #[error("observation {count} is {value}, beyond the {limit:e} whose moments stay finite")]
     TooLarge {
-        /// Its 1-based position: one more than the number of observations accepted so far.
+        /// Its 1-based position: one more than the number of observations so far, missing ones among them.
         count: u64,
         /// The offending value.
         value: f64,

@@ -32,7 +32,8 @@ impl Alignment {
     /// GPU.
     ///
     /// # Errors
-    /// [`ExpandError::NonFinite`] if one is not finite, [`ExpandError::Parameter`] if a square is negative.
+    /// [`ExpandError::NonFinite`] if one is not finite, [`ExpandError::Parameter`] if a square is negative, or the
+    /// inner product is larger than that of two vectors with these norms can be.
     ///
     /// # Examples
     /// ```
@@ -43,6 +44,14 @@ impl Alignment {
     pub fn of_products(gg: f64, gw: f64, ww: f64) -> Result<Self, ExpandError> {
         check_products([("gradient", gg), ("weight", ww)], gw)?;
         let (gradient_norm, weight_norm) = (gg.sqrt(), ww.sqrt());
+        // Sums of f32 on a device are rounded, and more so the more there are of them.
+        if gw.abs() > 1.01 * gradient_norm * weight_norm {
+            return Err(ExpandError::Parameter {
+                name: "inner product",
+                value: gw,
+                expected: "at most the product of the norms",
+            });
+        }
         let cosine =
             (gg > 0.0 && ww > 0.0).then(|| (gw / gradient_norm / weight_norm).clamp(-1.0, 1.0));
         Ok(Self {

@@ -35,7 +35,7 @@ const ROW_EPSILON: f64 = 1e-12;
 ///
 /// # Errors
 /// [`ExpandError::Empty`], [`ExpandError::Shape`], and [`ExpandError::NonFinite`] if gradient or weight holds a NaN or
-/// an infinity. In the last case `Whole` leaves the gradient as it was and `Rowwise` has projected the rows before the
+/// an infinity, or the part along the weights a value beyond f32. In the last case `Whole` leaves the gradient as it was and `Rowwise` has projected the rows before the
 /// bad one.
 ///
 /// # Examples
@@ -67,7 +67,7 @@ pub fn project_onto_weights(
                     .chunks_exact_mut(shape.1)
                     .zip(weight.chunks_exact(shape.1))
                 {
-                    let coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
+                    let coefficient = row_coefficient(sweep::projection_kernel(g, w), w)?;
                     sweep::scale_kernel(w, coefficient, g);
                 }
                 Ok(())
@@ -108,7 +108,7 @@ pub fn divide_gradient(
                     .zip(newcomer_gradient.chunks_exact_mut(shape.1))
                     .zip(weight.chunks_exact(shape.1));
                 for ((g, n), w) in rows {
-                    let coefficient = row_coefficient(sweep::projection_kernel(g, w))?;
+                    let coefficient = row_coefficient(sweep::projection_kernel(g, w), w)?;
                     n.copy_from_slice(g);
                     sweep::scale_kernel(w, coefficient, g);
                 }
@@ -157,13 +157,30 @@ fn whole_coefficient(gradient: &[f32], weight: &[f32]) -> Result<f64, ExpandErro
         || sweep::projection_kernel(gradient, weight),
     );
     check_finite(gw, ww)?;
-    Ok(if ww > 0.0 { gw / ww } else { 0.0 })
+    held(if ww > 0.0 { gw / ww } else { 0.0 }, ww, weight)
 }
 
 #[inline(always)]
-fn row_coefficient((gw, ww): (f64, f64)) -> Result<f64, ExpandError> {
+fn row_coefficient((gw, ww): (f64, f64), weight: &[f32]) -> Result<f64, ExpandError> {
     check_finite(gw, ww)?;
-    Ok(gw / (ww + ROW_EPSILON))
+    held(gw / (ww + ROW_EPSILON), ww, weight)
+}
+
+/// A coefficient of weights, if f32 holds what it makes of each.
+#[inline(always)]
+fn held(coefficient: f64, ww: f64, weight: &[f32]) -> Result<f64, ExpandError> {
+    const MOST: f64 = f32::MAX as f64;
+    // Where their norm would fit, each does.
+    let fits = coefficient * coefficient * ww <= MOST * MOST
+        || weight
+            .iter()
+            .all(|&w| (coefficient * f64::from(w)).abs() <= MOST);
+    match fits {
+        true => Ok(coefficient),
+        false => Err(ExpandError::NonFinite {
+            what: "projection in f32",
+        }),
+    }
 }
 
 #[inline(always)]

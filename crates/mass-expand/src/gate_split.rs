@@ -156,8 +156,8 @@ pub struct Bisection {
 /// `offset` are the source's.
 ///
 /// # Errors
-/// [`ExpandError::NoSpread`] with fewer than two tokens or tokens that are all the same, [`ExpandError::Shape`],
-/// [`ExpandError::Empty`], [`ExpandError::NonFinite`], [`ExpandError::Parameter`].
+/// [`ExpandError::NoSpread`] with fewer than two tokens, tokens that are all the same, or along a gate row of zeros;
+/// [`ExpandError::Shape`], [`ExpandError::Empty`], [`ExpandError::NonFinite`], [`ExpandError::Parameter`].
 ///
 /// # Examples
 /// ```

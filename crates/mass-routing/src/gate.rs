@@ -9,13 +9,13 @@ mod low_rank;
 pub use cosine::{CosineForward, CosineGate, CosineGradients};
 pub use low_rank::{LowRankForward, LowRankGate, LowRankGradients};
 
-use ndarray::{Array2, ArrayBase, ArrayView2, ArrayViewMut1, Axis, Data, Dimension};
+use ndarray::{Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Data, Dimension};
 
 use crate::RoutingError;
 pub(crate) use crate::error::same;
 
 /// Norms below this are taken as this, as `torch.nn.functional.normalize` does.
-const SMALLEST_NORM: f32 = 1e-12;
+const SMALLEST_NORM: f64 = 1e-12;
 
 pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
     what: &'static str,
@@ -47,39 +47,46 @@ pub(crate) fn finite_logits(
     }
 }
 
+/// A row's norm, where its squares overflow or vanish in f32 too.
+fn norm(row: ArrayView1<'_, f32>) -> f64 {
+    let norm = row.dot(&row).sqrt();
+    if norm.is_finite() && norm > 1e-15 {
+        norm.into()
+    } else {
+        let squares = row.iter().map(|&v| f64::from(v).powi(2));
+        squares.sum::<f64>().sqrt()
+    }
+}
+
+/// A row divided by a norm, which f32 may not hold.
+fn divide(mut row: ArrayViewMut1<'_, f32>, norm: f64) {
+    if norm <= f64::from(f32::MAX) {
+        row /= norm as f32;
+    } else {
+        row.mapv_inplace(|v| (f64::from(v) / norm) as f32);
+    }
+}
+
 /// Rows divided by their norms, and the norms (bounded from below).
-fn unit_rows(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f32>) {
-    let norms: Vec<f32> = a
-        .outer_iter()
-        .map(|row| row.dot(&row).sqrt().max(SMALLEST_NORM))
-        .collect();
+fn unit_rows(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f64>) {
+    let bounded = |row| norm(row).max(SMALLEST_NORM);
+    let norms: Vec<f64> = a.outer_iter().map(bounded).collect();
     let mut unit = a.to_owned();
-    for (mut row, n) in unit.outer_iter_mut().zip(&norms) {
-        if n.is_finite() {
-            row /= *n;
-        } else {
-            normalise_large(row);
-        }
+    for (row, &n) in unit.outer_iter_mut().zip(&norms) {
+        divide(row, n);
     }
     (unit, norms)
 }
 
-/// Scales a row of finite numbers whose squares overflow in f32 to unit length.
-fn normalise_large(mut row: ArrayViewMut1<'_, f32>) {
-    let squares = row.iter().map(|&v| f64::from(v).powi(2));
-    let factor = squares.sum::<f64>().sqrt().recip();
-    row.mapv_inplace(|v| (f64::from(v) * factor) as f32);
-}
-
 /// Gradient of rows, given that of the rows divided by their norms.
-fn unit_rows_backward(unit: &Array2<f32>, norms: &[f32], mut d_unit: Array2<f32>) -> Array2<f32> {
+fn unit_rows_backward(unit: &Array2<f32>, norms: &[f64], mut d_unit: Array2<f32>) -> Array2<f32> {
     for ((mut d, u), &n) in d_unit.outer_iter_mut().zip(unit.outer_iter()).zip(norms) {
-        // At the bounded norm the division is by a constant. Where the norm overflows the gradient is below what f32 holds.
+        // At the bounded norm the division is by a constant.
         if n > SMALLEST_NORM {
             let along = d.dot(&u);
             d.scaled_add(-along, &u);
         }
-        d /= n;
+        divide(d, n);
     }
     d_unit
 }

@@ -359,6 +359,7 @@ impl TryFrom<UsageParts> for UsageStats {
         let counted = wide(&mut k_counts.iter().map(|&n| n.into()));
         if by_expert != by_token
             || counted != u128::from(tokens)
+            || k_counts.iter().skip(k + 1).any(|&n| n > 0)
             || by_expert > MOST
             || counted > MOST
             || entropy_tokens > tokens

@@ -394,6 +394,7 @@ impl Lagged {
             && [origin, first, square, product, ramp, self.peak]
                 .iter()
                 .all(|v| v.is_finite())
+            && square >= 0.0
             && values.iter().all(|v| v.is_finite())
     }
 }

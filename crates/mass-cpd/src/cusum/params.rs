@@ -269,7 +269,7 @@ impl CalibratedCusumParams {
     }
 
     /// The same with its level shared by `streams` detectors: by the union bound, or by the sum of rates of alarms, they have
-    /// together the level that one had. A given threshold stays.
+    /// together the level that one had. A given threshold stays, and an average run length stops at 10^12.
     ///
     /// # Examples
     /// ```

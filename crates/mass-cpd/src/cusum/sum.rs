@@ -87,6 +87,7 @@ impl Sum {
             && self.s >= 0.0
             && whole(self.onset)
             && whole(self.number)
+            && (self.number > 0.0 || self.s == 0.0)
             && self.scores.is_finite()
             && self.base.is_finite()
             && self.total.is_finite()

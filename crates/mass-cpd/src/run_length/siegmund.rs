@@ -45,7 +45,7 @@ pub fn siegmund_average(k: f64, h: f64, mu: f64) -> Result<f64, CpdError> {
 /// The `h` with `1 - exp(-n / ARL0(h)) = alpha`, one-sided, `mu = 0`.
 ///
 /// # Errors
-/// [`CpdError::Parameter`] for a value out of range, [`CpdError::NotFound`] when it lies outside \[0, 200\].
+/// [`CpdError::Parameter`] for a value out of range, [`CpdError::NotFound`] when it lies above 200.
 ///
 /// # Examples
 /// ```

@@ -118,7 +118,7 @@ pub(super) fn bisect(reached: impl Fn(f64) -> Result<bool, CpdError>) -> Result<
         what: "threshold with the wanted false-alarm rate",
     };
     if reached(0.0)? {
-        return Err(WHAT);
+        return Ok(0.0);
     }
     let (mut low, mut high) = (0.0, 2.0);
     while !reached(high)? {

@@ -630,6 +630,7 @@ fn hostile_json_makes_no_broken_detector() {
         let nonsense = [
             json!(-1),
             json!(1e300),
+            json!(-1e300),
             json!(9_007_199_254_740_991_u64),
             json!([]),
             json!(0),

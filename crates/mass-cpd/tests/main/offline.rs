@@ -4,7 +4,9 @@
 use mass_cpd::{
     CpdError,
     offline::{BinarySegmentationParams, Cost, PeltParams, Penalty},
-    run_length::{RunLength, Sides, threshold_for_average, threshold_for_horizon},
+    run_length::{
+        RunLength, Sides, exact_threshold_for_horizon, threshold_for_average, threshold_for_horizon,
+    },
 };
 use ndarray::{Array1, ArrayView1, array};
 use ndarray_rand::{
@@ -245,6 +247,14 @@ fn each_kind_of_bad_input_has_its_error() {
     assert_eq!(
         name(threshold_for_average(0.5, 0.5, Sides::One).map(|_| ())),
         "average"
+    );
+    // Where no threshold at all is enough.
+    for average in [1.0, 2.0] {
+        assert_eq!(threshold_for_average(0.0, average, Sides::One), Ok(0.0));
+    }
+    assert_eq!(
+        exact_threshold_for_horizon(0.0, 1, 0.5, Sides::One),
+        Ok(0.0)
     );
     // Without an allowance no threshold up to 200 keeps a million steps quiet.
     assert!(matches!(

@@ -191,6 +191,16 @@ fn watch(params: &ControllerParams, watch: &Watch, continual: bool) -> Result<()
             expected: "skip, because the experts' detector takes logarithms",
         });
     }
+    if let Some(expert) = &watch.expert {
+        let experts: u64 = params.experts.iter().map(|&n| n as u64).sum();
+        let values = experts.saturating_mul(expert.observations_needed());
+        require(
+            values <= 1 << 30,
+            "watch.expert",
+            values as f64,
+            "at most 2^30 observations to begin with, over all experts",
+        )?;
+    }
     // Making one of each finds what the detectors themselves refuse, before a layer needs it.
     watch.make_expert(params)?;
     watch.make_layer(params)?;

@@ -63,8 +63,10 @@ impl Watch {
         for detector in [&mut self.expert, &mut self.layer, &mut self.loss] {
             if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
                 if let Reference::Lagged { window, gap } = &mut cusum.reference {
-                    *window = (*window).min(tenth);
-                    *gap = (*gap).min(*window / 8);
+                    if *window > tenth {
+                        *window = tenth;
+                        *gap = (*gap).min(tenth / 8);
+                    }
                 }
                 cusum.warmup = cusum.warmup.min(tenth);
             }

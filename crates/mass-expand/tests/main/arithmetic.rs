@@ -431,6 +431,16 @@ fn nan_and_infinity_are_refused_wherever_they_stand() {
             }
         }
     }
+    // 9e38 / 2 along weights of which the largest is 1.
+    for mode in MODES {
+        let (mut gradient, weight) = ([3e38f32; 5], [1.0f32, 0.5, 0.5, 0.5, 0.5]);
+        let refused = project_onto_weights(&mut gradient, &weight, (1, 5), mode);
+        assert!(
+            matches!(refused, Err(ExpandError::NonFinite { .. })),
+            "{refused:?}"
+        );
+        assert_eq!(gradient, [3e38; 5]);
+    }
     assert_eq!(
         preserve_mass(&mut f32::NAN.clone()),
         Err(ExpandError::NonFinite {
@@ -608,4 +618,16 @@ fn shares_of_the_redundancy_loss_add_up_to_its_gradient() {
         }
     }
     assert_eq!(Alignment::of_products(0.0, 0.0, 1.0).unwrap().cosine, None);
+    // Rounded sums may be a little off; what no two vectors have is no inner product.
+    assert_eq!(
+        Alignment::of_products(1.0, 1.001, 1.0).unwrap().cosine,
+        Some(1.0)
+    );
+    for (gg, gw, ww) in [(1.0, 5.0, 1.0), (1.0, -1.5, 1.0), (0.0, 1.0, 1.0)] {
+        let refused = Alignment::of_products(gg, gw, ww);
+        assert!(
+            matches!(refused, Err(ExpandError::Parameter { .. })),
+            "{refused:?}"
+        );
+    }
 }

@@ -1,7 +1,7 @@
 //! What the controller refuses: parameters, observations, answers, stored states.
 
 use crate::drive::{Figures, begin_with, every_step, observation, step_with_worth};
-use mass_cpd::{CalibratedCusumParams, Transform, WindowedZParams};
+use mass_cpd::{CalibratedCusumParams, Reference, Transform, WindowedZParams};
 use mass_expand::*;
 
 #[test]
@@ -167,6 +167,21 @@ fn parameters_out_of_range_are_refused() {
             "more than k_max",
             ControllerParams {
                 experts: vec![5],
+                ..good()
+            },
+        ),
+        (
+            "memory of detectors",
+            ControllerParams {
+                experts: vec![1 << 20],
+                k_max: 1 << 20,
+                watch: Watch::experts(CalibratedCusumParams {
+                    reference: Reference::Lagged {
+                        window: 1 << 20,
+                        gap: 16,
+                    },
+                    ..CalibratedCusumParams::default()
+                }),
                 ..good()
             },
         ),

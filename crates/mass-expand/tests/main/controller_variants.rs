@@ -191,3 +191,16 @@ fn ours_grows_early_and_to_its_maximum() {
     };
     assert_eq!(bisect.strength, 0.75);
 }
+
+#[test]
+fn shortening_leaves_alone_what_is_not_longer_than_a_tenth() {
+    let lagged = |window, gap| CalibratedCusumParams {
+        reference: Reference::Lagged { window, gap },
+        warmup: 100,
+        ..CalibratedCusumParams::default()
+    };
+    for (steps, window, gap) in [(1_000_000, 128, 64), (1280, 128, 64), (1000, 100, 12)] {
+        let found = Watch::experts(lagged(128, 64)).shortened(steps);
+        assert_eq!(found, Watch::experts(lagged(window, gap)), "{steps}");
+    }
+}

@@ -52,9 +52,9 @@ pub struct CosineGate<'a> {
 pub struct CosineForward {
     logits: Array2<f32>,
     unit_tokens: Array2<f32>,
-    token_norms: Vec<f32>,
+    token_norms: Vec<f64>,
     unit_experts: Array2<f32>,
-    expert_norms: Vec<f32>,
+    expert_norms: Vec<f64>,
 }
 
 impl CosineForward {

@@ -1,8 +1,8 @@
 //! L2R-style gate: low-rank, norm-bounded scores with several anchors per expert.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Zip};
 
-use super::{finite, finite_logits, normalise_large, same};
+use super::{finite, finite_logits, norm, same};
 use crate::RoutingError;
 
 /// Scores whose Lipschitz constant is bounded, in a space of low rank.
@@ -160,11 +160,11 @@ impl<'a> LowRankGate<'a> {
         let (n, k) = forward.logits.dim();
         same("tokens of the forward pass", n, x.nrows())?;
         same("width of the tokens", self.query.ncols(), x.ncols())?;
-        same(
-            "anchors of the forward pass",
-            forward.scores.ncols(),
-            self.anchors.nrows(),
-        )?;
+        let own = (self.anchors.nrows(), self.query.nrows(), self.per_expert);
+        let (anchors, rank) = (forward.scores.ncols(), forward.q.ncols());
+        same("anchors of the forward pass", anchors, own.0)?;
+        same("rank of the forward pass", rank, own.1)?;
+        same("anchors per expert of the forward pass", anchors / k, own.2)?;
         same("rows of d_logits (tokens)", n, d_logits.nrows())?;
         same("columns of d_logits (experts)", k, d_logits.ncols())?;
         let d_scores = Array2::from_shape_fn(forward.scores.dim(), |(t, a)| {
@@ -199,9 +199,9 @@ fn positive(name: &'static str, value: f32) -> Result<f32, RoutingError> {
 }
 
 /// `tanh(n / c) / n`, continued by `1 / c` at `n = 0`.
-fn ratio(n: f32, c: f32) -> f32 {
+fn ratio(n: f64, c: f64) -> f64 {
     if n < 1e-6 * c {
-        1.0 / c
+        c.recip()
     } else {
         (n / c).tanh() / n
     }
@@ -211,36 +211,26 @@ fn ratio(n: f32, c: f32) -> f32 {
 fn saturate(rows: ArrayView2<'_, f32>, c: f32) -> Array2<f32> {
     let mut out = rows.to_owned();
     for mut row in out.outer_iter_mut() {
-        let n = row.dot(&row).sqrt();
-        if n.is_finite() {
-            row *= ratio(n, c);
-        } else {
-            normalise_large(row);
-        }
+        let factor = ratio(norm(row.view()), c.into());
+        row.mapv_inplace(|v| (f64::from(v) * factor) as f32);
     }
     out
 }
 
 /// Gradient of the rows, given that of the saturated rows.
 fn saturate_backward(rows: ArrayView2<'_, f32>, c: f32, mut d: Array2<f32>) -> Array2<f32> {
+    let c = f64::from(c);
     for (mut d, v) in d.outer_iter_mut().zip(rows.outer_iter()) {
-        let n = v.dot(&v).sqrt();
-        if !n.is_finite() {
-            // Below what f32 holds.
-            d.fill(0.0);
-            continue;
-        }
+        let n = norm(v);
         let across = ratio(n, c);
-        if n < 1e-6 * c {
-            d *= across;
-            continue;
-        }
-        // Along v the derivative is that of tanh, across it the ratio.
-        let tanh = (n / c).tanh();
-        let along = (1.0 - tanh * tanh) / c;
-        let component = d.dot(&v) / (n * n);
-        d *= across;
-        d.scaled_add(component * (along - across), &v);
+        // Along v the derivative is that of tanh, across it the ratio; at the origin both are the same.
+        let unit = |v: f32| f64::from(v) / n.max(f64::MIN_POSITIVE);
+        let along = (n / c).cosh().powi(2).recip() / c;
+        let component: f64 = (d.iter().zip(v).map(|(&d, &v)| f64::from(d) * unit(v))).sum();
+        let turned = component * (along - across);
+        Zip::from(&mut d)
+            .and(&v)
+            .for_each(|d, &v| *d = (f64::from(*d) * across + turned * unit(v)) as f32);
     }
     d
 }

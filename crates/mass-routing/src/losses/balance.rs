@@ -2,7 +2,7 @@
 
 use std::f64::consts::{PI, SQRT_2};
 
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 #[cfg(feature = "serde")]
 use serde::{Deserialize, Serialize};
 use statrs::function::erf::erfc;
@@ -182,7 +182,8 @@ pub fn importance_among<E: From<RoutingError>>(
 /// Shazeer et al., arXiv 1701.06538, as in Tutel and GMoE.
 ///
 /// # Errors
-/// A shape that does not fit, a score that is NaN or infinite, `k` of zero or above the experts in use, or `std` not positive.
+/// A shape that does not fit, a score that is NaN or infinite, `k` of zero or above the experts in use, `std` not positive and
+/// finite, or one so small that f32 does not hold the gradient.
 #[expect(
     clippy::too_many_arguments,
     reason = "two inputs with a gradient each, and four settings"
@@ -273,15 +274,22 @@ pub fn load_among<E: From<RoutingError>>(
         return Ok(0.0);
     }
     let (loss, gradient) = variation(&loads);
+    let (mut own, mut through) = (Array2::zeros((n, experts)), Array1::<f32>::zeros(n));
     for (t, &at) in threshold.iter().enumerate() {
-        let mut through = 0.0;
+        let mut sum = 0.0;
         for (&e, g) in used.iter().zip(&gradient) {
             let z = f64::from(scores[(t, e)] - noisy_scores[(t, at)]) / std;
             let density = (-0.5 * z * z).exp() / (std * (2.0 * PI).sqrt());
-            d_scores[(t, e)] += (weight * g * density) as f32;
-            through += g * density;
+            own[(t, e)] = (weight * g * density) as f32;
+            sum += g * density;
         }
-        d_noisy_scores[(t, at)] -= (weight * through) as f32;
+        through[t] = (weight * sum) as f32;
+    }
+    finite("gradient of the scores", &own)?;
+    finite("gradient of the noisy scores", &through)?;
+    *d_scores += &own;
+    for (t, (&at, through)) in threshold.iter().zip(through).enumerate() {
+        d_noisy_scores[(t, at)] -= through;
     }
     Ok(loss)
 }

@@ -125,8 +125,10 @@ pub fn redundancy(
         loss += scale * cosine * cosine;
         let factor = weight * scale * 2.0 * cosine;
         for (row, own, norm, other) in [(i, &u, un, &v), (j, &v, vn, &u)] {
+            // At the bounded norm the division is by a constant.
+            let along = if norm > SMALLEST_NORM { cosine } else { 0.0 };
             for ((to, own), other) in d_gate.row_mut(row).iter_mut().zip(own).zip(other) {
-                *to += (factor * (other - cosine * own) / norm.max(SMALLEST_NORM)) as f32;
+                *to += (factor * (other - along * own) / norm.max(SMALLEST_NORM)) as f32;
             }
         }
     }

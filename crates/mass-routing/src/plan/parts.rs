@@ -23,7 +23,7 @@ pub struct PlanParts {
 
 impl RoutingPlan {
     /// The plan that `router`, a [`TopP`](crate::TopP), [`TopK`](crate::TopK) or [`TopAny`](crate::TopAny), would have made, of
-    /// assignments that were made by its rules elsewhere.
+    /// assignments that were made by its rules elsewhere. [`skipped`](Self::skipped) is zero: parts do not tell.
     ///
     /// # Errors
     /// [`RoutingError::Undefined`] for another router; [`RoutingError::NoExperts`], [`RoutingError::TooLarge`],

@@ -87,6 +87,7 @@ impl Noisy {
             let experts = logits.ncols();
             let draws = |tokens: usize| {
                 let draws = tokens.checked_mul(experts);
+                let draws = draws.filter(|&draws| u32::try_from(draws).is_ok());
                 draws.ok_or(RoutingError::TooLarge { tokens, experts })
             };
             let (before, after) = (draws(self.around.0)?, draws(self.around.1)?);
@@ -104,8 +105,8 @@ impl Noisy {
 
 impl Router for Noisy {
     /// # Errors
-    /// Besides those of the inner router: [`RoutingError::TooLarge`] for more rows around than can be counted. After an error the
-    /// noise is drawn again from where it was.
+    /// Besides those of the inner router: [`RoutingError::TooLarge`] for rows before or after with 2^32 logits or more. After an error
+    /// the noise is drawn again from where it was.
     fn route(
         &mut self,
         logits: ArrayView2<'_, f32>,

@@ -53,8 +53,13 @@ pub struct TargetK {
 /// p stays this far from 0 and 1.
 const MARGIN: f64 = 1e-3;
 
+/// `x` where p is as near to 1.
+fn limit() -> f64 {
+    ((1.0 - MARGIN) / MARGIN).ln()
+}
+
 impl TargetK {
-    /// Aims at `target >= 1` experts per token, starting from `p` in (0, 1), with gains `K_p = 0.2`, `K_i = 0.3`.
+    /// Aims at `target >= 1` experts per token, starting from `p` in (0, 1), clamped as above, with gains `K_p = 0.2`, `K_i = 0.3`.
     ///
     /// # Errors
     /// `target` is below 1 or not finite; `p` is not in (0, 1).
@@ -76,7 +81,7 @@ impl TargetK {
         }
         let start = f64::from(p).clamp(MARGIN, 1.0 - MARGIN);
         let x = (start / (1.0 - start)).ln();
-        let inner = TopP::new(p, combine)?;
+        let inner = TopP::new(start as f32, combine)?;
         Ok(Self {
             target,
             proportional: 0.2,
@@ -160,10 +165,9 @@ impl Router for TargetK {
             return Ok(());
         }
         let error = (self.target * loads.tokens as f64 / assignments as f64).ln();
-        let limit = ((1.0 - MARGIN) / MARGIN).ln();
         let step = self.proportional * (error - self.previous_error) + self.integral * error;
-        let x = (self.x + step).clamp(-limit, limit);
-        check_state(error, x)?;
+        check_state(error, self.x + step)?;
+        let x = (self.x + step).clamp(-limit(), limit());
         self.inner = self.inner.with_p((1.0 / (1.0 + (-x).exp())) as f32)?;
         (self.previous_error, self.x) = (error, x);
         Ok(())
@@ -210,6 +214,15 @@ impl TryFrom<Parts> for TargetK {
             top_p,
         } = parts;
         check_state(previous_error, x)?;
+        let p = 1.0 / (1.0 + (-x).exp());
+        // Of f32 both ways, and of limits that were rounded.
+        if x.abs() > limit() + 1e-3 || (p - f64::from(top_p.p())).abs() > 1e-6 {
+            return Err(RoutingError::InvalidParameter {
+                name: "controller state",
+                expected: "the logit of p, in [1e-3, 1 - 1e-3]",
+                value: x,
+            });
+        }
         let checked =
             Self::new(target, top_p.p(), top_p.combine())?.with_gains(proportional, integral)?;
         Ok(Self {

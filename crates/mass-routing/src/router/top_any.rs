@@ -19,12 +19,12 @@ use crate::{NonFinite, RoutingError, RoutingPlan};
 /// active iff `s_e > sigmoid(G_e)` with a learned threshold `G_e`, decided in f32. The weights are `1 / k`, `k` the number of
 /// active experts.
 ///
-/// In training a token may get no expert. In evaluation ([`Router::set_training`]) such a token takes its expert of largest score,
+/// In training a token may get no expert. In evaluation ([`Router::set_training`]) such a token takes its expert of largest logit,
 /// ties to the lower index, with weight 1.
 ///
 /// Gradients are straight-through: `d/dc_e = g_e s_e (1 - s_e) / k` and `d/dG_e = -sum_t g_e sigmoid'(G_e) / k`
 /// ([`backward_thresholds`](Self::backward_thresholds)), where active; `k` is not differentiated, and neither is the choice by
-/// largest score.
+/// largest logit.
 ///
 /// # Source
 /// Guo et al., "Dynamic Mixture of Experts", arXiv 2405.14297, without its temperature.

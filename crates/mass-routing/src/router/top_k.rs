@@ -133,8 +133,9 @@ pub(super) fn enough_experts(
     mask: Option<&[bool]>,
     plan: &mut RoutingPlan,
 ) -> Result<(), RoutingError> {
+    let fits = mask.is_none_or(|m| m.len() == experts);
     let available = mask.map_or(experts, |m| m.iter().filter(|&&m| m).count());
-    if available > 0 && k > available {
+    if fits && available > 0 && k > available {
         plan.clear();
         return Err(RoutingError::TooFewExperts { k, available });
     }

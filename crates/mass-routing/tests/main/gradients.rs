@@ -378,8 +378,9 @@ fn bad_input_is_named() {
     ));
     assert!(dirichlet_prior(&plan, &[1.0, -1.0], 1.0, &mut d.view_mut()).is_err());
     assert!(dirichlet_prior(&plan, &[1.0], 1.0, &mut d.view_mut()).is_err());
-    let huge = [f64::MAX, f64::MAX];
-    assert!(dirichlet_prior(&plan, &huge, 1.0, &mut d.view_mut()).is_err());
+    for huge in [[f64::MAX, f64::MAX], [1e8, 1e8], [1.0, 1e5]] {
+        assert!(dirichlet_prior(&plan, &huge, 1.0, &mut d.view_mut()).is_err());
+    }
     // Beside 1 it vanishes in a sum, but is no zero.
     let mut sink = d.clone();
     assert!(dirichlet_prior(&plan, &[1.0, 1e-17], 1.0, &mut sink.view_mut()).is_ok());
@@ -400,10 +401,10 @@ fn bad_input_is_named() {
         Err(RoutingError::AllExpertsMasked { .. })
     ));
     let mut e = d.clone();
-    let mut loads = |k, std| {
+    let mut loads_of = |scores: &Array2<f32>, k, std| {
         load(
-            logits.view(),
-            logits.view(),
+            scores.view(),
+            scores.view(),
             None,
             k,
             std,
@@ -412,6 +413,16 @@ fn bad_input_is_named() {
             &mut e.view_mut(),
         )
     };
+    let level = array![[1.0_f32, 1.0], [0.0, 1.0]];
+    // Densities beyond f32, and beyond f64.
+    for std in [1e-40, 1e-310] {
+        let refused = loads_of(&level, 1, std);
+        assert!(
+            matches!(refused, Err(RoutingError::NonFinite { .. })),
+            "{refused:?}"
+        );
+    }
+    let mut loads = |k, std| loads_of(&logits, k, std);
     assert!(matches!(
         loads(3, 1.0),
         Err(RoutingError::TooFewExperts { k: 3, available: 2 })
@@ -491,6 +502,11 @@ fn gates_take_what_f32_holds() {
     let ones = Array2::ones((3, 2));
     let back = gate.backward(x.view(), &forward, ones.view()).unwrap();
     assert!(back.x.iter().all(|v| v.is_finite()));
+    // Of (1e20, 0): along it none, across it 1 / 1e20. Of (-2e30, 2e30): half of both, over its norm.
+    for ((row, column), want) in [((0, 0), 0.0), ((0, 1), 1e-20), ((1, 0), 3.535_534e-31)] {
+        let found = back.x[(row, column)];
+        assert!((found - want).abs() <= 1e-5 * want, "{found} for {want}");
+    }
     // The forward pass of a gate of another width.
     let experts = array![[1.0_f32, 0.0], [0.0, 1.0], [1.0, 1.0]];
     let wide = CosineGate::new(experts.view()).unwrap();
@@ -501,6 +517,49 @@ fn gates_take_what_f32_holds() {
         wide.backward(x.view(), &forward, ones.view()),
         Err(RoutingError::ShapeMismatch { .. })
     ));
+}
+
+/// A low-rank gate keeps within its scale, and has its gradient, where squares overflow or vanish in f32.
+#[test]
+fn norms_of_a_low_rank_gate_may_be_of_any_size() {
+    let query = array![[1.0_f32, 0.0], [0.0, 1.0]];
+    for (size, saturation) in [(1e-25_f32, 1e-30_f32), (1e20, 1.0), (2e38, 1.0)] {
+        let anchors = array![[size, 0.0], [0.0, size]];
+        let gate = LowRankGate::new(query.view(), anchors.view(), 1).unwrap();
+        let gate = gate.with_saturation(saturation, saturation).unwrap();
+        let x = array![[0.0_f32, size]];
+        let forward = gate.forward(x.view()).unwrap();
+        assert_eq!(forward.logits(), array![[0.0, 1.0]], "{size}");
+        let back = gate.backward(x.view(), &forward, array![[1.0_f32, 1.0]].view());
+        let back = back.unwrap();
+        // Turning x by an angle turns the score of the other anchor by as much: 1 / |x|.
+        let (along, across) = (back.x[(0, 1)], back.x[(0, 0)]);
+        assert!((across * size - 1.0).abs() < 1e-2, "{size}: {across}");
+        assert!(along.abs() <= 1e-6 * across, "{size}: {along}");
+    }
+}
+
+/// A forward pass of a gate with other anchors to an expert, or of another rank, is no forward pass of this one.
+#[test]
+fn a_low_rank_gate_knows_its_forward_pass() {
+    let of = |rank: usize, per_expert: usize| {
+        let query = Array2::<f32>::ones((rank, 3));
+        let anchors = Array2::<f32>::ones((4, rank));
+        let x = Array2::<f32>::ones((1, 3));
+        let gate = LowRankGate::new(query.view(), anchors.view(), per_expert).unwrap();
+        let forward = gate.forward(x.view()).unwrap();
+        let theirs = Array2::<f32>::ones((4, 2));
+        let query = Array2::<f32>::ones((2, 3));
+        let gate = LowRankGate::new(query.view(), theirs.view(), 1).unwrap();
+        let upstream = Array2::<f32>::ones((1, 4 / per_expert));
+        gate.backward(x.view(), &forward, upstream.view()).map(drop)
+    };
+    assert_eq!(of(2, 1), Ok(()));
+    for (rank, per_expert) in [(2, 4), (2, 2), (3, 1)] {
+        let refused = of(rank, per_expert);
+        let named = matches!(refused, Err(RoutingError::ShapeMismatch { .. }));
+        assert!(named, "{rank}, {per_expert}: {refused:?}");
+    }
 }
 
 /// The scale of a cosine gate is the exponential of its parameter up to 100, where it stops and the parameter's gradient is zero.

@@ -76,6 +76,11 @@ fn logits_that_are_refused_leave_the_gradient_as_it_was() {
         })
     );
     assert!(named, "{refused:?}");
+    let large = Array2::from_elem((1, 2), 3e38_f32);
+    let mut one = Array2::<f32>::zeros((1, 2));
+    let refused = router_z(large.view(), None, 4.0, &mut one.view_mut());
+    let named = matches!(refused, Err(RoutingError::NonFinite { .. }));
+    assert!(named && one == Array2::<f32>::zeros((1, 2)), "{refused:?}");
     assert_eq!(d, Array2::<f32>::zeros((2, 2)));
     router_z(logits.view(), Some(&[true, false]), 1.0, &mut d.view_mut()).unwrap();
 }

@@ -3,7 +3,7 @@
 use mass_routing::losses::BalanceCount;
 use mass_routing::{
     AnyRouter, BiasBalanced, Combine, ExpertChoice, GateGradient, Router, RouterConfig,
-    RoutingError, RoutingPlan, TopAny, UsageStats,
+    RoutingError, RoutingPlan, TargetK, TopAny, UsageStats,
 };
 use ndarray::Array2;
 use serde_json::{Value, json};
@@ -325,4 +325,47 @@ fn a_place_in_the_noise_that_is_none_is_refused() {
     assert_eq!(written["position"], json!([u64::MAX, 15]));
     let refused = read([0, 16]).unwrap_err().to_string();
     assert!(refused.contains("2^68"), "{refused}");
+}
+
+#[test]
+fn rows_around_are_no_more_than_can_be_drawn() {
+    let inner = AnyRouter::TopK(mass_routing::TopK::new(1, Combine::Raw).unwrap());
+    let mut noisy = mass_routing::Noisy::new(inner, 0.1, 0).unwrap();
+    for around in [(1 << 60, 0), (0, 1 << 31)] {
+        noisy.set_rows_around(around.0, around.1);
+        let refused = noisy.route_slice(&[1.0, 2.0], 2, None, &mut RoutingPlan::default());
+        let named = matches!(refused, Err(RoutingError::TooLarge { .. }));
+        assert!(named, "{around:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_steered_p_stays_within_its_limits() {
+    let mut router = TargetK::new(3.0, 1e-5, Combine::Raw).unwrap();
+    assert_eq!(router.p(), 1e-3);
+    router = router.with_gains(1.7e308, 1.7e308).unwrap();
+    let mut plan = RoutingPlan::default();
+    router.route_slice(&[9.0, 1.0], 2, None, &mut plan).unwrap();
+    let refused = router.adapt(&plan);
+    let named = matches!(refused, Err(RoutingError::NonFinite { .. }));
+    assert!(named && router.p() == 1e-3, "{refused:?}");
+    let written = serde_json::to_value(&router).unwrap();
+    assert_eq!(
+        serde_json::from_value::<TargetK>(written.clone()).unwrap(),
+        router
+    );
+    for x in [json!(0.0), json!(1e300)] {
+        let mut other = written.clone();
+        other["x"] = x;
+        assert!(serde_json::from_value::<TargetK>(other).is_err());
+    }
+}
+
+#[test]
+fn a_mask_of_another_length_is_named_as_that() {
+    let mut plan = RoutingPlan::default();
+    let mut router = mass_routing::TopK::new(2, Combine::Raw).unwrap();
+    let refused = router.route_slice(&[1.0, 2.0, 3.0], 3, Some(&[true]), &mut plan);
+    let named = matches!(refused, Err(RoutingError::ShapeMismatch { .. }));
+    assert!(named, "{refused:?}");
 }

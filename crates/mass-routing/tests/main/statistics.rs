@@ -170,6 +170,7 @@ fn bad_input_is_named() {
         r#"{"tokens":0,"load":[0],"weight":[0],"k_counts":[],"entropy_sum":0,"entropy_tokens":0,"co_activation":[18446744073709551615]}"#,
         r#"{"tokens":2,"load":[1,1],"weight":[0,0],"k_counts":[0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":[1,2,2,1]}"#,
         r#"{"tokens":2,"load":[2,2],"weight":[0,0],"k_counts":[0,0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":[2,2,1,2]}"#,
+        r#"{"tokens":1,"load":[5],"weight":[0],"k_counts":[0,0,0,0,0,1],"entropy_sum":0,"entropy_tokens":0,"co_activation":null}"#,
         r#"{"tokens":2,"load":[18446744073709551615,1],"weight":[0,0],"k_counts":[0,2],"entropy_sum":0,"entropy_tokens":0,"co_activation":null}"#,
     ] {
         assert!(serde_json::from_str::<UsageStats>(text).is_err(), "{text}");
