@@ -62,6 +62,14 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// What is wrong with a file or a directory, and how to mend it.
+    pub fn input(path: impl Into<PathBuf>, problem: impl ToString) -> Self {
+        Self::Input {
+            path: path.into(),
+            problem: problem.to_string(),
+        }
+    }
+
     /// Wraps an error of another crate with what was being done; exit code 1.
     pub fn failed(
         doing: impl Into<String>,

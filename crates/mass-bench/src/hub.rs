@@ -64,16 +64,19 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     check_name(repository)?;
     let dir = models.join(name);
     if dir.exists() {
-        return Err(input(&dir, "is there already; remove it to get it again"));
+        return Err(BenchError::input(
+            &dir,
+            "is there already; remove it to get it again",
+        ));
     }
     // The cache wants paths of one kind. It makes its folders itself, with the first file.
     let partial = models.join(PARTIAL).join(name);
-    let partial = std::path::absolute(&partial).map_err(|e| input(&partial, e))?;
+    let partial = std::path::absolute(&partial).map_err(|e| BenchError::input(&partial, e))?;
 
     let whole = partial.join("whole");
     if whole.exists() {
         // Broken off while it was put together: the cache points to files that have been moved out of it.
-        fs::remove_dir_all(&partial).map_err(|e| input(&partial, e))?;
+        fs::remove_dir_all(&partial).map_err(|e| BenchError::input(&partial, e))?;
     }
 
     let failed = |doing: &str| {
@@ -100,7 +103,7 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     let unusable = |problem: String| {
         fs::remove_dir_all(&partial).ok();
         fs::remove_dir(models.join(PARTIAL)).ok();
-        input(&dir, problem)
+        BenchError::input(&dir, problem)
     };
     let has_no = |missing: &str| {
         Err(unusable(format!(
@@ -112,7 +115,9 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
         let path = api
             .get(file)
             .map_err(failed(&format!("getting {file} of")))?;
-        let path = path.canonicalize().map_err(|e| input(&path, e))?;
+        let path = path
+            .canonicalize()
+            .map_err(|e| BenchError::input(&path, e))?;
         files.push((file.to_owned(), path.clone()));
         Ok::<_, BenchError>(path)
     };
@@ -140,29 +145,22 @@ pub fn fetch(model: &str, models: &Path, endpoint: Option<&str>) -> Result<Fetch
     }
 
     // Put together beside its place, looked at, and renamed: whatever is in its place is whole.
-    fs::create_dir_all(&whole).map_err(|e| input(&whole, e))?;
+    fs::create_dir_all(&whole).map_err(|e| BenchError::input(&whole, e))?;
     for (file, from) in files {
         let to = whole.join(&file);
-        fs::rename(&from, &to).map_err(|e| input(&to, e))?;
+        fs::rename(&from, &to).map_err(|e| BenchError::input(&to, e))?;
     }
     let checked = data_check::model(&whole);
     if checked.is_ok() {
-        fs::rename(&whole, &dir).map_err(|e| input(&dir, e))?;
+        fs::rename(&whole, &dir).map_err(|e| BenchError::input(&dir, e))?;
     }
     // What is left: pointers to files that are no longer there, or a damaged model, which must not be taken up again.
-    fs::remove_dir_all(&partial).map_err(|e| input(&partial, e))?;
+    fs::remove_dir_all(&partial).map_err(|e| BenchError::input(&partial, e))?;
     // Stays if another model is on its way.
     fs::remove_dir(models.join(PARTIAL)).ok();
     match checked {
         Ok(summary) => Ok(Fetched { dir, summary }),
-        Err(problem) => Err(input(&dir, format!("{repository}: {problem}"))),
-    }
-}
-
-fn input(path: &Path, problem: impl ToString) -> BenchError {
-    BenchError::Input {
-        path: path.to_owned(),
-        problem: problem.to_string(),
+        Err(problem) => Err(BenchError::input(&dir, format!("{repository}: {problem}"))),
     }
 }
 

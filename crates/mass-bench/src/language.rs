@@ -20,7 +20,7 @@ use crate::dynmoe::DynMoeConfig;
 use crate::method::Method;
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
-use crate::task::{Finished, Recipe, Scored, Task};
+use crate::task::{Active, Finished, Recipe, Scored, Task};
 
 /// Draws the batch of a step.
 pub type Draw<'a> = Box<dyn Fn(u64) -> Result<TokenBatch, BenchError> + Send + Sync + 'a>;
@@ -346,19 +346,16 @@ pub(crate) fn judge(
     mut each: impl FnMut(usize, &LayerTrace) -> Result<(), BenchError>,
 ) -> Result<usize, BenchError> {
     let (mut total, mut tokens) = (0.0, 0);
-    let (mut assignments, mut routed) = (0, 0);
+    let mut active = Active::default();
     for (index, batch) in batches.enumerate() {
         let (loss, layers) = scored(place, model, &batch)?;
         total += loss * batch.tokens() as f64;
         tokens += batch.tokens();
-        for layer in &layers {
-            assignments += layer.plan.num_assignments();
-            routed += layer.plan.num_tokens();
-            each(index, layer)?;
-        }
+        active.add(&layers);
+        layers.iter().try_for_each(|layer| each(index, layer))?;
     }
     run.test_loss = Some(total / tokens as f64);
-    run.active_per_token = Some(assignments as f64 / routed as f64);
+    run.active_per_token = active.mean();
     Ok(tokens)
 }
 

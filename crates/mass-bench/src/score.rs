@@ -63,7 +63,7 @@ pub fn run(args: &ScoreArgs) -> Result<Score, BenchError> {
     let (vocab, length) = (model.config().vocab, model.config().max_seq);
     if vocab != VOCAB {
         let what = format!("a model of {vocab} tokens; only one of bytes reads a text");
-        return Err(input(&args.checkpoint, what));
+        return Err(BenchError::input(&args.checkpoint, what));
     }
     let text = read(&args.text)?;
     if text.len() <= length {
@@ -71,7 +71,7 @@ pub fn run(args: &ScoreArgs) -> Result<Score, BenchError> {
             "{} bytes are too few: the model reads {length} at a time, and one more is its last target",
             text.len()
         );
-        return Err(input(&args.text, what));
+        return Err(BenchError::input(&args.text, what));
     }
     let place = args.device.open()?;
     let mut run = Run::new("score", 0);
@@ -110,20 +110,19 @@ fn load(dir: &Path) -> Result<LanguageModel, BenchError> {
     runs.sort();
     match runs.as_slice() {
         [run] => checkpoint::load_model(run).map_err(damaged),
-        [] => Err(input(
+        [] => Err(BenchError::input(
             dir,
-            "no checkpoint; give what `train` had as --out, its checkpoints/RUN, or a step-N of that".into(),
+            "no checkpoint; give what `train` had as --out, its checkpoints/RUN, or a step-N of that",
         )),
         several => {
-            let names: Vec<_> = several.iter().map(|run| run.display().to_string()).collect();
-            Err(input(dir, format!("several runs; give one of {}", names.join(", "))))
+            let names: Vec<_> = several
+                .iter()
+                .map(|run| run.display().to_string())
+                .collect();
+            Err(BenchError::input(
+                dir,
+                format!("several runs; give one of {}", names.join(", ")),
+            ))
         }
-    }
-}
-
-fn input(path: &Path, problem: String) -> BenchError {
-    BenchError::Input {
-        path: path.to_owned(),
-        problem,
     }
 }

@@ -6,7 +6,7 @@ use mass_model::checkpoint::Checkpointed;
 use mass_model::growth::{GrowerConfig, LossOn};
 use mass_model::optim::{AdamW, AdamWConfig, Schedule};
 use mass_model::parallel::Ranks;
-use mass_model::{Masked, ModelError, Place, PlacedGradients, TrainPass};
+use mass_model::{LayerTrace, Masked, ModelError, Place, PlacedGradients, TrainPass};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -49,6 +49,38 @@ pub struct Finished<'r, T: Task + ?Sized> {
     pub progress: &'r T::Progress,
     /// The part of the time of training steps that was spent waiting for batches.
     pub waiting: Option<f64>,
+}
+
+/// The first of the largest values.
+pub(crate) fn largest(row: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, value) in row.iter().enumerate() {
+        if *value > row[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// How many experts tokens have, over mixtures and batches.
+#[derive(Default)]
+pub(crate) struct Active {
+    assignments: usize,
+    tokens: usize,
+}
+
+impl Active {
+    pub(crate) fn add(&mut self, layers: &[LayerTrace]) {
+        for layer in layers {
+            self.assignments += layer.plan.num_assignments();
+            self.tokens += layer.plan.num_tokens();
+        }
+    }
+
+    /// Mean experts a token; `None` without a mixture.
+    pub(crate) fn mean(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.assignments as f64 / self.tokens as f64)
+    }
 }
 
 /// Data with a model for them: all that differs between studies in a run. The [`Trainer`](crate::trainer::Trainer) does the rest.

@@ -37,7 +37,7 @@ pub struct Outcome {
 }
 
 /// What a checkpoint holds beside model and optimiser.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 struct Saved<P> {
     /// All that fixes the run.
     settings: Value,
@@ -170,18 +170,8 @@ impl<'t, T: Task> Trainer<'t, T> {
             settings,
             grower: grower.map(Grower::new).transpose().map_err(made)?,
             dynmoe,
-            metrics: Vec::new(),
-            events: Vec::new(),
-            expansions: Vec::new(),
-            pairs: PairSums::default(),
-            progress: T::Progress::default(),
-            stopped: false,
-            tokens: 0,
-            since_log: (0, 0.0, 0.0),
-            wall_s: 0.0,
-            training_s: 0.0,
-            waited_s: 0.0,
             devices: vec![device.clone()],
+            ..Saved::default()
         };
         let mut trainer = Self {
             optimizer: AdamW::new(recipe.adamw.clone()).map_err(made)?,
@@ -222,10 +212,7 @@ impl<'t, T: Task> Trainer<'t, T> {
     }
 
     fn go_on(&mut self, dir: &Path) -> Result<(), BenchError> {
-        let input = |problem: String| BenchError::Input {
-            path: dir.to_owned(),
-            problem,
-        };
+        let input = |problem: String| BenchError::input(dir, problem);
         let read = match checkpoint::load::<T::Model, Saved<T::Progress>>(dir) {
             Ok(read) => read,
             Err(e) => {

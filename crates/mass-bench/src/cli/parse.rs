@@ -13,7 +13,7 @@ use super::reproduce::not_a_file;
 use super::{Progress, ReproduceArgs, RunContext, ScoreArgs, TrainArgs};
 use crate::{
     BenchError, bench, data_check,
-    report::{Results, join, table},
+    report::{Results, join, pretty, table},
     score, study, train,
 };
 
@@ -181,7 +181,7 @@ fn run(command: &Command, ranks: &Ranks) -> Result<(), BenchError> {
             if !ranks.is_first() {
                 Ok(())
             } else if args.json {
-                print(&json(&results))
+                print(&pretty(&results))
             } else {
                 let out = args.out.display();
                 print(&format!(
@@ -195,14 +195,14 @@ fn run(command: &Command, ranks: &Ranks) -> Result<(), BenchError> {
             set_threads(args.threads)?;
             let score = score::run(args)?;
             match args.json {
-                true => print(&json_text(&score)),
+                true => print(&pretty(&score)),
                 false => print(&format!("{score}\n")),
             }
         }
         Command::Report(command) => {
             let (results, out) = join(&command.dirs, command.out.as_deref())?;
             if command.json {
-                print(&json(&results))
+                print(&pretty(&results))
             } else {
                 print(&summary(&results, &out))
             }
@@ -264,8 +264,8 @@ fn reproduce(
     match (command.json && ranks.is_first(), all.as_slice()) {
         (false, _) => Ok(()),
         // results.json as it is; `all` gives a list of them.
-        (true, [one]) if command.study != "all" => print(&json(one)),
-        (true, many) => print(&json_text(many)),
+        (true, [one]) if command.study != "all" => print(&pretty(one)),
+        (true, many) => print(&pretty(many)),
     }
 }
 
@@ -278,16 +278,6 @@ fn summary(results: &Results, out: &Path) -> String {
         results.preset,
         table(results)
     )
-}
-
-fn json(results: &Results) -> String {
-    json_text(results)
-}
-
-fn json_text(value: &(impl serde::Serialize + ?Sized)) -> String {
-    let mut text = serde_json::to_string_pretty(value).expect("plain structs serialise");
-    text.push('\n');
-    text
 }
 
 /// Standard output; a reader that has gone away (`| head`) is no failure.

@@ -28,6 +28,9 @@ pub struct ReproduceArgs {
     /// Only these methods, separated by commas: the preset's, or any other by its name
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub methods: Option<Vec<String>>,
+    /// Only methods in whose setting, as tables show it, this stands
+    #[arg(long, value_name = "TEXT")]
+    pub setting: Option<String>,
     /// Only this task of the study
     #[arg(long, value_name = "T")]
     pub task: Option<String>,
@@ -175,9 +178,15 @@ impl ReproduceArgs {
             name => vec![study::find(name).ok_or_else(|| study::unknown_study(name))?],
         };
         let all = self.study == "all";
-        if all && (self.methods.is_some() || self.task.is_some()) {
+        let of_one = [
+            self.methods.is_some(),
+            self.setting.is_some(),
+            self.task.is_some(),
+        ];
+        if all && of_one.contains(&true) {
             return Err(BenchError::Usage(
-                "--methods and --task belong to one study; name it instead of `all`".into(),
+                "--methods, --setting and --task belong to one study; name it instead of `all`"
+                    .into(),
             ));
         }
         let checked = studies.iter().map(|s| self.check_for(s, all));

@@ -158,18 +158,14 @@ pub fn parse(
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let layout = task.layout();
     let mut lines = text.lines().enumerate().map(|(i, line)| (i + 1, line));
-    let header = if layout.header {
-        let (_, line) = lines.next().ok_or_else(|| GlueError::Empty {
-            path: path.to_owned(),
-        })?;
-        line
-    } else {
-        ""
-    };
-    let columns = if layout.header {
-        header.split('\t').collect::<Vec<_>>()
-    } else {
-        layout.columns.to_vec()
+    let columns = match layout.columns {
+        [] => {
+            let (_, header) = lines.next().ok_or_else(|| GlueError::Empty {
+                path: path.to_owned(),
+            })?;
+            header.split('\t').collect()
+        }
+        columns => columns.to_vec(),
     };
     let fail = |line, problem| GlueError::Line {
         path: path.to_owned(),

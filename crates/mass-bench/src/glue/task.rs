@@ -1,41 +1,30 @@
 //! The nine tasks: where their files are, what their columns mean, and how they are scored.
 
 use std::fmt;
-use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
 
 use super::metrics::{self, MetricError};
+use crate::task::largest;
 
 /// A GLUE task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Task {
     /// Corpus of Linguistic Acceptability: is the sentence grammatical?
-    #[serde(rename = "CoLA")]
     Cola,
     /// Stanford Sentiment Treebank: is the review positive?
-    #[serde(rename = "SST-2")]
     Sst2,
     /// Microsoft Research Paraphrase Corpus.
-    #[serde(rename = "MRPC")]
     Mrpc,
     /// Semantic Textual Similarity: a score from 0 to 5.
-    #[serde(rename = "STS-B")]
     Stsb,
     /// Quora Question Pairs.
-    #[serde(rename = "QQP")]
     Qqp,
     /// Multi-Genre Natural Language Inference.
-    #[serde(rename = "MNLI")]
     Mnli,
     /// Does the sentence answer the question?
-    #[serde(rename = "QNLI")]
     Qnli,
     /// Recognising Textual Entailment.
-    #[serde(rename = "RTE")]
     Rte,
     /// Winograd Natural Language Inference.
-    #[serde(rename = "WNLI")]
     Wnli,
 }
 
@@ -56,9 +45,7 @@ pub enum Labels {
 /// Columns of a file, by name in its header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
-    /// Whether the first line names the columns; without it they are [`columns`](Self::columns).
-    pub header: bool,
-    /// Every column of a file without a header.
+    /// Every column of a file without a header; none where the first line names them.
     pub columns: &'static [&'static str],
     /// The first sentence.
     pub first: &'static str,
@@ -84,20 +71,15 @@ impl Task {
         Self::Wnli,
     ];
 
-    /// Its name, which is that of its folder.
+    /// Their names, which are those of their folders.
+    pub const NAMES: [&'static str; 9] = [
+        "CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI",
+    ];
+
+    /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Cola => "CoLA",
-            Self::Sst2 => "SST-2",
-            Self::Mrpc => "MRPC",
-            Self::Stsb => "STS-B",
-            Self::Qqp => "QQP",
-            Self::Mnli => "MNLI",
-            Self::Qnli => "QNLI",
-            Self::Rte => "RTE",
-            Self::Wnli => "WNLI",
-        }
+        Self::NAMES[self as usize]
     }
 
     /// Its development files; the first one's score counts, the others' are reported beside it.
@@ -113,7 +95,6 @@ impl Task {
     #[must_use]
     pub fn layout(self) -> Layout {
         let pair = |first, second, label| Layout {
-            header: true,
             columns: &[],
             first,
             second: Some(second),
@@ -122,7 +103,6 @@ impl Task {
         };
         match self {
             Self::Cola => Layout {
-                header: false,
                 columns: &["source", "label", "author_label", "sentence"],
                 first: "sentence",
                 second: None,
@@ -219,7 +199,8 @@ impl Task {
             Target::Value(_) => Err(MetricError::Kind),
         });
         let gold = classes.collect::<Result<Vec<u32>, _>>()?;
-        let predicted: Vec<u32> = outputs.chunks_exact(width).map(argmax).collect();
+        let class = |row| largest(row) as u32;
+        let predicted: Vec<u32> = outputs.chunks_exact(width).map(class).collect();
         let accuracy = metrics::accuracy(&predicted, &gold)?;
         let headline = match self {
             Self::Cola => Some(("matthews", metrics::matthews(&predicted, &gold)?)),
@@ -237,19 +218,8 @@ impl Task {
     }
 }
 
-fn argmax(row: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, x) in row.iter().enumerate() {
-        if *x > row[best] {
-            best = i;
-        }
-    }
-    best as u32
-}
-
 /// The label of an example.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
     /// Class, numbered as in [`Labels::Classes`].
     Class(u32),
@@ -273,22 +243,3 @@ impl fmt::Display for Task {
         f.write_str(self.name())
     }
 }
-
-impl FromStr for Task {
-    type Err = UnknownTask;
-
-    fn from_str(name: &str) -> Result<Self, UnknownTask> {
-        Self::ALL
-            .into_iter()
-            .find(|task| task.name() == name)
-            .ok_or_else(|| UnknownTask(name.to_owned()))
-    }
-}
-
-/// A name that no task has.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown GLUE task `{0}`; there are CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI")]
-pub struct UnknownTask(
-    /// The name.
-    pub String,
-);

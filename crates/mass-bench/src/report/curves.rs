@@ -79,6 +79,7 @@ fn of(line: &MetricLine, name: &str) -> Option<f64> {
 }
 
 /// Which line of which task's plot a run belongs to.
+#[derive(Default)]
 pub(super) struct Keys {
     tasks: Vec<Option<String>>,
     /// Task and name.
@@ -89,11 +90,7 @@ pub(super) struct Keys {
 
 impl Keys {
     pub(super) fn of(results: &Results) -> Self {
-        let mut keys = Self {
-            tasks: Vec::new(),
-            lines: Vec::new(),
-            runs: HashMap::new(),
-        };
+        let mut keys = Self::default();
         for run in &results.runs {
             let key = run.key();
             let task = index_of(&mut keys.tasks, key.task.clone());

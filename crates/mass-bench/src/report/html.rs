@@ -6,7 +6,9 @@ use super::growth::{Drawn, by_run, growth, pairs, traces, usage};
 use super::paired::show_p;
 use super::store::write_atomically;
 use super::svg::{breakable, escape};
-use super::table::{DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, plus_minus};
+use super::table::{
+    DIAGNOSES, cells, diagnoses, expansion_count, expansions, facts, number, plus_minus,
+};
 use super::{Comparison, MetricLine, Paired, ReportError, Results, by_method, over_tasks};
 
 /// What keeps the page from asking for anything.
@@ -146,7 +148,7 @@ fn summary(results: &Results) -> String {
             vec![
                 m.method.clone(),
                 plus_minus(Some(m.mean), m.std, 3),
-                show(m.reported, 3),
+                number(m.reported, 3),
                 m.seeds.to_string(),
                 m.tasks.join(", "),
             ]
@@ -191,7 +193,7 @@ fn comparisons(comparisons: &[Comparison]) -> String {
             },
             format!("{:+.4}", p.mean_difference),
             interval.unwrap_or_default(),
-            show(p.t, 2),
+            number(p.t, 2),
             p.p_value.map_or_else(String::new, show_p),
             p.wins.to_string(),
             p.ties.to_string(),
@@ -226,14 +228,14 @@ fn runs(results: &Results) -> String {
         vec![
             r.key().to_string(),
             r.experts.map_or(String::new(), |e| e.to_string()),
-            show(r.active_per_token, 2),
-            show(r.test_loss, 4),
-            show(r.metric, 4),
+            number(r.active_per_token, 2),
+            number(r.test_loss, 4),
+            number(r.metric, 4),
             r.expansions.len().to_string(),
             r.steps.map_or(String::new(), |s| s.to_string()),
-            show(r.wall_s, 1),
-            show(r.tokens_per_s, 0),
-            show(r.peak_rss_mib, 0),
+            number(r.wall_s, 1),
+            number(r.tokens_per_s, 0),
+            number(r.peak_rss_mib, 0),
         ]
     });
     let mut html = table(
@@ -270,17 +272,13 @@ fn runs(results: &Results) -> String {
     html
 }
 
-fn show(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(String::new, |v| format!("{v:.digits$}"))
-}
-
 /// A table that scrolls within a box of its own; columns of numbers are set flush right.
 fn table(caption: &str, header: &[String], rows: &[Vec<String>]) -> String {
-    let number = |cell: &String| {
+    let is_number = |cell: &String| {
         cell.is_empty() || cell.starts_with(|c: char| c.is_ascii_digit() || "+-".contains(c))
     };
     let numbers: Vec<bool> = (0..header.len())
-        .map(|c| rows.iter().all(|row| number(&row[c])))
+        .map(|c| rows.iter().all(|row| is_number(&row[c])))
         .collect();
     let class = |c: usize| if numbers[c] { " class=\"n\"" } else { "" };
     let head: String = (0..header.len())

@@ -57,7 +57,7 @@ pub(crate) use pairs::PairSums;
 pub use paper::{Reported, reported};
 pub use results::{Expansion, Header, Part, Results, Run, RunKey, Usage};
 pub use store::{Existing, ResultStore};
-pub(crate) use store::{is_name, write_lines};
+pub(crate) use store::{is_name, pretty, write_lines};
 pub use summary::{Summary, summarise};
 pub use table::{LEFT_OUT, table};
 

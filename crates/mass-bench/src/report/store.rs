@@ -499,7 +499,7 @@ fn taken_devices(settings: &mut Value) -> Vec<Value> {
 }
 
 /// Indented JSON with a newline at the end.
-pub(super) fn pretty(value: &impl Serialize) -> String {
+pub(crate) fn pretty(value: &(impl Serialize + ?Sized)) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("plain structs serialise");
     text.push('\n');
     text

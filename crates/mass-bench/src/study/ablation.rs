@@ -9,13 +9,10 @@ use mass_routing::{Combine, RouterConfig};
 use serde_json::{Value, json};
 
 use super::plan::Plan;
-use super::synthetic::{Synthetic, TASKS, on_plateau};
+use super::synthetic::{POOL, Synthetic, TASKS, on_plateau};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
-use crate::method::{Mass, Method, Pool, named};
-
-/// Experts at the start and at most.
-const EXPERTS: (usize, usize) = (5, 20);
+use crate::method::{Mass, Method, named};
 
 /// The paper's method and its ablations.
 const PAPER: [&str; 9] = [
@@ -43,32 +40,17 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     };
     let mut methods: Vec<Method> = Vec::new();
     let statics = [5, 8, 12, 16, 20, 32].map(|experts| (experts, Combine::Renormalised));
-    let others = [Combine::StraightThrough, Combine::Raw].map(|combine| (EXPERTS.1, combine));
+    let others =
+        [Combine::StraightThrough, Combine::Raw].map(|combine| (POOL.experts_max, combine));
     for (experts, combine) in statics.into_iter().chain(others) {
         methods.push(Method::top_p(experts, 0.5, combine));
     }
     methods.extend(ablations().into_iter().map(Method::Mass));
-    let pool = Pool {
-        experts: EXPERTS.0,
-        experts_max: EXPERTS.1,
-        k: 2,
-        p: 0.5,
-        live_percent: Some(30),
-    };
     for name in PAPER {
-        methods.extend(
-            named(name, &pool, Some(Variant::Paper))
-                .into_iter()
-                .flatten(),
-        );
+        let of_paper = named(name, &POOL, Some(Variant::Paper));
+        methods.extend(of_paper.into_iter().flatten());
     }
-    Ok(Plan {
-        family,
-        methods,
-        pool,
-        seeds,
-        variant: None,
-    })
+    Ok(Plan::new(family, methods, POOL, seeds))
 }
 
 /// What these ablations are called.
@@ -110,9 +92,9 @@ fn ablations() -> Vec<Mass> {
     const PRUNING: &str = "controller.pruning";
     let grow = |name: &str, rule: Option<(&str, Value)>| Mass {
         ablation: name.to_owned(),
-        experts_max: EXPERTS.1,
+        experts_max: POOL.experts_max,
         overrides: rule.map(|(at, v)| (at.to_owned(), v)).into_iter().collect(),
-        ..Mass::new(Variant::Ours, 0.5, EXPERTS.0)
+        ..Mass::new(Variant::Ours, POOL.p, POOL.experts)
     };
     let sized = |name, experts_max| Mass {
         experts_max,

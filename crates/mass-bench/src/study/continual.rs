@@ -11,7 +11,7 @@ use mass_routing::Combine;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Plan, Planned};
-use super::synthetic::{BATCH, DATA_SEED, Regime, SEQ};
+use super::synthetic::{BATCH, DATA_SEED, POOL, Regime, SEQ, regime};
 use crate::BenchError;
 use crate::batch::{TokenBatch, draw};
 use crate::cli::{Preset, ReproduceArgs, RunContext, Variant};
@@ -78,11 +78,8 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
     };
     let asked = TASKS.iter().find(|t| args.task.as_deref() == Some(**t));
     let pool = Pool {
-        experts: 5,
-        experts_max: 20,
-        k: 2,
-        p: 0.5,
         live_percent: Some(100),
+        ..POOL
     };
     let mut methods = methods(&pool, &[5, 12, 20], steps, 12);
     let all = alarms(steps);
@@ -94,21 +91,13 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Continual>, BenchError> {
     for (of, watch) in [("the loss", loss), ("all", all)] {
         methods.push(Method::Mass(ours_by_alarms(&pool, steps, 12, of, watch)));
     }
-    Ok(Plan {
-        family: Continual {
-            regime: Regime {
-                steps,
-                ..Regime::BASE
-            },
-            tokens,
-            tasks: asked.map_or_else(|| tasks.to_vec(), |task| vec![*task]),
-            args: args.clone(),
-        },
-        methods,
-        pool,
-        seeds,
-        variant: None,
-    })
+    let family = Continual {
+        regime: regime!(steps: steps),
+        tokens,
+        tasks: asked.map_or_else(|| tasks.to_vec(), |task| vec![*task]),
+        args: args.clone(),
+    };
+    Ok(Plan::new(family, methods, pool, seeds))
 }
 
 /// Static pools of these sizes, DynMoE, and pools that grow.
@@ -336,9 +325,9 @@ impl Continual {
             let data = Dataset::read(self.data_dir()?, task)?;
             let train = bytes(&data.train);
             let held_out: Vec<u8> = data.dev.iter().flat_map(|(_, dev)| bytes(dev)).collect();
-            let few = |what: &str, found: usize| BenchError::Input {
-                path: Dataset::files(std::path::Path::new(""), task)[0].clone(),
-                problem: format!("{found} bytes of {what} text are too few for this study"),
+            let few = |what: &str, found: usize| {
+                let problem = format!("{found} bytes of {what} text are too few for this study");
+                BenchError::input(&Dataset::files("".as_ref(), task)[0], problem)
             };
             if train.len() <= SEQ {
                 return Err(few("training", train.len()));
@@ -525,5 +514,19 @@ mod tests {
             assert!(parts.is_sorted_by(|a, b| a.0 < b.0));
             assert_eq!(parts.last().unwrap().0, 100);
         }
+    }
+
+    #[test]
+    fn a_row_of_a_table_can_be_made_again_alone() {
+        let of = |setting: &str| {
+            let line = ["continual", "--task", "texts", "--setting", setting];
+            let args = ReproduceArgs::parsed(&line);
+            let methods = plan(&args).unwrap().methods(&args).unwrap();
+            methods.iter().map(|m| m.run(0).setting).collect::<Vec<_>>()
+        };
+        let only = "p 0.5, own timing, 12, then by alarms of loss and layer";
+        assert_eq!(of("loss and layer"), [Some(only.to_owned())]);
+        assert_eq!(of("then by alarms").len(), 3);
+        assert!(of("loss and layers").is_empty());
     }
 }

@@ -115,10 +115,7 @@ impl Model {
     /// What is wrong with the model: of one that is read, its configuration is input too.
     fn problem(&self, error: ModelError) -> BenchError {
         match (error, self) {
-            (ModelError::Config(problem), Self::Directory(dir)) => BenchError::Input {
-                path: dir.clone(),
-                problem,
-            },
+            (ModelError::Config(problem), Self::Directory(dir)) => BenchError::input(dir, problem),
             (other, _) => unusable_model(other, "reading the model"),
         }
     }
@@ -171,11 +168,10 @@ impl Domains {
                 self.args.study, self.args.preset
             )));
         };
-        let set = find_set(data, name).ok_or_else(|| BenchError::Input {
-            path: data.join(name),
-            problem: "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
-                      `python -m domainbed.scripts.download` lays it out; --task names another set"
-                .into(),
+        let set = find_set(data, name).ok_or_else(|| {
+            let problem = "no such directory; it should hold <domain>/<class>/*.jpg as DomainBed's \
+                           `python -m domainbed.scripts.download` lays it out; --task names another set";
+            BenchError::input(data.join(name), problem)
         })?;
         // Results there would be a domain of the next run.
         let real = |path: &Path| path.canonicalize().ok();

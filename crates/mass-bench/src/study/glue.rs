@@ -32,9 +32,7 @@ pub(super) use plan::family;
 pub use plan::plan;
 
 /// What `--task` may name.
-pub const TASKS: &[&str] = &[
-    "CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI",
-];
+pub const TASKS: &[&str] = &Task::NAMES;
 
 /// Tasks of GLUE for one pretrained model.
 #[derive(Debug)]
@@ -208,10 +206,7 @@ impl Family for Glue {
 /// Whether the tokenizer's ids fit the model beside it.
 fn check_vocabulary(dir: &std::path::Path, tokenizer: &TextTokenizer) -> Result<(), BenchError> {
     let path = dir.join("config.json");
-    let input = |problem: String| BenchError::Input {
-        path: path.clone(),
-        problem,
-    };
+    let input = |problem: String| BenchError::input(&path, problem);
     let text = std::fs::read_to_string(&path).map_err(|e| input(e.to_string()))?;
     let config: Value = serde_json::from_str(&text).map_err(|e| input(e.to_string()))?;
     let size = config["vocab_size"].as_u64();

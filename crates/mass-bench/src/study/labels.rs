@@ -70,13 +70,8 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
             sets
         }
     };
-    Ok(Plan {
-        family,
-        methods: both_ways(&pool, variants, args.preset),
-        pool,
-        seeds,
-        variant: None,
-    })
+    let methods = both_ways(&pool, variants, args.preset);
+    Ok(Plan::new(family, methods, pool, seeds))
 }
 
 #[cfg(test)]

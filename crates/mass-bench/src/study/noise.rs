@@ -9,47 +9,23 @@
 use serde_json::{Value, json};
 
 use super::plan::Plan;
-use super::synthetic::{POOL, Regime, Synthetic, names};
+use super::synthetic::{POOL, Regime, Synthetic, names, regime};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::method::{Mass, Method, Pool};
 
-/// Gradients with so many times their own size in noise.
-const fn noisy(gradient_noise: f32) -> Regime {
-    Regime {
-        gradient_noise,
-        ..Regime::BASE
-    }
-}
-
-/// Batches of so many sequences.
-const fn batch(batch: usize) -> Regime {
-    Regime {
-        batch,
-        ..Regime::BASE
-    }
-}
-
-/// A largest learning rate.
-const fn rate(peak: f64) -> Regime {
-    Regime {
-        peak,
-        ..Regime::BASE
-    }
-}
-
 /// The regimes by the name of their task. A batch of the base has 16 sequences, and its largest learning rate is 1e-2.
 const REGIMES: &[(&str, Regime); 10] = &[
     ("base", Regime::BASE),
-    ("noise-1", noisy(1.0)),
-    ("noise-3", noisy(3.0)),
-    ("noise-10", noisy(10.0)),
-    ("batch-1", batch(1)),
-    ("batch-4", batch(4)),
-    ("batch-64", batch(64)),
-    ("rate-1e-3", rate(1e-3)),
-    ("rate-3e-2", rate(3e-2)),
-    ("rate-1e-1", rate(1e-1)),
+    ("noise-1", regime!(gradient_noise: 1.0)),
+    ("noise-3", regime!(gradient_noise: 3.0)),
+    ("noise-10", regime!(gradient_noise: 10.0)),
+    ("batch-1", regime!(batch: 1)),
+    ("batch-4", regime!(batch: 4)),
+    ("batch-64", regime!(batch: 64)),
+    ("rate-1e-3", regime!(peak: 1e-3)),
+    ("rate-3e-2", regime!(peak: 3e-2)),
+    ("rate-1e-1", regime!(peak: 1e-1)),
 ];
 
 /// What `--task` may name.
@@ -67,13 +43,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         Preset::Smoke | Preset::Quick => 1,
         Preset::Full | Preset::Paper => 5,
     };
-    Ok(Plan {
-        family: Synthetic::in_regimes(args, TASKS, REGIMES),
-        methods: both_ways(&POOL, &VARIANTS, args.preset),
-        pool: POOL,
-        seeds,
-        variant: None,
-    })
+    let family = Synthetic::in_regimes(args, TASKS, REGIMES);
+    let methods = both_ways(&POOL, &VARIANTS, args.preset);
+    Ok(Plan::new(family, methods, POOL, seeds))
 }
 
 /// Those whose splits are weighed.

@@ -134,6 +134,17 @@ pub trait Family: Sync {
 }
 
 impl<F> Plan<F> {
+    /// MASS in all the variants that are among `methods`.
+    pub(super) fn new(family: F, methods: Vec<Method>, pool: Pool, seeds: usize) -> Self {
+        Self {
+            family,
+            methods,
+            pool,
+            seeds,
+            variant: None,
+        }
+    }
+
     /// MASS in every variant after its rivals; in `quick` the paper's alone unless another is asked for, and in `smoke` with
     /// thresholds that runs too short to learn anything pass.
     pub(super) fn fine_tuning(
@@ -151,11 +162,13 @@ impl<F> Plan<F> {
             Method::Mass(mass)
         });
         Self {
-            family,
-            methods: rivals.into_iter().chain(mass).collect(),
-            pool,
-            seeds,
             variant: (preset == Preset::Quick).then_some(Variant::Paper),
+            ..Self::new(
+                family,
+                rivals.into_iter().chain(mass).collect(),
+                pool,
+                seeds,
+            )
         }
     }
 }
@@ -195,6 +208,10 @@ impl<F: Family> Plan<F> {
                 let what = "changes nothing of these methods; leave it out or choose others";
                 return Err(BenchError::Usage(format!("{flag} {what} by --methods")));
             }
+        }
+        if let Some(text) = &args.setting {
+            let has_it = |m: &Method| m.run(0).setting.is_some_and(|s| s.contains(text));
+            methods.retain(has_it);
         }
         methods.iter().try_for_each(Method::check)?;
         Ok(methods)
@@ -245,7 +262,8 @@ impl<F: Family> Plan<F> {
         let own: Vec<Planned> = own.map(|(_, planned)| planned).collect();
         if own.is_empty() && !args.of_all {
             return Err(BenchError::Usage(
-                "these choices of --methods, --variant, --task and --shard leave no run".into(),
+                "these choices of --methods, --setting, --variant, --task and --shard leave no run"
+                    .into(),
             ));
         }
         Ok(own)

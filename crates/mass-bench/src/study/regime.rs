@@ -5,46 +5,35 @@
 //! learning rates, shorter and longer training, and some of these together.
 
 use super::plan::Plan;
-use super::synthetic::{POOL, Regime, Synthetic, names};
+use super::synthetic::{POOL, Regime, Synthetic, names, regime};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs};
 use crate::method::Method;
 
-/// Width of the model and of an expert, largest learning rate, steps.
-const fn regime(dim: usize, hidden: usize, peak: f64, steps: u64) -> Regime {
-    Regime {
-        dim,
-        hidden,
-        peak,
-        steps,
-        ..Regime::BASE
-    }
-}
-
 /// The regimes by the name of their task; `expert` and `model` are widths, `rate` the largest learning rate.
 const REGIMES: &[(&str, Regime); 22] = &[
-    ("base", regime(64, 32, 1e-2, 2000)),
-    ("expert-2", regime(64, 2, 1e-2, 2000)),
-    ("expert-4", regime(64, 4, 1e-2, 2000)),
-    ("expert-8", regime(64, 8, 1e-2, 2000)),
-    ("expert-128", regime(64, 128, 1e-2, 2000)),
-    ("model-8", regime(8, 32, 1e-2, 2000)),
-    ("model-16", regime(16, 32, 1e-2, 2000)),
-    ("model-32", regime(32, 32, 1e-2, 2000)),
-    ("rate-3e-4", regime(64, 32, 3e-4, 2000)),
-    ("rate-1e-3", regime(64, 32, 1e-3, 2000)),
-    ("rate-3e-3", regime(64, 32, 3e-3, 2000)),
-    ("steps-250", regime(64, 32, 1e-2, 250)),
-    ("steps-500", regime(64, 32, 1e-2, 500)),
-    ("steps-1000", regime(64, 32, 1e-2, 1000)),
-    ("steps-4000", regime(64, 32, 1e-2, 4000)),
-    ("model-8-expert-2", regime(8, 2, 1e-2, 2000)),
-    ("model-16-expert-2", regime(16, 2, 1e-2, 2000)),
-    ("model-16-expert-4", regime(16, 4, 1e-2, 2000)),
-    ("rate-1e-3-expert-4", regime(64, 4, 1e-3, 2000)),
-    ("rate-1e-3-model-16", regime(16, 32, 1e-3, 2000)),
-    ("steps-500-expert-4", regime(64, 4, 1e-2, 500)),
-    ("steps-500-model-16", regime(16, 32, 1e-2, 500)),
+    ("base", Regime::BASE),
+    ("expert-2", regime!(hidden: 2)),
+    ("expert-4", regime!(hidden: 4)),
+    ("expert-8", regime!(hidden: 8)),
+    ("expert-128", regime!(hidden: 128)),
+    ("model-8", regime!(dim: 8)),
+    ("model-16", regime!(dim: 16)),
+    ("model-32", regime!(dim: 32)),
+    ("rate-3e-4", regime!(peak: 3e-4)),
+    ("rate-1e-3", regime!(peak: 1e-3)),
+    ("rate-3e-3", regime!(peak: 3e-3)),
+    ("steps-250", regime!(steps: 250)),
+    ("steps-500", regime!(steps: 500)),
+    ("steps-1000", regime!(steps: 1000)),
+    ("steps-4000", regime!(steps: 4000)),
+    ("model-8-expert-2", regime!(dim: 8, hidden: 2)),
+    ("model-16-expert-2", regime!(dim: 16, hidden: 2)),
+    ("model-16-expert-4", regime!(dim: 16, hidden: 4)),
+    ("rate-1e-3-expert-4", regime!(hidden: 4, peak: 1e-3)),
+    ("rate-1e-3-model-16", regime!(dim: 16, peak: 1e-3)),
+    ("steps-500-expert-4", regime!(hidden: 4, steps: 500)),
+    ("steps-500-model-16", regime!(dim: 16, steps: 500)),
 ];
 
 /// What `--task` may name.
@@ -64,13 +53,8 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         k: 2,
         router: None,
     });
-    Ok(Plan {
-        family: Synthetic::in_regimes(args, TASKS, REGIMES),
-        methods: methods.to_vec(),
-        pool: POOL,
-        seeds,
-        variant: None,
-    })
+    let family = Synthetic::in_regimes(args, TASKS, REGIMES);
+    Ok(Plan::new(family, methods.to_vec(), POOL, seeds))
 }
 
 #[cfg(test)]

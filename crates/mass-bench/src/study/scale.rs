@@ -18,7 +18,7 @@ use ndarray_rand::rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
 use super::plan::{Assignment, Family, Plan, Planned};
-use super::synthetic::{Data, Regime, Synthetic, TASKS};
+use super::synthetic::{Data, POOL, Regime, Synthetic, TASKS, regime};
 use crate::BenchError;
 use crate::batch::TokenBatch;
 use crate::cli::{Preset, ReproduceArgs, RunContext};
@@ -55,31 +55,22 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Scale>, BenchError> {
         Preset::Full | Preset::Paper => (&SIZES[..], 15, 5),
     };
     let mut task = Synthetic::fresh(args, &TASKS[..1]).smoke();
-    task.regime = Regime {
-        steps: STEPS,
-        ..Regime::BASE
-    };
+    task.regime = regime!(steps: STEPS);
     let pool = Pool {
         experts: sizes[0],
         experts_max: sizes[0] + 1,
-        k: 2,
-        p: 0.5,
         live_percent: None,
+        ..POOL
     };
     let methods = sizes
         .iter()
         .map(|&experts| Method::top_p(experts, pool.p, Combine::Renormalised));
-    Ok(Plan {
-        family: Scale {
-            task,
-            repeats,
-            out: args.out.clone(),
-        },
-        methods: methods.collect(),
-        pool,
-        seeds,
-        variant: None,
-    })
+    let family = Scale {
+        task,
+        repeats,
+        out: args.out.clone(),
+    };
+    Ok(Plan::new(family, methods.collect(), pool, seeds))
 }
 
 impl Family for Scale {

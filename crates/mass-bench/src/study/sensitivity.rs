@@ -38,16 +38,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         Preset::Quick => {}
         Preset::Full | Preset::Paper => settings.extend(grid()),
     }
-    Ok(Plan {
-        family,
-        methods: statics
-            .into_iter()
-            .chain(settings.into_iter().map(Method::Mass))
-            .collect(),
-        pool: POOL,
-        seeds,
-        variant: None,
-    })
+    let settings = settings.into_iter().map(Method::Mass);
+    let methods = statics.into_iter().chain(settings).collect();
+    Ok(Plan::new(family, methods, POOL, seeds))
 }
 
 /// The base with some rules changed, called by what they are now.

@@ -7,18 +7,14 @@
 use mass_routing::Combine;
 
 use super::plan::Plan;
-use super::synthetic::{POOL, Regime, Synthetic, names};
+use super::synthetic::{POOL, Regime, Synthetic, names, regime};
 use crate::BenchError;
 use crate::cli::{Preset, ReproduceArgs, Variant};
 use crate::method::{Mass, Method, Pool};
 
 /// Documents of 1024 tokens, and the width of an expert.
 const fn set(documents: usize, hidden: usize) -> Regime {
-    Regime {
-        documents: Some(documents),
-        hidden,
-        ..Regime::BASE
-    }
+    regime!(documents: Some(documents), hidden: hidden)
 }
 
 /// The sets by the name of their task.
@@ -63,13 +59,9 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
             ..Mass::of(variant, &pool)
         })
     });
-    Ok(Plan {
-        family: Synthetic::in_regimes(args, TASKS, SETS),
-        methods: pools.into_iter().chain(mass).collect(),
-        pool,
-        seeds,
-        variant: None,
-    })
+    let family = Synthetic::in_regimes(args, TASKS, SETS);
+    let methods = pools.into_iter().chain(mass).collect();
+    Ok(Plan::new(family, methods, pool, seeds))
 }
 
 #[cfg(test)]

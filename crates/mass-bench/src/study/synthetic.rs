@@ -108,6 +108,14 @@ impl Regime {
     }
 }
 
+/// That of the base but for some fields.
+macro_rules! regime {
+    ($($field:ident: $value:expr),*) => {
+        Regime { $($field: $value,)* ..Regime::BASE }
+    };
+}
+pub(super) use regime;
+
 /// What grows in the studies that change one thing after another on these data.
 pub(super) const POOL: Pool = Pool {
     experts: 5,
@@ -243,10 +251,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         ),
         Preset::Paper => {
             let family = Synthetic {
-                regime: Regime {
-                    steps: 10_000,
-                    ..Regime::BASE
-                },
+                regime: regime!(steps: 10_000),
                 documents: 1000,
                 sets: TASKS,
                 ..quick
@@ -266,9 +271,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let pool = Pool {
         experts: mass[0].experts,
         experts_max: mass[0].experts_max,
-        k: 2,
-        p: 0.5,
-        live_percent: Some(30),
+        ..POOL
     };
     if matches!(args.preset, Preset::Full | Preset::Paper) {
         methods.extend(pools.iter().flat_map(|&experts| pools_by_top_p(experts)));
@@ -279,13 +282,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         });
     }
     methods.extend(mass.into_iter().map(Method::Mass));
-    Ok(Plan {
-        family,
-        methods,
-        pool,
-        seeds,
-        variant: None,
-    })
+    Ok(Plan::new(family, methods, pool, seeds))
 }
 
 /// Static pools that route as those that grow do.

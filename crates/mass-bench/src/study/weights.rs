@@ -13,14 +13,8 @@ use crate::cli::ReproduceArgs;
 /// A model's files are input: which one, and what is wrong with it.
 pub(crate) fn unusable_model(error: ModelError, doing: impl Into<String>) -> BenchError {
     match error {
-        ModelError::Io { path, source } => BenchError::Input {
-            path,
-            problem: source.to_string(),
-        },
-        ModelError::Checkpoint { path, why } => BenchError::Input {
-            path,
-            problem: why.to_string(),
-        },
+        ModelError::Io { path, source } => BenchError::input(path, source),
+        ModelError::Checkpoint { path, why } => BenchError::input(path, why),
         other => BenchError::failed(doing, other),
     }
 }
@@ -51,13 +45,11 @@ pub(super) fn directory(
     if there {
         return Ok(dir);
     }
-    Err(BenchError::Input {
-        path: dir,
-        problem: format!(
-            "no model there; preset {preset} needs {files}, as https://huggingface.co has them; \
-             `cargo xtask data fetch {name}` gets them"
-        ),
-    })
+    let problem = format!(
+        "no model there; preset {preset} needs {files}, as https://huggingface.co has them; \
+         `cargo xtask data fetch {name}` gets them"
+    );
+    Err(BenchError::input(dir, problem))
 }
 
 /// A model's directory as settings keep it: what is in it matters, and not where it is, so that results go on elsewhere.
@@ -68,10 +60,7 @@ pub(super) fn settings(dir: &Path) -> Result<Value, BenchError> {
     for path in [dir.join("config.json")].iter().chain(&weights) {
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         let summed = std::fs::File::open(path).and_then(summed);
-        let (bytes, sum) = summed.map_err(|e| BenchError::Input {
-            path: path.clone(),
-            problem: e.to_string(),
-        })?;
+        let (bytes, sum) = summed.map_err(|e| BenchError::input(path, e))?;
         settings[&*file] = json!({ "bytes": bytes, "crc32": format!("{sum:08x}") });
     }
     Ok(settings)

@@ -98,22 +98,18 @@ pub(crate) fn parsers() -> Vec<Parser> {
 fn tables() -> Vec<Vec<u8>> {
     let table = |task: &Task| {
         let layout = task.layout();
-        let columns = match layout.header {
-            true => [
-                "index",
-                layout.first,
-                layout.second.unwrap_or("more"),
-                layout.label,
-            ]
-            .to_vec(),
-            false => layout.columns.to_vec(),
+        let second = layout.second.unwrap_or("more");
+        let named = ["index", layout.first, second, layout.label];
+        let columns = match layout.columns {
+            [] => &named,
+            columns => columns,
         };
         let labels = match task.labels() {
             Labels::Classes(classes) => classes.iter().map(|&c| c.to_owned()).collect(),
             Labels::Score { .. } => vec!["0.0".to_owned(), "3.8".to_owned()],
         };
         let mut text = String::new();
-        if layout.header {
+        if layout.columns.is_empty() {
             text += &(columns.join("\t") + "\n");
         }
         for line in 0..4 {

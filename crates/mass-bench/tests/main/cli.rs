@@ -596,6 +596,10 @@ fn a_variable_is_looked_at_where_it_is_read() {
     };
     let found = error(&["synthetic", "--preset", "smoke", "--shard", "999/999"]);
     assert!(found.contains("leave no run"), "{found}");
+    let found = error(&["synthetic", "--preset", "smoke", "--setting", "no such"]);
+    assert!(found.contains("leave no run"), "{found}");
+    let found = error(&["all", "--preset", "smoke", "--setting", "p 0.5"]);
+    assert!(found.contains("belong to one study"), "{found}");
     let found = error(&["glue"]);
     assert!(found.contains("$MASS_DATA_DIR nowhere: no such"), "{found}");
 }

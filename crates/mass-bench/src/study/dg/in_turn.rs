@@ -41,7 +41,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
     let (each, first_to, experts_max, seeds) = match args.preset {
         Preset::Smoke => (20, 4, 5, 1),
         Preset::Quick => (200, 9, 12, 1),
-        Preset::Full => (400, 9, 12, 3),
+        Preset::Full => (200, 9, 12, 3),
         Preset::Paper => (1250, 9, 12, 3),
     };
     domains.in_turn = true;
@@ -59,13 +59,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Domains>, BenchError> {
         domains.steps,
         first_to,
     ));
-    Ok(Plan {
-        family: domains,
-        methods,
-        pool,
-        seeds,
-        variant: None,
-    })
+    Ok(Plan::new(domains, methods, pool, seeds))
 }
 
 /// How the domains of a set follow one another.

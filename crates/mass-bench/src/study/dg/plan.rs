@@ -19,7 +19,7 @@ const PAPER_MODEL: &str = "deit-small-patch16-224";
 
 /// The pools that the paper has, and the part of a run in which MASS may split where the variant's own timing is not kept: at
 /// its own, detection is live for a few steps of runs as short as these, if at all.
-const POOL: Pool = Pool {
+pub(super) const POOL: Pool = Pool {
     experts: 6,
     experts_max: 8,
     k: 1,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::Set;
 use crate::BenchError;
+use crate::task::{Active, largest};
 
 /// Images scored at a time.
 pub(super) const BATCH: usize = 64;
@@ -33,7 +34,7 @@ pub(super) fn evaluate(
     let failed = |e| BenchError::failed("scoring images", e);
     // Right and all, by domain.
     let mut counts: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
-    let (mut loss, mut assignments, mut tokens) = (0.0, 0, 0);
+    let (mut loss, mut active) = (0.0, Active::default());
     for part in which.chunks(BATCH) {
         let input = set.plain(part)?;
         let (logits, layers) = model
@@ -47,10 +48,7 @@ pub(super) fn evaluate(
             count.1 += 1;
             loss += cross_entropy(row, class);
         }
-        for layer in &layers {
-            assignments += layer.plan.num_assignments();
-            tokens += layer.plan.num_tokens();
-        }
+        active.add(&layers);
     }
     let accuracies = counts
         .values()
@@ -58,19 +56,8 @@ pub(super) fn evaluate(
     Ok(Score {
         accuracy: accuracies.sum::<f64>() / counts.len() as f64,
         loss: loss / which.len() as f64,
-        mean_k: (tokens > 0).then(|| assignments as f64 / tokens as f64),
+        mean_k: active.mean(),
     })
-}
-
-/// The first of the largest values.
-fn largest(row: &[f32]) -> usize {
-    let mut best = 0;
-    for (i, value) in row.iter().enumerate() {
-        if *value > row[best] {
-            best = i;
-        }
-    }
-    best
 }
 
 fn cross_entropy(row: &[f32], class: usize) -> f64 {

@@ -50,10 +50,7 @@ impl Selected {
     /// Reads it back.
     pub(super) fn read(run: &Path, step: u64) -> Result<Self, BenchError> {
         let dir = folder(run, step);
-        let model = checkpoint::load_model(&dir).map_err(|e| BenchError::Input {
-            path: dir,
-            problem: e.to_string(),
-        })?;
+        let model = checkpoint::load_model(&dir).map_err(|e| BenchError::input(dir, e))?;
         Ok(Self { step, model })
     }
 

@@ -6,13 +6,14 @@ use mass_model::vit::{VitClassifier, VitConfig};
 
 use super::data::Set;
 use super::finetune::{FineTune, mixture_blocks, tune};
+use super::plan::POOL;
 use super::{delta, in_turn, plan};
 use crate::BenchError;
 use crate::cli::{Preset, Progress, ReproduceArgs, RunContext, Variant};
 use crate::dg::images::{BadImages, DomainImages};
 use crate::dg::sample;
 use crate::dg::split::Split;
-use crate::method::{Mass, Method, Pool};
+use crate::method::{Mass, Method};
 use crate::report::Run;
 use crate::rng::{Purpose, stream};
 use crate::study::continual::every_change_is_seen;
@@ -22,14 +23,7 @@ use crate::trainer::Trainer;
 use crate::trainer::tests::resumes_to_the_same_bits;
 
 fn mass(variant: Variant) -> Mass {
-    let pool = Pool {
-        experts: 6,
-        experts_max: 8,
-        k: 1,
-        p: 0.3,
-        live_percent: Some(60),
-    };
-    Mass::of(variant, &pool)
+    Mass::of(variant, &POOL)
 }
 
 #[test]

@@ -129,7 +129,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Glue>, BenchError> {
 impl Glue {
     /// Keeps one task; one that the preset has no epochs for gets as many as the paper gives it, but at most three.
     fn only(&mut self, task: Option<&str>) {
-        let Some(task) = task.and_then(|t| t.parse::<Task>().ok()) else {
+        let Some(task) = Task::ALL.into_iter().find(|t| task == Some(t.name())) else {
             return;
         };
         let planned = self.sets.iter().find(|set| set.task == task);

@@ -11,12 +11,13 @@ use crate::BenchError;
 use crate::glue::GlueError;
 use crate::glue::batch::scoring_batches;
 use crate::glue::task::{Score, Task};
+use crate::task::Active;
 
 /// Examples scored at a time.
 const BATCH: usize = 64;
 
 /// How a model did on a task's development sets.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct DevScore {
     /// The headline metric; `None` where it is undefined.
     pub(super) metric: Option<f64>,
@@ -35,13 +36,7 @@ pub(super) fn evaluate(
     model: &BertClassifier,
     data: &TaskData,
 ) -> Result<DevScore, BenchError> {
-    let mut all = DevScore {
-        metric: None,
-        accuracy: None,
-        loss: 0.0,
-        mean_k: None,
-        metrics: BTreeMap::new(),
-    };
+    let mut all = DevScore::default();
     for (index, (name, examples)) in data.dev.iter().enumerate() {
         let (score, loss, mean_k) = one(place, model, data.task, examples)?;
         let prefix = if index == 0 {
@@ -70,22 +65,18 @@ fn one(
     let failed = |e| BenchError::failed("scoring the development set", e);
     let width = task.outputs();
     let mut outputs = vec![0.0; examples.len() * width];
-    let (mut loss, mut assignments, mut tokens) = (0.0, 0, 0);
+    let (mut loss, mut active) = (0.0, Active::default());
     for which in scoring_batches(examples.lengths(), BATCH) {
         let (batch, labels) = examples.batch(&which);
         let (logits, layers) = model.logits_at(place, &batch, None).map_err(failed)?;
         for (&i, row) in which.iter().zip(logits.chunks_exact(width)) {
             outputs[i * width..(i + 1) * width].copy_from_slice(row);
         }
-        for layer in &layers {
-            assignments += layer.plan.num_assignments();
-            tokens += layer.plan.num_tokens();
-        }
+        active.add(&layers);
         loss += labels.loss(&logits, width);
     }
     let score = task
         .score(&outputs, examples.targets())
         .map_err(GlueError::from)?;
-    let mean_k = (tokens > 0).then(|| assignments as f64 / tokens as f64);
-    Ok((score, loss / examples.len() as f64, mean_k))
+    Ok((score, loss / examples.len() as f64, active.mean()))
 }
