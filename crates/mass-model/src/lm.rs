@@ -10,7 +10,7 @@ use crate::mixtures::{attempt, check_masked, check_mixtures};
 use crate::nn::{Block, BlockConfig, LayerNorm, Linear, SelfAttention};
 use crate::ops::{Host, Pass, ROW, Rows, Sequences, Training};
 use crate::parallel::Meanwhile;
-use crate::param::{Param, draw};
+use crate::param::{MOST, Param, draw};
 use crate::pass::numbers;
 pub use crate::pass::{LayerTrace, Masked, TrainPass};
 use crate::place::{Place, PlacedGradients};
@@ -24,7 +24,7 @@ pub struct LanguageModelConfig {
     pub vocab: usize,
     /// Longest sequence (learned positions).
     pub max_seq: usize,
-    /// Number of blocks.
+    /// Number of blocks, at most 2^20.
     pub layers: usize,
     /// Standard deviation of token and position embeddings at the start.
     pub embedding_std: f32,
@@ -69,9 +69,9 @@ impl LanguageModel {
             layers,
             ..
         } = config;
-        if vocab == 0 || max_seq == 0 || layers == 0 {
+        if vocab == 0 || max_seq == 0 || layers == 0 || layers > MOST {
             let sizes = format!(
-                "a model of {layers} layers, {vocab} tokens, sequences of {max_seq}; each must be at least 1"
+                "a model of {layers} layers (at most {MOST}), {vocab} tokens, sequences of {max_seq}; each must be at least 1"
             );
             return Err(ModelError::Config(sizes));
         }
@@ -99,7 +99,8 @@ impl LanguageModel {
     ///
     /// # Errors
     /// [`ModelError::Index`] for a token past the vocabulary, [`ModelError::Shape`] if `seq` does not divide the number of
-    /// tokens or is too long, [`ModelError::NoSuchExpert`] or [`ModelError::Config`] for a masked expert that is not there.
+    /// tokens or is too long, or a parameter does not fit the others, [`ModelError::NoSuchExpert`] or [`ModelError::Config`] for a
+    /// masked expert that is not there.
     pub fn forward<T: Tape<f32, Cpu>>(
         &self,
         tokens: &[u32],
@@ -122,7 +123,10 @@ impl LanguageModel {
         masked: Option<Masked>,
         meanwhile: Option<&Meanwhile>,
     ) -> Result<(P::Rows, Vec<LayerTrace>), ModelError> {
-        let longest = self.positions.shape()[0];
+        let &[longest, _] = self.positions.shape() else {
+            let found = self.positions.shape();
+            return Err(ModelError::shape("position embeddings", &[0, 0], found));
+        };
         if tokens.is_empty() || seq == 0 || seq > longest || !tokens.len().is_multiple_of(seq) {
             let what = "tokens and sequence (which divides them, and is at most as long as here)";
             return Err(ModelError::shape(

@@ -45,6 +45,9 @@ pub(crate) fn room<T>(n: usize, what: impl FnOnce() -> String) -> Result<Vec<T>,
     }
 }
 
+/// Most layers of a model, and most experts of a layer, that settings may ask for: as many as mass-expand names in all.
+pub(crate) const MOST: usize = 1 << 20;
+
 /// Draws weights; if they are refused, the generator is as it was.
 pub(crate) fn draw<T>(
     rng: &mut ChaCha8Rng,

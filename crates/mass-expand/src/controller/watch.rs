@@ -62,11 +62,11 @@ impl Watch {
         let tenth = usize::try_from(steps / 10).unwrap_or(usize::MAX).max(64);
         for detector in [&mut self.expert, &mut self.layer, &mut self.loss] {
             if let Some(AnyDetectorParams::CalibratedCusum(cusum)) = detector {
-                if let Reference::Lagged { window, gap } = &mut cusum.reference {
-                    if *window > tenth {
-                        *window = tenth;
-                        *gap = (*gap).min(tenth / 8);
-                    }
+                if let Reference::Lagged { window, gap } = &mut cusum.reference
+                    && *window > tenth
+                {
+                    *window = tenth;
+                    *gap = (*gap).min(tenth / 8);
                 }
                 cusum.warmup = cusum.warmup.min(tenth);
             }

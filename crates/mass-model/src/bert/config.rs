@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
+use crate::param::MOST;
 use crate::pretrained::{
     Head, PretrainedError, activation, checked, config_file, field_error, read_config,
 };
@@ -26,7 +27,7 @@ pub struct BertConfig {
     pub vocab_size: usize,
     /// Width d of the hidden states.
     pub hidden_size: usize,
-    /// Number of layers.
+    /// Number of layers, at most 2^20.
     pub num_hidden_layers: usize,
     /// Attention heads; divides the width.
     pub num_attention_heads: usize,
@@ -138,6 +139,12 @@ impl BertConfig {
             if size == 0 {
                 return Err(ModelError::Config(format!("{field} is zero")));
             }
+        }
+        if self.num_hidden_layers > MOST {
+            return Err(ModelError::Config(format!(
+                "num_hidden_layers {} is more than {MOST}",
+                self.num_hidden_layers
+            )));
         }
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             return Err(ModelError::Config(format!(

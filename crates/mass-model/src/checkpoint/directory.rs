@@ -75,8 +75,9 @@ pub(super) type Sink<'a> = dyn FnMut(&str, Vec<u8>) -> Result<(), ModelError> + 
 const PARTIAL: &str = ".partial-";
 
 /// Writes a folder under a temporary name, renames it and names it in `latest`. `produce` hands over the files. The folder that
-/// `latest` named before stays, for a reader who has read the name and not yet the files; older ones are removed. After an
-/// error nothing of the new folder is left, and `latest` names what it named.
+/// `latest` named before stays, for a reader who has read the name and not yet the files; older ones are removed, those that can
+/// be. After an error nothing of the new folder is left, and `latest` names what it named; but for an error of the last sync, after
+/// which the new folder is complete and named, and older ones are there for a power cut that undoes it.
 pub(super) fn write(
     storage: &impl Storage,
     dir: &Path,
@@ -85,7 +86,7 @@ pub(super) fn write(
 ) -> Result<PathBuf, ModelError> {
     create_directory(storage, dir)?;
     // What a killed process left of a folder would keep a full disk full.
-    remove_folders(storage, dir, |name| name.starts_with(PARTIAL))?;
+    remove_folders(storage, dir, |name| name.starts_with(PARTIAL));
     let previous = newest(storage, dir).ok();
     // A step saved twice gets a name of its own: the folder that `latest` names is never touched.
     let mut name = format!("step-{step:010}");
@@ -118,24 +119,20 @@ pub(super) fn write(
     let kept = [Some(&complete), previous.as_ref()];
     remove_folders(storage, dir, |other| {
         !kept.contains(&Some(&dir.join(other)))
-    })?;
+    });
     Ok(complete)
 }
 
-/// Removes the folders of checkpoints whose names are `unwanted`, whole or not.
-fn remove_folders(
-    storage: &impl Storage,
-    dir: &Path,
-    unwanted: impl Fn(&str) -> bool,
-) -> Result<(), ModelError> {
-    for name in storage.names(dir).map_err(io(dir))? {
+/// Removes the folders of checkpoints whose names are `unwanted`, whole or not. What cannot be removed now stays for the next
+/// checkpoint to remove: it is no reason to deny this one.
+fn remove_folders(storage: &impl Storage, dir: &Path, unwanted: impl Fn(&str) -> bool) {
+    for name in storage.names(dir).unwrap_or_default() {
         let path = dir.join(&name);
         let ours = is_step(name.strip_prefix(PARTIAL).unwrap_or(&name));
         if ours && unwanted(&name) && storage.is_dir(&path) {
-            storage.remove_dir_all(&path).map_err(io(&path))?;
+            let _ = storage.remove_dir_all(&path);
         }
     }
-    Ok(())
 }
 
 /// The folders with names of checkpoints, in the order of their steps.
@@ -143,6 +140,8 @@ pub(super) fn steps(storage: &impl Storage, dir: &Path) -> Vec<PathBuf> {
     let mut names = storage.names(dir).unwrap_or_default();
     names.retain(|name| is_step(name) && storage.is_dir(&dir.join(name)));
     names.sort();
+    // Past ten digits a name is as much longer as its step is larger.
+    names.sort_by_key(|name| name.trim_end_matches('+').len());
     names.iter().map(|name| dir.join(name)).collect()
 }
 

@@ -108,7 +108,7 @@ impl Pool {
         let Some(last) = seen.last() else {
             return refuse("no experts".into());
         };
-        if last.0 >= self.next_id || self.next_id == u32::MAX {
+        if last.0 >= self.next_id {
             return refuse(format!(
                 "expert {} and next id {} do not go together",
                 last.0, self.next_id

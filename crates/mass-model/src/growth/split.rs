@@ -19,9 +19,10 @@ use crate::pass::LayerTrace;
 /// `Bisect` of tokens that do not spread in any direction falls back to a clone that preserves the pair's routing mass.
 ///
 /// # Errors
-/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if its tokens are to be bisected and it
-/// came after the trace, [`ModelError::Expand`] for gradients that are not finite. The layer and its gradients are then as they
-/// were.
+/// [`ModelError::NoSuchExpert`] if the source is not in the pool, [`ModelError::Shape`] if it has other sizes than the layer's
+/// experts, or its tokens are to be bisected and it came after the trace, [`ModelError::Config`] if the layer has no id left, for a
+/// `Bisect` without a linear gate and for an operator that is not known here, [`ModelError::NonFinite`] for a logit offset that is
+/// NaN or infinite, [`ModelError::Expand`] for gradients that are not finite. The layer and its gradients are then as they were.
 pub fn split_expert(
     layer: &mut MoeLayer,
     source: ExpertId,
@@ -61,6 +62,8 @@ pub(super) fn split_expert_among(
         _ => None,
     };
     let mut newcomer = layer.experts()[index].offspring();
+    layer.check_newcomer(&newcomer)?;
+    let matrix = (layer.config().hidden, layer.config().dim);
     let (row, offset) = (newcomer.gate.values().to_vec(), newcomer.logit_offset);
     let old = layer.expert_mut(source)?;
     match operator {
@@ -68,7 +71,6 @@ pub(super) fn split_expert_among(
             decomposition,
             preserve_mass: preserve,
         } => {
-            let matrix = (old.network.fc1.0.shape()[0], old.network.fc1.0.shape()[1]);
             // The paper and the authors' code both cut down fc1 and the gate row; the rest keeps its gradient.
             let cut = [
                 (&old.network.fc1.0, &newcomer.network.fc1.0, matrix),
@@ -88,10 +90,10 @@ pub(super) fn split_expert_among(
             if preserve {
                 newcomer.logit_offset = preserve_mass(&mut offset)?;
             }
+            copy_gradients(old, &newcomer, gradients, decomposition.is_none())?;
             for (param, gradient) in divided {
                 gradients.set(param, gradient)?;
             }
-            copy_gradients(old, &newcomer, gradients, decomposition.is_none())?;
             old.logit_offset = offset;
         }
         SplitOperator::Bisect(_) if !linear_gate => {
@@ -137,19 +139,20 @@ pub(super) fn split_expert_among(
 ///
 /// # Errors
 /// [`ModelError::NoSuchExpert`] if it is not in the pool, [`ModelError::Config`] if it is the last one, or the shift is that of
-/// another expert or of a gate of another width.
+/// another expert, [`ModelError::Shape`] if the shift is that of a gate of another width, [`ModelError::Routing`] if the router
+/// takes more experts than would be left. The layer is then as it was.
 pub fn remove_expert(
     layer: &mut MoeLayer,
     expert: ExpertId,
     shift: Option<&GateShift>,
 ) -> Result<(), ModelError> {
+    layer.check_removal(expert)?;
     if let Some(shift) = shift {
         let Some(other) = shift.other(expert) else {
             let what = format!("the split of another expert than {expert}");
             return Err(ModelError::Config(what));
         };
-        if layer.ids().len() > 1 && layer.index_of(other).is_ok() {
-            layer.index_of(expert)?;
+        if layer.index_of(other).is_ok() {
             shift.undo(layer, other)?;
         }
     }

@@ -81,13 +81,16 @@ fn relu(x: f32) -> (f32, f32) {
     if x <= 0.0 { (0.0, 0.0) } else { (x, 1.0) }
 }
 
+/// The largest argument that slopes of GELU are computed with: beyond it the product with what is as good as zero there would not be.
+const FAR: f32 = 1e6;
+
 #[inline(always)]
 fn gelu_erf(x: f32) -> (f32, f32) {
     const INV_SQRT_2PI: f32 = 0.398_942_3;
     let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
     // Far out, neither the density nor its product with x may become subnormal: each such operation takes a hundred cycles.
     let density = INV_SQRT_2PI * exp((-0.5 * x * x).max(-80.0));
-    (x * cdf, cdf + x * density)
+    (x * cdf, cdf + x.clamp(-FAR, FAR) * density)
 }
 
 #[inline(always)]
@@ -95,7 +98,8 @@ fn gelu_tanh(x: f32) -> (f32, f32) {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
     const CUBIC: f32 = 0.044_715;
     let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
-    let inner_slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
+    let near = x.clamp(-FAR, FAR);
+    let inner_slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * near * near);
     (
         0.5 * x * (1.0 + t),
         0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner_slope,
@@ -128,6 +132,27 @@ mod tests {
         }
         // Backward, the slope of a ReLU is that of PyTorch's: one at NaN, zero at zero.
         assert_eq!([f32::NAN, 0.0, 1.0].map(|x| relu(x).1), [1.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn slopes_far_out_are_those_of_the_asymptotes() {
+        for act in [Activation::Relu, Activation::GeluErf, Activation::GeluTanh] {
+            for x in [30.0, 1e6, 1e13, 6e19, 1e34, f32::MAX] {
+                let (mut y, mut slope) = ([x, -x], [0.0; 2]);
+                act.apply_with_slope(&mut y, &mut slope);
+                for (found, wanted) in [
+                    (y[0] / x, 1.0),
+                    (y[1] / x, 0.0),
+                    (slope[0], 1.0),
+                    (slope[1], 0.0),
+                ] {
+                    assert!(
+                        (found - wanted).abs() < 1e-6,
+                        "{act:?} at {x}: {y:?}, {slope:?}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,11 @@ pub fn forward(logits: &mut [f32], targets: &[u32], nll: &mut [f32], classes: us
                     {
                         let picked = row[target as usize];
                         let (max, total) = vector::softmax_in_place(row);
-                        *nll = max + total.ln() - picked;
+                        // A large maximum swallows the logarithm; where it is small, the order is that of the results there are.
+                        *nll = match max.abs() < 1024.0 {
+                            true => max + total.ln() - picked,
+                            false => max - picked + total.ln(),
+                        };
                     }
                 },
             );
@@ -63,6 +67,21 @@ pub fn backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_logits_lose_nothing_of_the_loss() {
+        let (half, third) = (2.0_f32.ln(), 3.0_f32.ln());
+        for (mut logits, target, loss) in [
+            (vec![1e8, 1e8], 0, half),
+            (vec![-1e8, -1e8, -1e8], 2, third),
+            (vec![1e30, 1e30, 0.0], 1, half),
+            (vec![1e8, 0.0], 1, 1e8),
+        ] {
+            let (mut nll, classes) = ([0.0], logits.len());
+            forward(&mut logits, &[target], &mut nll, classes);
+            assert_eq!(nll, [loss]);
+        }
+    }
 
     #[test]
     fn probabilities_far_below_the_largest_leave_no_subnormal_numbers() {

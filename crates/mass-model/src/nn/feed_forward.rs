@@ -46,14 +46,17 @@ impl FeedForward {
     /// A network from its two layers, missing biases being zero.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] if they do not fit each other.
+    /// [`ModelError::Shape`] if they do not fit each other, or a weight is no matrix.
     pub fn from_linear(
         fc1: Linear,
         fc2: Linear,
         activation: Activation,
     ) -> Result<Self, ModelError> {
         let with_bias = |layer: Linear| -> Result<(Param, Param), ModelError> {
-            let out = layer.weight.shape()[0];
+            let &[out, _] = layer.weight.shape() else {
+                let what = "matrix of a feed-forward network";
+                return Err(ModelError::shape(what, &[0, 0], layer.weight.shape()));
+            };
             let bias = layer.bias.map_or_else(|| Param::zeros(&[out], false), Ok)?;
             Ok((layer.weight, bias))
         };

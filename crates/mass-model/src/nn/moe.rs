@@ -15,7 +15,7 @@ use crate::error::ModelError;
 use crate::kernels::activation::Activation;
 use crate::ops::{self, Gate, MoeExpert, Pass, Routing, RoutingLoss, Rows, enter, on_tensors};
 use crate::parallel::Ranks;
-use crate::param::{Param, Parameters, draw, join};
+use crate::param::{MOST, Param, Parameters, draw, join};
 use crate::pass::{GateInput, LayerTrace, Masked};
 
 /// Sizes and rules of a mixture-of-experts layer.
@@ -26,7 +26,7 @@ pub struct MoeConfig {
     pub dim: usize,
     /// Hidden width h of each expert.
     pub hidden: usize,
-    /// Experts at the start, K.
+    /// Experts at the start, K; at most 2^20.
     pub experts: usize,
     /// Nonlinearity of the experts.
     pub activation: Activation,
@@ -59,7 +59,8 @@ pub enum GateConfig {
     Cosine {
         /// Width of the projection; `None`: no projection.
         projection: Option<usize>,
-        /// Temperature at the start, which is then learned; `None`: fixed at 1.
+        /// Temperature at the start, which is then learned; `None`: fixed at 1. At least 0.01: the scale stops at 100, and one
+        /// beyond it would never be learned.
         temperature: Option<f32>,
     },
     /// Bounded scores in a space of low rank: see `mass_routing::LowRankGate`.
@@ -147,7 +148,27 @@ impl MoeConfig {
     }
 }
 
+/// That of the largest scale which `mass_routing::CosineGate` has.
+const LEAST_TEMPERATURE: f32 = 0.01;
+
 impl MoeConfig {
+    /// Refuses a number of experts that no layer has.
+    fn check_experts(&self) -> Result<(), ModelError> {
+        match self.experts {
+            1..=MOST => Ok(()),
+            n => Err(ModelError::Config(format!(
+                "a mixture layer of {n} experts; it must be at least 1 and at most {MOST}"
+            ))),
+        }
+    }
+
+    /// Refuses an expert that is not made as the layer's, but for its factor and threshold.
+    fn check_expert(&self, what: &str, expert: &MoeExpert) -> Result<(), ModelError> {
+        expert.check_offset(what)?;
+        expert.network.check(what, Some((self.hidden, self.dim)))?;
+        expert.check_gate(what, self.row_sizes().0)
+    }
+
     /// Refuses a gate that cannot be made, before anything is drawn.
     fn check_gate(&self) -> Result<(), ModelError> {
         let positive = |x: f32| x.is_finite() && x > 0.0;
@@ -155,10 +176,12 @@ impl MoeConfig {
             GateConfig::Cosine {
                 projection,
                 temperature,
-            } if projection == Some(0) || temperature.is_some_and(|t| !positive(t)) => {
+            } if projection == Some(0)
+                || temperature.is_some_and(|t| !t.is_finite() || t < LEAST_TEMPERATURE) =>
+            {
                 Err(ModelError::Config(format!(
-                    "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, they must be \
-                     positive and finite"
+                    "a cosine gate with projection {projection:?} and temperature {temperature:?}; where given, the first must be \
+                     positive, and the second finite and at least {LEAST_TEMPERATURE}"
                 )))
             }
             GateConfig::LowRank {
@@ -172,17 +195,22 @@ impl MoeConfig {
         }
     }
 
-    /// A gate row as PyTorch's `Linear` draws it.
-    fn gate_row(&self, rng: &mut ChaCha8Rng) -> Result<Param, ModelError> {
-        self.check_gate()?;
-        let (width, inputs) = match self.gate {
+    /// Width of a gate row, and of what its values are multiplied with.
+    fn row_sizes(&self) -> (usize, usize) {
+        match self.gate {
             GateConfig::Cosine {
                 projection: Some(width),
                 ..
             } => (width, width),
             GateConfig::LowRank { rank, anchors, .. } => (rank.saturating_mul(anchors), rank),
             _ => (self.dim, self.dim),
-        };
+        }
+    }
+
+    /// A gate row as PyTorch's `Linear` draws it.
+    fn gate_row(&self, rng: &mut ChaCha8Rng) -> Result<Param, ModelError> {
+        self.check_gate()?;
+        let (width, inputs) = self.row_sizes();
         Param::uniform(&[width], 1.0 / (inputs as f32).sqrt(), true, rng)
     }
 
@@ -299,8 +327,9 @@ impl MoeLayer {
     /// A layer with weights drawn as PyTorch's `Linear` draws them: U(-1/√in, 1/√in).
     ///
     /// # Errors
-    /// [`ModelError::Config`] if a size is zero, or top-any routing is of another number of experts; [`ModelError::Routing`] if the
-    /// router's parameters are not valid, or it takes more experts than there are. The generator is as it was then.
+    /// [`ModelError::Config`] if a size is zero, there are more than 2^20 experts, or top-any routing is of another number of experts,
+    /// and for a gate or a routing loss that the layer cannot have; [`ModelError::Routing`] if the router's parameters are not valid,
+    /// or it takes more experts than there are. The generator is as it was then.
     pub fn new(config: &MoeConfig, rng: &mut ChaCha8Rng) -> Result<Self, ModelError> {
         let &MoeConfig {
             dim,
@@ -308,9 +337,10 @@ impl MoeLayer {
             experts,
             ..
         } = config;
-        if dim == 0 || hidden == 0 || experts == 0 {
+        config.check_experts()?;
+        if dim == 0 || hidden == 0 {
             let sizes = format!(
-                "a mixture layer of {experts} experts, width {dim}, hidden width {hidden}; each must be at least 1"
+                "a mixture layer of width {dim}, hidden width {hidden}; each must be at least 1"
             );
             return Err(ModelError::Config(sizes));
         }
@@ -343,12 +373,14 @@ impl MoeLayer {
     /// which router; its sizes must be the network's.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if the network has other sizes, another activation or another gating than the configuration.
+    /// [`ModelError::Config`] if the network has other sizes, another activation or another gating than the configuration;
+    /// otherwise as [`new`](Self::new).
     pub fn from_dense(
         network: &FeedForward,
         config: &MoeConfig,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
+        config.check_experts()?;
         let (hidden, dim) = network.sizes()?;
         let found = (dim, hidden, network.activation(), network.gated());
         let wanted = (config.dim, config.hidden, config.activation, config.gated);
@@ -381,8 +413,8 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`ModelError::Config`] if their number is not the configuration's, one is gated and another or the configuration is not,
-    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes,
-    /// [`ModelError::NonFinite`] for a logit offset that is NaN or infinite.
+    /// or the configuration has a shared expert, which is none of these; [`ModelError::Shape`] if one has other sizes, or its gate
+    /// row or threshold, [`ModelError::NonFinite`] for a logit offset that is NaN or infinite; otherwise as [`new`](Self::new).
     pub fn from_experts(
         config: &MoeConfig,
         experts: Vec<MoeExpert>,
@@ -400,7 +432,8 @@ impl MoeLayer {
         mut experts: Vec<MoeExpert>,
         rng: &mut ChaCha8Rng,
     ) -> Result<Self, ModelError> {
-        if experts.is_empty() || experts.len() != config.experts {
+        config.check_experts()?;
+        if experts.len() != config.experts {
             return Err(ModelError::Config(format!(
                 "{} experts given, {} configured",
                 experts.len(),
@@ -441,10 +474,7 @@ impl MoeLayer {
             _ => false,
         };
         for (e, expert) in experts.iter_mut().enumerate() {
-            expert
-                .network
-                .check(&format!("expert {e}"), Some((config.hidden, config.dim)))?;
-            expert.check_offset(&format!("expert {e}"))?;
+            config.check_expert(&format!("expert {e}"), expert)?;
             let gated = expert.network.up.is_some();
             if gated != config.gated {
                 let what = format!("expert {e}: gated is {gated}, configured {}", config.gated);
@@ -603,30 +633,28 @@ impl MoeLayer {
         Ok(&mut self.experts[index])
     }
 
-    /// Adds an expert at the end of the pool and returns its id.
-    ///
-    /// # Errors
-    /// [`ModelError::Shape`] or [`ModelError::Config`] if it is not made as the others are, [`ModelError::Config`] if the
-    /// layer has no id left, [`ModelError::NonFinite`] for a logit offset that is NaN or infinite; the pool is as it was then.
-    pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
+    /// Refuses an expert that [`push`](Self::push) would; the id after that of the newcomer.
+    pub(crate) fn check_newcomer(&self, expert: &MoeExpert) -> Result<u32, ModelError> {
         let first = &self.experts[0];
-        expert.check_offset("a newcomer")?;
-        expert
-            .network
-            .check("a newcomer", Some((self.config.hidden, self.config.dim)))?;
+        self.config.check_expert("a newcomer", expert)?;
         if expert.network.up.is_some() != first.network.up.is_some()
             || expert.threshold.is_some() != first.threshold.is_some()
         {
             let what = "a newcomer is gated, or has a threshold, unlike the other experts";
             return Err(ModelError::Config(what.into()));
         }
-        if expert.gate.shape() != first.gate.shape() {
-            let (wanted, found) = (first.gate.shape(), expert.gate.shape());
-            return Err(ModelError::shape("gate row of a newcomer", wanted, found));
-        }
+        let no_id = || ModelError::Config(format!("no id is left after {}", self.next_id));
+        self.next_id.checked_add(1).ok_or_else(no_id)
+    }
+
+    /// Adds an expert at the end of the pool and returns its id.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] or [`ModelError::Config`] if it is not made as the others are, [`ModelError::Config`] if the
+    /// layer has no id left, [`ModelError::NonFinite`] for a logit offset that is NaN or infinite; the pool is as it was then.
+    pub fn push(&mut self, expert: MoeExpert) -> Result<ExpertId, ModelError> {
         let id = self.next_id();
-        let no_id = || ModelError::Config(format!("no id is left after {}", id.0));
-        self.next_id = self.next_id.checked_add(1).ok_or_else(no_id)?;
+        self.next_id = self.check_newcomer(&expert)?;
         self.experts.push(expert);
         self.ids.push(id);
         if !self.owners.is_empty() {
@@ -656,12 +684,8 @@ impl MoeLayer {
         Ok(id)
     }
 
-    /// Takes an expert out of the pool.
-    ///
-    /// # Errors
-    /// [`ModelError::NoSuchExpert`] if it is not there, [`ModelError::Config`] if it is the last one,
-    /// [`ModelError::Routing`] if the router takes more experts than would be left; the pool is as it was then.
-    pub fn remove(&mut self, id: ExpertId) -> Result<MoeExpert, ModelError> {
+    /// Refuses what [`remove`](Self::remove) would; the place of the expert.
+    pub(crate) fn check_removal(&self, id: ExpertId) -> Result<usize, ModelError> {
         let index = self.index_of(id)?;
         if self.experts.len() == 1 {
             return Err(ModelError::Config(
@@ -669,6 +693,16 @@ impl MoeLayer {
             ));
         }
         enough_experts(&self.router(), self.experts.len() - 1)?;
+        Ok(index)
+    }
+
+    /// Takes an expert out of the pool.
+    ///
+    /// # Errors
+    /// [`ModelError::NoSuchExpert`] if it is not there, [`ModelError::Config`] if it is the last one,
+    /// [`ModelError::Routing`] if the router takes more experts than would be left; the pool is as it was then.
+    pub fn remove(&mut self, id: ExpertId) -> Result<MoeExpert, ModelError> {
+        let index = self.check_removal(id)?;
         self.ids.remove(index);
         if !self.owners.is_empty() {
             self.owners.remove(index);

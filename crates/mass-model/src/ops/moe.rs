@@ -51,6 +51,21 @@ impl MoeExpert {
             ))),
         }
     }
+
+    /// Refuses a gate row of another width, and a threshold that is not one value.
+    pub(crate) fn check_gate(&self, what: &str, width: usize) -> Result<(), ModelError> {
+        let rows = [
+            ("gate row", Some(&self.gate), width),
+            ("threshold", self.threshold.as_ref(), 1),
+        ];
+        for (part, param, wanted) in rows {
+            if let Some(param) = param.filter(|p| p.shape() != [wanted]) {
+                let part = format!("{part} of {what}");
+                return Err(ModelError::shape(part, &[wanted], param.shape()));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What the backward pass keeps of an expert.
@@ -170,9 +185,10 @@ pub(super) fn grouped(plan: &RoutingPlan) -> Grouped<'_> {
 ///
 /// # Errors
 /// [`ModelError::Shape`] if there is no row (a router of mass-routing takes a batch of no tokens, the kernels do not) or an expert
-/// or the gate does not fit the input's width, [`ModelError::Config`] for a routing loss that the router or the gate has no room
-/// for (with a tape), [`ModelError::Routing`] if the router refuses the
-/// logits (a NaN among them, or no expert in use), or with a tape cannot run backward, or a routing loss is undefined.
+/// or the gate does not fit the input's width, [`ModelError::Config`] if there is no expert, some are gated and others not, one
+/// lacks the threshold that top-any routing needs, or (with a tape) for a routing loss that the router or the gate has no room for,
+/// [`ModelError::Routing`] if the router refuses the logits (a NaN among them, or no expert in use), or with a tape cannot run
+/// backward, or a routing loss is undefined.
 pub fn moe_ffn<T: Tape<f32, Cpu>>(
     x: Rows<T>,
     experts: &[MoeExpert],
@@ -208,26 +224,13 @@ pub(super) fn check(
     let factor = first.network.up.is_some();
     let width = gate.width(dim)?;
     for (e, expert) in experts.iter().enumerate() {
-        expert
-            .network
-            .check(&format!("expert {e}"), Some((hidden, dim)))?;
+        let name = format!("expert {e}");
+        expert.network.check(&name, Some((hidden, dim)))?;
         if expert.network.up.is_some() != factor {
-            let what = format!("expert {e} is gated or not, unlike expert 0");
+            let what = format!("{name} is gated or not, unlike expert 0");
             return Err(ModelError::Config(what));
         }
-        if expert.gate.shape() != [width] {
-            return Err(ModelError::shape(
-                format!("gate row of expert {e}"),
-                &[width],
-                expert.gate.shape(),
-            ));
-        }
-        if let Some(threshold) = expert.threshold.as_ref()
-            && threshold.shape() != [1]
-        {
-            let what = format!("threshold of expert {e}");
-            return Err(ModelError::shape(what, &[1], threshold.shape()));
-        }
+        expert.check_gate(&name, width)?;
     }
     expect_width("input of a mixture layer", input, dim)?;
     Ok(FfnShape {

@@ -11,7 +11,7 @@ use crate::param::Param;
 /// Rows `picked` of `x`, in that order: what a head reads of a sequence (its first token, say).
 ///
 /// # Errors
-/// [`ModelError::Index`] for a row that is not there, [`ModelError::Shape`] if none is picked.
+/// [`ModelError::Index`] for a row that is not there, [`ModelError::Shape`] if none is picked, or rows have no values.
 pub fn pick_rows<T: Tape<f32, Cpu>>(x: Rows<T>, picked: &[usize]) -> Result<Rows<T>, ModelError> {
     on_tensors(x, |pass, x| pass.pick_rows(x, picked))
 }
@@ -24,10 +24,11 @@ pub fn scale_rows<T: Tape<f32, Cpu>>(x: Rows<T>, factor: &Param) -> Result<Rows<
     on_tensors(x, |pass, x| pass.scale_rows(x, factor))
 }
 
-/// Refuses rows that are not there.
-pub(super) fn check_picked(&(n, _): &(usize, usize), picked: &[usize]) -> Result<(), ModelError> {
-    if picked.is_empty() {
-        return Err(ModelError::shape("picked rows", &[1], &[0]));
+/// Refuses rows that are not there, or have no values.
+pub(super) fn check_picked(&(n, d): &(usize, usize), picked: &[usize]) -> Result<(), ModelError> {
+    if picked.is_empty() || d == 0 {
+        let (wanted, found) = ([picked.len().max(1), d.max(1)], [picked.len(), d]);
+        return Err(ModelError::shape("picked rows", &wanted, &found));
     }
     match picked.iter().position(|&row| row >= n) {
         Some(position) => Err(ModelError::Index {

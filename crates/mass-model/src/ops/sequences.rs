@@ -26,11 +26,12 @@ impl Sequences {
     /// `batch` sequences of `seq` rows.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if either is zero, or there are more rows than memory can hold.
+    /// [`ModelError::Config`] if either is zero, or there are 2^32 rows or more, or more sequences than memory has room for.
     pub fn uniform(batch: usize, seq: usize) -> Result<Self, ModelError> {
-        if batch == 0 || seq == 0 || batch == usize::MAX || batch.checked_mul(seq).is_none() {
+        let rows = batch.saturating_mul(seq);
+        if rows == 0 || u32::try_from(rows).is_err() {
             return Err(ModelError::Config(format!(
-                "{batch} sequences of {seq} rows: each must be at least 1, and all together fit into memory"
+                "{batch} sequences of {seq} rows: each must be at least 1, and all together fewer than 2^32"
             )));
         }
         let mut offsets = room(batch + 1, || format!("a batch of {batch} sequences"))?;

@@ -83,7 +83,11 @@ impl GradientAccumulator {
         outcome?;
         self.weight = total;
         self.batches += 1;
-        let share = (weight / total) as f32;
+        let mut share = (weight / total) as f32;
+        if self.batches > 1 {
+            // Rounded to one it would overwrite the mean so far, and a NaN in it.
+            share = share.min(1.0 - f32::EPSILON / 2.0);
+        }
         let mut before = std::mem::take(&mut self.means);
         before.append(&mut new);
         let mut outcome = Ok(());

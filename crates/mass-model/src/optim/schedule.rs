@@ -69,8 +69,8 @@ impl Schedule {
     /// Checks the numbers, which a configuration file may have brought.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a peak that is negative or not finite, a floor outside [0, 1], or a warm-up longer than
-    /// the run.
+    /// [`ModelError::Config`] for a peak that is negative or not finite, also times the steps of warm-up, a floor outside [0, 1], or
+    /// a warm-up longer than the run.
     pub fn check(self) -> Result<Self, ModelError> {
         let Self {
             peak,
@@ -82,6 +82,11 @@ impl Schedule {
         let refuse = |what: String| Err(ModelError::Config(format!("learning rate: {what}")));
         if !(peak >= 0.0 && peak.is_finite()) {
             return refuse(format!("peak {peak} is not a number of at least 0"));
+        }
+        if !(peak * warmup as f64).is_finite() {
+            return refuse(format!(
+                "peak {peak} times {warmup} steps of warm-up is too large"
+            ));
         }
         if !(0.0..=1.0).contains(&floor) {
             return refuse(format!("floor {floor} is not in [0, 1]"));

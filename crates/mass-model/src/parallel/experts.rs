@@ -78,7 +78,7 @@ fn give_up(expert: &mut MoeExpert, prefix: &str, optimizer: &mut AdamW) {
 /// again. What travels, and the memory that the first rank needs meanwhile, is that of all experts.
 ///
 /// # Errors
-/// [`ModelError::Parallel`].
+/// [`ModelError::Parallel`]; [`ParallelError::Unsupported`] if the experts are not [divided](divide).
 pub fn whole<M: Mixtures>(
     ranks: &Ranks,
     model: &mut M,
@@ -86,6 +86,10 @@ pub fn whole<M: Mixtures>(
 ) -> Result<(), ModelError> {
     if !ranks.divides_experts() {
         return Ok(());
+    }
+    if (0..model.mixtures()).any(|l| model.mixture(l).owners().is_empty()) {
+        let what = "experts cannot be brought together that are not divided";
+        return Err(ParallelError::Unsupported(what.into()).into());
     }
     // One expert at a time: no rank needs room for more to send, and no message is larger.
     for l in 0..model.mixtures() {

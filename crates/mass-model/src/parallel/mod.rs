@@ -257,12 +257,8 @@ impl Ranks {
         if self.is_alone() {
             return Ok(own.to_vec());
         }
-        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let all = self.gather_bytes(&bytes)?;
-        let numbers = all.iter().flat_map(|one| one.chunks_exact(8));
-        Ok(numbers
-            .map(|x| f64::from_le_bytes(x.try_into().expect("eight bytes")))
-            .collect())
+        let all = self.gather_bytes(&to_bytes(own))?;
+        Ok(all.iter().flat_map(|one| numbers(one)).collect())
     }
 
     /// Every rank's values, one rank's after another's.
@@ -285,18 +281,16 @@ impl Ranks {
     /// # Errors
     /// As [`gather_bytes`](Self::gather_bytes).
     pub fn sum(&self, values: &mut [f64]) -> Result<(), ParallelError> {
-        if self.is_alone() {
+        let Some(shared) = self.several() else {
             return Ok(());
-        }
-        let all = self.gather_f64(values)?;
-        let n = values.len();
-        if all.len() != n * self.size() {
-            let what = format!("{} numbers to add, not {n} of each rank", all.len());
-            return Err(ParallelError::Transport(what));
-        }
+        };
+        let all = self.gather_bytes(&to_bytes(values))?;
+        let counts: Vec<usize> = all.iter().map(|one| one.len() / 8).collect();
+        shared.same("numbers to add", &counts)?;
         values.fill(0.0);
-        for one in all.chunks_exact(n.max(1)) {
-            values.iter_mut().zip(one).for_each(|(sum, x)| *sum += x);
+        for one in &all {
+            let pairs = values.iter_mut().zip(numbers(one));
+            pairs.for_each(|(sum, x)| *sum += x);
         }
         Ok(())
     }
@@ -396,6 +390,16 @@ impl Ranks {
             None => Ok(()),
         }
     }
+}
+
+fn to_bytes(numbers: &[f64]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// What [`to_bytes`] wrote.
+fn numbers(bytes: &[u8]) -> impl Iterator<Item = f64> + '_ {
+    let eight = bytes.chunks_exact(8);
+    eight.map(|x| f64::from_le_bytes(x.try_into().expect("eight bytes")))
 }
 
 /// The part of `0..n` that is a rank's.

@@ -54,7 +54,9 @@ fn innermost(router: &AnyRouter) -> &AnyRouter {
 /// A parameter that has a gradient on any rank has one on every rank afterwards. Returns the sum of the weights.
 ///
 /// # Errors
-/// [`ModelError::Parallel`]; [`ParallelError::Unsupported`] for gradients on a device.
+/// [`ModelError::Parallel`]; [`ParallelError::Unsupported`] for gradients on a device; [`ModelError::Shape`] if no rank has a target,
+/// or `weight` is not the number of targets that an overlapping pass had; [`ModelError::Config`] if 64 bits do not count the targets
+/// of all ranks. Gradients are lost then.
 pub fn reduce<M: Parameters + ?Sized>(
     ranks: &Ranks,
     model: &M,

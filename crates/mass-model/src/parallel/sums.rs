@@ -66,7 +66,7 @@ pub(super) fn sum(
         found.fold(0, |byte, bit| byte << 1 | bit)
     };
     own.extend(all.chunks(8).map(bits));
-    let (mut loss, mut total, mut weights) = (0.0, 0, Vec::with_capacity(ranks.size()));
+    let (mut loss, mut total, mut weights) = (0.0, 0_u64, Vec::with_capacity(ranks.size()));
     for (rank, other) in ranks.gather_bytes(&own)?.iter().enumerate() {
         if other.len() != own.len() {
             let what = format!("parameters in {} bytes, not {}", other.len(), own.len());
@@ -76,7 +76,9 @@ pub(super) fn sum(
         loss += f64::from_le_bytes(eight(0));
         let weight = u64::from_le_bytes(eight(8));
         weights.push(weight as f64);
-        total += weight;
+        let what = "more targets of all ranks than 64 bits count";
+        let sum = total.checked_add(weight);
+        total = sum.ok_or_else(|| ModelError::Config(what.into()))?;
         for (i, one) in all.iter_mut().enumerate() {
             one.found |= other[16 + i / 8] >> (i % 8) & 1 == 1;
         }
@@ -262,12 +264,18 @@ impl Ranks {
     /// `2 / ranks`, whatever the number of ranks.
     ///
     /// # Errors
-    /// As [`gather_bytes`](Self::gather_bytes).
+    /// As [`gather_bytes`](Self::gather_bytes); [`ParallelError::Unsupported`], on this rank, if there is not one weight a rank.
     pub fn weighted_sum(&self, values: &mut [f32], weights: &[f64]) -> Result<(), ParallelError> {
+        let (rank, size) = (self.rank(), self.size());
+        if weights.len() != size {
+            let what = format!("values of {size} ranks with {} weights", weights.len());
+            return Err(ParallelError::Unsupported(what));
+        }
         let Some(shared) = self.several() else {
+            let weigh = |x: &mut f32| *x = (weights[0] * f64::from(*x)) as f32;
+            values.iter_mut().for_each(weigh);
             return Ok(());
         };
-        let (rank, size) = (self.rank(), self.size());
         let mut received = Vec::new();
         for bucket in values.chunks_mut(BUCKET) {
             let counts = shared.begin(Kind::Sum, bucket.len())?;

@@ -4,7 +4,7 @@ use super::{BUCKET, Ranks, part};
 use crate::growth::Mixtures;
 use crate::param::Held;
 
-/// What a rank has sent to other ranks.
+/// What a rank has sent to other ranks. Sums and differences stop at the largest number and at zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes of payload, without what a network adds to a message.
@@ -18,8 +18,8 @@ impl Sub for Traffic {
 
     fn sub(self, before: Self) -> Self {
         Self {
-            bytes: self.bytes - before.bytes,
-            messages: self.messages - before.messages,
+            bytes: self.bytes.saturating_sub(before.bytes),
+            messages: self.messages.saturating_sub(before.messages),
         }
     }
 }
@@ -29,8 +29,8 @@ impl Add for Traffic {
 
     fn add(self, other: Self) -> Self {
         Self {
-            bytes: self.bytes + other.bytes,
-            messages: self.messages + other.messages,
+            bytes: self.bytes.saturating_add(other.bytes),
+            messages: self.messages.saturating_add(other.messages),
         }
     }
 }
@@ -134,7 +134,8 @@ impl Step {
     #[must_use]
     pub fn growing(mut self) -> Self {
         let of_expert = if self.group > 1 { 4 } else { 3 };
-        self.sums.push(self.layers * (of_expert * self.experts + 3));
+        let of_layer = self.experts.saturating_mul(of_expert).saturating_add(3);
+        self.sums.push(self.layers.saturating_mul(of_layer));
         self
     }
 
@@ -145,17 +146,19 @@ impl Step {
         self
     }
 
-    /// What a rank sends in a step, of average rank where they differ.
+    /// What a rank sends in a step, of average rank where they differ. Counts past the largest number are that.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
-        let others = self.ranks.saturating_sub(1);
-        if others == 0 {
+        if self.ranks < 2 {
             return Traffic::default();
         }
-        let (mut bytes, mut collectives, mut messages) = (0.0, 0, 0);
+        // In f64, which has every count below 2^53 and overflows nowhere.
+        let others = (self.ranks - 1) as f64;
+        let buckets = |values: usize| values.div_ceil(BUCKET) as f64;
+        let (mut bytes, mut collectives, mut messages) = (0.0, 0.0, 0.0);
         let mut gather = |each: f64| {
-            bytes += each * others as f64;
-            collectives += 1;
+            bytes += each * others;
+            collectives += 1.0;
             messages += others;
         };
         gather(16.0 + self.parameters.div_ceil(8) as f64);
@@ -167,29 +170,28 @@ impl Step {
         if self.group > 1 && self.ranks > self.group {
             gather(8.0);
         }
-        let buckets = self.everywhere.div_ceil(BUCKET);
-        collectives += buckets;
-        messages += 2 * others * buckets;
-        bytes += 4.0 * 2.0 * self.everywhere as f64 * others as f64 / self.ranks as f64;
+        collectives += buckets(self.everywhere);
+        messages += 2.0 * others * buckets(self.everywhere);
+        bytes += 4.0 * 2.0 * self.everywhere as f64 * others / self.ranks as f64;
         let groups = self.ranks / self.group.max(1);
         if self.group > 1 {
             if groups > 1 {
                 let of_others = (groups - 1) as f64 / groups as f64;
                 bytes += 4.0 * 2.0 * self.own_experts as f64 * of_others;
-                let buckets = self.own_experts.div_ceil(BUCKET);
-                collectives += 2 * buckets;
-                messages += 2 * others * buckets;
+                collectives += 2.0 * buckets(self.own_experts);
+                messages += 2.0 * others * buckets(self.own_experts);
             }
             // Counts, and tokens out, back, and both once more.
-            let values = self.away * self.assignments * (4 * self.dim + 2) as f64;
+            let values = self.away * self.assignments * (4.0 * self.dim as f64 + 2.0);
             let own = part(self.experts, self.group, 0).len();
-            let counts = others + (self.group - 1) * own;
-            bytes += 4.0 * self.layers as f64 * (values + counts as f64);
-            collectives += 5 * self.layers;
-            messages += 5 * others * self.layers;
+            let counts = others + (self.group - 1) as f64 * own as f64;
+            let layers = self.layers as f64;
+            bytes += 4.0 * layers * (values + counts);
+            collectives += 5.0 * layers;
+            messages += 5.0 * others * layers;
         }
         Traffic {
-            bytes: bytes.round() as u64 + (16 * others * collectives) as u64,
+            bytes: (bytes.round() + 16.0 * others * collectives) as u64,
             messages: (messages + others * collectives) as u64,
         }
     }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ModelError;
 use crate::kernels::activation::Activation;
+use crate::param::MOST;
 use crate::pretrained::{Head, activation};
 
 use super::files;
@@ -14,7 +15,7 @@ use super::files;
 pub struct VitConfig {
     /// Width d of the hidden states.
     pub hidden_size: usize,
-    /// Number of blocks.
+    /// Number of blocks, at most 2^20.
     pub num_hidden_layers: usize,
     /// Attention heads; divides the width.
     pub num_attention_heads: usize,
@@ -140,6 +141,10 @@ impl VitConfig {
             if u32::try_from(size).is_err() {
                 return refuse(format!("{field} {size} is larger than any model's"));
             }
+        }
+        if self.num_hidden_layers > MOST {
+            let layers = self.num_hidden_layers;
+            return refuse(format!("num_hidden_layers {layers} is more than {MOST}"));
         }
         let patch = self.patch_size.checked_mul(self.patch_size);
         if patch

@@ -380,6 +380,7 @@ fn a_wrong_configuration_is_refused() {
     assert!(refused(&|c| c.num_attention_heads = 5).contains("num_attention_heads 5"));
     assert!(refused(&|c| c.num_attention_heads = 0).contains("num_attention_heads"));
     assert!(refused(&|c| c.num_hidden_layers = 0).contains("num_hidden_layers"));
+    assert!(refused(&|c| c.num_hidden_layers = 1 << 40).contains("more than 1048576"));
     assert!(refused(&|c| c.hidden_dropout_prob = 1.0).contains("hidden_dropout_prob"));
     assert!(refused(&|c| c.classifier_dropout = Some(f32::NAN)).contains("classifier_dropout"));
     assert!(refused(&|c| c.layer_norm_eps = 0.0).contains("layer_norm_eps"));

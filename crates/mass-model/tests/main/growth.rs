@@ -5,18 +5,20 @@ use mass_expand::{
     Answer, BisectParams, ControllerParams, Decomposition, EventKind, ExpertId, SplitOperator,
     Trigger,
 };
-use mass_model::ModelError;
 use mass_model::checkpoint::{self, Snapshot};
 use mass_model::growth::{
     GradientNorm, Grower, GrowerConfig, LossOn, Mixtures, observe, remove_expert, split_expert,
 };
-use mass_model::lm::{LanguageModel, Masked};
+use mass_model::lm::{LanguageModel, Masked, TrainPass};
 use mass_model::nn::MoeLayer;
-use mass_model::optim::{AdamW, AdamWConfig};
+use mass_model::ops::MoeExpert;
+use mass_model::optim::{AdamW, AdamWConfig, Gradients};
+use mass_model::{ModelError, Param};
 use mass_routing::{Combine, RouterConfig};
 use serde_json::json;
 
 use crate::growing::{SEQ, advance, all_values, batch, grower, model};
+use crate::saved::{damage::manifest, saved};
 
 fn clone_operator(decomposition: Option<Decomposition>, preserve_mass: bool) -> SplitOperator {
     SplitOperator::Clone {
@@ -219,6 +221,91 @@ fn removing_a_newcomer_undoes_what_its_split_did_to_the_gate() {
         close(newcomer.gate.values(), &learnt[13..25]);
         assert!((newcomer.logit_offset - learnt[25]).abs() < 1e-5);
     }
+}
+
+/// What `split_expert` may be asked.
+fn operators() -> [SplitOperator; 2] {
+    let bisect = SplitOperator::Bisect(BisectParams::default());
+    [bisect, clone_operator(Some(Decomposition::Whole), true)]
+}
+
+#[test]
+fn a_split_that_is_refused_changes_nothing() {
+    let changes: [fn(&mut MoeExpert); 3] = [
+        |e| e.network.fc1.0 = Param::new(vec![1.0], &[], true).unwrap(),
+        |e| e.gate = Param::zeros(&[13], true).unwrap(),
+        |e| e.threshold = Some(Param::zeros(&[1], false).unwrap()),
+    ];
+    for (change, operator) in changes
+        .into_iter()
+        .flat_map(|c| operators().map(|o| (c, o)))
+    {
+        let mut model = model(RouterConfig::TopP {
+            p: 1.0,
+            combine: Combine::Raw,
+        });
+        let (tokens, targets) = batch(0);
+        let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+        let moe = model.mixture_mut(0);
+        change(moe.expert_mut(ExpertId(1)).unwrap());
+        refuse_split(moe, operator, &mut pass);
+    }
+}
+
+/// That of expert 1.
+fn refuse_split(moe: &mut MoeLayer, operator: SplitOperator, pass: &mut TrainPass) {
+    let state = |moe: &MoeLayer, pass: &mut TrainPass| {
+        let expert = &moe.experts()[1];
+        let params = [&expert.gate, &expert.network.fc1.0];
+        let gradients = params.map(|p| pass.gradients.copy(p).unwrap());
+        (gates(moe), gradients, moe.next_id())
+    };
+    let before = state(moe, pass);
+    let trace = &pass.layers[0];
+    let refused = split_expert(moe, ExpertId(1), operator, trace, &mut pass.gradients);
+    let shape_or_id = |e: &ModelError| match e {
+        ModelError::Shape { .. } => true,
+        ModelError::Config(why) => why.contains("no id is left") || why.contains("threshold"),
+        _ => false,
+    };
+    assert!(refused.as_ref().is_err_and(shape_or_id), "{refused:?}");
+    assert_eq!(state(moe, pass), before);
+}
+
+#[test]
+fn a_pool_without_an_id_left_is_read_and_split_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = saved(dir.path(), 3);
+    manifest(&folder, &|json| {
+        json["pools"][0]["next_id"] = json!(u32::MAX);
+    });
+    let mut model: LanguageModel = checkpoint::load_model(dir.path()).unwrap();
+    let (tokens, targets) = crate::saved::batch();
+    let mut pass = model.train_pass(&tokens, &targets, 4).unwrap();
+    for operator in operators() {
+        refuse_split(model.mixture_mut(0), operator, &mut pass);
+    }
+}
+
+#[test]
+fn a_removal_that_is_refused_undoes_no_split() {
+    let mut model = model(RouterConfig::TopK {
+        k: 2,
+        combine: Combine::Raw,
+    });
+    let (tokens, targets) = batch(0);
+    let mut pass = model.train_pass(&tokens, &targets, SEQ).unwrap();
+    let (trace, gradients) = (&pass.layers[0], &mut pass.gradients);
+    let moe = model.mixture_mut(0);
+    let [bisect, _] = operators();
+    let shift = split_expert(moe, ExpertId(0), bisect, trace, gradients).unwrap();
+    for gone in [1, 2] {
+        remove_expert(moe, ExpertId(gone), None).unwrap();
+    }
+    let before = gates(moe);
+    let refused = remove_expert(moe, shift.newcomer, Some(&shift));
+    assert!(matches!(refused, Err(ModelError::Routing(_))));
+    assert_eq!(gates(moe), before);
 }
 
 /// Gate row and logit offset of every expert.

@@ -2,7 +2,7 @@
 
 use dfdx::prelude::*;
 use mass_model::nn::{FeedForward, GateConfig, MoeConfig, MoeLayer, SelfAttention};
-use mass_model::ops::{self, Attention, RoutingLoss, Rows, Sequences};
+use mass_model::ops::{self, Attention, MoeExpert, RoutingLoss, Rows, Sequences};
 use mass_model::{
     Activation, CpuGradients, DropoutKeys, ModelError, Param, Parameters, seeded_rng,
 };
@@ -571,7 +571,10 @@ fn picked_and_scaled_rows_agree_with_dfdx() {
         ops::pick_rows(x.clone(), &[5]),
         Err(ModelError::Index { .. })
     ));
-    assert!(ops::pick_rows(x, &[]).is_err());
+    let empty: Rows<NoneTape> = Cpu::default().zeros_like(&(3, 0));
+    for refused in [ops::pick_rows(x, &[]), ops::pick_rows(empty, &[0])] {
+        assert!(matches!(refused, Err(ModelError::Shape { .. })));
+    }
 }
 
 #[test]
@@ -647,7 +650,40 @@ fn what_a_layer_cannot_be_is_refused() {
         let layer = MoeLayer::from_experts(&other, experts.clone(), &mut rng);
         assert!(config(layer.map(drop)), "{other:?}");
     }
+    let changes: [fn(&mut MoeExpert); 2] = [
+        |e| e.gate = Param::zeros(&[7], true).unwrap(),
+        |e| e.threshold = Some(Param::zeros(&[2], false).unwrap()),
+    ];
+    for change in changes {
+        let mut experts = experts.clone();
+        change(&mut experts[1]);
+        let layer = MoeLayer::from_experts(&plain, experts, &mut rng);
+        assert!(matches!(layer, Err(ModelError::Shape { .. })));
+    }
     assert!(MoeLayer::from_experts(&plain, experts, &mut rng).is_ok());
+}
+
+/// A scale that is clamped has no gradient.
+#[test]
+fn the_temperature_of_a_cosine_gate_is_one_that_can_be_learned() {
+    let of = |temperature| {
+        let gate = GateConfig::Cosine {
+            projection: None,
+            temperature: Some(temperature),
+        };
+        let base = MoeConfig::new(6, 8, 2, Activation::Silu, all_of(2));
+        MoeLayer::new(&MoeConfig { gate, ..base }, &mut seeded_rng(3))
+    };
+    for temperature in [0.0, 0.005, 0.009_999, f32::NAN] {
+        assert!(matches!(of(temperature), Err(ModelError::Config(_))));
+    }
+    let layer = of(0.01).unwrap();
+    let y = layer.try_forward(rows(30, 6, 1.0).leaky_traced()).unwrap();
+    let (_, mut gradients) = probe(y);
+    layer.visit("", &mut |name, p| {
+        let gradient = p.gradient(&mut gradients).unwrap();
+        assert!(name != "gate.log_scale" || gradient[0] != 0.0);
+    });
 }
 
 #[test]

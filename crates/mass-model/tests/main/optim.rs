@@ -304,6 +304,19 @@ fn clipping_scales_all_gradients_by_their_common_norm() {
     }
 }
 
+/// Squares that f32 rounds to zero or to subnormal numbers.
+#[test]
+fn tiny_gradients_have_their_norm() {
+    for value in [0.0, 1e-30, 1e-23, 1e-22, 1e-19, 1e-15_f32] {
+        let mut bag = Bag::of(&["a.weight"]);
+        let mut gradients = bag.gradients(value);
+        let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        let norm = optimizer.step(&mut bag, &mut gradients, 0.1).unwrap();
+        let exact = f64::from(value) * 6f64.sqrt();
+        assert!((norm - exact).abs() <= 1e-6 * exact, "{norm} for {exact}");
+    }
+}
+
 #[test]
 fn schedules_warm_up_alike_and_end_at_their_floor() {
     let linear = Schedule {
@@ -341,6 +354,11 @@ fn schedules_warm_up_alike_and_end_at_their_floor() {
     let bad = [
         Schedule {
             peak: f64::NAN,
+            ..linear
+        },
+        // Its warm-up is infinite.
+        Schedule {
+            peak: 1e308,
             ..linear
         },
         Schedule {

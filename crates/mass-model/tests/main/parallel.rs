@@ -283,7 +283,7 @@ fn sums_are_weighted_and_the_same_on_every_rank() {
         // Fewer values than ranks, none, and more than travel at once.
         for n in [0, 1, 2, 7, (1 << 20) + 3] {
             let value = |rank: usize, i: usize| ((i * 7 + rank * 13) % 29) as f32 - 11.3;
-            let weights: Vec<f64> = (0..size).map(|r| (r + 1) as f64).collect();
+            let weights: Vec<f64> = (0..size).map(|r| (r + 1) as f64 / 2.0).collect();
             let sums = Threads::run(size, |ranks| {
                 let mut own: Vec<f32> = (0..n).map(|i| value(ranks.rank(), i)).collect();
                 ranks.weighted_sum(&mut own, &weights)?;
@@ -360,6 +360,15 @@ fn ranks_that_do_different_things_say_so() {
         let error = end.unwrap_err().to_string();
         assert!(error.contains("5 values to add, not 4"), "{error}");
     }
+    let ends = Threads::run(3, |ranks| ranks.sum(&mut vec![1.0; 1 + ranks.rank()]));
+    for end in ends {
+        let error = end.unwrap_err();
+        assert!(
+            matches!(error, ParallelError::OutOfStep { rank: 1, .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains("2 numbers to add, not 1"));
+    }
     let ends = Threads::run(3, |ranks| {
         let seed = usize::from(ranks.rank() == 2);
         ranks.agree(&[("the version", "1".into()), ("the seed", seed.to_string())])
@@ -405,6 +414,29 @@ fn fails(group: usize, overlap: Option<usize>) {
         errors[0],
         "rank 1 has failed: the training loss is not finite"
     );
+}
+
+#[test]
+fn counts_of_what_is_sent_stop_at_the_largest_number() {
+    let of = |bytes, messages| Traffic { bytes, messages };
+    assert_eq!(of(0, 5) - of(1, 2), of(0, 3));
+    assert_eq!(of(u64::MAX, 5) + of(1, 2), of(u64::MAX, 7));
+    let step = Step {
+        ranks: 4,
+        group: 2,
+        parameters: usize::MAX,
+        everywhere: usize::MAX,
+        own_experts: usize::MAX,
+        layers: usize::MAX,
+        experts: usize::MAX,
+        dim: usize::MAX,
+        assignments: 1.0,
+        away: 0.5,
+        sums: vec![usize::MAX],
+    };
+    let step = step.growing();
+    assert_eq!(step.sums, [usize::MAX; 2]);
+    assert_eq!(step.traffic(), of(u64::MAX, u64::MAX));
 }
 
 /// What is sent is what the cost model says, by ranks, groups, experts, width and experts a token.

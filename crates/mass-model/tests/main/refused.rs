@@ -8,8 +8,10 @@ use mass_model::lm::LanguageModel;
 use mass_model::nn::{Block, FeedForward, LayerNorm, Linear, MoeConfig, MoeLayer};
 use mass_model::ops::{self, Gate, RoutingLoss, Sequences};
 use mass_model::optim::{AdamW, AdamWConfig, Ema, EmaConfig, GradientAccumulator, ParameterState};
-use mass_model::parallel::{Ranks, Threads};
-use mass_model::{Activation, CpuGradients, ModelError, Param, Parameters, parameters, seeded_rng};
+use mass_model::parallel::{self, Ranks, Threads};
+use mass_model::{
+    Activation, CpuGradients, ModelError, Param, Parameters, Place, parameters, seeded_rng,
+};
 use serde_json::json;
 
 use crate::saved::{snapshot, trained};
@@ -269,20 +271,23 @@ fn what_an_accumulator_refuses_it_still_has() {
 
 #[test]
 fn what_is_no_number_is_refused_once_it_has_been_averaged() {
-    let mut model = one(1.0);
-    let mut gradients = given(&model, f32::NAN);
-    let mut accumulator = GradientAccumulator::new();
-    accumulator.add(&model, &mut gradients, 1.0).unwrap();
-    accumulator
-        .add(&model, &mut given(&model, 1.0), 1.0)
-        .unwrap();
-    accumulator.mean_into(&model, &mut gradients).unwrap();
-    let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
-    says(
-        optimizer.step(&mut model, &mut gradients, 0.1),
-        "the gradient of a",
-    );
-    assert_eq!(model.a.values(), [1.0; 4]);
+    // Also beside a weight of which the first is nothing in f32.
+    for weight in [1.0, 1e-9] {
+        let mut model = one(1.0);
+        let mut gradients = given(&model, f32::NAN);
+        let mut accumulator = GradientAccumulator::new();
+        accumulator.add(&model, &mut gradients, weight).unwrap();
+        accumulator
+            .add(&model, &mut given(&model, 1.0), 1.0)
+            .unwrap();
+        accumulator.mean_into(&model, &mut gradients).unwrap();
+        let mut optimizer = AdamW::new(AdamWConfig::default()).unwrap();
+        says(
+            optimizer.step(&mut model, &mut gradients, 0.1),
+            "the gradient of a",
+        );
+        assert_eq!(model.a.values(), [1.0; 4]);
+    }
 
     let mut parts = trained(3);
     let weights = parts.0.norm.weight.values().to_vec();
@@ -393,6 +398,22 @@ fn a_mixture_takes_no_loss_or_gate_that_it_has_no_room_for() {
     says(run(&cosine(flat, None), &[], None), "projection of a gate");
 }
 
+/// Fields that anybody may set.
+#[test]
+fn parameters_of_no_shape_are_refused_where_they_are_used() {
+    let part = "expected shape [0, 0], got []";
+    let scalar = || Param::new(vec![1.0], &[], true).unwrap();
+    let (weight, bias) = (scalar(), None);
+    let fc = Linear { weight, bias };
+    says(
+        FeedForward::from_linear(fc.clone(), fc, Activation::Relu),
+        part,
+    );
+    let (mut model, _, _) = trained(3);
+    model.positions = scalar();
+    says(model.forward(&[1, 2], 2, None, NoneTape), part);
+}
+
 #[test]
 fn sizes_that_memory_has_no_room_for_are_refused() {
     let rng = &mut seeded_rng(0);
@@ -401,8 +422,17 @@ fn sizes_that_memory_has_no_room_for_are_refused() {
     says(Param::zeros(&[1 << 50], true), room);
     says(Param::uniform(&[1 << 50], 1.0, true, rng), room);
     says(Linear::new(1 << 25, 1 << 25, true, rng), room);
-    says(Sequences::uniform(1 << 44, 1), room);
-    says(Sequences::uniform(usize::MAX, 1), "fit into memory");
+    for batch in [1 << 36, 1 << 44, usize::MAX] {
+        says(Sequences::uniform(batch, 1), "fewer than 2^32");
+    }
+    let most = "at most 1048576";
+    let dense = FeedForward::new(4, 3, Activation::Relu, false, &mut seeded_rng(1)).unwrap();
+    let many = moe(1 << 40, top_k(1));
+    says(MoeLayer::new(&many, rng), most);
+    says(MoeLayer::from_dense(&dense, &many, rng), most);
+    let mut deep = crate::saved::config(2);
+    deep.layers = 1 << 40;
+    says(LanguageModel::new(&deep, rng), most);
     let bert = BertConfig {
         vocab_size: 1 << 50,
         hidden_size: 4,
@@ -496,6 +526,26 @@ fn what_ranks_cannot_exchange_is_refused() {
             let error = outcome.unwrap_err().to_string();
             assert!(error.contains("cannot be sent to 2 ranks"), "{error}");
         }
+    }
+    for weights in [&[][..], &[1.0], &[1.0; 3]] {
+        for outcome in Threads::run(2, |ranks| ranks.weighted_sum(&mut [1.0], weights)) {
+            let error = outcome.unwrap_err().to_string();
+            assert!(error.contains("values of 2 ranks"), "{error}");
+        }
+    }
+    for outcome in Threads::run(2, |ranks| {
+        let (mut model, mut optimizer, _) = trained(3);
+        let ranks = ranks.clone().in_groups(2)?;
+        parallel::whole(&ranks, &mut model, &mut optimizer)
+    }) {
+        says(outcome, "not divided");
+    }
+    for outcome in Threads::run(2, |ranks| {
+        let (model, _, _) = trained(3);
+        let mut pass = model.train_pass_at(&Place::Cpu, &[1, 2], &[2, 3], 2)?;
+        parallel::reduce(ranks, &model, &mut pass, u64::MAX)
+    }) {
+        says(outcome, "64 bits");
     }
     for outcome in Threads::run(2, |ranks| ranks.of_first::<u32>(None)) {
         let error = outcome.unwrap_err().to_string();

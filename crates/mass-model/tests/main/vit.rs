@@ -372,6 +372,7 @@ fn a_wrong_configuration_is_refused() {
         e.to_string()
     };
     assert!(refused(&|c| c.num_attention_heads = 5).contains("num_attention_heads 5"));
+    assert!(refused(&|c| c.num_hidden_layers = 1 << 31).contains("more than 1048576"));
     assert!(refused(&|c| c.patch_size = 4).contains("patch_size 4"));
     assert!(refused(&|c| c.patch_size = 0).contains("patch_size"));
     assert!(refused(&|c| c.image_size = usize::MAX).contains("image_size"));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::super::storage::{Disk, Storage};
 use super::simulated::{Faults, Simulated};
-use super::{newest, write};
+use super::{newest, steps, write};
 
 const DIR: &str = "/runs/one";
 const FILES: [&str; 3] = ["model", "state", "checksums"];
@@ -170,6 +170,38 @@ fn a_full_disk_keeps_the_previous_checkpoint_and_nothing_of_the_next() {
             assert!(!saved && names(&storage).is_empty(), "call {at}");
         }
     }
+}
+
+/// What fails after `latest` names the new checkpoint takes nothing of it away.
+#[test]
+fn an_old_folder_that_cannot_be_removed_stays_for_the_next_checkpoint() {
+    let before = Simulated::new(Faults::default());
+    assert!(save(&before, 10) && save(&before, 20));
+    let whole = before.with(Faults::default());
+    assert!(save(&whole, 30));
+    // The last call removes a folder, the one before it syncs the name of the new one.
+    for (at, is_saved) in [(whole.calls() - 1, true), (whole.calls() - 2, false)] {
+        let storage = before.with(Faults {
+            no_space: Some(at),
+            ..Faults::default()
+        });
+        assert_eq!(save(&storage, 30), is_saved);
+        assert_eq!(readable(&storage), Ok(Some(30)));
+        assert_eq!(steps(&storage, Path::new(DIR)).len(), 3);
+        assert!(save(&storage, 40));
+        assert_eq!(steps(&storage, Path::new(DIR)).len(), 2);
+    }
+}
+
+#[test]
+fn folders_are_in_the_order_of_their_steps() {
+    let storage = Simulated::new(Faults::default());
+    assert!(save(&storage, 9_999_999_999) && save(&storage, 9_999_999_999));
+    let dir = Path::new(DIR);
+    storage.create_dir(&dir.join("step-10000000000")).unwrap();
+    let found = steps(&storage, dir);
+    let names = ["step-9999999999", "step-9999999999+", "step-10000000000"];
+    assert_eq!(found, names.map(|name| dir.join(name)));
 }
 
 /// Somebody else has made the directory and did not sync its name.
