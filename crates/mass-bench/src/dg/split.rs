@@ -23,39 +23,23 @@ pub struct Split {
 }
 
 impl Split {
-    /// Holds out `held_out` (a part in (0, 1)) of each domain but `target`, drawn at random by the seed.
+    /// Holds out `held_out` (a part in (0, 1)) of each domain but the target, drawn at random by the seed; of every domain if there is
+    /// no target.
     ///
     /// # Errors
     /// [`DgError::Split`] if there is no such target, or a domain is too small to give to both sides.
-    pub fn leave_out(
-        images: &DomainImages,
-        target: usize,
-        held_out: f64,
-        seed: u64,
-    ) -> Result<Self, DgError> {
-        if target >= images.domains.len() {
-            let domains = images.domains.len();
-            return Err(DgError::Split(format!(
-                "there is no domain {target}, there are {domains}"
-            )));
-        }
-        Self::of(images, Some(target), held_out, seed)
-    }
-
-    /// Leaves out none: the same part of each domain is held out.
-    ///
-    /// # Errors
-    /// [`DgError::Split`] if a domain is too small to give to both sides.
-    pub fn all(images: &DomainImages, held_out: f64, seed: u64) -> Result<Self, DgError> {
-        Self::of(images, None, held_out, seed)
-    }
-
-    fn of(
+    pub fn of(
         images: &DomainImages,
         target: Option<usize>,
         held_out: f64,
         seed: u64,
     ) -> Result<Self, DgError> {
+        let domains = images.domains.len();
+        if let Some(target) = target.filter(|&target| target >= domains) {
+            return Err(DgError::Split(format!(
+                "there is no domain {target}, there are {domains}"
+            )));
+        }
         let mut split = Self {
             target,
             train: Vec::new(),
@@ -63,7 +47,7 @@ impl Split {
             probe: Vec::new(),
             test: target.map_or_else(Vec::new, |target| images.of_domain(target)),
         };
-        for source in (0..images.domains.len()).filter(|&d| Some(d) != target) {
+        for source in (0..domains).filter(|&d| Some(d) != target) {
             let mut members = images.of_domain(source);
             members.shuffle(&mut stream(seed, Purpose::Evaluation, source as u64));
             let held = (members.len() as f64 * held_out) as usize;
@@ -80,16 +64,10 @@ impl Split {
         Ok(split)
     }
 
-    /// Takes up to `count` training images of each source domain, never more than a quarter of them, for judging new experts.
+    /// Takes up to `count` training images of each of the first `domains` source domains, never more than a quarter of them, for
+    /// judging new experts.
     #[must_use]
-    pub fn with_probe(self, count: usize) -> Self {
-        let domains = self.train.len();
-        self.with_probe_of(domains, count)
-    }
-
-    /// The same of the first `domains` source domains alone.
-    #[must_use]
-    pub fn with_probe_of(mut self, domains: usize, count: usize) -> Self {
+    pub fn with_probe(mut self, domains: usize, count: usize) -> Self {
         for members in self.train.iter_mut().take(domains) {
             let left = members.len() - count.min(members.len() / 4);
             self.probe.extend(members.split_off(left));

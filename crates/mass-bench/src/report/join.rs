@@ -11,7 +11,8 @@ use super::growth::drawn;
 use super::html::write_reports;
 use super::lock;
 use super::store::{
-    check_owner, io_error, lines_of, merged, old_settings, pretty, read_results, write_atomically,
+    LINES, check_owner, io_error, lines_of, merged, old_settings, pretty, read_results,
+    write_atomically,
 };
 use super::{MetricLine, Part, ReportError, Results, Run};
 
@@ -23,8 +24,6 @@ struct Kept {
     /// Lines of metrics.jsonl and of events.jsonl by the name of their run.
     lines: [HashMap<String, Vec<String>>; 2],
 }
-
-const LINES: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
 
 impl Kept {
     fn read(dir: &Path) -> Result<Self, ReportError> {

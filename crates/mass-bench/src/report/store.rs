@@ -29,21 +29,8 @@ pub enum Existing {
     Replace,
 }
 
-/// Lines that are appended.
-#[derive(Debug)]
-struct Files {
-    metrics: BufWriter<File>,
-    events: BufWriter<File>,
-}
-
-impl Files {
-    fn open(dir: &Path) -> Result<Self, ReportError> {
-        Ok(Self {
-            metrics: append_to(&dir.join("metrics.jsonl"))?,
-            events: append_to(&dir.join("events.jsonl"))?,
-        })
-    }
-}
+/// The files of lines.
+pub(super) const LINES: [&str; 2] = ["metrics.jsonl", "events.jsonl"];
 
 /// The output directory of one study.
 ///
@@ -54,7 +41,7 @@ pub struct ResultStore {
     dir: PathBuf,
     results: Results,
     /// None of a process that leaves the writing to another.
-    files: Option<Files>,
+    files: Option<[BufWriter<File>; 2]>,
     /// Whether lines of an earlier process may be there.
     resumed: bool,
     /// Keeps other processes out of the directory.
@@ -111,7 +98,7 @@ impl ResultStore {
         write_atomically(&dir.join("results.json"), &pretty(&results))?;
         write_atomically(&dir.join("settings.json"), &pretty(&settings))?;
         Ok(Self {
-            files: Some(Files::open(dir)?),
+            files: Some(append_to(dir)?),
             dir: dir.to_owned(),
             results,
             resumed: resume,
@@ -236,10 +223,7 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn metric(&mut self, line: &MetricLine) -> Result<(), ReportError> {
-        let Some(files) = &mut self.files else {
-            return Ok(());
-        };
-        append(&mut files.metrics, line).map_err(|e| io_error(&self.dir.join("metrics.jsonl"), e))
+        self.line(0, line)
     }
 
     /// Appends a line to events.jsonl.
@@ -247,14 +231,15 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn event(&mut self, run: &str, event: &impl Serialize) -> Result<(), ReportError> {
-        let line = EventLine {
-            run: run.to_owned(),
-            event,
-        };
+        let run = run.to_owned();
+        self.line(1, &EventLine { run, event })
+    }
+
+    fn line(&mut self, which: usize, line: &impl Serialize) -> Result<(), ReportError> {
         let Some(files) = &mut self.files else {
             return Ok(());
         };
-        append(&mut files.events, &line).map_err(|e| io_error(&self.dir.join("events.jsonl"), e))
+        append(&mut files[which], line).map_err(|e| io_error(&self.dir.join(LINES[which]), e))
     }
 
     /// Pushes buffered lines to disk.
@@ -262,15 +247,9 @@ impl ResultStore {
     /// # Errors
     /// [`ReportError::Io`].
     pub fn flush(&mut self) -> Result<(), ReportError> {
-        let Some(files) = &mut self.files else {
-            return Ok(());
-        };
-        for (file, name) in [
-            (&mut files.metrics, "metrics.jsonl"),
-            (&mut files.events, "events.jsonl"),
-        ] {
-            file.flush()
-                .map_err(|e| io_error(&self.dir.join(name), e))?;
+        for (file, name) in self.files.iter_mut().flatten().zip(LINES) {
+            let flushed = file.flush();
+            flushed.map_err(|e| io_error(&self.dir.join(name), e))?;
         }
         Ok(())
     }
@@ -286,12 +265,11 @@ impl ResultStore {
         let keep = |value: &Value| {
             value["run"].as_str() != Some(&run) || value["step"].as_u64().is_some_and(|s| s < step)
         };
-        let metrics = self.dir.join("metrics.jsonl");
-        let events = self.dir.join("events.jsonl");
         if self.files.is_some() {
-            filter_lines(&metrics, keep)?;
-            filter_lines(&events, keep)?;
-            self.files = Some(Files::open(&self.dir)?);
+            for name in LINES {
+                filter_lines(&self.dir.join(name), &keep)?;
+            }
+            self.files = Some(append_to(&self.dir)?);
         }
         Ok(())
     }
@@ -524,13 +502,15 @@ pub(super) fn lines_of(path: &Path) -> Result<Vec<String>, ReportError> {
     }
 }
 
-fn append_to(path: &Path) -> Result<BufWriter<File>, ReportError> {
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map(BufWriter::new)
-        .map_err(|e| io_error(path, e))
+/// The files of lines in a directory.
+fn append_to(dir: &Path) -> Result<[BufWriter<File>; 2], ReportError> {
+    let open = |name| {
+        let path = dir.join(name);
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        file.map(BufWriter::new).map_err(|e| io_error(&path, e))
+    };
+    let [metrics, events] = LINES;
+    Ok([open(metrics)?, open(events)?])
 }
 
 fn append(file: &mut impl Write, line: &impl Serialize) -> io::Result<()> {

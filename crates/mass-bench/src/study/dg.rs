@@ -376,11 +376,8 @@ impl Family for Domains {
     }
 
     fn task<'a>(&'a self, set: &'a Set, planned: &'a Planned) -> Result<FineTune<'a>, BenchError> {
-        let (target, seed) = (planned.assignment.part, planned.run.seed);
-        let split = match self.in_turn {
-            true => Split::all(&set.images, self.held_out, seed)?,
-            false => Split::leave_out(&set.images, target, self.held_out, seed)?,
-        };
+        let target = (!self.in_turn).then_some(planned.assignment.part);
+        let split = Split::of(&set.images, target, self.held_out, planned.run.seed)?;
         FineTune::new(self, set, planned, split)
     }
 }

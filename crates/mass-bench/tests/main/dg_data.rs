@@ -491,15 +491,15 @@ fn pixels_are_kept_until_the_files_change_and_checked_when_read() {
 #[test]
 fn splits_leave_a_domain_out_and_share_nothing() {
     let images = sample::images(8, 10);
-    let split = Split::leave_out(&images, 2, 0.2, 3).unwrap();
+    let split = Split::of(&images, Some(2), 0.2, 3).unwrap();
     assert_eq!(split.test, images.of_domain(2));
     assert_eq!(split.held_out.len(), 3 * 8);
     assert!(split.train.iter().all(|t| t.len() == 32));
-    let other = Split::leave_out(&images, 2, 0.2, 4).unwrap();
+    let other = Split::of(&images, Some(2), 0.2, 4).unwrap();
     assert_ne!(split.held_out, other.held_out);
-    assert_eq!(split, Split::leave_out(&images, 2, 0.2, 3).unwrap());
+    assert_eq!(split, Split::of(&images, Some(2), 0.2, 3).unwrap());
 
-    let with = split.clone().with_probe(5);
+    let with = split.clone().with_probe(4, 5);
     let mut seen: Vec<usize> = with.train.concat();
     assert_eq!(with.probe.len(), 15);
     seen.extend(with.probe.iter().chain(&with.held_out).chain(&with.test));
@@ -513,12 +513,12 @@ fn splits_leave_a_domain_out_and_share_nothing() {
         assert!(part.iter().all(|&i| images.domain(i) == domain));
     }
     assert!(matches!(
-        Split::leave_out(&images, 4, 0.2, 0),
+        Split::of(&images, Some(4), 0.2, 0),
         Err(DgError::Split(_))
     ));
     let small = sample::images(8, 1);
     assert!(matches!(
-        Split::leave_out(&small, 0, 0.2, 0),
+        Split::of(&small, Some(0), 0.2, 0),
         Err(DgError::Split(_))
     ));
 }

@@ -231,18 +231,19 @@ impl ControllerParams {
         self
     }
 
-    /// Continual mode: after the first phase expansion goes on by alarms of the training loss and of each layer's pooled norm, which
-    /// together have a false-alarm probability of `alpha` in every `horizon` steps, whatever was spent before. Which expert is split
-    /// then, [`choice`](Self::choice) says.
+    /// Continual mode: after the first phase expansion goes on by alarms of the training loss, which have a false-alarm probability
+    /// of `alpha` in every `horizon` steps, whatever was spent before. Which expert is split then, [`choice`](Self::choice) says.
     ///
-    /// Experts' own norms are not watched: a gradient is a sum over an expert's tokens, so that its norm moves with the load, and
-    /// raises more false alarms than it promises
-    /// (`docs/results/continual.md` of the repository). To watch them as well, set [`Phase::continual`] to a whole
-    /// [`calibrated_watch`](Self::calibrated_watch), and [`unused`](Self::unused) to [`Unused::Skip`].
+    /// Gradient norms are not watched. An expert's moves with its load, as a gradient is a sum over its tokens; and on real texts
+    /// that do not change a layer's, too, raises several times the false alarms that its share of the level allows, for few changes
+    /// that the loss does not find (`docs/results/continual.md` of the repository). To watch them, set [`Phase::continual`] to a
+    /// whole [`calibrated_watch`](Self::calibrated_watch), or one without experts, and [`unused`](Self::unused) to
+    /// [`Unused::Skip`].
     #[must_use]
     pub fn continual(mut self, alpha: f64, horizon: u64) -> Self {
         self.phase.continual = Some(Watch {
             expert: None,
+            layer: None,
             ..Self::calibrated_watch(alpha, horizon)
         });
         self

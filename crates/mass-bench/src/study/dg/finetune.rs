@@ -98,10 +98,12 @@ impl<'a> FineTune<'a> {
             )));
         }
         if method.needs_probe() {
-            split = match domains.in_turn {
-                true => split.with_probe_of(1, PROBE),
-                false => split.with_probe(PROBE),
+            let first = if domains.in_turn {
+                1
+            } else {
+                split.train.len()
             };
+            split = split.with_probe(first, PROBE);
             // The spread of their losses is needed too.
             if split.probe.len() < 2 {
                 return Err(BenchError::Usage(format!(

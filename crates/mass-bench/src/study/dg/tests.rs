@@ -144,7 +144,7 @@ fn made<'a>(planned: &'a Planned, set: &'a Set) -> Result<FineTune<'a>, BenchErr
     let out = std::env::temp_dir().join("mass-bench-dg-tests");
     let out = ["dg", "--preset", "smoke", "--out", out.to_str().unwrap()];
     let plan = plan(&ReproduceArgs::parsed(&out)).unwrap();
-    let split = Split::leave_out(&set.images, 0, plan.family.held_out, 4)?;
+    let split = Split::of(&set.images, Some(0), plan.family.held_out, 4)?;
     FineTune::new(&plan.family, set, planned, split)
 }
 
