@@ -151,7 +151,7 @@ impl WindowedZ {
         &self.params
     }
 
-    /// `z_t` of the last observation, `None` before the end of the warm-up.
+    /// `z_t` of the last observation; `None` before the end of the warm-up, and after one that is missing.
     #[must_use]
     pub fn last_score(&self) -> Option<f64> {
         self.last_score

@@ -267,7 +267,7 @@ impl ResultStore {
         };
         if self.files.is_some() {
             for name in LINES {
-                filter_lines(&self.dir.join(name), &keep)?;
+                filter_lines(&self.dir.join(name), keep)?;
             }
             self.files = Some(append_to(&self.dir)?);
         }

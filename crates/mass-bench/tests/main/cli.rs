@@ -1,63 +1,32 @@
 //! The built binary: exit codes, and errors that are one line.
 
-use std::{
-    path::Path,
-    process::{Command, Output},
-};
+use std::{path::Path, process::Output};
+
+use crate::process::{self, command};
 
 fn bench(arguments: &[&str], dir: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(arguments)
-        .current_dir(dir)
-        .env_remove("MASS_DATA_DIR")
-        .env_remove("MASS_MODELS_DIR")
-        .output()
-        .expect("the binary runs")
+    let output = command(arguments).current_dir(dir).output();
+    output.expect("the binary runs")
 }
 
-/// Fails unless the command exits 2 with one line on standard error that holds every one of `parts`.
 fn refused(arguments: &[&str], dir: &Path, parts: &[&str]) {
-    let output = bench(arguments, dir);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
-    assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
-    assert!(
-        error.ends_with('\n') && error.starts_with("error: "),
-        "{error}"
-    );
-    for part in parts {
-        assert!(
-            error.contains(part),
-            "{arguments:?}: no `{part}` in {error}"
-        );
-    }
-    assert!(output.stdout.is_empty(), "{arguments:?}");
+    process::refused(command(arguments).current_dir(dir), parts);
 }
 
 /// `srun -n 2` without a protocol of MPI: two processes that would both write into one directory.
 #[test]
 fn processes_that_srun_has_not_told_of_each_other_do_not_begin() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
-    let output = command
-        .args([
-            "reproduce",
-            "synthetic",
-            "--preset",
-            "smoke",
-            "--out",
-            "out",
-        ])
-        .current_dir(dir.path())
-        .env("SLURM_STEP_NUM_TASKS", "2")
-        .output()
-        .expect("the binary runs");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(
-        error.contains("2 processes that do not know each other"),
-        "{error}"
-    );
+    let mut two = command(&[
+        "reproduce",
+        "synthetic",
+        "--preset",
+        "smoke",
+        "--out",
+        "out",
+    ]);
+    two.current_dir(dir.path()).env("SLURM_STEP_NUM_TASKS", "2");
+    process::refused(&mut two, &["2 processes that do not know each other"]);
     assert!(!dir.path().join("out").exists());
 }
 
@@ -265,14 +234,9 @@ fn unusable_texts_exit_2_and_say_where() {
 
 #[test]
 fn directory_variables_are_checked_too() {
-    let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(["data", "check"])
-        .env("MASS_DATA_DIR", "/nowhere/at/all")
-        .env_remove("MASS_MODELS_DIR")
-        .output()
-        .expect("the binary runs");
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("$MASS_DATA_DIR"));
+    let mut check = command(&["data", "check"]);
+    check.env("MASS_DATA_DIR", "/nowhere/at/all");
+    process::refused(&mut check, &["$MASS_DATA_DIR"]);
 }
 
 #[test]
@@ -527,26 +491,16 @@ fn every_study_takes_any_method() {
 #[test]
 fn a_variable_is_looked_at_where_it_is_read() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let error = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-            .arg("reproduce")
-            .args(arguments)
-            .current_dir(dir.path())
-            .env("MASS_DATA_DIR", "nowhere")
-            .env("MASS_MODELS_DIR", "nowhere")
-            .output()
-            .expect("the binary runs");
-        assert_eq!(output.status.code(), Some(2), "{output:?}");
-        String::from_utf8_lossy(&output.stderr).into_owned()
+    let error = |line: &str, part: &str| {
+        let mut command = command(&["reproduce"]);
+        command.args(line.split(' ')).current_dir(dir.path());
+        command.env("MASS_DATA_DIR", "nowhere");
+        process::refused(command.env("MASS_MODELS_DIR", "nowhere"), &[part]);
     };
-    let found = error(&["synthetic", "--preset", "smoke", "--shard", "999/999"]);
-    assert!(found.contains("leave no run"), "{found}");
-    let found = error(&["synthetic", "--preset", "smoke", "--setting", "no such"]);
-    assert!(found.contains("leave no run"), "{found}");
-    let found = error(&["all", "--preset", "smoke", "--setting", "p 0.5"]);
-    assert!(found.contains("belong to one study"), "{found}");
-    let found = error(&["glue"]);
-    assert!(found.contains("$MASS_DATA_DIR nowhere: no such"), "{found}");
+    error("synthetic --preset smoke --shard 999/999", "leave no run");
+    error("synthetic --preset smoke --setting such", "leave no run");
+    error("all --preset smoke --setting p", "belong to one study");
+    error("glue", "$MASS_DATA_DIR nowhere: no such");
 }
 
 #[test]

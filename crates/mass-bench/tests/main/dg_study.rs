@@ -7,52 +7,16 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::process::killed_when;
+use crate::process::{self, command, done, json, killed_when, lines, runs};
 
 fn bench() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
-    command
-        .args(["reproduce", "dg"])
-        .env_remove("MASS_DATA_DIR")
-        .env_remove("MASS_MODELS_DIR");
-    command
+    command(&["reproduce", "dg"])
 }
 
 fn smoke(out: &Path, more: &[&str]) -> Output {
-    let mut command = bench();
-    command
-        .args(["--preset", "smoke", "--out"])
-        .arg(out)
-        .args(more);
-    let output = command.output().unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{more:?}: {error}");
-    output
-}
-
-fn lines(out: &Path, name: &str) -> Vec<Value> {
-    let text = fs::read_to_string(out.join(name)).unwrap();
-    let lines = text.lines();
-    lines.map(|l| serde_json::from_str(l).unwrap()).collect()
-}
-
-/// The runs without what a clock or the system wrote.
-fn figures(out: &Path) -> Vec<Value> {
-    let results = fs::read(out.join("results.json")).unwrap();
-    let results: Value = serde_json::from_slice(&results).unwrap();
-    let mut runs = results["runs"].as_array().unwrap().clone();
-    for run in &mut runs {
-        for name in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
-            run.as_object_mut().unwrap().remove(name);
-        }
-        let metrics = run["metrics"].as_object_mut().unwrap();
-        let waiting = metrics.remove("waiting_for_data").unwrap();
-        assert!(
-            (0.0..=1.0).contains(&waiting.as_f64().unwrap()),
-            "{waiting}"
-        );
-    }
-    runs
+    let mut smoke = bench();
+    smoke.args(["--preset", "smoke", "--out"]).arg(out);
+    done(smoke.args(more))
 }
 
 /// What a run says about its patches: 4 classes in 4 domains, at least 4 images of 16 patches each, in one layer.
@@ -93,7 +57,7 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));
     smoke(&one, &["--threads", "1"]);
     smoke(&two, &["--threads", "3"]);
-    assert_eq!(figures(&one), figures(&two));
+    assert_eq!(runs(&one), runs(&two));
     for name in ["metrics.jsonl", "events.jsonl"] {
         assert!(!lines(&one, name).is_empty(), "{name}");
         assert_eq!(lines(&one, name), lines(&two, name), "{name}");
@@ -101,7 +65,9 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     assert!(one.join("report.html").is_file());
 
     let (mut grown, mut live) = (0, 0);
-    for run in figures(&one) {
+    for run in json(&one, "results.json")["runs"].as_array().unwrap() {
+        let waiting = run["metrics"]["waiting_for_data"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&waiting), "{waiting}");
         assert_eq!(run["task"], "sample/bright");
         assert_eq!(
             (&run["metric_name"], &run["metric"]),
@@ -169,7 +135,7 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
     let best = scored.iter().map(|s| s.1).fold(0.0, f64::max);
     let first = scored.iter().find(|s| s.1 == best).unwrap().0;
     assert!(scored.len() > 3, "{scored:?}");
-    assert_eq!(figures(&one)[0]["metrics"]["selected_step"], first as f64);
+    assert_eq!(runs(&one)[0]["metrics"]["selected_step"], first as f64);
 }
 
 #[test]
@@ -206,7 +172,7 @@ fn a_killed_study_resumes_within_a_run_to_the_same_results() {
         };
         killed_when(child, checkpointed);
         smoke(&cut, &[&choice[..], &["--resume"]].concat());
-        assert_eq!(figures(&cut), figures(&whole), "{methods}");
+        assert_eq!(runs(&cut), runs(&whole), "{methods}");
         assert_eq!(lines(&cut, "metrics.jsonl"), lines(&whole, "metrics.jsonl"));
         assert_eq!(lines(&cut, "events.jsonl"), lines(&whole, "events.jsonl"));
         fs::remove_dir_all(&whole).unwrap();
@@ -221,7 +187,7 @@ fn a_target_can_be_chosen() {
         dir.path(),
         &["--task", "sample/striped", "--methods", "erm"],
     );
-    let runs = figures(dir.path());
+    let runs = runs(dir.path());
     assert_eq!(
         (runs.len(), &runs[0]["task"]),
         (1, &"sample/striped".into())
@@ -235,14 +201,7 @@ fn unusable_images_and_models_exit_2_and_name_the_file() {
     let refused = |arguments: &[&str], part: &str| {
         let mut command = bench();
         command.arg("--out").arg(at.join("out")).args(arguments);
-        let output = command.output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
-        assert_eq!(error.lines().count(), 1, "{error}");
-        assert!(
-            error.contains(part),
-            "{arguments:?}: no `{part}` in {error}"
-        );
+        process::refused(&mut command, &[part]);
     };
     refused(&[], "--models");
     refused(&["--preset", "smoke", "--task", "pacs"], "sample");
@@ -330,23 +289,17 @@ fn damaged_images_are_all_named_and_can_be_left_out() {
         command.arg("--data").arg(at).arg("--models").arg(at);
         command.args(["--task", "toys", "--methods", "erm", "--threads", "1"]);
         command.arg("--out").arg(at.join(out)).args(more);
-        command.output().unwrap()
+        command
     };
     // Named together the first time, and from the cache of a run that left them out.
     for out in ["first", "second", "first"] {
-        let output = study(out, &["--fresh"]);
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{error}");
-        assert_eq!(error.lines().count(), 1, "{error}");
-        for part in damaged.iter().chain(&["3 files", "--leave-out-damaged"]) {
-            assert!(error.contains(part), "no `{part}` in {error}");
-        }
+        let parts = [&damaged[..], &["3 files", "--leave-out-damaged"]].concat();
+        process::refused(&mut study(out, &["--fresh"]), &parts);
         if out == "first" {
             continue;
         }
-        let output = study("first", &["--fresh", "--leave-out-damaged"]);
+        let output = done(&mut study("first", &["--fresh", "--leave-out-damaged"]));
         let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{error}");
         for part in damaged.iter().chain(&["57 images"]) {
             assert!(error.contains(part), "no `{part}` in {error}");
         }
@@ -355,7 +308,7 @@ fn damaged_images_are_all_named_and_can_be_left_out() {
             table.contains("Damaged images left out of toys: 3"),
             "{table}"
         );
-        let run = &figures(&at.join("first"))[0];
+        let run = &runs(&at.join("first"))[0];
         assert_eq!(run["metrics"]["images_left_out"], 3.0);
         let report = fs::read_to_string(at.join("first/report.html")).unwrap();
         assert!(report.contains("left out of toys: 3"));

@@ -5,47 +5,15 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::process::killed_when;
+use crate::process::{self, command, done, json, killed_when, lines, runs};
 
-fn bench(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(["reproduce", "glue"])
-        .args(arguments)
-        .env_remove("MASS_DATA_DIR")
-        .env_remove("MASS_MODELS_DIR")
-        .output()
-        .expect("the binary runs")
+fn bench(arguments: &[&str]) -> Command {
+    command(&[&["reproduce", "glue"], arguments].concat())
 }
 
 fn smoke(out: &Path, more: &[&str]) -> Output {
-    let mut arguments = vec!["--preset", "smoke", "--out", out.to_str().unwrap()];
-    arguments.extend(more);
-    let output = bench(&arguments);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    output
-}
-
-fn lines(out: &Path, name: &str) -> Vec<Value> {
-    let text = std::fs::read_to_string(out.join(name)).unwrap();
-    text.lines()
-        .map(|l| serde_json::from_str(l).unwrap())
-        .collect()
-}
-
-fn results(out: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(out.join("results.json")).unwrap()).unwrap()
-}
-
-/// The runs without what a clock or the system wrote.
-fn figures(out: &Path) -> Vec<Value> {
-    let mut runs = results(out)["runs"].as_array().unwrap().clone();
-    for run in &mut runs {
-        for name in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
-            run.as_object_mut().unwrap().remove(name);
-        }
-    }
-    runs
+    let mut smoke = bench(&["--preset", "smoke", "--out", out.to_str().unwrap()]);
+    done(smoke.args(more))
 }
 
 #[test]
@@ -58,14 +26,14 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
         assert!(table.contains(part), "no `{part}` in {table}");
     }
     smoke(&two, &["--threads", "3"]);
-    assert_eq!(figures(&one), figures(&two));
+    assert_eq!(runs(&one), runs(&two));
     for name in ["metrics.jsonl", "events.jsonl"] {
         assert!(!lines(&one, name).is_empty(), "{name}");
         assert_eq!(lines(&one, name), lines(&two, name), "{name}");
     }
 
     let (mut grown, mut live) = (0, 0);
-    for run in figures(&one) {
+    for run in runs(&one) {
         if run["task"] == "CoLA" {
             assert!(run["metric"].as_f64().unwrap() > 0.5, "{run}");
         }
@@ -130,15 +98,7 @@ fn an_interrupted_study_resumes_to_the_same_results() {
     let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
     let choice = ["--task", "STS-B", "--seeds", "2", "--threads", "1"];
     smoke(&whole, &choice);
-    let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args([
-            "reproduce",
-            "glue",
-            "--preset",
-            "smoke",
-            "--out",
-            cut.to_str().unwrap(),
-        ])
+    let child = bench(&["--preset", "smoke", "--out", cut.to_str().unwrap()])
         .args(choice)
         .stderr(std::process::Stdio::null())
         .stdout(std::process::Stdio::null())
@@ -150,13 +110,10 @@ fn an_interrupted_study_resumes_to_the_same_results() {
         let runs = runs.and_then(|r| serde_json::from_slice::<Value>(&r).ok());
         runs.is_some_and(|r| !r["runs"].as_array().unwrap().is_empty())
     });
-    assert!(
-        figures(&cut).len() < figures(&whole).len(),
-        "killed too late"
-    );
+    assert!(runs(&cut).len() < runs(&whole).len(), "killed too late");
     smoke(&cut, &[&choice[..], &["--resume"]].concat());
-    assert_eq!(figures(&cut), figures(&whole));
-    assert_eq!(results(&cut)["summary"][0]["n"], 2);
+    assert_eq!(runs(&cut), runs(&whole));
+    assert_eq!(json(&cut, "results.json")["summary"][0]["n"], 2);
 }
 
 #[test]
@@ -165,7 +122,7 @@ fn every_task_runs_on_the_sample() {
     for task in mass_bench::study::glue::TASKS {
         let out = dir.path().join(task);
         smoke(&out, &["--task", task, "--methods", "static"]);
-        let runs = figures(&out);
+        let runs = runs(&out);
         assert_eq!(runs.len(), 1, "{task}");
         assert_eq!(runs[0]["task"], *task);
         assert!(runs[0]["metric_name"].is_string());
@@ -200,23 +157,17 @@ fn a_model_is_read_from_several_files_and_without_its_old_head() {
         prepare(&model);
         let out = dir.path().join(format!("{name}-out"));
         let (data, models) = (dir.path().to_str().unwrap(), models.to_str().unwrap());
-        let output = bench(&[
-            "--task",
-            "CoLA",
-            "--methods",
-            "dense",
+        let dense = "--task CoLA --methods dense --threads 1".split(' ');
+        let places = [
             "--data",
             data,
             "--models",
             models,
-            "--threads",
-            "1",
             "--out",
             out.to_str().unwrap(),
-        ]);
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{name}: {error}");
-        (figures(&out), lines(&out, "metrics.jsonl"))
+        ];
+        done(bench(&places).args(dense));
+        (runs(&out), lines(&out, "metrics.jsonl"))
     };
     let one = run("one", &|dir| crate::models::bert(dir, 2));
     let several = run("several", &|dir| {
@@ -235,16 +186,8 @@ fn unusable_data_and_models_exit_2_and_name_the_file() {
     let at = dir.path();
     let refused = |arguments: &[&str], part: &str| {
         let out = at.join("out");
-        let all = [
-            arguments,
-            &["--preset", "quick", "--out", out.to_str().unwrap()],
-        ]
-        .concat();
-        let output = bench(&all);
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{all:?}: {error}");
-        assert_eq!(error.lines().count(), 1, "{error}");
-        assert!(error.contains(part), "{all:?}: no `{part}` in {error}");
+        let mut quick = bench(&["--preset", "quick", "--out", out.to_str().unwrap()]);
+        process::refused(quick.args(arguments), &[part]);
     };
     // Whatever is wrong, what an earlier run left there is not lost.
     std::fs::create_dir(at.join("out")).unwrap();

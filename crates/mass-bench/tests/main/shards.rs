@@ -2,53 +2,18 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
-fn bench(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(arguments)
-        .env_remove("MASS_DATA_DIR")
-        .env_remove("MASS_MODELS_DIR")
-        .output()
-        .expect("the binary runs")
-}
+use crate::process::{self, command, figures, json};
 
 pub(crate) fn done(arguments: &[&str]) -> String {
-    let output = bench(arguments);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
+    let output = process::done(&mut command(arguments));
     String::from_utf8(output.stdout).unwrap()
 }
 
 fn refused(arguments: &[&str], part: &str) {
-    let output = bench(arguments);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
-    assert_eq!(error.lines().count(), 1, "{error}");
-    assert!(
-        error.contains(part),
-        "{arguments:?}: no `{part}` in {error}"
-    );
-}
-
-fn json(dir: &Path, name: &str) -> Value {
-    serde_json::from_slice(&fs::read(dir.join(name)).unwrap()).unwrap()
-}
-
-/// A value without what a clock or the system wrote.
-fn figures(mut value: Value) -> Value {
-    let clocks = ["wall_s", "tokens_per_s", "peak_rss_mib", "waiting_for_data"];
-    match &mut value {
-        Value::Object(fields) => {
-            fields.retain(|name, _| !clocks.iter().any(|clock| name.starts_with(clock)));
-            fields.values_mut().for_each(|v| *v = figures(v.take()));
-        }
-        Value::Array(values) => values.iter_mut().for_each(|v| *v = figures(v.take())),
-        _ => {}
-    }
-    value
+    process::refused(&mut command(arguments), &[part]);
 }
 
 /// Names and contents of the files below a directory.

@@ -3,21 +3,12 @@
 use std::path::Path;
 use std::process::{Child, Command, Output};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::process::{killed_when, wait_for};
+use crate::process::{self, command, done, figures, json, killed_when, runs, wait_for};
 
 fn run(arguments: &[&str]) -> Output {
-    let output = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(arguments)
-        .output()
-        .expect("the binary runs");
-    assert!(
-        output.status.success(),
-        "{arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output
+    done(&mut command(arguments))
 }
 
 fn smoke(out: &Path, more: &[&str]) -> Output {
@@ -34,19 +25,12 @@ fn smoke(out: &Path, more: &[&str]) -> Output {
 
 /// The lines of a file without what a clock wrote.
 fn lines(out: &Path, name: &str) -> Vec<Value> {
-    let text = std::fs::read_to_string(out.join(name)).unwrap();
-    let mut lines: Vec<Value> = text
-        .lines()
-        .map(|l| serde_json::from_str(l).unwrap())
-        .collect();
-    for line in &mut lines {
-        line.as_object_mut().unwrap().remove("wall_s");
-    }
-    lines
+    let lines = process::lines(out, name).into_iter();
+    lines.map(figures).collect()
 }
 
 fn results(out: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(out.join("results.json")).unwrap()).unwrap()
+    json(out, "results.json")
 }
 
 #[test]
@@ -124,7 +108,7 @@ fn a_smoke_run_learns_grows_and_repeats_itself_bit_for_bit() {
         if let Some(first) = pairs.first() {
             assert_eq!(
                 (&first["age"], &first["pairs"]),
-                (&json!(1), &json!(splits.len()))
+                (&serde_json::json!(1), &serde_json::json!(splits.len()))
             );
             assert!(
                 first["gate_cosine"].is_f64() && first["new_share"].is_f64(),
@@ -162,10 +146,7 @@ fn an_interrupted_study_resumes_to_the_same_files() {
         cut.to_str().unwrap(),
     ];
     arguments.extend(choice);
-    let child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-        .args(&arguments)
-        .spawn()
-        .unwrap();
+    let child = command(&arguments).spawn().unwrap();
     let step = killed_at_a_checkpoint(child, &cut);
     assert!(step < 120, "step {step}: killed after the last");
     smoke(&cut, &[&choice[..], &["--resume"]].concat());
@@ -264,8 +245,7 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
     };
     std::fs::write(&text, sentences("")).unwrap();
     let train = |out: &Path, resume: bool| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
-        command.args(["train", "--dim", "32", "--hidden", "32", "--layers", "1"]);
+        let mut command = command(&["train", "--dim", "32", "--hidden", "32", "--layers", "1"]);
         command.args([
             "--seq",
             "32",
@@ -304,14 +284,7 @@ fn a_killed_training_goes_on_with_the_same_text_alone() {
     let run = std::fs::read_dir(cut.join("checkpoints")).unwrap().next();
     let on_the_way = lines(&run.unwrap().unwrap().path(), "metrics.jsonl");
     assert!(!on_the_way.is_empty() && lines(&cut, "metrics.jsonl").starts_with(&on_the_way));
-    let figures = |out: &Path| {
-        let mut run = results(out)["runs"][0].clone();
-        for clock in ["wall_s", "tokens_per_s", "peak_rss_mib"] {
-            run.as_object_mut().unwrap().remove(clock);
-        }
-        run
-    };
-    assert_eq!(figures(&cut), figures(&whole));
+    assert_eq!(runs(&cut), runs(&whole));
 }
 
 /// What a job scheduler, a service manager and a closed terminal send is heeded as Ctrl-C is. What comes at the same time is one.

@@ -33,7 +33,8 @@ const DEEPEST: usize = 16;
 /// | `noisy:std=0.25,seed=7/top_k:k=1,combine=raw` | `seed=0` |
 ///
 /// A hyphen in a name is as good as an underscore. Domains are checked by [`RouterConfig::build`]. The text that
-/// [`Display`](fmt::Display) writes reads back as the same settings.
+/// [`Display`](fmt::Display) writes reads back as the same settings, if no more than
+/// sixteen routers stand behind one another.
 impl FromStr for RouterConfig {
     type Err = RoutingError;
 

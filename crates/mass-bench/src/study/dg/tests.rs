@@ -275,11 +275,12 @@ fn a_domain_alone_does_not_follow_others() {
 
 #[test]
 fn every_pool_that_sees_domains_in_turn_has_rules_that_can_be_met() {
-    for (preset, steps) in [(Preset::Quick, 800), (Preset::Full, 1600)] {
+    for preset in [Preset::Quick, Preset::Full] {
         let dir = models();
         let mut args = full(dir.path(), "toy");
         args.preset = preset;
         let plan = in_turn::plan(&args).unwrap();
+        let steps = plan.family.steps;
         let mut unmet = 0;
         for method in plan.methods(&args).unwrap() {
             let rules = method.growth(2, steps, 0, |rules| tune(rules, steps, 0.002));
