@@ -23,6 +23,9 @@ pub struct RunContext {
     interrupt: Arc<AtomicBool>,
 }
 
+/// Most bytes of a folder's name, without a digest.
+const LONGEST: usize = 200;
+
 impl RunContext {
     /// A context whose interrupt flag nobody has raised.
     #[must_use]
@@ -90,8 +93,8 @@ impl RunContext {
         }
     }
 
-    /// Where checkpoints of a run belong: a folder of its own below the output directory. Names that are not written in ASCII
-    /// are told apart by a digest.
+    /// Where checkpoints of a run belong: a folder of its own below the output directory. Names that are not written in ASCII,
+    /// or longer than file systems hold, are told apart by a digest.
     #[must_use]
     pub fn checkpoint_dir(out: &Path, run: &crate::report::RunKey) -> PathBuf {
         let key = run.to_string();
@@ -105,11 +108,36 @@ impl RunContext {
                 }
             })
             .collect();
-        if !key.is_ascii() {
+        if !key.is_ascii() || name.len() > LONGEST {
+            name.truncate(LONGEST);
             let mut digest = Fnv::default();
             digest.eat(key.as_bytes());
             name.push_str(&format!("-{:016x}", digest.0));
         }
         out.join("checkpoints").join(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Run;
+
+    #[test]
+    fn folders_of_long_names_differ_and_fit() {
+        let folder = |setting: String| {
+            let run = Run {
+                setting: Some(setting),
+                ..Run::new("mass", 0)
+            };
+            RunContext::checkpoint_dir(Path::new(""), &run.key())
+        };
+        let long = ["a", "b"].map(|end| folder("noisy:std=0.1/".repeat(40) + end));
+        assert_ne!(long[0], long[1]);
+        for folder in long {
+            assert!(folder.file_name().unwrap().len() < 255, "{folder:?}");
+        }
+        let short = folder("p 0.5".into());
+        assert_eq!(short, Path::new("checkpoints/mass-p-0.5-seed0"));
     }
 }

@@ -49,7 +49,9 @@ pub(super) fn curves(results: &Results, metrics: &[MetricLine]) -> String {
     let keys = Keys::of(results);
     let mut html = String::new();
     for (name, figure, floored) in charts {
-        let values = metrics.iter().map(|m| (m.run.as_str(), m.step, figure(m)));
+        let values = metrics
+            .iter()
+            .map(|m| (m.run.as_str(), m.step, figure(m), 1));
         for (task, mut series) in series_of(&keys, values, true) {
             if name.starts_with("Training") {
                 series.iter_mut().for_each(smooth);
@@ -110,22 +112,22 @@ fn index_of<T: PartialEq>(values: &mut Vec<T>, value: T) -> usize {
     })
 }
 
-/// For each task the lines of its methods, in the order of the results: means of values, each with its run and its place; if `shared`
-/// is set, at the places that all seeds have.
+/// For each task the lines of its methods, in the order of the results: means of values, each with its run, its place and how often it
+/// counts; if `shared` is set, at the places that all seeds have.
 ///
 /// Lines of a single point are left out: they would not show.
 pub(super) fn series_of<'r>(
     keys: &Keys,
-    values: impl Iterator<Item = (&'r str, u64, Option<f64>)>,
+    values: impl Iterator<Item = (&'r str, u64, Option<f64>, usize)>,
     shared: bool,
 ) -> Vec<(Option<String>, Vec<Series>)> {
     // Of each line, at each place a sum and how many values it has.
     let mut sums: Vec<BTreeMap<u64, (f64, usize)>> = vec![BTreeMap::new(); keys.lines.len()];
-    for (run, place, value) in values {
-        let value = value.filter(|v| v.is_finite());
+    for (run, place, value, times) in values {
+        let value = value.filter(|v| v.is_finite() && times > 0);
         if let (Some(value), Some(&at)) = (value, keys.runs.get(run)) {
             let sum = sums[at].entry(place).or_default();
-            (sum.0, sum.1) = (sum.0 + value, sum.1 + 1);
+            (sum.0, sum.1) = (sum.0 + value * times as f64, sum.1.saturating_add(times));
         }
     }
     let mut tasks: Vec<_> = keys.tasks.iter().map(|t| (t.clone(), Vec::new())).collect();

@@ -233,7 +233,7 @@ pub(super) fn pairs(results: &Results) -> String {
         // A mean counts as often as it has pairs.
         let values = named.iter().flat_map(|(run, r)| {
             let means = r.pairs.iter();
-            means.flat_map(move |m| std::iter::repeat_n((run.as_str(), m.age, figure(m)), m.pairs))
+            means.map(move |m| (run.as_str(), m.age, figure(m), m.pairs))
         });
         for (task, series) in series_of(&keys, values, false) {
             html.push_str(&in_parts(Chart {

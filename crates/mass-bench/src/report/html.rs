@@ -127,7 +127,10 @@ fn summary(results: &Results) -> String {
     let apart = apart.count();
     let mut html = "<p>No run is finished yet.</p>\n".to_owned();
     if !rows.is_empty() {
-        header.drain(1..apart);
+        if apart == 0 {
+            header.insert(0, "method".into());
+        }
+        header.drain(1..apart.max(1));
         for row in &mut rows {
             let name: Vec<String> = row.drain(..apart).filter(|part| !part.is_empty()).collect();
             row.insert(0, name.join("/"));

@@ -11,8 +11,8 @@ use super::growth::drawn;
 use super::html::write_reports;
 use super::lock;
 use super::store::{
-    LINES, check_owner, io_error, lines_of, merged, old_settings, pretty, read_results,
-    write_atomically,
+    LINES, check_owner, io_error, is_interrupted, lines_of, merged, old_settings, pretty,
+    read_results, write_atomically,
 };
 use super::{MetricLine, Part, ReportError, Results, Run};
 
@@ -112,6 +112,7 @@ pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), 
         ..first.results.clone()
     };
     let mut texts = [String::new(), String::new()];
+    let mut told = [HashSet::new(), HashSet::new()];
     let mut order: Vec<(&Kept, &Run)> = kept.iter().flat_map(Kept::runs).collect();
     if let Some(split) = &split {
         let names = split.plan.iter().map(String::as_str);
@@ -128,15 +129,21 @@ pub fn join(dirs: &[PathBuf], out: Option<&Path>) -> Result<(Results, PathBuf), 
             .unwrap_or_else(|| from.results.machine.clone());
         run.machine = (made_on != results.machine).then_some(made_on);
         match results.runs.iter().find(|r| r.key() == key) {
-            Some(same) if *same == run => continue,
+            Some(same) if *same == run => {}
             Some(_) => {
                 let problem = format!("has another run {key} than a directory before it");
                 return Err(refuse(&from.dir, &problem));
             }
             None => results.runs.push(run),
         }
-        for (text, lines) in texts.iter_mut().zip(&from.lines) {
-            for line in lines.get(&key.to_string()).into_iter().flatten() {
+        // Of the first directory that has any: one whose joining was cut short has the run and not its lines.
+        for ((text, lines), told) in texts.iter_mut().zip(&from.lines).zip(&mut told) {
+            let lines = lines.get(&key.to_string());
+            for line in lines
+                .filter(|_| told.insert(key.to_string()))
+                .into_iter()
+                .flatten()
+            {
                 text.push_str(line);
                 text.push('\n');
             }
@@ -181,21 +188,7 @@ fn write(
 ) -> Result<(), ReportError> {
     check_owner(out)?;
     let there = out.join("results.json");
-    if there.exists() {
-        let old = read_results(&there)?;
-        let made = |run: &Run| Run {
-            machine: None,
-            ..run.clone()
-        };
-        let joined = |run: &Run| results.runs.iter().any(|r| made(r) == made(run));
-        if let Some(lost) = old.runs.iter().find(|run| !joined(run)) {
-            let problem = format!(
-                "has a run {} that would be lost; give another --out",
-                lost.key()
-            );
-            return Err(refuse(out, &problem));
-        }
-    }
+    nothing_is_lost(out, results)?;
     fs::create_dir_all(out).map_err(|source| ReportError::Out {
         path: out.to_owned(),
         source,
@@ -216,7 +209,13 @@ fn write(
             others.push(&from.dir);
         }
     }
+    if others.len() == kept.len() && is_interrupted(out) {
+        let problem = "holds the checkpoint of a run that was interrupted; give another --out";
+        return Err(refuse(out, problem));
+    }
     let _lock = lock::take(out)?;
+    // What a process has finished there meanwhile is not in what was read.
+    nothing_is_lost(out, results)?;
     let metrics = texts[0].lines().flat_map(serde_json::from_str);
     let metrics: Vec<MetricLine> = metrics.collect();
     write_atomically(&there, &pretty(results))?;
@@ -233,6 +232,28 @@ fn write(
     write_reports(out, results, &metrics, &drawn(texts[1].lines()))
 }
 
+/// Refuses a directory that has runs which are not among these.
+fn nothing_is_lost(out: &Path, results: &Results) -> Result<(), ReportError> {
+    let there = out.join("results.json");
+    if !there.exists() {
+        return Ok(());
+    }
+    let made = |run: &Run| Run {
+        machine: None,
+        ..run.clone()
+    };
+    let joined = |run: &Run| results.runs.iter().any(|r| made(r) == made(run));
+    let old = read_results(&there)?;
+    match old.runs.iter().find(|run| !joined(run)) {
+        Some(lost) => {
+            let lost = lost.key();
+            let problem = format!("has a run {lost} that would be lost; give another --out");
+            Err(refuse(out, &problem))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Copies a directory, if it is there. A file may be its own copy by another name, so that none is emptied before it is read.
 fn copy(from: &Path, to: &Path) -> Result<(), ReportError> {
     if !from.is_dir() {
@@ -244,11 +265,14 @@ fn copy(from: &Path, to: &Path) -> Result<(), ReportError> {
     for entry in entries {
         let path = entry.path();
         let new = to.join(path.file_name().unwrap_or_default());
-        if path.is_dir() {
+        // A link to a folder may lead in a circle, and a device has no end.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             copy(&path, &new)?;
-        } else {
+        } else if path.is_file() {
             let fill = |file: &mut File| io::copy(&mut File::open(&path)?, file).map(drop);
             durable::write(&new, fill).map_err(|e| io_error(&path, e))?;
+        } else {
+            return Err(refuse(&path, "is neither a file nor a folder; remove it"));
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use super::ReportError;
 use super::store::io_error;
@@ -65,6 +66,14 @@ fn is_there(path: &Path) -> Result<bool, ReportError> {
 }
 
 fn lock(dir: &Path, file: &File) -> Result<bool, ReportError> {
+    // A process that is being started has the locks of the one that starts it, for a moment.
+    let taken = |file: &File| matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+    for _ in 0..10 {
+        if !taken(file) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
     match file.try_lock() {
         Ok(()) => Ok(true),
         Err(TryLockError::WouldBlock) => Err(ReportError::InUse {

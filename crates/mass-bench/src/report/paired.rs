@@ -62,8 +62,8 @@ pub struct Paired {
     pub sign_p_value: f64,
 }
 
-/// Paired t-test and sign test of the first of each pair against the second; `None` without pairs or for a value that is
-/// not finite.
+/// Paired t-test and sign test of the first of each pair against the second; `None` without pairs, for a value that is not
+/// finite, or where differences or their squares add up to none.
 ///
 /// ```
 /// use mass_bench::report::paired;
@@ -86,6 +86,9 @@ pub fn paired(pairs: &[(f64, f64)]) -> Option<Paired> {
     let n = differences.len();
     let mean = differences.iter().sum::<f64>() / n as f64;
     let squares: f64 = differences.iter().map(|d| (d - mean).powi(2)).sum();
+    if !(mean.is_finite() && squares.is_finite()) {
+        return None;
+    }
     let std = (n > 1).then(|| (squares / (n as f64 - 1.0)).sqrt());
     // Equal figures, and equal differences of figures, differ in their last bits once they were rounded.
     let largest = pairs.iter().map(|(a, b)| a.abs().max(b.abs()));

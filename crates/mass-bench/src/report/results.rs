@@ -40,7 +40,7 @@ impl Part {
     /// Runs that these shards have when they are finished.
     #[must_use]
     pub fn planned(&self) -> usize {
-        let own = |run: &usize| self.shards.contains(&(run % self.of + 1));
+        let own = |run: &usize| self.shards.contains(&(run % self.of.max(1) + 1));
         (0..self.plan.len()).filter(own).count()
     }
 }
@@ -343,6 +343,22 @@ impl Run {
         if self.metrics.values().any(|v| !v.is_finite()) {
             self.metrics.retain(|_, v| v.is_finite());
             dropped.push("metrics");
+        }
+        let shares = self
+            .usage
+            .iter()
+            .flat_map(|u| u.entity.iter().chain(&u.property));
+        if shares.flatten().any(|v| !v.is_finite()) {
+            self.usage = None;
+            dropped.push("usage");
+        }
+        if self
+            .decisions
+            .as_ref()
+            .is_some_and(|d| !d.by_chance.is_finite())
+        {
+            self.decisions = None;
+            dropped.push("decisions");
         }
         for expansion in &mut self.expansions {
             for (name, value) in [

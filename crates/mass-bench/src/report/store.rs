@@ -149,14 +149,10 @@ impl ResultStore {
         let results = fs::read_to_string(dir.join("results.json")).ok();
         let results = results.and_then(|text| serde_json::from_str::<Value>(&text).ok());
         let runs = results.and_then(|r| r["runs"].as_array().map(Vec::len));
-        let entries = fs::read_dir(dir.join("checkpoints"));
-        let mut entries = entries.into_iter().flatten().flatten();
-        // A first one that could not be written leaves an empty folder.
-        let mut saved = || entries.any(|run| !checkpoint::steps(&run.path()).is_empty());
         let what = match runs {
             // Somebody else's: told apart when the directory is opened.
             None => return Ok(()),
-            Some(0) if !saved() => return Ok(()),
+            Some(0) if !is_interrupted(dir) => return Ok(()),
             Some(0) => "the checkpoint of a run that was interrupted".to_owned(),
             Some(1) => "a finished run".to_owned(),
             Some(runs) => format!("{runs} finished runs"),
@@ -318,6 +314,14 @@ impl ResultStore {
         let events = drawn(events.iter().map(String::as_str));
         write_reports(&self.dir, &self.results, &self.metrics()?, &events)
     }
+}
+
+/// Whether a directory holds a checkpoint of a run under way.
+pub(super) fn is_interrupted(dir: &Path) -> bool {
+    let entries = fs::read_dir(dir.join("checkpoints"));
+    let mut entries = entries.into_iter().flatten().flatten();
+    // A first one that could not be written leaves an empty folder.
+    entries.any(|run| !checkpoint::steps(&run.path()).is_empty())
 }
 
 /// What an output directory holds that is kept, and the settings as they are going to be.
@@ -514,8 +518,10 @@ fn append_to(dir: &Path) -> Result<[BufWriter<File>; 2], ReportError> {
 }
 
 fn append(file: &mut impl Write, line: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *file, line)?;
-    file.write_all(b"\n")
+    // At once: of one that cannot be written nothing is.
+    let mut text = serde_json::to_vec(line)?;
+    text.push(b'\n');
+    file.write_all(&text)
 }
 
 /// A file of these lines, in place of what it was.
@@ -573,8 +579,8 @@ pub(super) fn read_results(path: &Path) -> Result<Results, ReportError> {
 }
 
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ReportError> {
-    let text = fs::read_to_string(path).map_err(|e| io_error(path, e))?;
-    serde_json::from_str(&text).map_err(|e| ReportError::Malformed {
+    let text = fs::read(path).map_err(|e| io_error(path, e))?;
+    serde_json::from_slice(&text).map_err(|e| ReportError::Malformed {
         path: path.to_owned(),
         problem: e.to_string(),
     })

@@ -518,7 +518,9 @@ fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
     if high > low {
         (low, high)
     } else {
-        (low - 0.5, high + 0.5)
+        // Of a number so large that a half is nothing beside it, more.
+        let room = 0.5_f64.max(1e-9 * low.abs());
+        (low - room, high + room)
     }
 }
 
@@ -531,6 +533,10 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
         .map(|m| m * power)
         .find(|step| *step >= raw)
         .unwrap_or(10.0 * power);
+    // So short a span, or so long a one, has no numbers between.
+    if !step.is_normal() {
+        return vec![low, high];
+    }
     let first = (low / step).ceil() as i64;
     let last = (high / step).floor() as i64;
     (first..=last).map(|i| i as f64 * step).collect()

@@ -192,7 +192,12 @@ impl<F: Family> Plan<F> {
             methods.retain(|m| names.iter().any(|name| name == m.name()));
             for name in &names {
                 if !methods.iter().any(|m| m.name() == name) {
-                    methods.extend(named(name, &self.pool, variant).into_iter().flatten());
+                    let more = named(name, &self.pool, variant);
+                    methods.extend(more.ok_or_else(|| {
+                        let of = variant.map_or(String::new(), |v| format!(" of --variant {v}"));
+                        let what = format!("--methods names `{name}`, which is no method{of} here");
+                        BenchError::Usage(what)
+                    })?);
                 }
             }
         }

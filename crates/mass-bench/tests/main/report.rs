@@ -2,7 +2,7 @@
 
 use mass_bench::report::{
     EventLine, Existing, Expansion, Header, MetricLine, PairMeans, ReportError, ResultStore,
-    Results, Run, Usage, join, reported, table,
+    Results, Run, Usage, join, paired, reported, table,
 };
 use mass_expand::{Diagnosis, Watched};
 use proptest::prelude::*;
@@ -988,4 +988,139 @@ fn pools_are_drawn_over_time_with_their_events() {
     let html = read(&dir.path().join("everything"), "report.html");
     assert_eq!(section(&html, "pools-over-time"), "");
     assert!(html.contains("id=\"frontier\""));
+}
+
+/// Whatever a run has found is drawn, and can be read again.
+#[test]
+fn figures_of_any_size_are_kept_and_drawn() {
+    let large = |metric: f64| Run {
+        metric: Some(metric),
+        ..Run::default()
+    };
+    let named = |method: &str, experts, test_loss| Run {
+        experts: Some(experts),
+        test_loss: Some(test_loss),
+        ..Run::new(method, 0)
+    };
+    let pairs = vec![PairMeans {
+        age: 1,
+        pairs: usize::MAX,
+        gate_cosine: Some(0.5),
+        ..PairMeans::default()
+    }];
+    let by_seed = |method: &str, seed, metric| Run {
+        metric: Some(metric),
+        ..Run::new(method, seed)
+    };
+    for runs in [
+        vec![Run {
+            test_loss: Some(1.0),
+            ..Run::default()
+        }],
+        vec![named("mass", usize::MAX, 1.0)],
+        vec![named("mass", 1 << 60, 1.0)],
+        vec![Run {
+            active_per_token: Some(1e17),
+            ..named("mass", 4, 1.0)
+        }],
+        vec![named("mass", 4, 0.0), named("static", 5, 5e-324)],
+        vec![Run {
+            pairs,
+            ..named("mass", 4, 1.0)
+        }],
+        vec![
+            by_seed("mass", 0, 1e308),
+            by_seed("mass", 1, 1e308),
+            by_seed("static", 0, 0.0),
+            by_seed("static", 1, 0.0),
+        ],
+        vec![
+            by_seed("mass", 0, 1e200),
+            by_seed("mass", 1, -1e200),
+            by_seed("static", 0, 0.0),
+            by_seed("static", 1, 0.0),
+        ],
+        vec![Run {
+            usage: Some(Usage {
+                entity: vec![vec![f64::NAN]],
+                property: Vec::new(),
+            }),
+            ..large(1.0)
+        }],
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+        for run in runs {
+            store.push(run).expect("a run");
+        }
+        let kept = store.results().clone();
+        drop(store);
+        let again = open(dir.path(), &json!({}), Existing::Resume).expect("a store");
+        assert_eq!(again.results(), &kept);
+    }
+    assert_eq!(paired(&[(1e308, 0.0), (1e308, 0.0)]), None);
+    assert_eq!(paired(&[(1e200, 0.0), (-1e200, 0.0)]), None);
+}
+
+#[test]
+fn an_event_that_cannot_be_written_leaves_the_next_line_whole() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut store = open(dir.path(), &json!({}), Existing::Refuse).expect("a store");
+    store.event("r", &5).expect_err("no object");
+    store.event("r", &json!({ "step": 7 })).expect("a line");
+    store.flush().expect("a flush");
+    let line: Value = serde_json::from_str(&read(dir.path(), "events.jsonl")).expect("one line");
+    assert_eq!(line, json!({ "run": "r", "step": 7 }));
+}
+
+#[test]
+fn joining_loses_nothing_of_what_is_there() {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let dirs = ["a", "b", "c", "d"].map(|name| root.path().join(name));
+    let [a, b, c, d] = &dirs;
+    let line = |seed| MetricLine {
+        run: mass(seed, 0.0).key().to_string(),
+        ..MetricLine::default()
+    };
+    for (dir, seeds) in [(a, 0..1), (b, 1..2)] {
+        let mut store = open(dir, &json!({}), Existing::Refuse).expect("a store");
+        for seed in seeds {
+            store.metric(&line(seed)).expect("a line");
+            store.push(mass(seed, 2.0)).expect("a run");
+        }
+    }
+    // As a joining leaves it that is killed between results and lines.
+    let lines = read(a, "metrics.jsonl");
+    join(&[a.clone(), b.clone()], Some(a)).expect("a join");
+    fs::write(a.join("metrics.jsonl"), &lines).expect("a write");
+    join(&[a.clone(), b.clone()], Some(a)).expect("a join");
+    assert_eq!(read(a, "metrics.jsonl").lines().count(), 2);
+
+    // A run under way, of another study.
+    drop(open(c, &json!({ "steps": 5 }), Existing::Refuse).expect("a store"));
+    let settings = read(c, "settings.json");
+    fs::create_dir_all(c.join("checkpoints/run/step-0000000001")).expect("a folder");
+    let refused = join(std::slice::from_ref(b), Some(c)).expect_err("it would be lost");
+    assert!(refused.to_string().contains("interrupted"), "{refused}");
+    assert_eq!(read(c, "settings.json"), settings);
+
+    // A folder that leads into itself.
+    fs::create_dir(b.join("patches")).expect("a folder");
+    symlink(".", b.join("patches/x")).expect("a link");
+    let refused = join(std::slice::from_ref(b), Some(d)).expect_err("no picture");
+    assert!(refused.to_string().contains("remove it"), "{refused}");
+}
+
+#[test]
+fn results_that_are_no_text_are_malformed() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    drop(open(dir.path(), &json!({}), Existing::Refuse).expect("a store"));
+    std::fs::write(dir.path().join("results.json"), b"{\"study\": \"\xe2").expect("a write");
+    for existing in [Existing::Refuse, Existing::Resume, Existing::Replace] {
+        let refused = open(dir.path(), &json!({}), existing).expect_err("no text");
+        let named = matches!(refused, ReportError::Malformed { .. });
+        assert!(named, "{existing:?}: {refused}");
+    }
 }

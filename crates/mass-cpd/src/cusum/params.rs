@@ -228,7 +228,8 @@ impl CalibratedCusumParams {
     /// Such streams are positive and skewed (logarithm), start with a transient (200 steps of warm-up, lagged
     /// reference), drift all through training (drift taken off) and wander by a standard deviation or so
     /// without a change of the data (allowance `k = 2`): only a sudden rise of several standard deviations, as
-    /// a change of the data distribution makes in the loss, is a change.
+    /// a change of the data distribution makes in the loss, is a change. Losses keep the level on real texts, pooled gradient norms
+    /// do not (`docs/results/continual.md` of the repository).
     ///
     /// At a level per stream between about 0.023 and 0.052 the threshold is just over what one score at the limit reaches, and the probability of
     /// a false alarm 0.023.
