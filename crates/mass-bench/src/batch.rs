@@ -20,15 +20,25 @@ pub struct TokenBatch {
     pub targets: Vec<u32>,
 }
 
+/// Most tokens of a batch or a corpus.
+const MOST_TOKENS: u64 = 1 << 32;
+
+/// Whether so many times so many tokens are at most 2^32.
+pub(crate) fn fits<const N: usize>(sizes: [usize; N]) -> bool {
+    let product = |n: u64, size| n.saturating_mul(size as u64);
+    sizes.into_iter().fold(1, product) <= MOST_TOKENS
+}
+
 impl TokenBatch {
-    /// An empty batch with room for `rows` windows of `length` tokens.
+    /// An empty batch with room for `rows` windows of `length` tokens, or for a million tokens where those are more.
     #[must_use]
     pub fn with_capacity(rows: usize, length: usize) -> Self {
+        let room = rows.saturating_mul(length).min(1 << 20);
         Self {
             rows: 0,
             length,
-            inputs: Vec::with_capacity(rows * length),
-            targets: Vec::with_capacity(rows * length),
+            inputs: Vec::with_capacity(room),
+            targets: Vec::with_capacity(room),
         }
     }
 

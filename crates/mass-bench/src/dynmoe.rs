@@ -121,13 +121,15 @@ impl DynMoe {
     /// Nothing recorded yet, for a model of `layers` mixture layers.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for settings that leave no step to record.
+    /// [`ModelError::Config`] for settings that leave no step to record, and a weight that is negative or not finite.
     pub fn new(config: DynMoeConfig, layers: usize) -> Result<Self, ModelError> {
         let parts = [config.record_from, config.adapt_at];
         if config.steps_per_epoch == 0
             || config.experts_max == 0
             || parts.iter().any(|p| !(0.0..=1.0).contains(p))
             || config.record_from > config.adapt_at
+            || !config.loss_weight.is_finite()
+            || config.loss_weight < 0.0
         {
             return Err(ModelError::Config(format!("DynMoE: {config:?}")));
         }
@@ -158,7 +160,8 @@ impl DynMoe {
     /// `templates` are the networks that the experts of each layer started from.
     ///
     /// # Errors
-    /// [`ModelError::Routing`] for a plan of another pool, and those of the layer.
+    /// [`ModelError::Shape`] for another number of layers than there are, or a plan of another pool; [`ModelError::Routing`] if the
+    /// pool has changed since routing was first recorded; and those of the layer.
     pub fn step<M: Mixtures, G>(
         &mut self,
         step: u64,
@@ -185,13 +188,25 @@ impl DynMoe {
         let (record_from, adapt_at) = self.config.window();
         let within = step % self.config.steps_per_epoch;
         let mut events = Vec::new();
-        if templates.len() != pass.layers.len() {
-            let what = "networks that experts started from";
-            return Err(ModelError::Shape {
+        let same = |what: &str, expected: usize, actual: usize| match expected == actual {
+            true => Ok(()),
+            false => Err(ModelError::Shape {
                 what: what.into(),
-                expected: vec![pass.layers.len()],
-                actual: vec![templates.len()],
-            });
+                expected: vec![expected],
+                actual: vec![actual],
+            }),
+        };
+        let layers = pass.layers.len();
+        same(
+            "networks that experts started from",
+            layers,
+            templates.len(),
+        )?;
+        same("mixtures of the model", layers, model.mixtures())?;
+        same("layers that are recorded", layers, self.records.len())?;
+        for (layer, trace) in pass.layers.iter().enumerate() {
+            let pool = model.mixture(layer).ids().len();
+            same("experts of a plan", pool, trace.plan.num_experts())?;
         }
         if !(record_from..=adapt_at).contains(&within) {
             return Ok(events);

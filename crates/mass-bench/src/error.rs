@@ -104,12 +104,28 @@ impl BenchError {
         }
     }
 
-    /// The message on a single line, whatever the error below it wrote.
+    /// The message on a single line, whatever the error below it wrote: a break is a blank, with those beside it.
+    ///
+    /// ```
+    /// use mass_bench::BenchError;
+    /// let error = BenchError::Usage("a  b: \n  no such file\n".into());
+    /// assert_eq!(error.one_line(), "a  b: no such file");
+    /// ```
     #[must_use]
     pub fn one_line(&self) -> String {
-        self.to_string()
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ")
+        const BREAKS: [char; 7] = [
+            '\n', '\u{b}', '\u{c}', '\r', '\u{85}', '\u{2028}', '\u{2029}',
+        ];
+        let message = self.to_string();
+        let mut parts = message.split(BREAKS);
+        let mut line = parts.next().unwrap_or_default().to_owned();
+        for part in parts.map(str::trim_start).filter(|part| !part.is_empty()) {
+            line.truncate(line.trim_end().len());
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(part);
+        }
+        line
     }
 }

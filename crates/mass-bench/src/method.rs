@@ -340,27 +340,42 @@ impl Method {
     }
 
     /// Refuses what no run can have, before results of an earlier run are replaced: rules that do not exist or contradict each
-    /// other, and a chosen router that teaches its gate nothing, that the pool is too small for, or whose pool cannot be split.
+    /// other, a pool without experts or with settings that its routing cannot have, and a chosen router that teaches its gate
+    /// nothing, that the pool is too small for, or whose pool cannot be split.
     ///
     /// # Errors
     /// [`BenchError::Usage`]: what is wrong, and what to choose instead.
     pub fn check(&self) -> Result<(), BenchError> {
+        let refuse = |why: String| BenchError::Usage(format!("{}: {why}", self.name()));
+        if let Self::Mass(Mass {
+            live_percent: Some(percent @ 101..),
+            ..
+        }) = self
+        {
+            let why = format!("splits in {percent} % of the run; it must be at most 100");
+            return Err(refuse(why));
+        }
         let growth = self.growth(1, 1000, 0, |_| ())?;
         if let Some(growth) = &growth {
-            let refuse = |e| BenchError::Usage(format!("{}: {e}", self.name()));
-            growth.controller.check().map_err(refuse)?;
+            let checked = growth.controller.check();
+            checked.map_err(|e| refuse(e.to_string()))?;
         }
         match self {
             Self::Static {
                 experts,
                 router: Some(router),
                 ..
-            } => check_router(router, *experts, None),
-            Self::Mass(m) => match &m.router {
-                Some(router) => check_router(router, m.experts, growth.as_ref()),
-                None => Ok(()),
-            },
-            _ => Ok(()),
+            }
+            | Self::Mass(Mass {
+                experts,
+                router: Some(router),
+                ..
+            }) => check_router(router, *experts, growth.as_ref()),
+            _ => {
+                let own = self.mixture(1, 1, Activation::Relu, 0);
+                let own = own.map(|config| MoeLayer::new(&config, &mut seeded_rng(0)));
+                own.transpose().map(drop).map_err(|e| refuse(e.to_string()))
+            }
         }
     }
 }
@@ -376,7 +391,7 @@ impl Mass {
             router: None,
             live_percent: None,
             experts,
-            experts_max: 4 * experts,
+            experts_max: experts.saturating_mul(4),
             ablation: String::new(),
             label: String::new(),
             overrides: Overrides::new(),
@@ -453,7 +468,7 @@ impl Mass {
     fn fit(&self, config: &mut GrowerConfig, steps: u64) {
         let controller = &mut config.controller;
         if let Some(percent) = self.live_percent {
-            controller.phase.live_until = (steps * percent / 100).max(1);
+            controller.phase.live_until = part_of(steps, percent);
         }
         let watch = &mut controller.watch;
         for detector in [&mut watch.expert, &mut watch.layer, &mut watch.loss] {
@@ -529,12 +544,17 @@ pub fn overridden(
     Ok(config)
 }
 
+/// So many percent of a run's steps, at least one.
+fn part_of(steps: u64, percent: u64) -> u64 {
+    (steps.saturating_mul(percent) / 100).max(1)
+}
+
 /// Parts of a run as numbers of steps.
 fn in_steps(value: Value, steps: u64) -> Value {
     match value {
         Value::String(text) => {
             let percent = text.strip_suffix(" %").and_then(|n| n.parse::<u64>().ok());
-            percent.map_or(Value::String(text), |n| json!((steps * n / 100).max(1)))
+            percent.map_or(Value::String(text), |n| json!(part_of(steps, n)))
         }
         Value::Object(fields) => fields
             .into_iter()
@@ -797,6 +817,47 @@ mod tests {
             let mixture = method.mixture(4, 4, Activation::Relu, 0).unwrap();
             assert_eq!(mixture.gate, gate(&mixture.router));
         }
+    }
+
+    #[test]
+    fn a_pool_that_no_run_can_have_is_refused() {
+        let own = Mass::new(Variant::Paper, 0.5, 4);
+        let top_p = |p| Method::Mass(Mass { p, ..own.clone() });
+        let live = |live_percent| {
+            Method::Mass(Mass {
+                live_percent,
+                ..own.clone()
+            })
+        };
+        let fixed = |experts, k| Method::Static {
+            experts,
+            k,
+            router: None,
+        };
+        for method in [top_p(1.0), live(Some(100)), fixed(4, 4), fixed(1, 1)] {
+            method.check().unwrap();
+        }
+        for (method, part) in [
+            (top_p(f32::NAN), "p must be"),
+            (top_p(0.0), "p must be"),
+            (top_p(1.5), "p must be"),
+            (live(Some(101)), "101 % of the run"),
+            (live(Some(u64::MAX)), "% of the run"),
+            (fixed(4, 0), "k must be"),
+            (fixed(4, 5), "5"),
+            (fixed(0, 1), "0 experts"),
+            (Method::Gmoe { experts: 0 }, "0 experts"),
+        ] {
+            let refused = method.check().unwrap_err().to_string();
+            let named = refused.starts_with(&format!("{}: ", method.name()));
+            assert!(named && refused.contains(part), "{refused}");
+        }
+        assert_eq!(
+            Mass::new(Variant::Paper, 0.5, usize::MAX).experts_max,
+            usize::MAX
+        );
+        let most = format!("{} %", u64::MAX);
+        assert_eq!(in_steps(json!(most), 1000), json!(u64::MAX / 100));
     }
 
     /// A rival that is set up otherwise than by its authors flatters the method.

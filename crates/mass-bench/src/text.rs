@@ -21,7 +21,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::batch::{TokenBatch, draw};
+use crate::batch::{TokenBatch, draw, fits};
 use crate::fnv::Fnv;
 
 /// Token ids of a byte-level model.
@@ -78,6 +78,16 @@ pub enum TextError {
         /// Bytes a window.
         length: usize,
     },
+    /// More bytes than a batch may have.
+    #[error(
+        "a batch of {rows} windows of {length} bytes is too large; all of them must be at most 2^32 bytes"
+    )]
+    LargeBatch {
+        /// Windows asked for.
+        rows: usize,
+        /// Bytes a window.
+        length: usize,
+    },
     /// The file is there but could not be read.
     #[error("{}: {source}", path.display())]
     Io {
@@ -88,23 +98,30 @@ pub enum TextError {
     },
 }
 
+/// The bytes of a regular file. Another kind is refused unopened: reading a pipe or a device could wait for ever.
+pub(crate) fn regular(path: &Path) -> io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(NOT_REGULAR, "not a regular file"));
+    }
+    fs::read(path)
+}
+
+/// The kind of error by which [`regular`] refuses a file; reading one has no such error.
+const NOT_REGULAR: io::ErrorKind = io::ErrorKind::Unsupported;
+
 /// Reads a file of text, whole. Any encoding will do for a model of bytes.
 ///
 /// # Errors
 /// [`TextError::NotFound`], [`TextError::NotAFile`], [`TextError::Empty`], [`TextError::Binary`] and [`TextError::Io`].
 pub fn read(path: &Path) -> Result<Vec<u8>, TextError> {
-    let io = |source: io::Error| match source.kind() {
+    let bytes = regular(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => TextError::NotFound(path.to_owned()),
+        NOT_REGULAR => TextError::NotAFile(path.to_owned()),
         _ => TextError::Io {
             path: path.to_owned(),
             source,
         },
-    };
-    // Asked first: reading a pipe or a device could wait for ever.
-    if !fs::metadata(path).map_err(io)?.is_file() {
-        return Err(TextError::NotAFile(path.to_owned()));
-    }
-    let bytes = fs::read(path).map_err(io)?;
+    })?;
     if bytes.is_empty() {
         return Err(TextError::Empty(path.to_owned()));
     }
@@ -130,7 +147,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, TextError> {
 }
 
 /// A text as consecutive windows of `length` bytes, `rows` to a batch. A last piece that has not `length` bytes and one more, the
-/// last target, is left out.
+/// last target, is left out. There are no windows of no bytes, and no batches of no rows.
 ///
 /// ```
 /// let batches: Vec<_> = mass_bench::text::windows(b"abcdefgh", 2, 3).collect();
@@ -138,7 +155,8 @@ pub fn read(path: &Path) -> Result<Vec<u8>, TextError> {
 /// assert_eq!(batches[0].targets, b"bcdefg".map(u32::from));
 /// ```
 pub fn windows(bytes: &[u8], rows: usize, length: usize) -> impl Iterator<Item = TokenBatch> {
-    let fit = bytes.len().saturating_sub(1) / length;
+    let fit = bytes.len().saturating_sub(1).checked_div(length);
+    let fit = fit.filter(|_| rows > 0).unwrap_or(0);
     batches(bytes, (0..fit).map(|i| i * length).collect(), rows, length)
 }
 
@@ -149,9 +167,10 @@ fn batches(
     rows: usize,
     length: usize,
 ) -> impl Iterator<Item = TokenBatch> {
-    (0..starts.len()).step_by(rows).map(move |first| {
-        let mut batch = TokenBatch::with_capacity(rows, length);
-        for &start in starts[first..].iter().take(rows) {
+    (0..starts.len()).step_by(rows.max(1)).map(move |first| {
+        let starts = &starts[first..];
+        let mut batch = TokenBatch::with_capacity(rows.min(starts.len()), length);
+        for &start in starts.iter().take(rows) {
             batch.push(&bytes[start..=start + length]);
         }
         batch
@@ -221,7 +240,7 @@ impl ByteText {
     /// function of the arguments.
     ///
     /// # Errors
-    /// [`TextError::EmptyBatch`]; [`TextError::TooShort`] when `length` is longer than what
+    /// [`TextError::EmptyBatch`]; [`TextError::LargeBatch`]; [`TextError::TooShort`] when `length` is longer than what
     /// [`ByteText::read`] was asked to check.
     pub fn batch(
         &self,
@@ -231,6 +250,9 @@ impl ByteText {
         length: usize,
     ) -> Result<TokenBatch, TextError> {
         self.check(rows, length, "training", self.train)?;
+        if !fits([rows, length]) {
+            return Err(TextError::LargeBatch { rows, length });
+        }
         Ok(draw(self.train(), self.train, seed, step, rows, length))
     }
 

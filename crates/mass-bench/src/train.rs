@@ -115,10 +115,11 @@ pub fn run(args: &TrainArgs, ctx: &mut RunContext) -> Result<Results, BenchError
 
 /// The method and what its run is called. A directory has one run, whose arguments are beside it in settings.json.
 fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
+    let (experts, experts_max) = args.pool();
     let pool = Pool {
-        experts: args.experts,
-        experts_max: args.experts_max,
-        k: 2.min(args.experts),
+        experts,
+        experts_max,
+        k: 2.min(experts),
         p: args.p.unwrap_or(0.5) as f32,
         live_percent: Some(LIVE_PERCENT),
     };
@@ -133,11 +134,15 @@ fn method(args: &TrainArgs) -> Result<(Method, Run), BenchError> {
     };
     // What would change nothing was not meant so.
     let grows = matches!(method, Method::Mass(_));
+    let pooled = !matches!(method, Method::Dense);
+    let enlarges = grows || matches!(method, Method::DynMoe { .. });
     let routed = args.router.as_ref().is_none_or(|r| method.routed_by(r));
     for (flag, heard) in [
         ("--router", routed),
         ("--p", args.p.is_none() || grows),
         ("--variant", args.variant.is_none() || grows),
+        ("--experts", args.experts.is_none() || pooled),
+        ("--experts-max", args.experts_max.is_none() || enlarges),
     ] {
         if !heard {
             return Err(BenchError::Usage(format!(
@@ -296,8 +301,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("text");
         std::fs::write(&path, "to route or not to route ".repeat(40)).unwrap();
-        let small =
-            "--dim 16 --layers 2 --heads 2 --hidden 16 --experts 3 --experts-max 4 --batch 2";
+        let small = "--dim 16 --layers 2 --heads 2 --hidden 16 --batch 2";
+        let pool = match choices {
+            ["--method", "dense" | "erm", ..] => "",
+            ["--method", "static" | "gmoe", ..] => " --experts 3",
+            _ => " --experts 3 --experts-max 4",
+        };
+        let small = small.to_owned() + pool;
         let steps = ["--steps", "12"];
         let steps: &[&str] = if choices.contains(&"--steps") {
             &[]
@@ -451,6 +461,13 @@ mod tests {
         let path = std::path::Path::new("text");
         let plain = serde_json::to_value(arguments(path, &[])).unwrap();
         assert!(plain.get("router").is_none());
+        // Sizes of the pool are written where they are not given, too.
+        assert_eq!(
+            (&plain["experts"], &plain["experts_max"]),
+            (&json!(4), &json!(16))
+        );
+        let again: TrainArgs = serde_json::from_value(plain.clone()).unwrap();
+        assert_eq!((again.experts, again.experts_max), (None, None));
         let chosen = arguments(path, &["--router", "top_k:k=2"]);
         assert_eq!(
             chosen.router.as_ref().unwrap().to_string(),

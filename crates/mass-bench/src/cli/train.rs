@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mass_routing::RouterConfig;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::reproduce::{existing, not_a_file};
 use super::{Device, Parallel, Variant, all_threads, within};
@@ -18,6 +18,22 @@ fn mass() -> String {
 
 fn is_mass(method: &str) -> bool {
     method == MASS
+}
+
+/// Experts at the start unless told otherwise.
+const EXPERTS: usize = 4;
+
+/// Experts at most unless told otherwise.
+const EXPERTS_MAX: usize = 16;
+
+/// Writes a number that may be given, else its default.
+fn or<S: Serializer, const N: usize>(given: &Option<usize>, to: S) -> Result<S::Ok, S::Error> {
+    given.unwrap_or(N).serialize(to)
+}
+
+/// Reads a number; its default is none that was given.
+fn unless<'a, D: Deserializer<'a>, const N: usize>(from: D) -> Result<Option<usize>, D::Error> {
+    usize::deserialize(from).map(|n| Some(n).filter(|n| *n != N))
 }
 
 /// `train`, whose ranges [`check`](Self::check) looks at. Serialises as the settings that decide its figures.
@@ -45,12 +61,20 @@ pub struct TrainArgs {
     #[arg(long, value_name = "ROUTER", conflicts_with = "p", value_parser = method::parse_router)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router: Option<RouterConfig>,
-    /// Experts at the start
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub experts: usize,
-    /// Experts at most
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub experts_max: usize,
+    /// Experts at the start [default: 4]
+    #[arg(long, value_name = "N")]
+    #[serde(
+        serialize_with = "or::<_, EXPERTS>",
+        deserialize_with = "unless::<_, EXPERTS>"
+    )]
+    pub experts: Option<usize>,
+    /// Experts at most [default: 16]
+    #[arg(long, value_name = "N")]
+    #[serde(
+        serialize_with = "or::<_, EXPERTS_MAX>",
+        deserialize_with = "unless::<_, EXPERTS_MAX>"
+    )]
+    pub experts_max: Option<usize>,
     /// Width of the model
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub dim: usize,
@@ -128,6 +152,15 @@ impl TrainArgs {
         existing(self.resume, self.fresh)
     }
 
+    /// Experts at the start and at most.
+    #[must_use]
+    pub fn pool(&self) -> (usize, usize) {
+        (
+            self.experts.unwrap_or(EXPERTS),
+            self.experts_max.unwrap_or(EXPERTS_MAX),
+        )
+    }
+
     /// Checks every range; the text itself is read later.
     ///
     /// # Errors
@@ -150,10 +183,11 @@ impl TrainArgs {
                 self.held_out
             ));
         }
+        let (experts, experts_max) = self.pool();
         for (flag, value, most) in [
             ("--steps", self.steps, 1_000_000_000),
-            ("--experts", self.experts, 65_536),
-            ("--experts-max", self.experts_max, 65_536),
+            ("--experts", experts, 65_536),
+            ("--experts-max", experts_max, 65_536),
             ("--dim", self.dim, 16_384),
             ("--layers", self.layers, 256),
             ("--heads", self.heads, 1024),
@@ -164,12 +198,11 @@ impl TrainArgs {
         ] {
             within(flag, value, most)?;
         }
-        if self.experts_max < self.experts
+        if experts_max < experts
             && !matches!(self.method.as_str(), "static" | "gmoe" | "dense" | "erm")
         {
             return usage(format!(
-                "--experts-max is {}, below --experts {}; raise it or start with fewer",
-                self.experts_max, self.experts
+                "--experts-max is {experts_max}, below --experts {experts}; raise it or start with fewer"
             ));
         }
         if !self.dim.is_multiple_of(self.heads) {

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{BenchError, cli::directory};
+use crate::{BenchError, cli::directory, text::regular};
 
 /// What was found of one item.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,7 +174,8 @@ fn item(
 /// A file's text; an empty or missing file is said to be so.
 fn text(path: &Path) -> Result<String, String> {
     let show = path.display();
-    let text = fs::read_to_string(path).map_err(|e| format!("{show}: {e}"))?;
+    let bytes = regular(path).map_err(|e| format!("{show}: {e}"))?;
+    let text = String::from_utf8(bytes).map_err(|e| format!("{show}: {e}"))?;
     if text.trim().is_empty() {
         return Err(format!("{show}: the file is empty"));
     }

@@ -57,7 +57,10 @@ impl Default for Augment {
 
 impl Augment {
     /// Bytes `[size, size, 3]` as augmented, normalised values `[3, size, size]`, added to `out`. `aspect` is the image's width by
-    /// height before it was made a square.
+    /// height before it was made a square. Of a size of 0 nothing is added.
+    ///
+    /// # Panics
+    /// If there are fewer bytes.
     pub fn apply(
         &self,
         pixels: &[u8],
@@ -66,6 +69,9 @@ impl Augment {
         rng: &mut ChaCha8Rng,
         out: &mut Vec<f32>,
     ) {
+        if size == 0 {
+            return;
+        }
         let part = self.part(size, aspect, rng);
         let mut image = resized(pixels, size, part);
         if rng.random::<f32>() < self.flip {

@@ -7,7 +7,6 @@
 //! Decoders of JPEG fill in what is missing at the end of a file and report nothing; so whether a JPEG has its end is checked here.
 //! Damage within the compressed data of a JPEG that leaves a decodable stream cannot be told from a picture.
 
-use std::fs;
 use std::io::Cursor;
 use std::path::Path;
 
@@ -15,9 +14,13 @@ use image::imageops::{self, FilterType};
 use image::{ImageFormat, ImageReader, Limits, RgbImage};
 
 use super::DgError;
+use crate::text::regular;
 
 /// Images wider or higher than this are refused, before their pixels take any memory.
 pub const LARGEST_SIDE: u32 = 20_000;
+
+/// Squares larger than this are not made.
+pub const LARGEST_SQUARE: u32 = 4096;
 
 /// An image that was made a square.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,15 +37,15 @@ pub struct Square {
 /// reduction (bilinear with antialiasing).
 ///
 /// # Errors
-/// [`DgError::Io`] for a file that cannot be read, [`DgError::Image`] for one that is no whole image.
+/// [`DgError::Size`] for no pixels or more than [`LARGEST_SQUARE`] a side, [`DgError::Io`] for a file that cannot be read,
+/// [`DgError::Image`] for one that is no whole image.
 pub fn read_square(path: &Path, size: usize) -> Result<Square, DgError> {
-    let bytes = fs::read(path).map_err(DgError::io(path))?;
+    let side = check_size(size)?;
+    let bytes = regular(path).map_err(DgError::io(path))?;
     let refuse = |problem: String| DgError::Image {
         path: path.to_owned(),
         problem,
     };
-    let side = u32::try_from(size).ok().filter(|&s| s > 0);
-    let side = side.ok_or_else(|| refuse(format!("cannot be resized to {size} pixels")))?;
     let image = rgb(&bytes).map_err(refuse)?;
     let (width, height) = image.dimensions();
     let square = match (width, height) == (side, side) {
@@ -53,6 +56,13 @@ pub fn read_square(path: &Path, size: usize) -> Result<Square, DgError> {
         pixels: square.into_raw(),
         aspect: width as f32 / height as f32,
     })
+}
+
+/// The side of a square that can be made.
+pub(super) fn check_size(size: usize) -> Result<u32, DgError> {
+    let side = u32::try_from(size).ok();
+    let side = side.filter(|side| (1..=LARGEST_SQUARE).contains(side));
+    side.ok_or(DgError::Size(size))
 }
 
 /// The pixels of an image in any of the known formats; what is wrong with the bytes otherwise.

@@ -1,6 +1,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::decode::LARGEST_SQUARE;
 use super::images::LeftOut;
 use crate::BenchError;
 
@@ -55,6 +56,9 @@ pub enum DgError {
     /// Several files that cannot be read or are no whole images.
     #[error("{}; {}", named(.0), MEND_IMAGES)]
     Images(Vec<LeftOut>),
+    /// A side that no square of an image is made with.
+    #[error("squares of {0} pixels; the side must be at least 1 and at most {LARGEST_SQUARE}")]
+    Size(usize),
     /// A split that cannot be made of these images.
     #[error("{0}")]
     Split(String),
@@ -125,6 +129,7 @@ impl From<DgError> for BenchError {
                 problem: format!("{problem}; {MEND_IMAGE}"),
             },
             several @ DgError::Images(_) => Self::Usage(several.to_string()),
+            size @ DgError::Size(_) => Self::Usage(size.to_string()),
             DgError::Split(problem) => Self::Usage(problem),
             DgError::Cache { path, source } => {
                 Self::failed(format!("writing {}", path.display()), source)

@@ -106,8 +106,9 @@ impl DomainImages {
     /// those of the same set and size with another listing. None is kept while a file could not be read at all.
     ///
     /// # Errors
-    /// As [`ImageFolder::open`]; [`DgError::Image`] or [`DgError::Io`] naming the file that is no whole image, or
-    /// [`DgError::Images`] naming all of several, unless those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Cache`] for a cache that
+    /// As [`ImageFolder::open`]; [`DgError::Size`] for no pixels or more than [`LARGEST_SQUARE`](decode::LARGEST_SQUARE) a side;
+    /// [`DgError::Image`] or [`DgError::Io`] naming the file that is no whole image, or [`DgError::Images`] naming all of several,
+    /// unless those are left out; [`DgError::Layout`] for a class folder of which none is left; [`DgError::Cache`] for a cache that
     /// cannot be written.
     pub fn read(
         root: &Path,
@@ -130,6 +131,7 @@ impl DomainImages {
         cache: Option<&Path>,
         progress: &mut dyn FnMut(usize, usize) -> bool,
     ) -> Result<Self, DgError> {
+        decode::check_size(size)?;
         let folder = ImageFolder::open(root)?;
         let name = root.file_name().unwrap_or_default().to_string_lossy();
         let stored = cache.map(|dir| dir.join(format!("{name}-{size}-{:016x}.rgb", folder.digest)));

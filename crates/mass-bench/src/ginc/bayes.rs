@@ -31,7 +31,7 @@ impl BayesFilter {
     /// A filter for tables made elsewhere; see [`Ginc::from_tables`] for the shapes.
     ///
     /// # Errors
-    /// [`GincError`] when shapes do not fit, a row is not a distribution or a token is outside `vocab`.
+    /// [`GincError`] when shapes do not fit, a row is not a distribution, a token is outside `vocab` or that is more than 2^20.
     pub fn new(
         vocab: usize,
         start: ArrayView2<'_, f64>,

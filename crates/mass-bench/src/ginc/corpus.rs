@@ -1,6 +1,6 @@
 use ndarray_rand::rand::Rng;
 
-use super::{Ginc, GincError};
+use super::{Ginc, GincError, check_tokens};
 use crate::batch::{TokenBatch, draw};
 
 /// Documents of equal length with the hidden states that made them.
@@ -18,7 +18,7 @@ impl Ginc {
     /// The original's training set is 1000 documents of 10240 tokens.
     ///
     /// # Errors
-    /// [`GincError::Empty`] when there would be no token.
+    /// [`GincError::Empty`] when there would be no token, [`GincError::Parameter`] when there would be more than 2^32.
     pub fn sample_corpus(
         &self,
         documents: usize,
@@ -33,7 +33,7 @@ impl Ginc {
     ///
     /// # Errors
     /// [`GincError::Empty`] when there would be no token or `concepts` is empty;
-    /// [`GincError::UnknownConcept`].
+    /// [`GincError::UnknownConcept`]; [`GincError::Parameter`] when there would be more than 2^32 tokens.
     pub fn sample_corpus_of(
         &self,
         concepts: &[usize],
@@ -49,6 +49,7 @@ impl Ginc {
         if documents == 0 || length == 0 {
             return Err(GincError::Empty { what: "the corpus" });
         }
+        check_tokens("corpus", [documents, length])?;
         for &concept in concepts {
             self.check_concept(concept)?;
         }
@@ -102,7 +103,8 @@ impl Corpus {
     ///
     /// # Errors
     /// [`GincError::TooShort`] when a document does not hold one window and its last target;
-    /// [`GincError::Empty`] when `rows` or `length` is 0.
+    /// [`GincError::Empty`] when `rows` or `length` is 0; [`GincError::Parameter`] when there would be
+    /// more than 2^32 tokens.
     pub fn batch(
         &self,
         seed: u64,
@@ -113,6 +115,7 @@ impl Corpus {
         if rows == 0 || length == 0 {
             return Err(GincError::Empty { what: "a batch" });
         }
+        check_tokens("batch", [rows, length])?;
         if self.document_length <= length {
             return Err(GincError::TooShort {
                 document: self.document_length,
@@ -147,7 +150,8 @@ impl Windows {
     /// Draws `per_concept` windows of `length + 1` tokens from each concept, in order of concept.
     ///
     /// # Errors
-    /// [`GincError::Empty`] when `per_concept` or `length` is 0.
+    /// [`GincError::Empty`] when `per_concept` or `length` is 0; [`GincError::Parameter`] when there would
+    /// be more than 2^32 tokens.
     pub fn sample(
         ginc: &Ginc,
         per_concept: usize,
@@ -159,7 +163,9 @@ impl Windows {
                 what: "the set of evaluation windows",
             });
         }
-        let total = ginc.concepts() * per_concept * (length + 1);
+        let sizes = [ginc.concepts(), per_concept, length.saturating_add(1)];
+        check_tokens("set of evaluation windows", sizes)?;
+        let total = sizes.iter().product();
         let (mut tokens, mut states) = (Vec::with_capacity(total), Vec::with_capacity(total));
         for window in 0..ginc.concepts() * per_concept {
             ginc.sample_into(

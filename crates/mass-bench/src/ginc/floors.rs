@@ -1,6 +1,6 @@
 use ndarray::Array1;
 
-use super::{BayesFilter, Ginc, GincError, Windows};
+use super::{BayesFilter, Ginc, GincError, Windows, check_tokens};
 
 /// A mean with its standard error.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,6 +10,9 @@ pub struct Estimate {
     /// Its standard error, strata (concepts) taken into account; NaN with one window a concept.
     pub standard_error: f64,
 }
+
+/// Tables of pairs of more tokens are larger than half a GiB.
+const MAX_VOCAB: usize = 1 << 13;
 
 /// The least loss with a fixed number of tokens of context, in nats; exact for the instance.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -65,7 +68,8 @@ fn stratified(values: &[f64], size: usize) -> Estimate {
 /// states and averages over the positions that have that much context.
 ///
 /// # Errors
-/// [`GincError::TooShort`] when `length` is below 2: no position has two tokens of context.
+/// [`GincError::TooShort`] when `length` is below 2: no position has two tokens of context;
+/// [`GincError::Parameter`] when it is above 2^32, or the vocabulary has more than 2^13 tokens.
 pub fn ngram_floors(ginc: &Ginc, length: usize) -> Result<NgramFloors, GincError> {
     if length < 2 {
         return Err(GincError::TooShort {
@@ -73,7 +77,15 @@ pub fn ngram_floors(ginc: &Ginc, length: usize) -> Result<NgramFloors, GincError
             window: 2,
         });
     }
+    check_tokens("window", [length])?;
     let vocab = ginc.vocab();
+    if vocab > MAX_VOCAB {
+        return Err(GincError::Parameter {
+            name: "vocab",
+            value: vocab.to_string(),
+            range: "at most 2^13 where floors are computed",
+        });
+    }
     let prior = 1.0 / ginc.concepts() as f64;
     // Mean over positions 0..positions of the state distribution, per concept.
     let average = |positions: usize| -> Vec<Array1<f64>> {

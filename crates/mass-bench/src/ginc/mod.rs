@@ -48,6 +48,7 @@ pub use floors::{Estimate, NgramFloors, bayes_floor, ngram_floors};
 pub use params::{GincParams, ValidGincParams};
 pub use sample::Document;
 
+use crate::batch::fits;
 use mt19937::Mt19937;
 use sample::AliasTable;
 
@@ -193,8 +194,8 @@ impl Ginc {
     /// `entity * properties + property`.
     ///
     /// # Errors
-    /// [`GincError`] when shapes do not fit, a row is not a distribution (sum within 1e-9 of one) or a
-    /// token is outside the vocabulary.
+    /// [`GincError`] when shapes do not fit, a row is not a distribution (sum within 1e-9 of one), a
+    /// token is outside the vocabulary or that has more than 2^20.
     pub fn from_tables(
         vocab: usize,
         properties: usize,
@@ -323,6 +324,18 @@ fn tempered_softmax(n: usize, temperature: f64, rng: &mut Mt19937) -> Vec<f64> {
     exps.iter().map(|e| e / sum).collect()
 }
 
+/// Refuses so many times so many tokens where that is more than a corpus may have.
+fn check_tokens<const N: usize>(name: &'static str, sizes: [usize; N]) -> Result<(), GincError> {
+    if fits(sizes) {
+        return Ok(());
+    }
+    Err(GincError::Parameter {
+        name,
+        value: sizes.map(|size| size.to_string()).join(" x "),
+        range: "at most 2^32 tokens",
+    })
+}
+
 /// Shapes, distributions and token ids of a mixture's tables.
 fn check_tables(
     vocab: usize,
@@ -348,6 +361,13 @@ fn check_tables(
             table: "emission",
             found: vec![emission.len()],
             expected: vec![states],
+        });
+    }
+    if vocab > params::MAX_VOCAB {
+        return Err(GincError::Parameter {
+            name: "vocab",
+            value: vocab.to_string(),
+            range: "at most 2^20",
         });
     }
     if let Some((position, &token)) = emission

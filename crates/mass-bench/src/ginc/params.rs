@@ -11,7 +11,7 @@ use super::GincError;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GincParams {
-    /// Token ids, the delimiter 0 included; at least 2. The original's default is 50.
+    /// Token ids, the delimiter 0 included; at least 2, at most 2^20. The original's default is 50.
     pub vocab: usize,
     /// Hidden Markov models in the mixture.
     pub concepts: usize,
@@ -32,6 +32,9 @@ pub struct GincParams {
 
 /// States beyond this make the dense transition matrices larger than 1 GiB.
 const MAX_ENTRIES: usize = 1 << 27;
+
+/// Tokens that a vocabulary has at most: a filter holds a list for each.
+pub(super) const MAX_VOCAB: usize = 1 << 20;
 
 impl GincParams {
     /// The published setting with this vocabulary.
@@ -62,8 +65,8 @@ impl GincParams {
     /// [`GincError::Parameter`] naming the first parameter out of range.
     pub fn check(self) -> Result<ValidGincParams, GincError> {
         let bad = |name, value: String, range| Err(GincError::Parameter { name, value, range });
-        if self.vocab < 2 || self.vocab > u32::MAX as usize {
-            return bad("vocab", self.vocab.to_string(), "2 to 2^32 - 1");
+        if !(2..=MAX_VOCAB).contains(&self.vocab) {
+            return bad("vocab", self.vocab.to_string(), "2 to 2^20");
         }
         if self.concepts == 0 {
             return bad("concepts", "0".into(), "at least 1");
@@ -93,8 +96,9 @@ impl GincParams {
             ("transition_temperature", self.transition_temperature),
             ("start_temperature", self.start_temperature),
         ] {
-            if !(value.is_finite() && value > 0.0) {
-                return bad(name, value.to_string(), "finite and above 0");
+            // Close to 0 a reciprocal is not finite.
+            if !(value.is_finite() && value >= 1e-300) {
+                return bad(name, value.to_string(), "finite and at least 1e-300");
             }
         }
         if !(0.0..=1.0).contains(&self.entity_persistence) {

@@ -1,7 +1,7 @@
 use ndarray::ArrayView1;
 use ndarray_rand::rand::Rng;
 
-use super::{Ginc, GincError};
+use super::{Ginc, GincError, check_tokens};
 
 /// One document: a single concept's tokens and the hidden states that emitted them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +18,8 @@ impl Ginc {
     /// Draws a document of `length` tokens from a concept, beginning with its start distribution.
     ///
     /// # Errors
-    /// [`GincError::UnknownConcept`]; [`GincError::Empty`] when `length` is 0.
+    /// [`GincError::UnknownConcept`]; [`GincError::Empty`] when `length` is 0; [`GincError::Parameter`]
+    /// when it is above 2^32.
     pub fn sample_document(
         &self,
         concept: usize,
@@ -29,6 +30,7 @@ impl Ginc {
         if length == 0 {
             return Err(GincError::Empty { what: "a document" });
         }
+        check_tokens("document", [length])?;
         let mut states = Vec::with_capacity(length);
         let mut tokens = Vec::with_capacity(length);
         self.sample_into(concept, length, rng, &mut tokens, &mut states);

@@ -35,7 +35,7 @@ pub fn epoch_batches(
     let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
     order.shuffle(&mut rng);
     let mut batches = Vec::with_capacity(lengths.len().div_ceil(batch));
-    for group in order.chunks_mut(batch * sorted_together) {
+    for group in order.chunks_mut(batch.saturating_mul(sorted_together)) {
         // Stable: equal lengths stay in the order that chance gave them.
         group.sort_by_key(|&i| lengths[i as usize]);
         batches.extend(

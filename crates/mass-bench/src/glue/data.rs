@@ -8,6 +8,7 @@ use ndarray_rand::rand::seq::SliceRandom as _;
 use super::error::{GlueError, LineProblem};
 use super::task::{Labels, Layout, Target, Task};
 use crate::rng::{Purpose, stream};
+use crate::text::regular;
 
 /// One example.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,7 +127,7 @@ impl Dataset {
 }
 
 fn read(path: &Path, task: Task, skipped: &mut Vec<Skipped>) -> Result<Vec<Example>, GlueError> {
-    let bytes = std::fs::read(path).map_err(|source| GlueError::Io {
+    let bytes = regular(path).map_err(|source| GlueError::Io {
         path: path.to_owned(),
         source,
     })?;

@@ -12,6 +12,16 @@ pub enum MetricError {
         /// Labels.
         labels: usize,
     },
+    /// Outputs that are not so many for each label.
+    #[error("{outputs} outputs for {labels} labels, each of which has {width}")]
+    Outputs {
+        /// Outputs.
+        outputs: usize,
+        /// Labels.
+        labels: usize,
+        /// Outputs that a label has.
+        width: usize,
+    },
     /// Fewer examples than the metric needs.
     #[error("{found} examples, at least {needed} needed")]
     TooFew {

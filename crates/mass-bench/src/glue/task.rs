@@ -167,6 +167,13 @@ impl Task {
     /// [`MetricError`] for outputs that are not finite, of another number than the labels, or labels of the wrong kind.
     pub fn score(self, outputs: &[f32], targets: &[Target]) -> Result<Score, MetricError> {
         let width = self.outputs();
+        if !outputs.len().is_multiple_of(width) {
+            return Err(MetricError::Outputs {
+                outputs: outputs.len(),
+                labels: targets.len(),
+                width,
+            });
+        }
         if outputs.len() != targets.len() * width {
             return Err(MetricError::Lengths {
                 predictions: outputs.len() / width,

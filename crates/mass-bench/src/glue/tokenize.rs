@@ -8,17 +8,18 @@ use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::{BertNormalizer, NormalizerWrapper};
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::bert::BertProcessing;
-use tokenizers::{AddedToken, Tokenizer, TruncationParams, TruncationStrategy};
+use tokenizers::{AddedToken, PostProcessor, Tokenizer, TruncationParams, TruncationStrategy};
 
 use super::data::Example;
 use super::error::GlueError;
+use crate::text::regular;
 
 /// Special tokens that BERT needs.
 const NEEDED: [&str; 3] = ["[UNK]", "[CLS]", "[SEP]"];
 
 /// A `tokenizer.json`, without what turns ids back into text and is not needed here.
 fn read_json(path: &Path) -> Result<Tokenizer, GlueError> {
-    let bytes = std::fs::read(path).map_err(|e| broken(path, e))?;
+    let bytes = regular(path).map_err(|e| broken(path, e))?;
     let mut value: Value = serde_json::from_slice(&bytes).map_err(|e| broken(path, e))?;
     if let Some(decoder) = value.get_mut("decoder") {
         *decoder = Value::Null;
@@ -90,7 +91,7 @@ impl TextTokenizer {
         if !path.exists() {
             return Err(broken(dir, "neither tokenizer.json nor vocab.txt there"));
         }
-        let bytes = std::fs::read(&path).map_err(|e| broken(&path, e))?;
+        let bytes = regular(&path).map_err(|e| broken(&path, e))?;
         let text = std::str::from_utf8(&bytes).map_err(|e| broken(&path, e))?;
         let words = lines(text);
         let rules = Rules::read(&config, true)?;
@@ -165,9 +166,15 @@ impl TextTokenizer {
         path: PathBuf,
         max_length: usize,
     ) -> Result<Self, GlueError> {
-        // Room for [CLS], both [SEP] and a piece of each text.
-        if max_length < 5 {
-            let problem = format!("sequences of {max_length} are too short for a pair");
+        // Room for [CLS], both [SEP] and a piece of each text; a tokenizer.json may add more to them.
+        let added = inner.get_post_processor().map_or(3, |p| {
+            let added = [false, true].map(|pair| p.added_tokens(pair));
+            added.into_iter().fold(3, usize::max)
+        });
+        if max_length < added.saturating_add(2) {
+            let problem = format!(
+                "sequences of {max_length} are too short for a pair with {added} special tokens"
+            );
             return Err(broken(&path, problem));
         }
         let truncation = TruncationParams {
@@ -278,8 +285,8 @@ impl Rules {
         if !path.exists() {
             return Ok(Self::default());
         }
-        let text = std::fs::read_to_string(path).map_err(|e| broken(path, e))?;
-        let config: Value = serde_json::from_str(&text).map_err(|e| broken(path, e))?;
+        let bytes = regular(path).map_err(|e| broken(path, e))?;
+        let config: Value = serde_json::from_slice(&bytes).map_err(|e| broken(path, e))?;
         let Value::Object(config) = config else {
             return Err(broken(path, "not a JSON object"));
         };

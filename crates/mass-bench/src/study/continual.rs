@@ -322,15 +322,16 @@ impl Continual {
         let mut digest = Fnv::default();
         let (mut trained, mut kinds, mut probes) = (Vec::new(), Vec::new(), Vec::new());
         for task in TEXTS {
-            let data = Dataset::read(self.data_dir()?, task)?;
+            let dir = self.data_dir()?;
+            let data = Dataset::read(dir, task)?;
             let train = bytes(&data.train);
             let held_out: Vec<u8> = data.dev.iter().flat_map(|(_, dev)| bytes(dev)).collect();
-            let few = |what: &str, found: usize| {
+            let few = |what: &str, file: usize, found: usize| {
                 let problem = format!("{found} bytes of {what} text are too few for this study");
-                BenchError::input(&Dataset::files("".as_ref(), task)[0], problem)
+                BenchError::input(&Dataset::files(dir, task)[file], problem)
             };
             if train.len() <= SEQ {
-                return Err(few("training", train.len()));
+                return Err(few("training", 0, train.len()));
             }
             let mut windows = held_out.chunks_exact(SEQ + 1);
             let mut batch = |rows| {
@@ -340,7 +341,7 @@ impl Continual {
             };
             let taken = (batch(WINDOWS), batch(WINDOWS / 5));
             let (Some(kind), Some(probe)) = taken else {
-                return Err(few("held-out", held_out.len()));
+                return Err(few("held-out", 1, held_out.len()));
             };
             kinds.push(kind);
             probes.push(probe);
@@ -513,6 +514,28 @@ mod tests {
         for parts in PARTS {
             assert!(parts.is_sorted_by(|a, b| a.0 < b.0));
             assert_eq!(parts.last().unwrap().0, 100);
+        }
+    }
+
+    #[test]
+    fn a_text_that_is_too_short_is_named_with_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("glue/CoLA");
+        std::fs::create_dir_all(&folder).unwrap();
+        let (short, long) = (
+            "gj04\t1\t\tIt.\n",
+            format!("gj04\t1\t\t{}\n", "a".repeat(SEQ)),
+        );
+        let mut args = ReproduceArgs::parsed(&["continual", "--task", "texts"]);
+        args.data = Some(dir.path().to_owned());
+        let continual = plan(&args).unwrap().family;
+        for (train, file) in [(short, "train.tsv"), (&long, "dev.tsv")] {
+            std::fs::write(folder.join("train.tsv"), train).unwrap();
+            std::fs::write(folder.join("dev.tsv"), short).unwrap();
+            match continual.texts(PARTS[3]).err().unwrap() {
+                BenchError::Input { path, .. } => assert_eq!(path, folder.join(file)),
+                other => panic!("{other}"),
+            }
         }
     }
 

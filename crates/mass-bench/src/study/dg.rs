@@ -175,8 +175,10 @@ impl Domains {
         })?;
         // Results there would be a domain of the next run.
         let real = |path: &Path| path.canonicalize().ok();
-        let (out, folder) = (self.args.out.ancestors().find_map(real), real(&set));
-        match out.zip(folder) {
+        // Absolute: of a relative one the directory that it begins in is none of its ancestors.
+        let out = std::path::absolute(&self.args.out).ok();
+        let out = out.and_then(|out| out.ancestors().find_map(real));
+        match out.zip(real(&set)) {
             Some((out, folder)) if out.starts_with(&folder) => Err(BenchError::Usage(format!(
                 "--out {}: is within the images of {name}; give a directory elsewhere",
                 self.args.out.display()

@@ -164,6 +164,7 @@ fn bad_arguments_exit_2_with_one_line() {
         ("data check --data absent", &["absent", "no such directory"]),
     ];
     refused(&[], at, &["reproduce", "train"]);
+    refused(&["train", "--text", "a  b"], at, &["a  b: no such file"]);
     for (arguments, parts) in cases {
         let arguments: Vec<&str> = arguments.split(' ').collect();
         refused(&arguments, at, parts);
@@ -181,6 +182,10 @@ fn bad_arguments_exit_2_with_one_line() {
         ("gmoe", "--router top_k:k=1"),
         ("static", "--p 0.7"),
         ("dense", "--p 0.7"),
+        ("dense", "--experts 9"),
+        ("erm", "--experts-max 16"),
+        ("static", "--experts-max 20"),
+        ("gmoe", "--experts-max 20"),
         ("dynmoe", "--variant ours"),
         ("static", "--variant paper"),
     ] {
@@ -529,4 +534,9 @@ fn results_do_not_go_among_the_images() {
             &["--out", "is within the images of pacs"],
         );
     }
+    // Nor where the command itself is given among them.
+    let given = "reproduce dg --data .. --models ../.. --out new";
+    let given: Vec<&str> = given.split(' ').collect();
+    let among = dir.path().join("data/pacs");
+    refused(&given, &among, &["--out new: is within the images of pacs"]);
 }

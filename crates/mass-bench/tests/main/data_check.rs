@@ -435,3 +435,27 @@ fn a_directory_that_does_not_exist_is_an_error() {
     let error = check(Some(Path::new("/nowhere/at/all")), None).expect_err("no directory");
     assert_eq!(error.exit_code(), 2);
 }
+
+/// A pipe or a device could be read for ever; a socket, which nothing can hang on, stands for them here.
+#[cfg(unix)]
+#[test]
+fn what_is_no_regular_file_is_not_read() {
+    for (name, file) in [
+        ("glue/CoLA", "glue/CoLA/train.tsv"),
+        ("pacs/photo", "pacs/photo/dog/1.jpg"),
+        ("tcpd", "tcpd/annotations.json"),
+        ("m", "m/config.json"),
+        ("m", "m/vocab.txt"),
+        ("m", "m/tokenizer.json"),
+        ("m", "m/tokenizer_config.json"),
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        good(dir.path());
+        models::bert(&dir.path().join("m"), 2);
+        let path = dir.path().join(file);
+        fs::remove_file(&path).ok();
+        let _socket = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+        let report = check(Some(dir.path()), Some(dir.path())).expect("a directory");
+        broken(&report, name, "not a regular file");
+    }
+}

@@ -694,3 +694,21 @@ fn features_are_kept_until_trunk_or_images_change_and_checked_when_read() {
     let stopped = Features::compute(&model, &images, 2, Some(dir.path()), &mut |_| false);
     assert!(stopped.unwrap().is_none() && !dir.path().exists());
 }
+
+#[test]
+fn sizes_that_no_image_is_resized_to_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = set(dir.path());
+    let file = root.join("day/cat/a.jpg");
+    for size in [0, 4097, 1 << 20, u32::MAX as usize, usize::MAX] {
+        let one = read_square(&file, size).err();
+        let all = DomainImages::read(&root, size, BadImages::LeaveOut, None).err();
+        for error in [one, all].map(Option::unwrap) {
+            assert!(matches!(error, DgError::Size(s) if s == size), "{error}");
+            assert_eq!(BenchError::from(error).exit_code(), 2);
+        }
+    }
+    let (mut rng, mut values) = (stream(0, Purpose::Training, 0), Vec::new());
+    Augment::default().apply(&[], 0, 1.0, &mut rng, &mut values);
+    assert!(values.is_empty());
+}

@@ -6,7 +6,7 @@ use mass_model::bert::{BertClassifier, BertConfig, Targets, TextBatch};
 use mass_model::growth::Mixtures;
 use mass_model::lm::TrainPass;
 use mass_model::optim::{AdamW, AdamWConfig};
-use mass_model::{Param, Parameters, seeded_rng};
+use mass_model::{ModelError, Param, Parameters, seeded_rng};
 use mass_routing::{Combine, RouterConfig};
 
 const DIM: usize = 8;
@@ -248,6 +248,14 @@ fn what_cannot_be_adapted_is_refused() {
             adapt_at: f64::NAN,
             ..config(4)
         },
+        DynMoeConfig {
+            loss_weight: f32::NAN,
+            ..config(4)
+        },
+        DynMoeConfig {
+            loss_weight: -0.01,
+            ..config(4)
+        },
     ] {
         assert!(DynMoe::new(bad, 1).is_err(), "{bad:?}");
     }
@@ -269,4 +277,25 @@ fn what_cannot_be_adapted_is_refused() {
         .unwrap_err();
     assert!(error.to_string().contains("top-any"), "{error}");
     assert_eq!(model.num_values(), values);
+}
+
+#[test]
+fn steps_of_another_model_are_refused() {
+    let mut model = model(RouterConfig::TopAny { experts: 3 });
+    let template = model.mixture(0).experts()[0].clone();
+    let mut optimizer = optimizer(&mut model);
+    let pass = pass(&model);
+    let mut refused = |layers, model: &mut BertClassifier, part: &str| {
+        let mut dynmoe = DynMoe::new(config(4), layers).unwrap();
+        let templates = std::slice::from_ref(&template);
+        let error = dynmoe.step(6, model, &mut optimizer, &pass, templates);
+        let error = error.unwrap_err();
+        assert!(matches!(error, ModelError::Shape { .. }), "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    };
+    refused(0, &mut model, "layers that are recorded");
+    // The pass is of a pool of three.
+    let last = model.mixture(0).ids()[2];
+    model.mixture_mut(0).remove(last).unwrap();
+    refused(1, &mut model, "experts of a plan");
 }

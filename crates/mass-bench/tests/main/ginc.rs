@@ -343,6 +343,13 @@ fn parameters_out_of_range_are_named() {
         ),
         (
             GincParams {
+                vocab: usize::MAX,
+                ..ok.clone()
+            },
+            "vocab",
+        ),
+        (
+            GincParams {
                 concepts: 0,
                 ..ok.clone()
             },
@@ -372,6 +379,13 @@ fn parameters_out_of_range_are_named() {
         (
             GincParams {
                 transition_temperature: 0.0,
+                ..ok.clone()
+            },
+            "transition_temperature",
+        ),
+        (
+            GincParams {
+                transition_temperature: 1e-310,
                 ..ok.clone()
             },
             "transition_temperature",
@@ -554,4 +568,32 @@ fn empty_requests_are_errors() {
         corpus.batch(0, 0, 4, 0),
         Err(GincError::Empty { .. })
     ));
+}
+
+#[test]
+fn sizes_that_no_memory_holds_are_refused() {
+    let most = usize::MAX;
+    let ginc = instance(50, 0);
+    let rng = &mut stream(0, Purpose::Training, 0);
+    let corpus = ginc.sample_corpus(1, 10, rng).unwrap();
+    let start = array![[1.0]];
+    let transition = Array3::from_elem((1, 1, 1), 1.0);
+    for (refused, part) in [
+        (ginc.sample_document(0, most, rng).err(), "document"),
+        (ginc.sample_corpus(most, 10, rng).err(), "corpus"),
+        (ginc.sample_corpus(1, most, rng).err(), "corpus"),
+        (Windows::sample(&ginc, most, 8, rng).err(), "windows"),
+        (Windows::sample(&ginc, 8, most, rng).err(), "windows"),
+        (corpus.batch(0, 0, most, 4).err(), "batch"),
+        (ngram_floors(&ginc, most).err(), "window"),
+        (ngram_floors(&instance(8193, 0), 8).err(), "vocab"),
+        (
+            BayesFilter::new(most, start.view(), &transition, &[0]).err(),
+            "vocab",
+        ),
+    ] {
+        let error = refused.unwrap();
+        assert!(matches!(error, GincError::Parameter { .. }), "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
 }

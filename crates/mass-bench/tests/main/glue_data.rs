@@ -273,6 +273,8 @@ fn batches_are_of_similar_length_and_change_with_seed_and_epoch() {
     for (seed, epoch) in [(5, 1), (6, 0)] {
         assert_ne!(batches, batch::epoch_batches(&lengths, 32, 50, seed, epoch));
     }
+    let all = batch::epoch_batches(&lengths, usize::MAX, 50, 5, 0);
+    assert_eq!((all.len(), all[0].len()), (1, 3200));
     // Batches do not come in order of length.
     let firsts: Vec<usize> = batches.iter().map(|b| lengths[b[0]]).collect();
     assert!(firsts.windows(2).filter(|w| w[0] > w[1]).count() > 20);

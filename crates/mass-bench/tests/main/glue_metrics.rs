@@ -112,6 +112,14 @@ fn a_task_scores_the_outputs_of_its_classifier() {
         Task::Rte.score(&[1.0, f32::NAN], &classes(&[1])),
         Err(MetricError::NonFinite { index: 0, .. })
     ));
+    assert_eq!(
+        Task::Cola.score(&[1.0, 2.0, 3.0], &classes(&[1])),
+        Err(MetricError::Outputs {
+            outputs: 3,
+            labels: 1,
+            width: 2
+        })
+    );
     assert!(matches!(
         Task::Rte.score(&[1.0, 2.0], &classes(&[1, 0])),
         Err(MetricError::Lengths {

@@ -299,6 +299,19 @@ fn what_is_no_bert_tokenizer_is_refused() {
         "vocab": {"[UNK]": 0, "a": 1, "b": 2}}}"###;
     write("tokenizer.json", bare.as_bytes());
     refused(TextTokenizer::open(at, 16), "no BERT tokenizer");
+    // More special tokens than there is room for.
+    let template = serde_json::json!({
+        "type": "TemplateProcessing",
+        "single": [{ "SpecialToken": { "id": "s", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+        "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+        "special_tokens": { "s": { "id": "s", "ids": vec![1; 20], "tokens": vec!["a"; 20] } },
+    });
+    let many = bare.replace(
+        r#""post_processor": null"#,
+        &format!(r#""post_processor": {template}"#),
+    );
+    write("tokenizer.json", many.as_bytes());
+    refused(TextTokenizer::open(at, 16), "20 special tokens");
     // In each of these places the library panics.
     for (sound, damaged) in [
         (r#""decoder": null"#, r#""decoder": }"#),

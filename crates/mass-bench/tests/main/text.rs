@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mass_bench::text::{ByteText, TextError};
+use mass_bench::batch::TokenBatch;
+use mass_bench::text::{ByteText, TextError, windows};
 use proptest::prelude::*;
 
 fn write(dir: &Path, bytes: &[u8]) -> PathBuf {
@@ -143,5 +144,22 @@ fn every_unusable_file_has_its_error() {
     assert!(matches!(
         text.held_out_batches(4, 8, 0),
         Err(TextError::EmptyBatch { .. })
+    ));
+}
+
+#[test]
+fn sizes_that_no_batch_has_are_refused_or_give_nothing() {
+    assert_eq!(windows(b"abc", 2, 0).count(), 0);
+    assert_eq!(windows(b"abcdef", 0, 2).count(), 0);
+    assert_eq!(windows(b"abcdef", usize::MAX, 2).count(), 1);
+    assert_eq!(TokenBatch::with_capacity(usize::MAX, 2).tokens(), 0);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = write(dir.path(), &[b'a'; 400]);
+    let text = ByteText::read(&path, 16, 0.5).expect("a text");
+    let all = text.held_out_batches(usize::MAX, 16, 10).expect("a batch");
+    assert_eq!((all.len(), all[0].rows), (1, 10));
+    assert!(matches!(
+        text.batch(0, 0, usize::MAX, 16),
+        Err(TextError::LargeBatch { .. })
     ));
 }
