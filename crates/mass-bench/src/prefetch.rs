@@ -49,7 +49,7 @@ pub fn prefetch<T: Send, R>(
     consume: impl FnOnce(&mut Prefetched<T>) -> R,
 ) -> R {
     thread::scope(|scope| {
-        let (sender, batches) = sync_channel(ahead);
+        let (sender, batches) = sync_channel(ahead.min(1 << 16));
         scope.spawn(move || {
             for step in steps {
                 // Nobody takes batches any more: the consumer has stopped early.
