@@ -163,11 +163,7 @@ pub fn named(name: &str, pool: &Pool, variant: Option<Variant>) -> Option<Vec<Me
     let mass = |variant| Mass::of(variant, pool);
     let method = match name {
         "dense" | "erm" => Method::Dense,
-        "static" => Method::Static {
-            experts,
-            k,
-            router: None,
-        },
+        "static" => Method::top_k(experts, k),
         DYNMOE => Method::DynMoe {
             experts,
             experts_max,
@@ -199,6 +195,14 @@ impl Method {
             k: 1,
             router: Some(RouterConfig::TopP { p, combine }),
         }
+    }
+
+    /// A static pool with top-k. A single weight that is renormalised is 1, and teaches the gate nothing: it is left as it is, as by
+    /// the authors' code.
+    pub(crate) fn top_k(experts: usize, k: usize) -> Self {
+        let combine = Combine::Raw;
+        let router = (k == 1).then_some(RouterConfig::TopK { k, combine });
+        Self::Static { experts, k, router }
     }
 
     /// What it is called in results.

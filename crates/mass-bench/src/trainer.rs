@@ -226,7 +226,7 @@ impl<'t, T: Task> Trainer<'t, T> {
                     Some((_, step)) => {
                         let (latest, step) = (dir.join("latest"), step.display());
                         return Err(input(format!(
-                            "{e}; {step} is whole: without {} --resume goes on from there; --fresh deletes both and begins anew",
+                            "{e}; {step} is whole: without {} --resume goes on from there, if what it kept is there still; --fresh deletes both and begins anew",
                             latest.display()
                         )));
                     }

@@ -48,11 +48,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
         Preset::Smoke | Preset::Quick => 1,
         Preset::Full | Preset::Paper => 3,
     };
-    let methods = [5, 10, 15, 20].map(|experts| Method::Static {
-        experts,
-        k: 2,
-        router: None,
-    });
+    let methods = [5, 10, 15, 20].map(|experts| Method::top_k(experts, 2));
     let family = Synthetic::in_regimes(args, TASKS, REGIMES);
     Ok(Plan::new(family, methods.to_vec(), POOL, seeds))
 }

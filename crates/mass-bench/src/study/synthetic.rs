@@ -7,8 +7,8 @@ use mass_model::Place;
 use mass_model::lm::{LanguageModel, LanguageModelConfig};
 use mass_model::optim::{AdamWConfig, Decay, Schedule};
 use mass_routing::{
-    Combine, LabelUsage, LabelWeighting, RouterConfig, RoutingError, RoutingPlan,
-    jensen_shannon_divergence, normalized_mutual_information,
+    Combine, LabelUsage, LabelWeighting, RoutingError, RoutingPlan, jensen_shannon_divergence,
+    normalized_mutual_information,
 };
 use ndarray::ArrayView1;
 use serde::Serialize;
@@ -262,10 +262,7 @@ pub fn plan(args: &ReproduceArgs) -> Result<Plan<Synthetic>, BenchError> {
     let mut methods = Vec::new();
     for &experts in pools {
         for &k in k.iter().filter(|&&k| k <= experts) {
-            // A single weight that is renormalised is 1, and teaches the gate nothing; the authors' code leaves it as it is.
-            let combine = Combine::Raw;
-            let router = (k == 1).then_some(RouterConfig::TopK { k, combine });
-            methods.push(Method::Static { experts, k, router });
+            methods.push(Method::top_k(experts, k));
         }
     }
     let pool = Pool {
@@ -623,7 +620,7 @@ mod tests {
         let ginc = Ginc::generate(&GincParams::new(50).check().unwrap());
         let (entities, properties) = (ginc.entities(), ginc.properties());
         let states: Vec<u32> = (0..ginc.states() as u32).collect();
-        let top_1 = RouterConfig::TopK {
+        let top_1 = mass_routing::RouterConfig::TopK {
             k: 1,
             combine: Combine::Raw,
         };
