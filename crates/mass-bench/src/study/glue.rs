@@ -26,6 +26,7 @@ use crate::glue::task::Task;
 use crate::glue::tokenize::TextTokenizer;
 use crate::rng::{Purpose, stream};
 use crate::sweep::Side;
+use crate::text::regular;
 use data::TaskData;
 use finetune::{FineTune, Pretrained};
 pub(super) use plan::family;
@@ -207,8 +208,8 @@ impl Family for Glue {
 fn check_vocabulary(dir: &std::path::Path, tokenizer: &TextTokenizer) -> Result<(), BenchError> {
     let path = dir.join("config.json");
     let input = |problem: String| BenchError::input(&path, problem);
-    let text = std::fs::read_to_string(&path).map_err(|e| input(e.to_string()))?;
-    let config: Value = serde_json::from_str(&text).map_err(|e| input(e.to_string()))?;
+    let text = regular(&path).map_err(|e| input(e.to_string()))?;
+    let config: Value = serde_json::from_slice(&text).map_err(|e| input(e.to_string()))?;
     let size = config["vocab_size"].as_u64();
     let size = size.ok_or_else(|| input("no vocab_size".into()))?;
     Ok(tokenizer.check_fits(Some(size))?)

@@ -1,4 +1,3 @@
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -6,14 +5,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::{PretrainedError, damaged, io};
+use super::{PretrainedError, damaged, io, open};
 
 /// No configuration is longer; what is longer is another file.
 const LONGEST: u64 = 16 << 20;
 
 pub(super) fn read_json(path: &Path, longest: u64) -> Result<Map<String, Value>, PretrainedError> {
     let mut text = String::new();
-    let file = File::open(path).map_err(io(path))?;
+    let file = open(path)?;
     let read = file.take(longest + 1).read_to_string(&mut text);
     read.map_err(io(path))?;
     if text.len() as u64 > longest {

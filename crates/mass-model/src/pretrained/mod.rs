@@ -20,6 +20,7 @@ mod config;
 mod source;
 mod weights;
 
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 pub use config::read_config;
@@ -146,6 +147,14 @@ fn io(path: &Path) -> impl Fn(std::io::Error) -> PretrainedError + '_ {
         path: path.to_owned(),
         source,
     }
+}
+
+/// Opens a regular file. Another kind is refused unopened: reading a pipe or a device could wait for ever.
+fn open(path: &Path) -> Result<File, PretrainedError> {
+    if !fs::metadata(path).map_err(io(path))?.is_file() {
+        return Err(damaged(path, "not a regular file"));
+    }
+    File::open(path).map_err(io(path))
 }
 
 fn damaged(path: &Path, why: impl std::fmt::Display) -> PretrainedError {

@@ -1,6 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
@@ -12,7 +11,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::config::read_json;
-use super::{PretrainedError, damaged, io};
+use super::{PretrainedError, damaged, io, open};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -181,7 +180,7 @@ impl Weights {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<(), PretrainedError> {
-        let mut file = File::open(&path).map_err(io(&path))?;
+        let mut file = open(&path)?;
         let len = file.metadata().map_err(io(&path))?.len();
         let mut prefix = [0; 8];
         if len < 8 {
@@ -319,7 +318,7 @@ impl Weights {
         values: &mut Vec<f32>,
     ) -> Result<(), PretrainedError> {
         let (path, first) = (&self.files[entry.file], values.len());
-        let mut file = File::open(path).map_err(io(path))?;
+        let mut file = open(path)?;
         file.seek(SeekFrom::Start(entry.start)).map_err(io(path))?;
         let mut block = vec![0; BLOCK.min(entry.bytes)];
         let mut left = entry.bytes;

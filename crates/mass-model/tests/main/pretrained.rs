@@ -533,6 +533,14 @@ fn damaged_files_are_refused_without_large_allocations() {
     let absent = load(dir.path()).unwrap_err();
     assert!(matches!(absent, ModelError::Io { .. }));
     assert!(absent.to_string().contains("model.safetensors"), "{absent}");
+    // Reading a pipe would wait for ever; opening a socket has an error of its own.
+    for name in ["model.safetensors", "config.json"] {
+        let path = dir.path().join(name);
+        let _ = std::fs::remove_file(&path);
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let refused = load(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("regular"), "{name}: {refused}");
+    }
 }
 
 #[test]
