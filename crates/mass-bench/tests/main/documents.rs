@@ -42,7 +42,7 @@ fn tables_are_those_of_the_results() {
         ("regime.md", &["regime-full"]),
         ("size.md", &["size-full"]),
         ("continual.md", &["continual-full"]),
-        ("domains.md", &["domains-quick"]),
+        ("domains.md", &["domains-full"]),
         ("sensitivity.md", &["sensitivity-full"]),
         ("noise.md", &["noise-full"]),
         ("labels.md", &["labels-quick"]),
