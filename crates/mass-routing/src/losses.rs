@@ -2,8 +2,7 @@
 //!
 //! Every function returns the loss, unweighted, in f64, and **adds** `weight` times its gradient to the array it is given, so that
 //! several losses and the gradient of the routing weights gather in one array. A batch without tokens has loss zero. A `weight` that
-//! is NaN or infinite is an error of all of them, [`RoutingError::InvalidParameter`](crate::RoutingError::InvalidParameter). After an
-//! error no gradient was added.
+//! is NaN or infinite is an error of all of them, [`RoutingError::InvalidParameter`]. After an error no gradient was added.
 //!
 //! | function | gradient with respect to |
 //! |---|---|
