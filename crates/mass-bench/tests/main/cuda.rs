@@ -67,14 +67,17 @@ fn text(dir: &Path) {
 }
 
 /// A small run that grows. One thread: it is compared to the bit with itself, and shares the machine with others.
-const TRAIN: &str = "train --text text --dim 16 --layers 2 --heads 2 --hidden 16 --experts 2 --experts-max 4 --seq 16 --batch 2 \
-                     --lr 1e-3 --threads 1";
+const TRAIN: &str = "train --text text --dim 16 --layers 2 --heads 2 --hidden 16 --seq 16 --batch 2 --lr 1e-3 --threads 1";
 
 fn train<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    TRAIN
-        .split_whitespace()
-        .chain(more.iter().copied())
-        .collect()
+    // A flag that a method does not heed is refused.
+    let pool = match more {
+        ["--method", "dense", ..] => "",
+        ["--method", "gmoe", ..] => "--experts 2",
+        _ => "--experts 2 --experts-max 4",
+    };
+    let words = TRAIN.split_whitespace().chain(pool.split_whitespace());
+    words.chain(more.iter().copied()).collect()
 }
 
 fn read(path: &Path) -> Value {
