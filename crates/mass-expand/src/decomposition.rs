@@ -35,8 +35,8 @@ const ROW_EPSILON: f64 = 1e-12;
 ///
 /// # Errors
 /// [`ExpandError::Empty`], [`ExpandError::Shape`], and [`ExpandError::NonFinite`] if gradient or weight holds a NaN or
-/// an infinity, or the part along the weights a value beyond f32. In the last case `Whole` leaves the gradient as it was and `Rowwise` has projected the rows before the
-/// bad one.
+/// an infinity, or the part along the weights a value beyond f32. In the last case `Whole` leaves the gradient as it was
+/// and `Rowwise` has projected the rows before the bad one.
 ///
 /// # Examples
 /// ```

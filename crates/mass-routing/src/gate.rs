@@ -15,7 +15,7 @@ use crate::RoutingError;
 pub(crate) use crate::error::same;
 
 /// Norms below this are taken as this, as `torch.nn.functional.normalize` does.
-const SMALLEST_NORM: f64 = 1e-12;
+pub(crate) const SMALLEST_NORM: f64 = 1e-12;
 
 pub(crate) fn finite<S: Data<Elem = f32>, D: Dimension>(
     what: &'static str,

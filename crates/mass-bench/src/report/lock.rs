@@ -67,14 +67,13 @@ fn is_there(path: &Path) -> Result<bool, ReportError> {
 
 fn lock(dir: &Path, file: &File) -> Result<bool, ReportError> {
     // A process that is being started has the locks of the one that starts it, for a moment.
-    let taken = |file: &File| matches!(file.try_lock(), Err(TryLockError::WouldBlock));
-    for _ in 0..10 {
-        if !taken(file) {
-            break;
-        }
+    let mut tries = 10;
+    let mut tried = file.try_lock();
+    while matches!(tried, Err(TryLockError::WouldBlock)) && tries > 0 {
         std::thread::sleep(Duration::from_millis(10));
+        (tries, tried) = (tries - 1, file.try_lock());
     }
-    match file.try_lock() {
+    match tried {
         Ok(()) => Ok(true),
         Err(TryLockError::WouldBlock) => Err(ReportError::InUse {
             path: dir.to_owned(),

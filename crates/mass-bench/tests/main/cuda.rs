@@ -10,13 +10,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::process::{self, json};
+
 fn command(arguments: &[&str], dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
-    command
-        .args(arguments)
-        .current_dir(dir)
-        .env_remove("MASS_DATA_DIR")
-        .env_remove("MASS_MODELS_DIR");
+    let mut command = process::command(arguments);
+    command.current_dir(dir);
     command
 }
 
@@ -25,10 +23,8 @@ fn run(arguments: &[&str], dir: &Path) -> Output {
 }
 
 fn done(arguments: &[&str], dir: &Path) -> String {
-    let output = run(arguments, dir);
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    error
+    let output = process::done(&mut command(arguments, dir));
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// The words that the emulated driver shares: see mass-cuda's `emu/README.md`. A real one has none.
@@ -78,10 +74,6 @@ fn train<'a>(more: &[&'a str]) -> Vec<&'a str> {
     };
     let words = TRAIN.split_whitespace().chain(pool.split_whitespace());
     words.chain(more.iter().copied()).collect()
-}
-
-fn read(path: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// A folder to look for libraries in, where under the names of a driver there is nothing that can be opened.
@@ -192,13 +184,12 @@ fn a_text_is_trained_on_as_on_the_processor() {
         &train(&[&steps[..], &device, &["--out", "again"]].concat()),
         at,
     );
-    let [cpu, gpu, again] =
-        ["cpu", "gpu", "again"].map(|out| read(&at.join(out).join("results.json")));
+    let [cpu, gpu, again] = ["cpu", "gpu", "again"].map(|out| json(&at.join(out), "results.json"));
     // Of the processor nothing is said.
     assert!(cpu["machine"]["device"].is_null());
     let device = gpu["machine"]["device"].as_str().unwrap();
     assert!(device.starts_with("cuda:0 "), "{device}");
-    let settings = read(&at.join("gpu/settings.json"));
+    let settings = json(&at.join("gpu"), "settings.json");
     assert_eq!(settings["devices"], serde_json::json!([device]));
     let run = |results: &Value| results["runs"][0].clone();
     let loss = |results: &Value| run(results)["test_loss"].as_f64().unwrap();
@@ -254,14 +245,14 @@ fn a_run_that_was_interrupted_goes_on_elsewhere() {
     );
 
     done(&train(&[&steps[..], &["--resume"]].concat()), at);
-    let results = read(&at.join("out/results.json"));
+    let results = json(&at.join("out"), "results.json");
     assert!(results["machine"]["device"].is_null());
     let devices = results["runs"][0]["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 2);
     assert!(devices[0].as_str().unwrap().starts_with("cuda:0 "));
     assert_eq!(devices[1], "cpu");
     assert_eq!(
-        &read(&at.join("out/settings.json"))["devices"],
+        &json(&at.join("out"), "settings.json")["devices"],
         &results["runs"][0]["devices"]
     );
     assert_eq!(results["runs"][0]["steps"], 400);
@@ -292,7 +283,7 @@ fn every_method_trains_on_a_device() {
             if let Some(launched) = launched {
                 assert_eq!(launched > 0, device != "cpu", "{choices} {device}");
             }
-            let results = read(&dir.path().join(&out).join("results.json"));
+            let results = json(&dir.path().join(&out), "results.json");
             results["runs"][0]["test_loss"].as_f64().unwrap()
         };
         let (here, there) = (run("cpu"), run("cuda:0"));
@@ -316,7 +307,7 @@ fn a_study_runs_on_a_device() {
         let said = done(&arguments, dir.path());
         assert!(said.contains("on cuda:0 "), "{said}");
     });
-    let results = read(&dir.path().join("out/results.json"));
+    let results = json(&dir.path().join("out"), "results.json");
     let device = results["machine"]["device"].as_str().unwrap();
     assert!(device.starts_with("cuda:0 "));
     let run = &results["runs"][0];

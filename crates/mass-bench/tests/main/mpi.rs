@@ -8,7 +8,7 @@ use mass_model::checkpoint::{self, Snapshot};
 use mass_model::lm::LanguageModel;
 use serde_json::Value;
 
-use crate::process::wait_for;
+use crate::process::{command, lines, wait_for};
 
 /// A run of 200 steps in which experts are split and removed.
 const TRAIN: &str = "--text text --method schedule --variant calibrated --steps 200 --dim 16 --layers 2 --heads 2 --hidden 16 --experts 2 \
@@ -51,7 +51,7 @@ fn mpirun(processes: usize, arguments: &str, dir: &Path) -> Output {
 }
 
 fn alone(arguments: &str, dir: &Path) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mass-bench"));
+    let mut command = command(&[]);
     command.args(arguments.split_whitespace()).current_dir(dir);
     command.output().unwrap()
 }
@@ -61,23 +61,16 @@ fn done(output: &Output) {
     assert!(output.status.success(), "{error}");
 }
 
-fn lines(path: PathBuf) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines()
-        .map(|l| serde_json::from_str(l).unwrap())
-        .collect()
-}
-
 /// Losses by step.
 fn losses(out: &Path) -> Vec<(u64, f64)> {
-    let all = lines(out.join("metrics.jsonl")).into_iter();
+    let all = lines(out, "metrics.jsonl").into_iter();
     let loss = |line: Value| Some((line["step"].as_u64()?, line["train_loss"].as_f64()?));
     all.filter_map(loss).collect()
 }
 
 /// What happened, to whom, and when.
 fn events(out: &Path) -> Vec<String> {
-    let all = lines(out.join("events.jsonl")).into_iter();
+    let all = lines(out, "events.jsonl").into_iter();
     let what = |e: Value| {
         let of = |key: &str| e[key].to_string();
         ["step", "kind", "layer", "source", "newcomer", "expert"]

@@ -297,8 +297,7 @@ fn every_signal_that_asks_to_end_leaves_a_checkpoint() {
     for signals in [&["INT"][..], &["TERM"], &["HUP"], &["INT", "TERM", "HUP"]] {
         let signal = signals.join("-");
         let out = dir.path().join(&signal);
-        let mut child = Command::new(env!("CARGO_BIN_EXE_mass-bench"))
-            .args(["train", "--dim", "16", "--hidden", "16", "--layers", "1"])
+        let mut child = command(&["train", "--dim", "16", "--hidden", "16", "--layers", "1"])
             .args(["--seq", "16", "--batch", "2", "--threads", "1"])
             // So many steps that no checkpoint is due.
             .args(["--steps", "900000"])

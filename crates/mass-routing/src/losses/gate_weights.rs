@@ -6,10 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{finite_weight, in_use};
 use crate::RoutingError;
-use crate::gate::{finite, same};
-
-/// Norms below this are taken as this, as `torch.nn.functional.normalize` does.
-const SMALLEST_NORM: f64 = 1e-12;
+use crate::gate::{SMALLEST_NORM, finite, same};
 
 /// DynMoE's loss on expert embeddings: `||U^T U - I||_F + mean_e |w_e|`, `U` the columns `w_e` of `experts` divided by their norms.
 ///
